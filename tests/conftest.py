@@ -1,0 +1,86 @@
+"""Small real things that many tests share: a tokenizer, a processor, a model of two layers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB__DISABLE_STATS", "true")
+
+import pytest
+
+TEXTS = [
+    "Time 0.0s: Time 1.5s: Time 12.3s: user assistant system stream\n",
+    "How many red circles are in the picture? There are three red circles and one blue square.",
+    "What is the capital of France? The capital of France is Paris.",
+    "The quick brown fox jumps over the lazy dog, 0123456789 times! (really?)",
+    "Describe the video. A green triangle moves from left to right, then a square appears.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer in Qwen2's form, trained on a few sentences."""
+    from vl3train.demo.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, folder, vocab_size=400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer_dir: Path):  # type: ignore[no-untyped-def]
+    """A real VideoLlama3Processor with the published pixel budgets."""
+    from vl3train.model.conversion import build_processor
+
+    return build_processor(tokenizer_dir)
+
+
+def tiny_config(vocab_size: int, image_token_id: int, video_token_id: int):  # type: ignore[no-untyped-def]
+    """Two layers of everything, heads as in the real model in kind, not in size."""
+    from transformers import VideoLlama3Config
+
+    return VideoLlama3Config(
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "use_cache": False,
+        },
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_channels": 3,
+            "patch_size": 14,
+        },
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, processor) -> Path:  # type: ignore[no-untyped-def]
+    """A video_llama_3 checkpoint of two layers with random weights, with its processor."""
+    import torch
+    from transformers import VideoLlama3ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    torch.manual_seed(0)
+    config = tiny_config(
+        len(processor.tokenizer) + 64, processor.image_token_id, processor.video_token_id
+    )
+    model = VideoLlama3ForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

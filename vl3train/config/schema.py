@@ -1,0 +1,360 @@
+"""Every option: its type, its default, its meaning. The only home of a default; YAML says what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+PARTS = ("vision_encoder", "projector", "language_model")
+"""Parts of the model that a stage may train, each with a learning rate of its own."""
+
+
+class Dtype(Enum):
+    """Number format of weights and activations in training."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(Enum):
+    """Kernel for variable-length attention (model/attention.py)."""
+
+    auto = "auto"
+    flash_attn = "flash_attn"
+    torch_varlen = "torch_varlen"
+    reference = "reference"
+
+
+class Device(Enum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class AdapterKind(Enum):
+    """How a part is trained."""
+
+    none = "none"
+    lora = "lora"
+
+
+class Tracker(Enum):
+    """Where figures go besides the console and metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+class WandbMode(Enum):
+    """``auto`` is online when a key is set, else offline: nothing is lost, ``wandb sync`` uploads it later."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """What a stage of VideoLLaMA3 trains, and on what."""
+
+    number: int = MISSING
+    """1 to 4, in the order of the paper (arXiv:2501.13106, section 3)."""
+
+    name: str = MISSING
+    """The stage's file name; runs and reports are called so."""
+
+    recipe: str = MISSING
+    """Data mixture the paper uses here; ``data.recipe`` replaces it."""
+
+    learning_rates: dict[str, float] = MISSING
+    """One peak learning rate for each part this stage trains. A part not named is frozen, its tied head too."""
+
+    image_merge_size: int = 1
+    """Side of the patch square merged into one visual token of an image."""
+
+    video_merge_size: int = 2
+    """The same for a clip."""
+
+    prune_frames: bool = False
+    """Drop visual tokens of a clip that repeat the frame before (DiffFP, section 2.2 of the paper)."""
+
+    init_from: str | None = None
+    """Folder to start from: an output folder of the stage before, or any video_llama_3 checkpoint in Hugging
+    Face form. Must be unset in stage 1, which starts from model.vision_encoder_from and
+    model.language_model_from; must be set in stages 2 to 4."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture and the published parts it is put together from."""
+
+    name: str = MISSING
+    """Size: debug, 2b or 7b."""
+
+    vision_encoder_from: str | None = None
+    """Stage 1: SigLIP checkpoint in Hugging Face form (folder or hub name)."""
+
+    language_model_from: str | None = None
+    """Stage 1: Qwen2 or Qwen2.5 checkpoint in Hugging Face form (folder or hub name)."""
+
+    tokenizer_from: str | None = None
+    """Folder or hub name of the tokenizer. Unset: language_model_from in stage 1, else stage.init_from."""
+
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Replaces the stage's rate of a part that the stage trains. For models that start from random weights:
+    the published rates are for pretrained ones."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of the projector's random weights in stage 1."""
+
+    num_parameters: dict[str, int] = field(default_factory=dict)
+    """Parameters of each part, for tables and estimates; checked against the model when it is built."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which samples, and how they are rendered. Published values; the class defaults of transformers differ."""
+
+    recipe: str | None = None
+    """Recipe name (data_recipes/NAME.yaml) or a path to a recipe file. Unset: the stage's own."""
+
+    root: str = "data"
+    """Folder that relative shard folders in a recipe start from."""
+
+    fps: float = 1.0
+    """Frames taken from a clip for each of its seconds."""
+
+    min_frames: int = 1
+    """Fewest frames of a clip."""
+
+    max_frames: int = 180
+    """Most frames of a clip; a longer one is sampled more thinly."""
+
+    max_visual_tokens: int = 10240
+    """Visual tokens of one sample before pruning, shared equally by its images and frames (mm_max_length)."""
+
+    image_min_pixels: int = 3136
+    """Smaller images are enlarged to this."""
+
+    image_max_pixels: int = 3211264
+    """Larger images are shrunk to this (16 384 patches)."""
+
+    video_min_pixels: int = 12544
+    """Smaller frames are enlarged to this."""
+
+    video_max_pixels: int = 12845056
+    """Pixels of all frames of one clip together (16 384 tokens at merge size 2)."""
+
+    decode_max_pixels: int = 100_000_000
+    """A picture whose header says more is refused before it is decoded."""
+
+    decode_max_seconds: float = 7200.0
+    """A clip whose header says more is refused before it is decoded."""
+
+    num_workers: int = 2
+    """Decoding processes on each rank; 0 decodes in the training process."""
+
+    max_bad_fraction: float = 0.01
+    """The run stops when more than this share of the samples seen so far could not be used."""
+
+    max_consecutive_bad: int = 20
+    """The run stops when this many samples in a row could not be used."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StepConfig:
+    """The global batch of one optimizer step. It does not depend on the number of ranks."""
+
+    max_tokens: int = 16384
+    """Tokens of one pack; also the longest sample."""
+
+    max_patches: int = 65536
+    """Encoder patches of one pack."""
+
+    global_packs: int = 16
+    """Packs in one step, over all ranks. Must divide by the number of ranks."""
+
+    max_samples: int | None = 128
+    """Samples in one step; a step also closes when its packs are full. null: only then."""
+
+    fill: float = 0.95
+    """Share of the packs' tokens and patches that a step aims at; the rest is room for balance."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule and clipping."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+
+    beta2: float = 0.999
+    """Decay of AdamW's mean of squares."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    schedule: Schedule = Schedule.cosine
+    """cosine falls to min_lr_fraction at the last step; constant stays."""
+
+    warmup_fraction: float = 0.03
+    """Share of the steps in which the rates rise linearly."""
+
+    min_lr_fraction: float = 0.0
+    """Where the cosine ends, as a share of the peak."""
+
+    max_grad_norm: float = 1.0
+    """Gradients of the whole model are scaled down to this L2 norm. 0 turns clipping off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MachineConfig:
+    """How the work is laid on the machine."""
+
+    device: Device = Device.auto
+    """auto is cuda where there is one."""
+
+    dp_size: int = 1
+    """Data-parallel ranks that the run will have: what ``torchrun --nproc-per-node`` times nodes gives."""
+
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: 0 nothing is partitioned, 1 optimizer states, 2 gradients too, 3 weights too."""
+
+    dtype: Dtype = Dtype.bfloat16
+    """Weights and activations; masters and optimizer states are float32 always."""
+
+    attention: Attention = Attention.auto
+    """auto takes the first that can serve: flash_attn, torch_varlen, reference."""
+
+    activation_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass."""
+
+    loss_chunk_tokens: int = 2048
+    """Supervised tokens whose logits exist at one time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """Low-rank adapters instead of full weights."""
+
+    kind: AdapterKind = AdapterKind.none
+    """none trains the parts in full; lora adds adapters to ``parts`` and freezes their full weights."""
+
+    parts: list[str] = field(default_factory=lambda: ["language_model"])
+    """Parts that get adapters: language_model, vision_encoder. Other parts named in the stage train in full."""
+
+    rank: int = 64
+    """Rank of each adapter."""
+
+    alpha: int = 16
+    """The adapter's output is scaled by alpha / rank."""
+
+    dropout: float = 0.05
+    """Dropout on the adapter's input."""
+
+    learning_rate: float | None = None
+    """Rate of the adapters. Unset: the stage's rate of the part they sit on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where figures go besides the console and metrics.jsonl."""
+
+    kind: Tracker = Tracker.none
+    """none or wandb."""
+
+    project: str = "vl3train"
+    """W&B project."""
+
+    entity: str | None = None
+    """W&B team or user."""
+
+    mode: WandbMode = WandbMode.auto
+    """W&B mode."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run: its length, its folder, what it keeps."""
+
+    output_dir: str = MISSING
+    """Folder of this run: checkpoints, metrics.jsonl, config.yaml, ledger. A run found there is resumed."""
+
+    seed: int = 0
+    """Order of the data and random weights follow from it."""
+
+    num_epochs: float = 1.0
+    """Virtual epochs to train; a fraction is allowed. num_steps replaces it."""
+
+    num_steps: int | None = None
+    """Steps to train. Unset: what num_epochs makes."""
+
+    save_steps: int = 1000
+    """A checkpoint is written every so many steps, and after the last."""
+
+    keep_checkpoints: int = 2
+    """Older checkpoints beyond this many are deleted after a newer one is complete."""
+
+    log_steps: int = 1
+    """Figures are logged every so many steps."""
+
+    evaluate_at_start: bool = False
+    """Evaluate on the recipe's held-out samples before the first step."""
+
+    evaluate_at_end: bool = True
+    """Evaluate on them after the last step."""
+
+    evaluate_steps: int = 0
+    """Evaluate every so many steps as well. 0: never in between."""
+
+    stop_after_steps: int | None = None
+    """Save and stop cleanly after this many steps of this launch: for time-limited queues. The schedule is that
+    of the whole run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """A whole training run."""
+
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def as_plain(cfg: Any) -> dict[str, Any]:
+    """A config as nested dicts of plain values, enums by name: what is logged, saved and compared."""
+    from dataclasses import asdict
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    result = plain(asdict(cfg))
+    assert isinstance(result, dict)
+    return result

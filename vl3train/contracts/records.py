@@ -1,0 +1,152 @@
+"""What passes between the layers: frozen records that carry their shapes.
+
+T tokens, S segments (samples), V visual items (an image or a clip), F frames, P patches, N visual tokens
+after pruning, U supervised tokens, C = 588 values a patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderSettings:
+    """Everything that decides a sample's ids, patches and lengths. Its fingerprint names an index."""
+
+    image_merge_size: int
+    video_merge_size: int
+    prune_frames: bool
+    fps: float
+    min_frames: int
+    max_frames: int
+    image_min_pixels: int
+    image_max_pixels: int
+    video_min_pixels: int
+    video_max_pixels: int  # of a whole clip, divided among its frames
+    max_visual_tokens: int  # of a whole sample before pruning, divided among its images and frames
+    tokenizer: str  # sha256 of tokenizer.json
+    rules: int = 1  # raised when the code that samples, resizes, prunes or renders changes its result
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ whenever a field does."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLengths:
+    """What the plan needs to know of a sample; measured once, in the index pass."""
+
+    num_tokens: int  # T, placeholders included, after pruning
+    num_supervised_tokens: int
+    num_visual_tokens: int  # N, after pruning
+    num_patches: int  # P, all of them: the encoder sees pruned patches too
+    grids: tuple[tuple[int, int, int], ...]  # one grid_thw for each visual item, in patches
+    merge_sizes: tuple[int, ...]
+    kept_tokens: tuple[int, ...]  # visual tokens kept of each item
+    modality: str  # "text", "image", "video" or "mixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedSample:
+    """One conversation, decoded and tokenized, ready to be laid into a pack."""
+
+    key: str  # shard/member
+    source: int  # number of its source in the recipe
+    input_ids: np.ndarray  # (T,) int64
+    labels: np.ndarray  # (T,) int64, shifted: labels[t] is the id after input_ids[t], or IGNORE_INDEX
+    patches: np.ndarray  # (P, C) uint8, merge-block order
+    grids: np.ndarray  # (V, 3) int64, patches along time, height, width
+    merge_sizes: np.ndarray  # (V,) int64
+    keep_mask: np.ndarray  # (M,) bool over the merged tokens of all items, True = kept; keep_mask.sum() == N
+    placeholder_positions: np.ndarray  # (N,) int64 into input_ids, in the order of the kept merged tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Samples chosen to share a row. ``samples`` are row numbers of the index."""
+
+    samples: tuple[int, ...]
+    num_tokens: int
+    num_patches: int
+    num_supervised_tokens: int
+    cost: int  # integer work units: see data/plan.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """All that a resume needs of the data side: which step comes next, and in which virtual epoch it lies."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch: the samples of one pack end to end on one row, one segment for each sample.
+
+    Visual items are ordered by merge size (stable), so that merging is one mean for each size. A pack without
+    visual items carries one dummy item of four zero patches, which no placeholder refers to: every rank runs
+    the encoder in every micro-batch.
+    """
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, restarts at 0 in each segment
+    cu_seqlens: Tensor  # (S+1,) int32, segment bounds [0, ..., T]
+    pixel_values: Tensor  # (P, C) uint8; the model normalises
+    patch_positions: Tensor  # (P, 2) int64, row and column of each patch, for the encoder's 2-D RoPE
+    vision_cu_seqlens: Tensor  # (F+1,) int32, one segment for each frame
+    kept: Tensor  # (N,) int64 into the merged visual tokens of all items
+    placeholder_positions: Tensor  # (N,) int64 into input_ids
+    supervised_positions: Tensor  # (U,) int64 into input_ids
+    supervised_labels: Tensor  # (U,) int64
+    supervised_segments: Tensor  # (U,) int64, segment of each supervised token
+    # Host-side numbers, so that no kernel has to wait for the device to tell them.
+    segment_lengths: tuple[int, ...]  # S
+    frame_lengths: tuple[int, ...]  # F, patches of each frame
+    patches_by_merge: tuple[tuple[int, int], ...]  # (merge_size, patches) in item order
+    segment_sources: tuple[int, ...]  # S, source number; -1 for filler
+    segment_keys: tuple[str, ...]  # S
+    num_loss_chunks: int  # the same on every rank in one micro-batch, so that ZeRO-3 gathers in step
+    num_planned_tokens: int  # what the plan counted for this pack
+    num_skipped_samples: int = 0
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest segment, in tokens."""
+        return max(self.segment_lengths)
+
+    @property
+    def vision_max_seqlen(self) -> int:
+        """Longest frame, in patches."""
+        return max(self.frame_lengths)
+
+    def to(self, device: Any, non_blocking: bool = True) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; DataLoader calls it by this name."""
+        pinned = {
+            field.name: getattr(self, field.name).pin_memory()
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
+
+class BadSample(ValueError):  # noqa: N818 - the field's word for it; it is refused, the run goes on
+    """A sample that cannot be used, with the reason. The only error that data/ promises for bad input."""
