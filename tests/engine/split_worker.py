@@ -1,0 +1,81 @@
+"""One process of tests/engine/test_zero.py: the gradient of one global batch, split in a given way.
+
+Run as ``torchrun --nproc-per-node N split_worker.py MODEL_DIR OUT DTYPE``. The optimizer is plain SGD with rate 1,
+so the change of the weights is the gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.engine.packs import collate_samples, random_samples
+from vl3train.config.schema import Dtype, MachineConfig, OptimConfig
+from vl3train.engine.ranks import Rank, join, leave
+from vl3train.engine.zero import Zero
+from vl3train.model.init_from_parts import load_model
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import set_trainable
+
+
+def gradient(
+    model_dir: Path,
+    rank: Rank,
+    *,
+    zero_stage: int,
+    accumulation: int,
+    dtype: Dtype = Dtype.float32,
+    max_grad_norm: float = 0.0,
+    trainable: tuple[str, ...] = ("vision_encoder", "projector", "language_model"),
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The change of every weight after one SGD step at rate 1, negated, and the gradient norm that was reported."""
+    torch.manual_seed(0)
+    hf_model = load_model(model_dir, dtype=torch.float32 if dtype is Dtype.float32 else torch.bfloat16)
+    set_trainable(hf_model, trainable)
+    before = {name: p.detach().clone().double() for name, p in hf_model.named_parameters()}
+    packed = PackedModel(hf_model, attention="reference")
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    machine = MachineConfig(zero_stage=zero_stage, dtype=dtype)
+    engine = Zero(
+        packed,
+        torch.optim.SGD(parameters, lr=1.0),
+        machine=machine,
+        optim=OptimConfig(max_grad_norm=max_grad_norm),
+        num_micro_batches=accumulation,
+        rank=rank,
+    )
+    samples = random_samples(hf_model.config, count=8)
+    total = sum(int((s.labels != -100).sum()) for s in samples)
+    num_packs = rank.dp_size * accumulation
+    mine = [
+        collate_samples(samples[p::num_packs]) for p in range(rank.index * accumulation, (rank.index + 1) * accumulation)
+    ]
+    for position, batch in enumerate(mine):
+        output = engine.forward(batch)
+        engine.backward(output.loss_sum / total)
+        if position < len(mine) - 1:
+            engine.finish_micro_batch()
+    norm = float(engine.step())
+    after = engine.full_state_dict(hf_model)
+    return {name: before[name] - after[name].double() for name in after}, norm
+
+
+def main() -> None:
+    """Every ZeRO stage with one and two micro-batches a rank; rank 0 writes the gradients."""
+    model_dir, out = Path(sys.argv[1]), Path(sys.argv[2])
+    rank = join(MachineConfig())
+    results = {}
+    for zero_stage in (0, 1, 2, 3):
+        for accumulation in (1, 2):
+            results[zero_stage, accumulation] = gradient(
+                model_dir, rank, zero_stage=zero_stage, accumulation=accumulation
+            )
+    if rank.is_first:
+        torch.save(results, out)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

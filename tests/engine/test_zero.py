@@ -1,0 +1,86 @@
+"""How a global batch is split over ranks and micro-batches cannot change its gradient. Real DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.split_worker import gradient
+from vl3train.config.schema import Dtype, MachineConfig
+from vl3train.engine.ranks import join
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def rank():
+    return join(MachineConfig())
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, rank):
+    """The gradient of the batch as one pack on one rank."""
+    return gradient(tiny_model_dir, rank, zero_stage=0, accumulation=1)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, zero_stage, accumulation):
+    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=accumulation)
+    assert_same(found, whole[0])
+    assert norm == pytest.approx(whole[1], rel=1e-4)
+
+
+@pytest.mark.two_processes
+def test_two_ranks_any_accumulation_same_gradient(tiny_model_dir, whole, tmp_path):
+    out = tmp_path / "gradients.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    subprocess.run(
+        [*command, "-m", "tests.engine.split_worker", str(tiny_model_dir), str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    results = torch.load(out)
+    assert set(results) == {(stage, m) for stage in (0, 1, 2, 3) for m in (1, 2)}
+    for found, norm in results.values():
+        assert_same(found, whole[0])
+        assert norm == pytest.approx(whole[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_clipping_scales_the_update_down_to_the_limit(tiny_model_dir, rank, whole, zero_stage):
+    limit = whole[1] / 10
+    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, max_grad_norm=limit)
+    assert norm == pytest.approx(whole[1], rel=1e-4), "the norm that is reported is the one before clipping"
+    clipped = torch.stack([g.norm() for g in found.values()]).norm().item()
+    assert clipped == pytest.approx(limit, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_keeps_float32_masters_and_sums(tiny_model_dir, rank, whole, zero_stage):
+    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, dtype=Dtype.bfloat16)
+    assert norm == pytest.approx(whole[1], rel=0.03)
+    assert found.keys() == whole[0].keys()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_frozen_parts_do_not_change_by_a_bit(tiny_model_dir, rank, zero_stage):
+    found, _ = gradient(
+        tiny_model_dir, rank, zero_stage=zero_stage, accumulation=1, trainable=("vision_encoder", "projector")
+    )
+    for name, change in found.items():
+        frozen = "language_model" in name or "lm_head" in name
+        assert (change == 0).all() == frozen, name

@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or absent.
+
+One checkpoint is one folder, ``checkpoints/step_00000010/``::
+
+    engine/          DeepSpeed's: weights, optimizer, counters, one file a rank
+    weights/         the model in Hugging Face form, with its processor: what the next stage and export read
+    adapter/         LoRA runs: the adapter alone, in peft's form
+    random/          random state of each rank
+    resume.json      cursor, identity of plan and model, config
+    MANIFEST.json    every file with its size; written last
+
+It is written as ``step_00000010.partial``, synced, renamed; ``latest`` is switched after that. A process killed
+at any moment leaves the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vl3train.engine.ranks import Rank
+from vl3train.engine.zero import Zero
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` steps.
+
+    >>> checkpoint_name(10)
+    'step_00000010'
+    """
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    engine: Zero,
+    write_weights: Callable[[Path], None],
+    resume: dict[str, Any],
+    rank: Rank,
+    keep: int,
+) -> Path:
+    """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
+
+    ``write_weights`` gets the partial folder and writes ``weights/`` (and ``adapter/``) into it; all ranks call
+    it, because gathering partitioned weights needs them all.
+    """
+    final = checkpoints / checkpoint_name(step)
+    partial = checkpoints / (final.name + ".partial")
+    if rank.is_first:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        (partial / "random").mkdir(parents=True)
+    rank.barrier()
+    engine.save(partial / "engine")
+    write_weights(partial)
+    torch.save(random_state(), partial / "random" / f"rank_{rank.index}.pt")
+    rank.barrier()
+    problem = None
+    if rank.is_first:
+        try:
+            _write_json(partial / "resume.json", resume)
+            _write_json(partial / "MANIFEST.json", list_files(partial))
+            _sync_tree(partial)
+            if final.exists():  # the same step, saved by a run that was resumed from before it
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            _sync(checkpoints)
+            _write_text(checkpoints / "latest", final.name)
+            delete_old(checkpoints, keep=keep)
+        except OSError as error:
+            problem = f"checkpoint {final} could not be written: {error}; free disk space and start again"
+    rank.agree(problem)
+    return final
+
+
+def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint and what was found wrong with newer ones. Rank 0 looks, all get its answer."""
+    answer: list[Any] = [None]
+    if rank.is_first:
+        answer[0] = newest_whole(checkpoints)
+    dist.broadcast_object_list(answer, src=0)
+    found, remarks = answer[0]
+    return (checkpoints / found if found else None), remarks
+
+
+def newest_whole(checkpoints: Path) -> tuple[str | None, list[str]]:
+    """Name of the newest checkpoint whose files are all there in full size, and remarks on newer ones."""
+    remarks = []
+    for folder in sorted(checkpoints.glob("step_????????"), reverse=True):
+        if damage := checkpoint_damage(folder):
+            remarks.append(f"checkpoint {folder} is not used: {damage}")
+        else:
+            return folder.name, remarks
+    return None, remarks
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, or None."""
+    manifest = folder / "MANIFEST.json"
+    if not manifest.exists():
+        return "it has no MANIFEST.json"
+    wanted = json.loads(manifest.read_text())
+    have = list_files(folder)
+    wrong = [f"{name} has {have.get(name, 'no')} of {size} bytes" for name, size in wanted.items() if have.get(name) != size]
+    return "; ".join(wrong) or None
+
+
+def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
+    """Put weights, optimizer and random state back, exactly as they were."""
+    engine.load(folder / "engine")
+    state = torch.load(folder / "random" / f"rank_{rank.index}.pt", weights_only=False)
+    set_random_state(state)
+
+
+def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The ``resume.json`` of a checkpoint, if it was made by the same plan, model and machine layout.
+
+    Raises ValueError listing every difference.
+    """
+    resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
+    saved, now = _flat(resume["identity"]), _flat(json.loads(json.dumps(identity)))
+    differences = [
+        f"  {key}: the checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} cannot be resumed, because this run differs from it:\n"
+            + "\n".join(differences)
+            + "\nEither go back to the old settings, or start a new run with another run.output_dir"
+            f" (its weights can be the start: stage.init_from={folder / 'weights'})."
+        )
+    return resume
+
+
+def delete_old(checkpoints: Path, *, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    for folder in sorted(checkpoints.glob("step_????????"))[:-keep]:
+        shutil.rmtree(folder)
+
+
+def random_state() -> dict[str, Any]:
+    """State of every generator a training step may draw from (dropout of adapters)."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put ``random_state()`` back. A missing key is an error."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Every file under ``folder`` with its size in bytes, the manifest itself excepted."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "MANIFEST.json"
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a small file at once: a reader sees the old text or the new, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

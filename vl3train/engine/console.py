@@ -1,0 +1,225 @@
+"""What a person sees of a run, and metrics.jsonl beside it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Where there is no terminal, at most one line is printed in this time (the first and last step always)."""
+
+
+class Console:
+    """A live progress bar on a terminal, plain lines elsewhere, and one line of metrics.jsonl a call.
+
+    Only rank 0's is ``enabled``; the others print and write nothing.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        enabled: bool,
+        output_dir: str | Path,
+        *,
+        name: str = "training",
+        out: TextIO | None = None,
+    ) -> None:
+        """Start the display.
+
+        Args:
+            total_steps: Steps of the whole run.
+            first_step: Step that comes next; the bar starts there in a resumed run.
+            enabled: Whether this process prints and writes.
+            output_dir: Folder of metrics.jsonl; made if missing.
+            name: What stands at the head of each line, e.g. the stage.
+            out: Where to print; None is standard output.
+        """
+        self._enabled = enabled
+        self._total_steps = total_steps
+        self._name = name
+        self._pace = Pace(first_step)
+        self._last_line_time = -float("inf")
+        self._progress: Progress | None = None
+        if not enabled:
+            return
+        self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False, soft_wrap=True)
+        self._metrics_path = Path(output_dir) / "metrics.jsonl"
+        self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        if self._rich.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._rich,
+            )
+            self._task = self._progress.add_task(name, total=total_steps, completed=first_step, figures="")
+            self._progress.start()
+            atexit.register(self.finish)  # a crash must not leave the terminal without its cursor
+
+    def metrics(self, figures: Mapping[str, Any]) -> None:
+        """Show the figures of one step and append them to metrics.jsonl.
+
+        The line is on its way to the disk when this returns, so a killed process loses none.
+        """
+        if not self._enabled:
+            return
+        with self._metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+        done = int(figures["step"]) + 1
+        seconds_left = self._pace.seconds_left(done, self._total_steps)
+        text = figures_text(figures, seconds_left)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, figures=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == self._total_steps:
+            self._last_line_time = now
+            self._print(f"{self._name}  step {done}/{self._total_steps}  {text}")
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print rows that share their keys; the first column is text, the others are figures."""
+        if not self._enabled or not rows:
+            return
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(rows[0]):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        self._rich.print(table)
+
+    def message(self, text: str) -> None:
+        """Print one message, above the bar where there is one."""
+        if self._enabled:
+            self._print(text)
+
+    def finish(self) -> None:
+        """Leave the bar as it stands. May be called twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            atexit.unregister(self.finish)
+
+    def _print(self, text: str) -> None:
+        self._rich.print(text, markup=False)
+        self._rich.file.flush()
+
+
+class Pace:
+    """How long the rest will take, from the wall-clock of the steps so far. The first step warms up: left out."""
+
+    def __init__(self, first_step: int) -> None:
+        self._first_step = first_step
+        self._counted_from: tuple[int, float] | None = None
+
+    def seconds_left(self, done: int, total: int, now: float | None = None) -> float | None:
+        """Seconds until ``total`` steps are done, or None while only one figure is known.
+
+        >>> pace = Pace(0)
+        >>> pace.seconds_left(1, 11, now=60.0) is None
+        True
+        >>> pace.seconds_left(3, 11, now=64.0)
+        16.0
+        """
+        now = time.monotonic() if now is None else now
+        if self._counted_from is None:
+            self._counted_from = (done, now)
+        since_step, since_time = self._counted_from
+        if done == since_step:
+            return None
+        return (now - since_time) / (done - since_step) * (total - done)
+
+
+def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) -> str:
+    """One line of figures; what is absent or None is left out.
+
+    >>> figures_text({"step": 3, "loss": 1.25, "tokens_per_second": 15300.0, "fill": 0.942}, 75)
+    'loss 1.2500  15.3k tok/s  fill 94%  left 1:15'
+    """
+    rates = figures.get("learning_rates") or {}
+    shown = [
+        ("loss", "loss {:.4f}", figures.get("loss")),
+        ("grad_norm", "grad {:.2f}", figures.get("grad_norm")),
+        ("lr", "lr {:.1e}", max(rates.values(), default=None)),
+        ("tokens", "{} tok/s", short_count(figures.get("tokens_per_second"))),
+        ("patches", "{} patch/s", short_count(figures.get("patches_per_second"))),
+        ("fill", "fill {:.0%}", figures.get("fill")),
+        ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
+        ("seconds", "{:.2f} s/step", figures.get("step_seconds")),
+        ("left", "left {}", None if seconds_left is None else clock(seconds_left)),
+        ("memory", "{:.1f} GiB", figures.get("memory_gib")),
+        ("skipped", "skipped {}", figures.get("skipped_samples") or None),
+    ]
+    return "  ".join(form.format(value) for _, form, value in shown if value is not None)
+
+
+def short_count(value: float | None) -> str | None:
+    """A count in three digits.
+
+    >>> [short_count(value) for value in (7.4, 950, 15300, 2_480_000)]
+    ['7', '950', '15.3k', '2.5M']
+    """
+    if value is None:
+        return None
+    if value < 1000:
+        return f"{value:.0f}"
+    return f"{value / 1e3:.1f}k" if value < 999_950 else f"{value / 1e6:.1f}M"
+
+
+def clock(seconds: float) -> str:
+    """Time as a clock shows it.
+
+    >>> clock(75), clock(3675)
+    ('1:15', '1:01:15')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def truncate_metrics(path: str | Path, first_step: int) -> int:
+    """Remove the lines of steps from ``first_step`` on, which a resumed run will write again.
+
+    A last line without its end, left by a killed process, goes too. The file is replaced at once, or left alone.
+
+    Returns:
+        Number of lines removed.
+
+    Raises:
+        ValueError: A line other than the last is no JSON: someone else wrote to the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            continue
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a line of figures ({error}); repair or move the file"
+            ) from error
+        if step < first_step:
+            kept.append(line)
+    if len(kept) < len(lines):
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    return len(lines) - len(kept)

@@ -1,0 +1,90 @@
+"""Held-out loss and accuracy of each source, against chance."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vl3train.contracts.records import Batch
+from vl3train.engine.zero import Zero
+
+
+@torch.no_grad()
+def evaluate(engine: Zero, batches: Iterable[Batch], source_names: list[str]) -> dict[str, dict[str, Any]]:
+    """Loss and exact-match accuracy of each source, over all ranks.
+
+    A sample is right when the most likely token is the right one at every supervised position, given the right
+    tokens before it: for greedy decoding that is the same as generating exactly the answer. Chance is the share
+    of the most frequent answer among the held-out samples of the source: what a model that never looks reaches.
+
+    Every rank must be given the same number of batches.
+    """
+    engine.train(False)
+    rows: list[tuple[int, bool, float, int, tuple[int, ...]]] = []
+    for batch in batches:
+        output = engine.forward(batch)
+        segments = batch.supervised_segments.tolist()
+        labels = batch.supervised_labels.tolist()
+        correct = output.correct.tolist()
+        losses = output.token_losses.tolist()
+        by_segment: dict[int, list[int]] = {}
+        for i, segment in enumerate(segments):
+            by_segment.setdefault(segment, []).append(i)
+        for segment, members in by_segment.items():
+            rows.append(
+                (
+                    batch.segment_sources[segment],
+                    all(correct[i] for i in members),
+                    sum(losses[i] for i in members),
+                    len(members),
+                    tuple(labels[i] for i in members),
+                )
+            )
+    engine.train(True)
+    gathered: list[Any] = [None] * engine.rank.dp_size
+    dist.all_gather_object(gathered, rows)
+    return summarize([row for part in gathered for row in part], source_names)
+
+
+def summarize(
+    rows: list[tuple[int, bool, float, int, tuple[int, ...]]], source_names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Rows of (source, right, loss sum, supervised tokens, answer ids) as figures of each source."""
+    figures: dict[str, dict[str, Any]] = {}
+    for source, name in enumerate(source_names):
+        mine = [row for row in rows if row[0] == source]
+        if not mine:
+            continue
+        tokens = sum(row[3] for row in mine)
+        figures[name] = {
+            "samples": len(mine),
+            "loss": sum(row[2] for row in mine) / tokens,
+            "accuracy": sum(row[1] for row in mine) / len(mine),
+            "chance": Counter(row[4] for row in mine).most_common(1)[0][1] / len(mine),
+            "supervised_tokens": tokens,
+        }
+    return figures
+
+
+def record_evaluation(
+    path: Path, *, stage: int, step: int, when: str, figures: dict[str, dict[str, Any]]
+) -> None:
+    """Put one evaluation into evaluations.jsonl, in place of an earlier one of the same step and moment.
+
+    A run that was killed after an evaluation and resumed before it makes the same evaluation again.
+    """
+    entry = {"stage": stage, "step": step, "when": when, "sources": figures}
+    kept = []
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [line for line in lines if (line["step"], line["when"]) != (step, when) and line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,186 @@
+"""The training loop: the order of acts, written once."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Cursor
+from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
+from vl3train.engine.checkpoint import save_checkpoint
+from vl3train.engine.evaluate import evaluate, record_evaluation
+from vl3train.engine.optim import rate_factor, set_rates
+from vl3train.engine.ranks import Rank
+from vl3train.engine.run import Run, start_run
+from vl3train.engine.step import StepResult, train_step
+
+
+def train(cfg: TrainConfig, rank: Rank) -> None:
+    """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
+    run = start_run(cfg, rank)
+    stop = StopRequest()
+    if cfg.run.evaluate_at_start and run.cursor.step == 0:
+        evaluate_run(run, step=0, when="start")
+
+    last_step = run.num_steps
+    if cfg.run.stop_after_steps is not None:
+        last_step = min(last_step, run.cursor.step + cfg.run.stop_after_steps)
+    steps = train_steps(
+        run.data,
+        cfg,
+        first=run.cursor,
+        last_step=last_step,
+        rank=rank.index,
+        dp_size=rank.dp_size,
+        ledger_path=run.folder / f"ledger.rank{rank.index}.jsonl",
+    )
+    saved_step = run.cursor.step
+    for waited_seconds, started, step_batches in timed(steps):
+        step = step_batches.cursor.step
+        rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
+        result = train_step(
+            run.engine,
+            step_batches.batches,
+            num_supervised_tokens=step_batches.num_supervised_tokens,
+            num_sources=len(run.source_names),
+            stop_requested=stop.requested,
+        )
+        refuse_non_finite(run, step_batches, result)
+        run.bad_samples.count(step, step_batches.num_samples, result.num_skipped_samples)
+        done = step + 1
+        if done % cfg.run.log_steps == 0 or done == last_step:
+            log_step(run, step_batches, result, rates, waited_seconds, time.perf_counter() - started)
+        run.cursor = run.data.plan.advance(step_batches.cursor)
+        if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
+            save_run(run)
+            saved_step = done
+        if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
+            evaluate_run(run, step=done, when="step")
+        if result.stop_requested:
+            run.console.message(f"stopped on request after step {done}; start again to go on")
+            break
+    if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
+        evaluate_run(run, step=run.num_steps, when="end")
+    run.console.message(
+        f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
+        f"newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
+    )
+    run.finish()
+
+
+def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatches]]:
+    """Each step with the seconds spent waiting for its data and the moment the wait began."""
+    while True:
+        started = time.perf_counter()
+        step_batches = next(steps, None)
+        if step_batches is None:
+            return
+        yield time.perf_counter() - started, started, step_batches
+
+
+def log_step(
+    run: Run,
+    step_batches: StepBatches,
+    result: StepResult,
+    rates: dict[str, float],
+    waited_seconds: float,
+    step_seconds: float,
+) -> None:
+    """The figures of one step, to console, metrics.jsonl and tracker. Wall-clock, data wait included."""
+    memory = torch.cuda.max_memory_allocated() / 2**30 if run.rank.device.type == "cuda" else None
+    figures: dict[str, Any] = {
+        "step": step_batches.cursor.step,
+        "epoch": step_batches.cursor.epoch,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rates": rates,
+        "source_losses": {run.source_names[i]: loss for i, loss in result.source_losses.items()},
+        "tokens": step_batches.num_tokens,
+        "supervised_tokens": step_batches.num_supervised_tokens,
+        "patches": step_batches.num_patches,
+        "fill": step_batches.fill,
+        "skipped_samples": result.num_skipped_samples,
+        "step_seconds": step_seconds,
+        "tokens_per_second": step_batches.num_tokens / step_seconds,
+        "patches_per_second": step_batches.num_patches / step_seconds,
+        "data_wait_fraction": waited_seconds / step_seconds,
+        "memory_gib": memory,
+    }
+    run.console.metrics(figures)
+    run.tracker.log(figures, step_batches.cursor.step)
+
+
+def evaluate_run(run: Run, *, step: int, when: str) -> None:
+    """Held-out figures of each source, to console, evaluations.jsonl and tracker."""
+    if run.held_out is None:
+        return
+    batches = evaluation_batches(run.held_out, run.cfg, run.rank.index, run.rank.dp_size)
+    figures = evaluate(run.engine, batches, run.held_out.source_names)
+    if not run.rank.is_first:
+        return
+    record_evaluation(
+        run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
+    )
+    run.console.table(
+        f"held-out samples, stage {run.cfg.stage.number}, step {step}",
+        [
+            {
+                "source": name,
+                "samples": f"{row['samples']}",
+                "loss": f"{row['loss']:.3f}",
+                "accuracy": f"{row['accuracy']:.0%}",
+                "chance": f"{row['chance']:.0%}",
+            }
+            for name, row in figures.items()
+        ],
+    )
+    run.tracker.log({"held_out": figures}, step)
+
+
+def save_run(run: Run) -> None:
+    """A checkpoint of the run as it stands: the next step to do is ``run.cursor``."""
+    save_checkpoint(
+        run.folder / "checkpoints",
+        run.cursor.step,
+        engine=run.engine,
+        write_weights=run.write_weights,
+        resume=run.resume_state(),
+        rank=run.rank,
+        keep=run.cfg.run.keep_checkpoints,
+    )
+
+
+def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -> None:
+    """Stop when the loss or the gradient is no number any more: every later step would be worthless.
+
+    Raises RuntimeError on every rank, since the figures are the same on all.
+    """
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+        return
+    keys = sorted({key for batch in step_batches.batches for key in batch.segment_keys})
+    raise RuntimeError(
+        f"step {step_batches.cursor.step}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops; its "
+        f"newest checkpoint in {run.folder / 'checkpoints'} is from before this step. Samples of this rank in the "
+        f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at them with these keys, or lower "
+        "the learning rates."
+    )
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGUSR1 (what schedulers send before they kill) into a flag that the step shares."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+

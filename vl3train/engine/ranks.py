@@ -1,0 +1,90 @@
+"""Which process this is, which device it drives, and how processes start and leave together."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from vl3train.config.schema import Device, MachineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """One data-parallel process."""
+
+    index: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all: prints, writes logs."""
+        return self.index == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def agree(self, problem: str | None) -> None:
+        """Raise on every rank what any rank found, so that none is left waiting for the others.
+
+        Raises RuntimeError with the first problem any rank reports; returns where all report None.
+        """
+        found: list[str | None] = [None] * self.dp_size
+        dist.all_gather_object(found, problem)
+        if first := next((text for text in found if text), None):
+            raise RuntimeError(first)
+
+
+def launched_dp_size() -> int:
+    """Number of processes of this launch, as torchrun tells it; 1 for a plain ``python -m vl3train.train``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the launch; usable before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join(machine: MachineConfig) -> Rank:
+    """Join the process group: nccl on GPUs, gloo on CPU. A plain ``python`` call becomes a world of one."""
+    cuda = machine.device is Device.cuda or (machine.device is Device.auto and torch.cuda.is_available())
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed else guesses, and warns
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # Long, because rank 0 may index shards while the others wait.
+        timeout = datetime.timedelta(hours=4)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        device_id = device if cuda else None
+        if "MASTER_PORT" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        else:  # a world of one needs no meeting point, so runs side by side cannot collide on a port
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+            )
+    return Rank(index=dist.get_rank(), dp_size=dist.get_world_size(), device=device)
+
+
+def leave(exit_code: int = 0) -> None:
+    """End this process after all ranks are done.
+
+    ``os._exit`` after a barrier: the destructors of a gloo group abort now and then ("terminate called without
+    an active exception"), which turns a finished run into a failed one.
+    """
+    if exit_code == 0 and dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

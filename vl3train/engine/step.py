@@ -1,0 +1,71 @@
+"""One optimizer step, as the sentence that defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vl3train.contracts.records import Batch
+from vl3train.engine.zero import Zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did, over all ranks."""
+
+    loss: float  # mean over every supervised token of the global batch
+    grad_norm: float  # before clipping
+    source_losses: dict[int, float]  # mean over the supervised tokens of each source
+    num_skipped_samples: int
+    stop_requested: bool  # a rank was asked to stop (SIGTERM)
+
+
+def train_step(
+    engine: Zero,
+    micro_batches: Sequence[Batch],
+    *,
+    num_supervised_tokens: int,
+    num_sources: int,
+    stop_requested: bool,
+) -> StepResult:
+    """One optimizer step over one global batch.
+
+    The loss is the sum over every supervised token of the global batch divided by their number, known from the
+    plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
+    """
+    totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=engine.rank.device)
+    for position, batch in enumerate(micro_batches):
+        output = engine.forward(batch)
+        engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
+        totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
+        if position < len(micro_batches) - 1:
+            engine.finish_micro_batch()
+    grad_norm = engine.step()
+
+    totals[0] = sum(batch.num_skipped_samples for batch in micro_batches)
+    totals[1] = stop_requested
+    sums = engine.sum_over_ranks(totals).tolist()
+    losses, counts = sums[2 : 2 + num_sources], sums[2 + num_sources :]
+    return StepResult(
+        loss=sum(losses) / max(num_supervised_tokens, 1),
+        grad_norm=float(grad_norm),
+        source_losses={
+            source: loss / count for source, (loss, count) in enumerate(zip(losses, counts, strict=True)) if count
+        },
+        num_skipped_samples=int(sums[0]),
+        stop_requested=bool(sums[1]),
+    )
+
+
+def losses_by_source(token_losses_U: Tensor, batch: Batch, num_sources: int) -> Tensor:
+    """Sums of the token losses of each source, then numbers of their tokens: (2 * num_sources,) float64."""
+    device = token_losses_U.device
+    source_of_segment_S = torch.tensor(batch.segment_sources, device=device).clamp(min=0)
+    source_U = source_of_segment_S[batch.supervised_segments.to(device)]
+    result = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
+    result[:num_sources].index_add_(0, source_U, token_losses_U.double())
+    result[num_sources:].index_add_(0, source_U, torch.ones_like(token_losses_U, dtype=torch.float64))
+    return result

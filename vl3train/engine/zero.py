@@ -1,0 +1,131 @@
+"""The only door to DeepSpeed: forward, backward, step, and the state a checkpoint keeps.
+
+DeepSpeed by default divides by accumulation steps and averages over ranks. Both are undone here and nowhere
+else, so that the gradient of a step is that of the loss the step defines: the sum over its supervised tokens
+divided by their number in the global batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vl3train.config.schema import Dtype, MachineConfig, OptimConfig
+from vl3train.contracts.records import Batch
+from vl3train.engine.ranks import Rank
+
+# On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+class Zero:
+    """A model under DeepSpeed ZeRO."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        machine: MachineConfig,
+        optim: OptimConfig,
+        num_micro_batches: int,
+        rank: Rank,
+    ) -> None:
+        self.rank = rank
+        self.zero_stage = machine.zero_stage
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
+            dist_init_required=False,
+        )
+
+    def forward(self, batch: Batch) -> Any:
+        """The model's output for one micro-batch on this rank's device."""
+        return self.engine(batch.to(self.rank.device))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
+        self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
+
+    def step(self) -> float | Tensor:
+        """Clip and update once the last micro-batch is in; returns the L2 norm of the gradients before clipping."""
+        if self.zero_stage == 0:
+            # DeepSpeed keeps no norm in this case. The last backward has already reduced the gradients.
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        return self.engine.get_global_grad_norm()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum over ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def finish_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch which is not the step's last one is done."""
+        self.engine.step()
+
+    def train(self, training: bool) -> None:
+        """Switch dropout and activation checkpointing on or off."""
+        self.engine.train(training)
+
+    def full_parameters(self, name: str, parameter: torch.nn.Parameter) -> Tensor | None:
+        """One whole parameter on rank 0's CPU, None elsewhere. Every rank must call this in the same order."""
+        if self.zero_stage < 3:
+            return parameter.detach().cpu() if self.rank.is_first else None
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone() if self.rank.is_first else None
+
+    def full_state_dict(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Whole weights of ``module`` on rank 0's CPU; empty on other ranks. Tied weights appear once.
+
+        Every rank must call this: under ZeRO-3 it gathers.
+        """
+        state = {}
+        for name, parameter in module.named_parameters():
+            whole = self.full_parameters(name, parameter)
+            if whole is not None:
+                state[name] = whole
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and DeepSpeed's counters; every rank its share."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage."""
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no state under {folder}")
+
+
+def deepspeed_config(
+    machine: MachineConfig, optim: OptimConfig, num_micro_batches: int, dp_size: int
+) -> dict[str, Any]:
+    """The DeepSpeed settings of a run. One micro-batch is one pack, so its batch size is 1."""
+    bf16 = machine.dtype is Dtype.bfloat16
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_micro_batches,
+        "train_batch_size": num_micro_batches * dp_size,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": {"stage": machine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if bf16 and machine.zero_stage in (1, 2):
+        # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
