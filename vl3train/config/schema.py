@@ -58,7 +58,7 @@ class Tracker(Enum):
 
 
 class WandbMode(Enum):
-    """``auto`` is online when a key is set, else offline: nothing is lost, ``wandb sync`` uploads it later."""
+    """``auto`` is online when a key is set, else offline: ``wandb sync`` uploads it later."""
 
     auto = "auto"
     online = "online"
@@ -79,7 +79,7 @@ class StageConfig:
     """Data mixture the paper uses here; ``data.recipe`` replaces it."""
 
     learning_rates: dict[str, float] = MISSING
-    """One peak learning rate for each part this stage trains. A part not named is frozen, its tied head too."""
+    """Peak learning rate of each part this stage trains. A part not named is frozen, a tied head too."""
 
     image_merge_size: int = 1
     """Side of the patch square merged into one visual token of an image."""
@@ -125,7 +125,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Which samples, and how they are rendered. Published values; the class defaults of transformers differ."""
+    """Which samples, and how they are rendered. Published values; transformers' class defaults differ."""
 
     recipe: str | None = None
     """Recipe name (data_recipes/NAME.yaml) or a path to a recipe file. Unset: the stage's own."""
@@ -256,7 +256,7 @@ class AdapterConfig:
     """none trains the parts in full; lora adds adapters to ``parts`` and freezes their full weights."""
 
     parts: list[str] = field(default_factory=lambda: ["language_model"])
-    """Parts that get adapters: language_model, vision_encoder. Other parts named in the stage train in full."""
+    """Parts that get adapters: language_model, vision_encoder. Other parts of the stage train in full."""
 
     rank: int = 64
     """Rank of each adapter."""
@@ -323,8 +323,8 @@ class RunConfig:
     """Evaluate every so many steps as well. 0: never in between."""
 
     stop_after_steps: int | None = None
-    """Save and stop cleanly after this many steps of this launch: for time-limited queues. The schedule is that
-    of the whole run."""
+    """Save and stop cleanly after this many steps of this launch: for time-limited queues. The schedule is
+    that of the whole run."""
 
 
 @dataclass(kw_only=True, slots=True)

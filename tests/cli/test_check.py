@@ -1,0 +1,125 @@
+"""``vl3train check`` shows what would be trained, or every problem, without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+import vl3train
+from vl3train.cli import check
+from vl3train.cli.main import main
+from vl3train.config.problems import ConfigError
+
+RECIPE = """\
+name: mine
+about: two sources
+sources:
+  - {name: pictures, shards: pictures}
+  - {name: words, shards: words, weight: 0.5}
+"""
+
+
+@pytest.fixture
+def with_data(workplace: Path) -> Path:
+    (workplace / "mine.yaml").write_text(RECIPE)
+    for name in ("pictures", "words"):
+        (workplace / "data" / name).mkdir()
+        (workplace / "data" / name / "00000.tar").touch()
+    return workplace
+
+
+GOOD = ("stage=1", "model=2b", "data.recipe=mine.yaml")
+
+
+def test_a_good_config_is_summarised(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["check", *GOOD]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "stage 1: 1_encoder_adaptation, model 2b",
+        "vision_encoder │ in full │ 1e-05 │ 412,147,440",
+        "projector │ in full │ 0.001 │ 4,131,840",
+        "language_model │ frozen │",
+        "starts from vision encoder google/siglip-so400m-patch14-384, language model Qwen/Qwen2.5-",
+        "16 packs (8 ranks x 2) of 16,384 tokens and 65,536 patches: 262,144 tokens, at most 128 samples",
+        "merge size 1 for images, 2 for clips; no pruning",
+        "recipe mine, 2 sources under data",
+        "words, weight 0.5",
+    ):
+        assert expected in words, words
+
+
+def test_adapters_are_shown(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    assert (
+        main(["check", "stage=2", "stage.init_from=checkpoint", "data.recipe=mine.yaml", "adapter=lora"]) == 0
+    )
+    words = " ".join(capsys.readouterr().out.split())
+    assert "language_model │ LoRA, rank 64 │ 1e-05" in words
+    assert "starts from the checkpoint checkpoint" in words
+
+
+def test_five_planted_mistakes_are_five_numbered_problems(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    mistakes = (
+        "step.max_tokns=8192",
+        "machine.attention=flash",
+        "step.global_packs=12",
+        "stage.learning_rates.projector=-1",
+        "data.recipe=mien",
+    )
+    assert main(["check", *GOOD, *mistakes]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "5 problems: this run cannot start"
+    numbered = [line for line in lines if line[:1].isdigit() and line[1:3] == ". "]
+    assert numbered == [
+        "1. step.max_tokns=8192",
+        "2. machine.attention=flash",
+        "3. stage.learning_rates.projector=-1.0",
+        "4. step.global_packs=12",
+        "5. data.recipe=mien",
+    ]
+    assert "   -> did you mean step.max_tokens?" in lines
+    assert "   -> take 8 or 16" in lines
+
+
+def test_shards_that_are_missing_are_problems(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    (with_data / "data" / "words" / "00000.tar").unlink()
+    assert main(["check", *GOOD]) == 1
+    assert "words: data/words" in capsys.readouterr().out
+
+
+def test_a_stage_can_be_checked_before_the_one_it_starts_from(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    later = ("check", "stage=2", "data.recipe=mine.yaml", "stage.init_from=runs/2b/1_encoder_adaptation")
+    assert main([*later]) == 1
+    assert main([*later, "--ahead"]) == 0
+    assert "which is not there yet" in capsys.readouterr().out
+    assert main(["check", "stage=2", "data.recipe=mine.yaml", "--ahead"]) == 1
+
+
+def test_what_is_checked_is_what_is_trained(with_data: Path):
+    parser = ArgumentParser()
+    check.add_arguments(parser)
+    assert check.check_config(parser.parse_args([*GOOD]), dp_size=4).machine.dp_size == 4
+    with pytest.raises(ConfigError, match=r"step\.global_packs=16: does not divide over machine\.dp_size=3"):
+        check.check_config(parser.parse_args([*GOOD]), dp_size=3)
+
+
+def test_check_needs_no_torch(with_data: Path):
+    code = (
+        "import sys\n"
+        "from vl3train.cli.main import main\n"
+        f"code = main(['check', *{GOOD!r}])\n"
+        "print(code, [name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(vl3train.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"

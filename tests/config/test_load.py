@@ -1,0 +1,163 @@
+"""Reading a config: what wins over what, and mistakes told all at once in plain words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vl3train.config.load import group_choices, load_config, load_run_config, read_config, save_config
+from vl3train.config.problems import ConfigError
+from vl3train.config.schema import Attention, Dtype, TrainConfig, as_plain
+
+STAGE_1 = ["stage=1_encoder_adaptation"]
+
+
+def read(*overrides: str, **options: object) -> TrainConfig:
+    cfg, found = read_config(list(overrides), **options)  # type: ignore[arg-type]
+    assert found == []
+    assert cfg is not None
+    return cfg
+
+
+def told(*overrides: str, **options: object) -> list[str]:
+    return [str(problem) for problem in read_config(list(overrides), **options)[1]]  # type: ignore[arg-type]
+
+
+def test_a_config_is_typed_objects(workplace: Path):
+    cfg = load_config([*STAGE_1, "machine=cpu", "machine.attention=reference", "run.num_steps=3"])
+    assert cfg.machine.dtype is Dtype.float32
+    assert cfg.machine.attention is Attention.reference
+    assert cfg.stage.learning_rates == {"vision_encoder": 1e-5, "projector": 1e-3}
+    assert cfg.run.num_steps == 3
+    assert cfg.run.output_dir == "runs/2b/1_encoder_adaptation"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_stage_can_be_called_by_its_number(number: int):
+    assert read(f"stage={number}").stage.number == number
+
+
+def test_the_demo_takes_the_recipe_of_the_stage():
+    assert read("stage=3", "data=demo").data.recipe == "demo_stage3"
+
+
+def test_the_launch_counts_the_ranks():
+    assert read(*STAGE_1, dp_size=4).machine.dp_size == 4
+    [problem] = told(*STAGE_1, "machine.dp_size=2", dp_size=4)
+    assert problem.startswith("machine.dp_size=2: the launch has 4 ranks")
+
+
+def test_a_dict_is_replaced_and_its_entries_can_be_set_and_removed():
+    one = read("stage=2", "stage.learning_rates={projector: 1e-4}")
+    assert one.stage.learning_rates == {"projector": 1e-4}
+    frozen = read("stage=2", "~stage.learning_rates.language_model", "stage.learning_rates.projector=2e-5")
+    assert frozen.stage.learning_rates == {"vision_encoder": 2e-6, "projector": 2e-5}
+    assert read("stage=2", "model.learning_rates.projector=1").model.learning_rates == {"projector": 1.0}
+
+
+def test_a_file_lies_over_the_groups_and_under_the_command_line(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "stage: 2\nmodel: 7b\nstep: {max_tokens: 4096, global_packs: 32}\nmachine: {zero_stage: 3}\n"
+    )
+    cfg = read("step.global_packs=64", config_file=file)
+    assert (cfg.stage.number, cfg.model.name, cfg.machine.zero_stage) == (2, "7b", 3)
+    assert (cfg.step.max_tokens, cfg.step.global_packs) == (4096, 64)
+    assert read("stage=3", config_file=file).stage.number == 3
+
+
+def test_groups_of_the_users_own(tmp_path: Path):
+    (tmp_path / "stage").mkdir()
+    file = tmp_path / "stage" / "5_mine.yaml"
+    file.write_text("number: 4\nname: 5_mine\nrecipe: stage4\nlearning_rates: {projector: 1e-3}\n")
+    assert read("stage=5", config_dir=tmp_path).stage.name == "5_mine"
+    assert "5_mine" in group_choices("stage", tmp_path)
+    file.write_text("number: 4\nname: 5_mine\nrecipe: stage4\nlearning_rats: {projector: 1e-3}\n")
+    [problem] = told("stage=5", config_dir=tmp_path)
+    assert problem.startswith("stage.learning_rats: In 'stage/5_mine'")
+    assert problem.endswith("did you mean stage.learning_rates?")
+    file.write_text("number: [")
+    assert "5_mine.yaml" in told("stage=5", config_dir=tmp_path)[0]
+
+
+def test_a_file_that_would_hide_behind_a_shipped_one_is_refused(tmp_path: Path):
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "cpu.yaml").write_text("dp_size: 7\n")
+    assert "give yours another name" in told("stage=1", "machine=cpu", config_dir=tmp_path)[0]
+
+
+def test_a_saved_config_is_read_back_whole(workplace: Path):
+    cfg = read("stage=4", "model=7b", "adapter=lora", "run.num_steps=7", "tracking=wandb")
+    save_config(cfg, workplace / "config.yaml")
+    assert as_plain(load_run_config(workplace)) == as_plain(cfg)
+
+
+def test_mistakes_are_told_all_at_once_with_what_exists():
+    found = told(
+        "stage=1",
+        "modl=7b",
+        "step.max_tokns=5",
+        "max_frames=9",
+        "step.max_tokens=many",
+        "machine.attention=flash",
+        "run.num_steps=1.5",
+        "optim.beta1",
+        "model=dbug",
+        "run.seed=1,2",
+        "~step.fill",
+    )
+    expected = [
+        "modl=7b: no such option; did you mean model?",
+        "step.max_tokns=5: no such option; did you mean step.max_tokens?",
+        "max_frames=9: no such option; did you mean data.max_frames?",
+        "step.max_tokens=many: is of the wrong kind; it takes a whole number",
+        "machine.attention=flash: is of the wrong kind; it takes one of auto, flash_attn,",
+        "run.num_steps=1.5: is of the wrong kind; it takes a whole number, or null",
+        "optim.beta1: is not key=value",
+        "model=dbug: no such choice; did you mean debug? there is 2b, 7b, debug",
+        "run.seed=1,2: is several values; give one",
+        "~step.fill: only an entry of a dict",
+    ]
+    for start in expected:
+        assert any(problem.startswith(start) for problem in found), (start, found)
+    assert len(found) == len(expected)
+
+
+def test_all_that_must_be_set_is_asked_for_at_once(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stage: {number: 2}\n")
+    keys = {problem.key for problem in read_config([], config_file=file)[1]}
+    assert {"stage.name", "stage.recipe", "stage.learning_rates"} <= keys
+
+
+def test_a_run_without_a_stage_is_told_the_stages():
+    [problem] = told()
+    assert "no stage is chosen" in problem
+    assert "4_video_finetuning" in problem
+
+
+def test_load_config_refuses_what_the_rules_refuse(workplace: Path):
+    with pytest.raises(ConfigError) as refused:
+        load_config(["stage=2", "step.global_packs=7", "machine=cpu", "step.fill=x"])
+    assert [problem.key for problem in refused.value.problems] == [
+        "step.fill",
+        "stage.init_from",
+        "step.global_packs",
+    ]
+    assert str(refused.value).splitlines()[0] == "3 problems in the configuration:"
+
+
+def test_reading_a_config_is_fast_and_needs_no_torch():
+    code = (
+        "import sys, vl3train.config.load as load\n"
+        "load.read_config(['stage=1', 'model=2b'])\n"
+        "print([name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert time.monotonic() - started < 10  # about 0.5 s on an idle core

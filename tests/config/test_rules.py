@@ -1,0 +1,165 @@
+"""Each rule refuses what it is for, names key and way out, and lets the published configs through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import write_config_json
+from vl3train.config.load import read_config, save_config
+from vl3train.config.paths import resolve_weights
+from vl3train.config.ranges import RANGES
+from vl3train.config.rules import adapter_rates, effective_learning_rates, full_rates, problems
+from vl3train.config.schema import TrainConfig
+from vl3train.config.start import starts_from
+
+
+def config(*overrides: str) -> TrainConfig:
+    cfg, found = read_config(["machine=one_node", *overrides])
+    assert cfg is not None
+    assert found == []
+    return cfg
+
+
+def keys(*overrides: str) -> list[str]:
+    return [problem.key for problem in problems(config(*overrides))]
+
+
+def only_problem(*overrides: str) -> str:
+    [problem] = problems(config(*overrides))
+    return str(problem)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("step.global_packs=12", "step.global_packs"),
+        ("data.max_visual_tokens=16384", "data.max_visual_tokens"),
+        ("step.max_patches=40959", "step.max_patches"),
+        ("data.min_frames=181", "data.min_frames"),
+        ("data.image_min_pixels=4000000", "data.image_min_pixels"),
+        ("stage.learning_rates.head=1e-5", "stage.learning_rates.head"),
+        ("stage.learning_rates.projector=0", "stage.learning_rates.projector"),
+        ("model.learning_rates.projector=-1e-3", "model.learning_rates.projector"),
+        ("stage.learning_rates={}", "stage.learning_rates"),
+        ("stage.init_from=checkpoint", "stage.init_from"),
+        ("model.vision_encoder_from=null", "model.vision_encoder_from"),
+        ("model.language_model_from=data/nothing", "model.language_model_from"),
+        ("model.language_model_from=data/parts/vision_encoder", "model.language_model_from"),
+        ("model.tokenizer_from=data", "model.tokenizer_from"),
+        ("machine.zero_stage=0", "machine.zero_stage"),
+        ("machine.zero_stage=4", "machine.zero_stage"),
+        ("data.root=elsewhere", "data.root"),
+        ("stage.image_merge_size=0", "stage.image_merge_size"),
+        ("optim.warmup_fraction=1", "optim.warmup_fraction"),
+        ("run.num_steps=0", "run.num_steps"),
+        ("run.num_epochs=0", "run.num_epochs"),
+        ("step.fill=1.01", "step.fill"),
+    ],
+)
+def test_one_mistake_is_one_problem(workplace: Path, override: str, key: str):
+    assert keys("stage=1") == []
+    assert keys("stage=1", override) == [key]
+
+
+def test_the_problem_names_value_and_way_out(workplace: Path):
+    text = only_problem("stage=1", "step.global_packs=12")
+    assert text == "step.global_packs=12: does not divide over machine.dp_size=8 ranks; take 8 or 16"
+
+
+def test_five_mistakes_are_five_problems(workplace: Path):
+    assert keys(
+        "stage=2", "step.global_packs=7", "optim.beta1=1", "machine.zero_stage=0", "data.root=elsewhere"
+    ) == ["optim.beta1", "stage.init_from", "step.global_packs", "machine.zero_stage", "data.root"]
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+def test_no_number_may_be_infinite_or_far_below_zero(workplace: Path, key: str):
+    cfg = config("stage=1")
+    section, option = key.split(".")
+    for value in (-5, float("inf"), float("nan")):
+        object.__setattr__(getattr(cfg, section), option, value)
+        assert key in [problem.key for problem in problems(cfg)]
+
+
+def test_kernels_and_number_formats(workplace: Path):
+    on_cpu = ("stage=1", "machine=cpu")
+    assert keys(*on_cpu) == []
+    assert keys(*on_cpu, "machine.attention=flash_attn") == ["machine.attention", "machine.attention"]
+    assert keys("stage=1", "machine.dtype=float32", "machine.attention=torch_varlen") == ["machine.attention"]
+    assert keys("stage=1", "machine.dtype=float32", "machine.zero_stage=0") == []
+
+
+def test_later_stages_need_a_start(workplace: Path):
+    assert "would start from nothing" in only_problem("stage=2")
+    assert "no such folder" in only_problem("stage=2", "stage.init_from=data/nothing")
+    assert "hf download org/name" in only_problem("stage=2", "stage.init_from=org/name")
+    assert "holds a qwen2 model" in only_problem("stage=2", "stage.init_from=data/parts/language_model")
+    assert "no config.json" in only_problem("stage=2", "stage.init_from=data")
+    assert keys("stage=2", "stage.init_from=checkpoint") == []
+
+
+def make_run(folder: Path, *overrides: str) -> Path:
+    """A run's output folder as the engine leaves it, with one checkpoint."""
+    write_config_json(folder / "checkpoints" / "step_00000010" / "weights", "video_llama_3")
+    (folder / "checkpoints" / "latest").write_text("step_00000010")
+    save_config(config(*overrides), folder / "config.yaml")
+    return folder
+
+
+def test_a_run_folder_stands_for_its_latest_weights(workplace: Path):
+    run = make_run(workplace / "runs" / "one", "stage=1")
+    weights = run / "checkpoints" / "step_00000010" / "weights"
+    assert resolve_weights(run) == weights
+    assert resolve_weights(weights.parent) == weights
+    assert resolve_weights(weights) == weights
+    started = config("stage=2", f"stage.init_from={run}")
+    assert problems(started) == []
+    assert starts_from(started) == f"1_encoder_adaptation in {run}, step_00000010"
+    (run / "checkpoints" / "latest").unlink()
+    assert "no complete checkpoint" in only_problem("stage=2", f"stage.init_from={run}")
+
+
+def test_a_stage_is_not_skipped_by_mistake(workplace: Path):
+    run = make_run(workplace / "runs" / "one", "stage=1")
+    assert "stage 2 comes between" in only_problem("stage=3", f"stage.init_from={run}")
+    weights = resolve_weights(run)
+    assert keys("stage=3", f"stage.init_from={weights}") == []
+    assert "own run.output_dir" in only_problem("stage=2", f"stage.init_from={run}", f"run.output_dir={run}")
+
+
+def test_adapters_alone_are_no_start(workplace: Path):
+    run = make_run(workplace / "runs" / "lora", "stage=1")
+    weights = resolve_weights(run)
+    weights.rename(weights.with_name("adapter"))
+    assert "holds adapters only" in only_problem("stage=2", f"stage.init_from={run}")
+
+
+def test_adapters(workplace: Path):
+    start = ("stage=2", "stage.init_from=checkpoint", "adapter=lora")
+    assert keys(*start) == []
+    assert keys(*start, "adapter.parts=[projector,language_model]") == ["adapter.parts"]
+    assert keys(*start, "adapter.parts=[vision_encoder]") == ["adapter.parts"]  # beside a full language model
+    assert keys(*start, "adapter.rank=0") == ["adapter.rank"]
+    assert keys("stage=1", "adapter=lora") == ["adapter.learning_rate"]
+    assert keys("stage=1", "adapter=lora", "adapter.learning_rate=1e-4") == []
+    cfg = config(*start, "adapter.learning_rate=1e-4")
+    assert adapter_rates(cfg) == {"language_model": 1e-4}
+    assert full_rates(cfg) == {"vision_encoder": 2e-6, "projector": 1e-5}
+
+
+def test_the_models_rate_replaces_the_stages_and_trains_no_other_part(workplace: Path):
+    cfg = config("stage=1", "model.learning_rates={projector: 5e-3, language_model: 1e-3}")
+    assert effective_learning_rates(cfg) == {"vision_encoder": 1e-5, "projector": 5e-3}
+
+
+def test_wandb_online_needs_a_key(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    online = ("stage=1", "tracking=wandb", "tracking.mode=online")
+    assert keys("stage=1", "tracking=wandb") == []
+    assert keys(*online) == ["tracking.mode"]
+    (workplace / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert keys(*online) == []
+    (workplace / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert keys(*online) == []

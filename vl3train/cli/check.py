@@ -1,0 +1,176 @@
+"""Show what a config would train, or everything that is wrong with it. Needs no GPU and about a second.
+
+examples:
+  vl3train check stage=1 model=debug data=demo machine=cpu
+  vl3train check stage=3 model=2b stage.init_from=runs/2b/2_alignment step.max_tokens=8192
+  vl3train check --config my_run.yaml
+"""
+
+from __future__ import annotations
+
+import textwrap
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vl3train.config.load import add_config_arguments, read_config
+from vl3train.config.problems import ConfigError, Problem, show
+from vl3train.config.rules import adapter_rates, full_rates, problems
+from vl3train.config.schema import PARTS, AdapterKind, TrainConfig
+from vl3train.config.start import starts_from
+from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train check``."""
+    add_config_arguments(parser)
+    ahead = "check a stage ahead of time: what stage.init_from names need not be there yet"
+    parser.add_argument("--ahead", action="store_true", help=ahead)
+
+
+def main(args: Namespace) -> int:
+    """Print the summary and return 0, or all problems and return 1."""
+    console = Console(highlight=False, soft_wrap=True)
+    cfg, recipe, found = examine(args)
+    if args.ahead and cfg is not None and cfg.stage.init_from is not None:
+        found = [problem for problem in found if problem.key != "stage.init_from"]
+    if cfg is None or recipe is None or found:
+        print_problems(console, found)
+        return 1
+    print_summary(console, cfg, recipe)
+    return 0
+
+
+def check_config(args: Namespace, dp_size: int | None = None) -> TrainConfig:
+    """The config of a run that may start: for commands that took add_config_arguments.
+
+    ``dp_size`` is the number of ranks that the launch has; a machine.dp_size that says another is refused.
+    Raises ConfigError with everything that is wrong, also with the recipe.
+    """
+    cfg, _, found = examine(args, dp_size)
+    if cfg is None or found:
+        raise ConfigError(found)
+    return cfg
+
+
+def examine(
+    args: Namespace, dp_size: int | None = None
+) -> tuple[TrainConfig | None, Recipe | None, list[Problem]]:
+    """The config, its recipe, and all that is wrong with either."""
+    cfg, found = read_config(
+        args.overrides, config_file=args.config, config_dir=args.config_dir, dp_size=dp_size
+    )
+    if cfg is None:
+        return None, None, found
+    recipe, in_recipe = check_recipe(cfg)
+    return cfg, recipe, [*found, *problems(cfg), *in_recipe]
+
+
+def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe the run would read, and what is wrong with it."""
+    name = cfg.data.recipe or cfg.stage.recipe
+    try:
+        recipe = load_recipe(name, cfg.data.root)
+    except ValueError as error:
+        return None, [Problem("data.recipe", name, str(error).removeprefix(f"data.recipe={name}: "), "")]
+    if not Path(cfg.data.root).expanduser().is_dir():
+        return recipe, []  # data.root is a problem of its own; every source would be missing
+    return recipe, [Problem("data.recipe", name, text, "") for text in recipe_problems(recipe, cfg.data.root)]
+
+
+def print_problems(console: Console, found: list[Problem]) -> None:
+    """All problems, numbered: key and value, what is wrong, the way out."""
+    count = f"{len(found)} problem{'s' if len(found) != 1 else ''}"
+    console.print(Text(f"{count}: this run cannot start", style="bold red"))
+    for number, problem in enumerate(found, start=1):
+        named = problem.key if problem.value == "" else f"{problem.key}={show(problem.value)}"
+        console.print(Text.assemble(f"{number}. ", (named, "bold")))
+        console.print(Text(textwrap.indent(problem.what, "   ")))
+        if problem.way_out:
+            console.print(Text(f"   -> {problem.way_out}", style="green"))
+
+
+def print_summary(console: Console, cfg: TrainConfig, recipe: Recipe) -> None:
+    """What the run trains, on what, with which batch, from where."""
+    table = Table(
+        title=f"stage {cfg.stage.number}: {cfg.stage.name}, model {cfg.model.name}", title_justify="left"
+    )
+    table.add_column("part")
+    table.add_column("trained")
+    table.add_column("learning rate", justify="right")
+    table.add_column("parameters", justify="right")
+    for row in part_rows(cfg):
+        table.add_row(*row)
+    console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, text in [*facts_of(cfg), ("data", describe_recipe(recipe, cfg))]:
+        facts.add_row(name, Text(text))
+    console.print(facts)
+
+
+def part_rows(cfg: TrainConfig) -> list[tuple[str, str, str, str]]:
+    """For each part: its name, how it is trained, its peak rate, its parameters."""
+    full, adapted = full_rates(cfg), adapter_rates(cfg)
+    rows = []
+    for part in PARTS:
+        size = cfg.model.num_parameters.get(part)
+        count = "" if size is None else f"{size:,}"
+        if part in adapted:
+            rows.append((part, f"LoRA, rank {cfg.adapter.rank}", f"{adapted[part]:g}", f"{count} frozen"))
+        elif part in full:
+            rows.append((part, "in full", f"{full[part]:g}", count))
+        else:
+            rows.append((part, "frozen", "", count))
+    return rows
+
+
+def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
+    """Everything else worth a look before a run, by name."""
+    step, data, machine, optim, run = cfg.step, cfg.data, cfg.machine, cfg.optim, cfg.run
+    per_rank = step.global_packs // machine.dp_size
+    samples = "as many samples as fit" if step.max_samples is None else f"at most {step.max_samples} samples"
+    pruning = "repeated patches of clips are pruned" if cfg.stage.prune_frames else "no pruning"
+    kept = "computed again in the backward pass" if machine.activation_checkpointing else "kept"
+    length = f"{run.num_epochs:g} virtual epochs" if run.num_steps is None else f"{run.num_steps} steps"
+    facts = [
+        ("starts from", starts_from(cfg)),
+        (
+            "global batch",
+            f"{step.global_packs} packs ({machine.dp_size} ranks x {per_rank}) of {step.max_tokens:,} tokens "
+            f"and {step.max_patches:,} patches: {step.global_packs * step.max_tokens:,} tokens, {samples}",
+        ),
+        (
+            "pictures",
+            f"merge size {cfg.stage.image_merge_size} for images, {cfg.stage.video_merge_size} for clips; "
+            f"{pruning}; {data.fps:g} frames a second, at most {data.max_frames}; "
+            f"at most {data.max_visual_tokens:,} visual tokens a sample",
+        ),
+        (
+            "schedule",
+            f"{length}, {show(optim.schedule)}, {optim.warmup_fraction:.0%} warm-up, "
+            f"weight decay {optim.weight_decay:g}, gradients clipped to {optim.max_grad_norm:g}",
+        ),
+        (
+            "machine",
+            f"device {show(machine.device)}, {show(machine.dtype)}, ZeRO-{machine.zero_stage}, "
+            f"attention {show(machine.attention)}, activations {kept}",
+        ),
+        ("figures", "console and metrics.jsonl" + (", W&B" if show(cfg.tracking.kind) == "wandb" else "")),
+        ("output", run.output_dir),
+    ]
+    if cfg.adapter.kind is AdapterKind.lora:
+        adapter = cfg.adapter
+        text = f"rank {adapter.rank}, alpha {adapter.alpha}, dropout {adapter.dropout:g}"
+        facts.insert(1, ("adapters", f"LoRA on {', '.join(adapter.parts)}: {text}"))
+    return facts
+
+
+def describe_recipe(recipe: Recipe, cfg: TrainConfig) -> str:
+    """The recipe's sources with their weights, one a line."""
+    head = f"recipe {recipe.name}, {len(recipe.sources)} sources under {cfg.data.root}"
+    return "\n".join([head, *(f"  {source.name}, weight {source.weight:g}" for source in recipe.sources)])

@@ -1,0 +1,47 @@
+"""The options that exist, read off the schema, and words for what they take."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from vl3train.config import schema
+from vl3train.config.schema import TrainConfig
+
+GROUPS = ("stage", "model", "data", "machine", "adapter", "tracking")
+SECTIONS = {section.name: section.default_factory for section in fields(TrainConfig)}
+OPTIONS: dict[str, Any] = {
+    f"{name}.{option}": hint
+    for name, cls in SECTIONS.items()
+    for option, hint in typing.get_type_hints(cls, vars(schema)).items()
+}
+"""Type of every option, by its full name."""
+
+
+def kind_of(hint: Any) -> str:
+    """In words, what an option of this type takes."""
+    arguments = typing.get_args(hint)
+    if type(None) in arguments:
+        return f"{kind_of(arguments[0])}, or null"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(member.name for member in hint)}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    origins = {dict: "numbers by name, as {projector: 1e-3}", list: "a list, as [a, b]"}
+    return words.get(hint) or origins[typing.get_origin(hint)]
+
+
+def suggest(key: str) -> str:
+    """The way out of an unknown key: what is spelled like it, else what there is."""
+    section, _, last = key.rpartition(".")
+    if not section and (likely := difflib.get_close_matches(key, SECTIONS, n=1)):
+        return f"did you mean {likely[0]}?"
+    by_last = {option.partition(".")[2]: option for option in OPTIONS}
+    likely = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.75)
+    likely = likely or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
+    if likely:
+        return f"did you mean {likely[0]}?"
+    known = [option.partition(".")[2] for option in OPTIONS if option.startswith(f"{section}.")]
+    return f"{section} has {', '.join(known)}" if known else f"the sections are {', '.join(SECTIONS)}"

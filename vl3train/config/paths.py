@@ -1,0 +1,89 @@
+"""Folders that runs write and start from: what they hold, and where their weights lie. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import vl3train
+
+MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
+"""``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the
+original code, which is converted when it is loaded."""
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder that ships with the package: ``configs`` or ``data_recipes``.
+
+    In a checkout it lies beside the package, in an installed one inside it (pyproject.toml puts it there).
+    """
+    package = Path(vl3train.__file__).resolve().parent
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{name} is neither in {package} nor beside it: the installation is not whole")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a training run wrote this folder."""
+    return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+
+
+def latest_checkpoint(run_folder: Path) -> Path:
+    """The last complete checkpoint of a run; ``checkpoints/latest`` names it."""
+    latest = run_folder / "checkpoints" / "latest"
+    if not latest.is_file():
+        raise FileNotFoundError(f"{run_folder} holds no complete checkpoint yet ({latest} is missing)")
+    checkpoint = latest.parent / latest.read_text().strip()
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{latest} names {checkpoint.name}, which is not there")
+    return checkpoint
+
+
+def resolve_weights(init_from: str | Path) -> Path:
+    """The Hugging Face folder (config.json and weights) that ``init_from`` means.
+
+    ``init_from`` is a run's output folder (its latest checkpoint is taken), one of its checkpoints, or a
+    Hugging Face folder. Raises FileNotFoundError that says what is missing, ValueError for another model.
+    """
+    folder = Path(init_from).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if is_run_folder(folder):
+        folder = latest_checkpoint(folder)
+    if (folder / "weights").is_dir():
+        folder = folder / "weights"
+    adapters = (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file()
+    if adapters and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds adapters only; `vl3train export` merges them into a whole model")
+    found = model_type(folder)
+    if found not in MODEL_TYPES:
+        raise ValueError(f"{folder} holds a {found} model, not {MODEL_TYPES[0]}")
+    return folder
+
+
+def model_type(folder: Path) -> str:
+    """``model_type`` of a Hugging Face folder. Raises FileNotFoundError or ValueError when it has none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is neither a run nor a checkpoint")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{file} names no model_type")
+    return str(config["model_type"])
+
+
+def means_a_path(name: str) -> bool:
+    """Whether ``name`` is a path on this machine rather than a name on the Hugging Face hub (``org/model``).
+
+    >>> means_a_path("google/siglip-so400m-patch14-384"), means_a_path("./parts/vision")
+    (False, True)
+    """
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        return True
+    # A relative path whose first folder is here: a mistyped path rather than a hub name.
+    return len(path.parts) != 2 or Path(path.parts[0]).is_dir()

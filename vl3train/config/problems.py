@@ -1,0 +1,43 @@
+"""What is wrong with a config: one record for each mistake, and the error that carries all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake. ``str()`` is one line: key=value, what is wrong, the way out."""
+
+    key: str
+    value: object
+    what: str
+    way_out: str
+
+    def __str__(self) -> str:
+        named = self.key if self.value == "" else f"{self.key}={show(self.value)}"
+        return f"{named}: {self.what}; {self.way_out}" if self.way_out else f"{named}: {self.what}"
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run, with everything that is wrong with it."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+        lines = [f"{number}. {problem}" for number, problem in enumerate(problems, start=1)]
+        super().__init__("\n".join([f"{count}:", *lines]))
+
+
+def show(value: object) -> str:
+    """A value as one would write it on the command line.
+
+    >>> show(None), show(True), show(1e-05), show("runs/a")
+    ('null', 'true', '1e-05', 'runs/a')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(getattr(value, "value", value))
