@@ -1,6 +1,6 @@
-"""Integer arithmetic of sizes: how large a picture becomes, which frames are taken, how many tokens that makes.
+"""Integer arithmetic of sizes: how large a picture becomes, which frames are taken, how many tokens.
 
-Equal to transformers' ``VideoLlama3Processor`` on every input (tests/contracts/test_geometry.py).
+Equal to transformers' ``VideoLlama3Processor`` (tests/contracts/test_geometry.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vl3train.contracts.tokens import PATCH_SIZE
 def smart_resize(
     height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width, both divisible by ``factor``, within the pixel limits, at about the same aspect ratio.
+    """Height and width, divisible by ``factor``, within the pixel limits, at about the same aspect ratio.
 
     The rule of transformers' ``smart_resize`` (image_processing_video_llama_3.py). ``max_pixels`` wins over
     ``min_pixels``.
@@ -64,7 +64,11 @@ def token_budget_pixels(*, max_visual_tokens: int, num_pictures: int, merge_size
 def frame_indices(
     num_frames: int, source_fps: float, *, fps: float, min_frames: int, max_frames: int
 ) -> list[int]:
-    """Which frames of a clip of ``num_frames`` are taken, the rule of ``VideoLlama3VideoProcessor.sample_frames``.
+    """Which frames of a clip of ``num_frames`` are taken, by transformers' rule.
+
+    ``VideoLlama3VideoProcessor.sample_frames`` in integers. transformers steps in float32: from 65 536 frames
+    on it may take the neighbour of a frame, and for some lengths it adds a frame behind the last, which it then
+    fails to read. ``max_frames`` wins over ``min_frames``; a clip with fewer frames gives all of them.
 
     >>> frame_indices(75, 25.0, fps=1.0, min_frames=1, max_frames=180)
     [0, 25, 50]
@@ -73,9 +77,7 @@ def frame_indices(
         raise ValueError("a clip without frames")
     wanted = math.floor(min(max(num_frames / source_fps * fps, min_frames), max_frames, num_frames))
     wanted = max(wanted, 1)
-    stride = num_frames / wanted
-    count = math.ceil(num_frames / stride)  # as torch.arange(0, num_frames, stride) counts
-    return [int(i * stride) for i in range(count) if i * stride < num_frames]
+    return [number * num_frames // wanted for number in range(wanted)]
 
 
 def time_text(seconds: float) -> str:

@@ -1,0 +1,5 @@
+"""The folders of tests/config, for commands."""
+
+from tests.config.conftest import workplace
+
+__all__ = ["workplace"]

@@ -1,0 +1,48 @@
+"""The command writes shards, names what is wrong, and never overwrites."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+
+import pytest
+
+from vl3train.cli import make_shards
+
+
+def run(*words):
+    parser = ArgumentParser()
+    make_shards.add_arguments(parser)
+    return make_shards.main(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def records(tmp_path):
+    file = tmp_path / "qa.jsonl"
+    rows = [{"q": f"question {i}", "a": f"answer {i}", "picture": f"{i}.jpg"} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"picture")
+    return file
+
+
+COLUMNS = ("--columns", "picture=image", "q=user", "a=assistant")
+
+
+def test_bad_records_are_named_and_nothing_is_written(tmp_path, records, capsys):
+    assert run(records, "--out", tmp_path / "out", "--media-root", tmp_path, *COLUMNS) == 1
+    err = capsys.readouterr().err
+    assert "qa.jsonl:4" in err
+    assert "no such file" in err
+    assert "--skip-bad" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_good_ones_are_written_when_asked(tmp_path, records, capsys):
+    words = (records, "--out", tmp_path / "out", "--media-root", tmp_path, *COLUMNS, "--skip-bad")
+    assert run(*words, "--samples-per-shard", 2) == 0
+    out = capsys.readouterr().out
+    assert "3 samples in 2 shards" in out
+    assert "1 records were left out" in out
+    with pytest.raises(FileExistsError):
+        run(*words)

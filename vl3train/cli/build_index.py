@@ -1,0 +1,90 @@
+"""Measure every sample of a recipe, once: where it lies, its tokens and patches, its checksum.
+
+Training does this itself where it is missing; on a large recipe it is better done before, on any machine without
+a GPU. What is there is kept: a stopped pass goes on where it was, a changed shard is measured again. Stages that
+render samples alike share an index.
+
+examples:
+  vl3train index stage=1 model=2b data.root=/data
+  vl3train index stage=4 model=2b stage.init_from=runs/2b/3_multitask_finetuning data.num_workers=16
+"""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from vl3train.config.load import add_config_arguments, load_config
+from vl3train.config.paths import resolve_weights
+from vl3train.config.schema import TrainConfig
+
+EXAMPLES_SHOWN = 5
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train index``."""
+    add_config_arguments(parser)
+
+
+def main(args: Namespace) -> int:
+    """Index training and held-out samples, and say what cannot be used."""
+    from vl3train.data.pipeline import open_data
+    from vl3train.model.conversion import build_processor
+
+    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
+    console = Console(highlight=False, soft_wrap=True)
+    with tempfile.TemporaryDirectory() as tokenizer_dir:
+        # The tokenizer exactly as a run writes it: the index carries its checksum.
+        build_processor(tokenizer_source(cfg)).save_pretrained(tokenizer_dir)
+        for held_out in (False, True):
+            bars = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*bars, console=Console(stderr=True)) as progress:
+                tasks: dict[str, TaskID] = {}
+
+                def show(
+                    source: str,
+                    done: int,
+                    total: int,
+                    progress: Progress = progress,
+                    tasks: dict[str, TaskID] = tasks,
+                ) -> None:
+                    if source not in tasks:
+                        tasks[source] = progress.add_task(source)
+                    progress.update(tasks[source], completed=done, total=total)
+
+                data = open_data(
+                    cfg, tokenizer_dir=Path(tokenizer_dir), held_out=held_out, build=True, progress=show
+                )
+            index, table = data.index, data.plan.table
+            console.print(f"{'held-out' if held_out else 'training'} samples, index {index.fingerprint}:")
+            first = 0
+            for name, size in zip(index.source_names, index.sizes, strict=True):
+                tokens = int(table.num_tokens[first : first + size].sum())
+                console.print(f"  {name}: {size:,} samples, {tokens:,} tokens")
+                first += size
+            too_large = [(index.key(row), "larger than a pack") for row in data.plan.dropped_samples]
+            for what, listed in (("cannot be used", index.refused), ("are left out", too_large)):
+                if listed:
+                    console.print(f"  {len(listed):,} {what}:")
+                    for key, reason in listed[:EXAMPLES_SHOWN]:
+                        console.print(f"    {key}: {reason}", markup=False)
+    return 0
+
+
+def tokenizer_source(cfg: TrainConfig) -> str | Path:
+    """Folder or hub name of the tokenizer a run with this config takes."""
+    if cfg.model.tokenizer_from is not None:
+        return cfg.model.tokenizer_from
+    if cfg.stage.init_from is not None:
+        return resolve_weights(cfg.stage.init_from)
+    assert cfg.model.language_model_from is not None, "config rules refuse a run without a tokenizer"
+    return cfg.model.language_model_from

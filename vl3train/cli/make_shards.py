@@ -1,0 +1,100 @@
+"""Write annotations and their media into webdataset shards: .tar files that training reads.
+
+Annotations are files of records: LLaVA / VideoLLaMA3 JSON or JSONL, OpenAI-style `messages`, or what
+datasets.load_dataset opens (.parquet, .csv, a folder, hf:NAME:SPLIT). Every record is checked before the first is
+written. Media keep their bytes. Existing folders are never overwritten.
+
+examples:
+  vl3train shards chat.jsonl --media-root /data/raw --out data/chat
+  vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-bad
+  vl3train shards qa.parquet --columns picture=image question=user answer=assistant --out data/qa
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train shards``."""
+    parser.add_argument("annotations", nargs="+", metavar="ANNOTATIONS", help="files or data sets of records")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--media-root",
+        type=Path,
+        default=Path("."),
+        help="folder that paths in records start from (default .)",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=_column,
+        metavar="COLUMN=MEANING",
+        help="what columns mean: image, video, system, user, assistant, conversations or messages",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="write the good records where some are bad")
+    parser.add_argument(
+        "--samples-per-shard", type=_count, default=1000, metavar="N", help="most samples (default 1000)"
+    )
+    parser.add_argument(
+        "--bytes-per-shard",
+        type=_count,
+        default=1_000_000_000,
+        metavar="N",
+        help="a shard closes after so many bytes (default 1e9)",
+    )
+
+
+def main(args: Namespace) -> int:
+    """Write the shards; 1 and nothing written where records are bad and --skip-bad is not given."""
+    from vl3train.data.shards import REFUSED_FILE, AnnotationProblems, describe_refused, write_shards
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, console=console) as progress:
+        tasks = {what: progress.add_task(what, total=None) for what in ("checking", "writing")}
+
+        def show(what: str, count: int) -> None:
+            progress.update(tasks[what], completed=count)
+
+        try:
+            report = write_shards(
+                args.annotations,
+                args.out,
+                media_root=args.media_root,
+                columns=dict(args.columns) if args.columns else None,
+                max_samples=args.samples_per_shard,
+                max_bytes=args.bytes_per_shard,
+                skip_bad=args.skip_bad,
+                progress=show,
+            )
+        except AnnotationProblems as problems:
+            progress.stop()
+            print(problems, file=sys.stderr)
+            if len(problems.refused) < problems.num_records:
+                print("Nothing was written. Mend them, or write the others with --skip-bad.", file=sys.stderr)
+            return 1
+    print(f"{args.out}: {report.num_written} samples in {report.num_shards} shards")
+    if report.refused:
+        print(f"{len(report.refused)} records were left out, listed in {args.out / REFUSED_FILE}:")
+        print("\n".join(describe_refused(report.refused)))
+    return 0
+
+
+def _column(text: str) -> tuple[str, str]:
+    column, equals, meaning = text.partition("=")
+    if not equals:
+        raise ArgumentTypeError(f"{text!r} is not COLUMN=MEANING")
+    return column, meaning
+
+
+def _count(text: str) -> int:
+    count = int(float(text))
+    if count < 1:
+        raise ArgumentTypeError(f"{text} must be at least 1")
+    return count

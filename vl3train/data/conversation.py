@@ -1,0 +1,104 @@
+"""The canonical conversation: what a shard's ``.json`` member holds and what is rendered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vl3train.contracts.records import BadSample
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words."""
+
+    text: str
+    type: str = field(default="text", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture; ``part`` names its file among the sample's parts."""
+
+    part: str
+    type: str = field(default="image", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A clip, or the piece of it between two times in seconds."""
+
+    part: str
+    start: float | None = None
+    end: float | None = None
+    type: str = field(default="video", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Those frames of a clip up to ``until`` (seconds of the file) that no earlier turn has shown."""
+
+    part: str
+    until: float
+    start: float | None = None
+    end: float | None = None
+    type: str = field(default="stream", init=False)
+
+
+Content = Text | Image | Video | Stream
+CONTENT_TYPES: dict[str, Any] = {"text": Text, "image": Image, "video": Video, "stream": Stream}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says. Roles: system, user, assistant, stream."""
+
+    role: str
+    content: tuple[Content, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The turns of one sample, in order."""
+
+    turns: tuple[Turn, ...]
+
+    def to_json(self, names: Sequence[str] | None = None) -> bytes:
+        """The form that shards hold. ``names[i]`` renames the part of medium i."""
+        fields = asdict(self)
+        for turn in fields["turns"]:
+            for content in turn["content"]:
+                if names is not None and "part" in content:
+                    content["part"] = names[int(content["part"].partition(".")[0])]
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+
+
+def read_conversation(data: bytes) -> Conversation:
+    """A conversation from its canonical form.
+
+    Raises:
+        BadSample: it is not that form.
+    """
+    try:
+        turns = []
+        for turn in json.loads(data)["turns"]:
+            content = tuple(
+                CONTENT_TYPES[fields["type"]](**{key: fields[key] for key in fields if key != "type"})
+                for fields in turn["content"]
+            )
+            turns.append(Turn(str(turn["role"]), content))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample(f"not a conversation as `vl3train shards` writes it: {error!r}") from error
+    return Conversation(tuple(turns))
+
+
+def visual_items(conversation: Conversation) -> tuple[Image | Video | Stream, ...]:
+    """The images and clips in order of appearance; of a streamed clip the turn that shows its last frames."""
+    items: dict[str, Image | Video | Stream] = {}
+    for turn in conversation.turns:
+        for content in turn.content:
+            if not isinstance(content, Text):
+                items[content.part] = content  # a dict keeps the place of the first
+    return tuple(items.values())

@@ -1,0 +1,129 @@
+"""Planned packs are read, decoded and laid into batches, in worker processes that keep no position of their own.
+
+A worker is asked for micro-batch i and computes from the plan what that is. What was prefetched when a run dies
+is fetched again by the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from vl3train.contracts.records import BadSample, Batch, Cursor, Pack, RenderedSample, RenderSettings
+from vl3train.data.batches import collate
+from vl3train.data.index import Index
+from vl3train.data.media import DecodeLimits
+from vl3train.data.packing import rank_packs
+from vl3train.data.plan import Plan
+from vl3train.data.processes import clean_processes
+from vl3train.data.samples import blank_sample, render_sample
+from vl3train.data.tokens import ChatTokenizer
+
+
+class BadEntry(NamedTuple):
+    """A sample that could not be used when its turn came: one line of the ledger."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class FetchedPack(NamedTuple):
+    """A micro-batch, and what went wrong with it. A tuple, so that DataLoader can pin what is inside."""
+
+    batch: Batch
+    bad: tuple[BadEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenData:
+    """The data of a run, opened: what there is, in which order it comes, how it is rendered."""
+
+    index: Index
+    plan: Plan
+    settings: RenderSettings
+    tokenizer_dir: Path
+    limits: DecodeLimits
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The recipe's sources; ``Batch.segment_sources`` are numbers of these."""
+        return self.index.source_names
+
+
+def micro_batch_packs(packs: list[Pack], dp_size: int) -> list[list[Pack]]:
+    """The packs that run at the same time: one list for each micro-batch, with a pack for each rank."""
+    shares = [rank_packs(packs, rank, dp_size) for rank in range(dp_size)]
+    return [list(row) for row in zip(*shares, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackDataset(Dataset[FetchedPack]):
+    """Micro-batch i of one rank, counted from step ``first``."""
+
+    data: OpenData
+    first: Cursor
+    rank: int
+    dp_size: int
+    loss_chunk_tokens: int
+
+    def __getitem__(self, number: int) -> FetchedPack:
+        plan = self.data.plan
+        steps, micro_batch = divmod(number, plan.step.global_packs // self.dp_size)
+        cursor = plan.cursor_at(self.first.step + steps)
+        packs = micro_batch_packs(plan.step_packs(cursor), self.dp_size)[micro_batch]
+        # By the largest pack of all ranks: ZeRO-3 gathers weights once a chunk, on every rank or on none.
+        most = max(pack.num_supervised_tokens for pack in packs)
+        return self._fetch(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
+
+    def _fetch(self, pack: Pack, num_loss_chunks: int) -> FetchedPack:
+        bad: list[BadEntry] = []
+        samples = [self._render(row, bad) for row in pack.samples]
+        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_skipped_samples=len(bad))
+        return FetchedPack(batch, tuple(bad))
+
+    def _render(self, row: int, bad: list[BadEntry]) -> RenderedSample:
+        """The sample; where it cannot be used, one of its lengths without pictures or supervised tokens."""
+        index, planned = self.data.index, self.data.index.lengths(row)
+        key, source = index.key(row), index.source(row)
+        try:
+            conversation, parts = index.read_sample(row)
+            return render_sample(
+                conversation,
+                parts,
+                self.data.settings,
+                _tokenizer(self.data.tokenizer_dir),
+                self.data.limits,
+                key=key,
+                source=source,
+                planned=planned,
+            )
+        except BadSample as error:
+            bad.append(BadEntry(str(index.shard(row)), key, str(error)))
+            return blank_sample(planned, key=key, source=source)
+        except Exception as error:
+            error.add_note(f"while rendering {key}")
+            raise
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(folder)
+
+
+def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool) -> Iterator[FetchedPack]:
+    """Micro-batches 0 to ``count`` in order; the next two of each worker are made meanwhile."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(count),
+        num_workers=min(num_workers, count),
+        pin_memory=pin_memory,
+        multiprocessing_context=clean_processes() if num_workers and count else None,
+    )
+    return iter(loader)

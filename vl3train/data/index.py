@@ -1,0 +1,249 @@
+"""What is known of every sample before it is read: where it lies, its lengths, its checksum.
+
+One parquet file for each shard and a manifest, in ``<shard folder>/index-<settings fingerprint>/``. Written by
+indexing.py; read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.data.media import DecodeLimits
+from vl3train.data.members import CONVERSATION_PART, Part
+from vl3train.data.plan import SampleTable
+
+MANIFEST = "manifest.json"
+USABLE = "ok"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("part_names", pa.list_(pa.string())),
+        ("part_offsets", pa.list_(pa.int64())),
+        ("part_sizes", pa.list_(pa.int64())),
+        ("part_crc32s", pa.list_(pa.int64())),
+        ("num_tokens", pa.int64()),
+        ("num_supervised_tokens", pa.int64()),
+        ("num_visual_tokens", pa.int64()),
+        ("num_patches", pa.int64()),
+        ("num_patch_pairs", pa.int64()),  # sum over frames of their patches squared: the encoder's attention
+        ("grids", pa.list_(pa.int32())),  # t, h, w of each visual item, flat
+        ("merge_sizes", pa.list_(pa.int32())),
+        ("kept_tokens", pa.list_(pa.int32())),
+        ("modality", pa.string()),
+        ("status", pa.string()),  # USABLE, or the reason why not
+    ]
+)
+
+
+class NoIndex(ValueError):  # noqa: N818 - says what is missing and how to make it
+    """There is no index for these shards and settings, or the shards have changed since."""
+
+
+def index_folder(shards: Path, settings: RenderSettings) -> Path:
+    """Where the index of a folder of shards lies."""
+    return shards / f"index-{settings.fingerprint()}"
+
+
+def shard_files(shards: Path) -> list[Path]:
+    """The shards of a folder, by name.
+
+    Raises:
+        NoIndex: the folder holds none.
+    """
+    found = sorted(shards.glob("*.tar"))
+    if not found:
+        raise NoIndex(f"{shards}: no .tar shards; make them with `vl3train shards`")
+    return found
+
+
+def read_manifest(shards: Path, settings: RenderSettings, limits: DecodeLimits) -> dict[str, Any]:
+    """The manifest of a complete index that fits the shards as they are now.
+
+    Raises:
+        NoIndex: with what is missing or differs.
+    """
+    folder = index_folder(shards, settings)
+    way_out = "run `vl3train index`, or let training build it"
+    if not (folder / MANIFEST).is_file():
+        others = [path.parent.name for path in shards.glob(f"index-*/{MANIFEST}")]
+        made_for = _differing_settings(shards / others[0], settings) if others else ""
+        raise NoIndex(f"{shards}: no index for these settings{made_for}; {way_out}")
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["limits"] != dataclasses.asdict(limits):
+        raise NoIndex(f"{shards}: indexed with limits {manifest['limits']}, now {limits}; {way_out}")
+    indexed = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+    there = {path.name: path.stat().st_size for path in shard_files(shards)}
+    if indexed != there:
+        changed = sorted(set(indexed.items()) ^ set(there.items()))[0][0]
+        raise NoIndex(f"{shards}: shards have changed since they were indexed, {changed} first; {way_out}")
+    return manifest
+
+
+def _differing_settings(folder: Path, settings: RenderSettings) -> str:
+    """What an index that is there was made with instead."""
+    made_with = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]
+    now = dataclasses.asdict(settings)
+    differing = [
+        f"{key}={made_with.get(key)}, now {now[key]}" for key in now if made_with.get(key) != now[key]
+    ]
+    return f" ({folder.name} was made with {'; '.join(differing)})"
+
+
+@dataclass(frozen=True)
+class Index:
+    """All usable samples of a recipe's sources, source after source. A sample's number here is its *row*."""
+
+    source_names: tuple[str, ...]
+    weights: tuple[float, ...]
+    sizes: tuple[int, ...]  # usable samples of each source
+    shards: tuple[Path, ...]
+    rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
+    refused: tuple[tuple[str, str], ...]
+    """Key and reason of every sample of these sources that cannot be used."""
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples."""
+        return int(self.rows.num_rows)
+
+    def source(self, row: int) -> int:
+        """Number of the row's source in the recipe."""
+        return int(np.searchsorted(np.cumsum(self.sizes), row, "right"))
+
+    def shard(self, row: int) -> Path:
+        """The row's shard file."""
+        return self.shards[self.rows["shard"][row].as_py()]
+
+    def key(self, row: int) -> str:
+        """source/shard/member."""
+        return f"{self.source_names[self.source(row)]}/{self.shard(row).stem}/{self.rows['key'][row].as_py()}"
+
+    def lengths(self, row: int) -> SampleLengths:
+        """What the index pass measured."""
+        values = self._row(row)
+        grids = values["grids"]
+        return SampleLengths(
+            num_tokens=values["num_tokens"],
+            num_supervised_tokens=values["num_supervised_tokens"],
+            num_visual_tokens=values["num_visual_tokens"],
+            num_patches=values["num_patches"],
+            grids=tuple((grids[i], grids[i + 1], grids[i + 2]) for i in range(0, len(grids), 3)),
+            merge_sizes=tuple(values["merge_sizes"]),
+            kept_tokens=tuple(values["kept_tokens"]),
+            modality=values["modality"],
+        )
+
+    def read_sample(self, row: int) -> tuple[bytes, dict[str, bytes]]:
+        """The conversation's JSON, and its media by part name.
+
+        Raises:
+            BadSample: the bytes are not those that were indexed.
+        """
+        values = self._row(row)
+        parts = [
+            Part(*fields)
+            for fields in zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
+        ]
+        data = read_parts(self.shard(row), parts)
+        for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
+            if zlib.crc32(data[part.name]) != crc32:
+                raise BadSample(f"part {part.name}: its bytes differ from those indexed (crc32)")
+        return data.pop(CONVERSATION_PART), data
+
+    def sample_table(self) -> SampleTable:
+        """What the plan reads."""
+        names = ("num_tokens", "num_supervised_tokens", "num_patches", "num_patch_pairs")
+        return SampleTable(
+            sizes=self.sizes,
+            weights=self.weights,
+            fingerprint=self.fingerprint,
+            **{name: self.rows[name].to_numpy() for name in names},
+        )
+
+    def _row(self, row: int) -> dict[str, Any]:
+        (values,) = self.rows.slice(row, 1).to_pylist()
+        return dict(values)
+
+
+def read_parts(shard: Path, parts: Sequence[Part]) -> dict[str, bytes]:
+    """The bytes of some parts, by name.
+
+    Raises:
+        BadSample: the file ends before them, or cannot be read.
+    """
+    try:
+        file = os.open(shard, os.O_RDONLY)
+    except OSError as error:
+        raise BadSample(f"{shard} cannot be opened: {error}") from error
+    try:
+        data = {part.name: os.pread(file, part.size, part.offset) for part in parts}
+    except OSError as error:
+        raise BadSample(f"{shard} cannot be read: {error}") from error
+    finally:
+        os.close(file)
+    for part in parts:
+        if len(data[part.name]) != part.size:
+            raise BadSample(f"part {part.name}: {shard} ends before it does")
+    return data
+
+
+def open_index(
+    sources: Sequence[tuple[str, float, Path | None]], settings: RenderSettings, limits: DecodeLimits
+) -> Index:
+    """The index of some sources, each a name, a weight and its folder of shards (None: it has no samples).
+
+    Raises:
+        NoIndex: one of them is missing or stale; every one is in the message.
+    """
+    tables, shards, sizes, refused, contents, faults = [], [], [], [], [], []  # type: ignore[var-annotated]
+    for name, _, folder in sources:
+        sizes.append(0)
+        if folder is None:
+            continue
+        try:
+            manifest = read_manifest(folder, settings, limits)
+        except NoIndex as error:
+            faults.append(str(error))
+            continue
+        for entry in manifest["shards"]:
+            table = pq.read_table(index_folder(folder, settings) / f"{entry['name']}.parquet")
+            usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
+            bad = table.filter(pa.array(~usable))
+            stem = Path(entry["name"]).stem
+            refused += [
+                (f"{name}/{stem}/{key}", reason)
+                for key, reason in zip(bad["key"].to_pylist(), bad["status"].to_pylist(), strict=True)
+            ]
+            good = table.filter(pa.array(usable))
+            number = pa.array(np.full(good.num_rows, len(shards), np.int32))
+            tables.append(good.append_column("shard", number).replace_schema_metadata(None))
+            sizes[-1] += good.num_rows
+            shards.append(folder / entry["name"])
+            contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
+    if faults:
+        raise NoIndex("\n".join(faults))
+    empty = SCHEMA.append(pa.field("shard", pa.int32())).empty_table()
+    identity = json.dumps([settings.fingerprint(), contents])
+    return Index(
+        source_names=tuple(name for name, _, _ in sources),
+        weights=tuple(weight for _, weight, _ in sources),
+        sizes=tuple(sizes),
+        shards=tuple(shards),
+        rows=(pa.concat_tables(tables) if tables else empty).combine_chunks(),
+        refused=tuple(refused),
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+    )

@@ -1,0 +1,198 @@
+"""recipe -> index -> plan -> fetch -> batches, in that order and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Batch, Cursor, RenderSettings
+from vl3train.data.fetch import BadEntry, OpenData, PackDataset, fetch
+from vl3train.data.index import open_index
+from vl3train.data.indexing import build_index
+from vl3train.data.media import DecodeLimits
+from vl3train.data.plan import Plan
+from vl3train.data.recipe import load_recipe, recipe_problems
+from vl3train.data.tokens import ChatTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """What one rank runs in one step, and what the plan knows of the whole step."""
+
+    cursor: Cursor
+    batches: list[Batch]  # K / dp_size micro-batches
+    num_supervised_tokens: int  # of the global batch, as planned
+    num_tokens: int  # of the global batch
+    num_patches: int  # of the global batch
+    num_samples: int  # of the global batch
+    fill: float  # share of the packs' tokens or patches in use, whichever is more
+
+
+def render_settings(cfg: TrainConfig, tokenizer: ChatTokenizer) -> RenderSettings:
+    """What of a config decides the ids, patches and lengths of a sample."""
+    data = cfg.data
+    return RenderSettings(
+        image_merge_size=cfg.stage.image_merge_size,
+        video_merge_size=cfg.stage.video_merge_size,
+        prune_frames=cfg.stage.prune_frames,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        image_min_pixels=data.image_min_pixels,
+        image_max_pixels=data.image_max_pixels,
+        video_min_pixels=data.video_min_pixels,
+        video_max_pixels=data.video_max_pixels,
+        max_visual_tokens=data.max_visual_tokens,
+        tokenizer=tokenizer.fingerprint,
+    )
+
+
+def decode_limits(cfg: TrainConfig) -> DecodeLimits:
+    """What a file's header may say."""
+    return DecodeLimits(max_pixels=cfg.data.decode_max_pixels, max_seconds=cfg.data.decode_max_seconds)
+
+
+def open_data(
+    cfg: TrainConfig,
+    *,
+    tokenizer_dir: Path,
+    held_out: bool,
+    build: bool,
+    progress: Callable[[str, int, int], None] = lambda source, done, total: None,
+) -> OpenData:
+    """Open the recipe's training samples, or its held-out ones.
+
+    Of several ranks one calls this with ``build`` first; the others after it, without.
+
+    Args:
+        build: index what is not indexed yet; else that is an error.
+        progress: called in the index pass with the source's name, samples done and samples in all.
+
+    Raises:
+        ValueError: the recipe, a shard or an index cannot be used, or there is no sample to train on.
+    """
+    recipe = load_recipe(cfg.data.recipe or cfg.stage.recipe, cfg.data.root)
+    if problems := recipe_problems(recipe, cfg.data.root):
+        raise ValueError("\n".join(problems))
+    settings, limits = render_settings(cfg, ChatTokenizer.from_folder(tokenizer_dir)), decode_limits(cfg)
+    sources = [
+        (source.name, source.weight, source.held_out if held_out else source.shards)
+        for source in recipe.sources
+    ]
+    for name, _, folder in sources:
+        if build and folder is not None:
+            build_index(
+                folder,
+                settings,
+                tokenizer_dir=tokenizer_dir,
+                limits=limits,
+                num_workers=cfg.data.num_workers,
+                progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
+            )
+    index = open_index(sources, settings, limits)
+    plan = Plan(index.sample_table(), cfg.run.seed, cfg.step)
+    if not held_out and len(plan.dropped_samples) == index.num_samples:
+        raise ValueError(
+            f"{recipe.path}: no sample to train on: {len(index.refused)} cannot be used, "
+            f"{len(plan.dropped_samples)} are larger than step.max_tokens={cfg.step.max_tokens} or "
+            f"step.max_patches={cfg.step.max_patches}"
+            + "".join(f"\n  {key}: {reason}" for key, reason in index.refused[:5])
+        )
+    return OpenData(index=index, plan=plan, settings=settings, tokenizer_dir=tokenizer_dir, limits=limits)
+
+
+def train_steps(
+    data: OpenData,
+    cfg: TrainConfig,
+    *,
+    first: Cursor,
+    last_step: int,
+    rank: int,
+    dp_size: int,
+    ledger_path: Path,
+) -> Iterator[StepBatches]:
+    """Steps ``first.step`` to ``last_step`` (not included), as one rank runs them.
+
+    Samples that turn out bad are written to ``ledger_path`` (one for each rank) when their step is handed out.
+
+    Raises:
+        RuntimeError: ``data.max_consecutive_bad`` of this rank's samples in a row were bad.
+    """
+    plan, num_micro_batches = data.plan, data.plan.step.global_packs // dp_size
+    dataset = _dataset(data, cfg, first, rank, dp_size)
+    fetched = fetch(
+        dataset,
+        max(0, last_step - first.step) * num_micro_batches,
+        num_workers=cfg.data.num_workers,
+        pin_memory=_on_cuda(cfg),
+    )
+    bad_in_a_row = 0
+    cursor = first
+    while cursor.step < last_step:
+        packs = plan.step_packs(cursor)
+        mine = [next(fetched) for _ in range(num_micro_batches)]
+        _write_ledger(ledger_path, cursor, [entry for one in mine for entry in one.bad])
+        for one in mine:
+            bad_keys = {entry.key for entry in one.bad}
+            for key in one.batch.segment_keys:
+                bad_in_a_row = bad_in_a_row + 1 if key in bad_keys else 0
+                if bad_in_a_row >= cfg.data.max_consecutive_bad:
+                    raise RuntimeError(
+                        f"step {cursor.step}: {bad_in_a_row} samples in a row could not be used, "
+                        f"data.max_consecutive_bad={cfg.data.max_consecutive_bad}; the last is {key}. "
+                        f"Keys and reasons stand in {ledger_path}"
+                    )
+        num_tokens, num_patches = (
+            sum(pack.num_tokens for pack in packs),
+            sum(pack.num_patches for pack in packs),
+        )
+        yield StepBatches(
+            cursor=cursor,
+            batches=[one.batch for one in mine],
+            num_supervised_tokens=sum(pack.num_supervised_tokens for pack in packs),
+            num_tokens=num_tokens,
+            num_patches=num_patches,
+            num_samples=sum(len(pack.samples) for pack in packs),
+            fill=max(num_tokens / plan.step.max_tokens, num_patches / plan.step.max_patches) / len(packs),
+        )
+        cursor = plan.advance(cursor)
+
+
+def evaluation_batches(data: OpenData, cfg: TrainConfig, rank: int, dp_size: int) -> Iterator[Batch]:
+    """All samples once over all ranks together, in as many batches on each; a rank's last may be filler."""
+    step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
+    once = dataclasses.replace(data.index.sample_table(), weights=(1.0,) * len(data.index.sizes))
+    data = dataclasses.replace(data, plan=Plan(once, 0, step))
+    dataset = _dataset(data, cfg, Cursor(), rank, dp_size)
+    count = data.plan.steps_in_epoch(0)
+    for one in fetch(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):
+        yield one.batch
+
+
+def _dataset(data: OpenData, cfg: TrainConfig, first: Cursor, rank: int, dp_size: int) -> PackDataset:
+    return PackDataset(
+        data=data,
+        first=first,
+        rank=rank,
+        dp_size=dp_size,
+        loss_chunk_tokens=cfg.machine.loss_chunk_tokens,
+    )
+
+
+def _on_cuda(cfg: TrainConfig) -> bool:
+    return cfg.machine.device.value != "cpu" and torch.cuda.is_available()
+
+
+def _write_ledger(path: Path, cursor: Cursor, entries: list[BadEntry]) -> None:
+    if entries:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as ledger:
+            ledger.writelines(
+                json.dumps({"step": cursor.step, **entry._asdict()}) + "\n" for entry in entries
+            )
