@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.model.packed_forward import PackedModel, head_dims, merge_patches
+from vl3train.model.trainable import part_of, set_trainable
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, stock):
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        scale = max(float(expected.abs().max()), 1e-3)
+        worst = float((ours[name] - expected).abs().max()) / scale
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_packed_equals_alone(tiny_model, batch_of, mixed, stock_gradients, tied, checkpointing):
+    model = tiny_model(tied=tied)
+    stock_loss, stock = stock_gradients(model, mixed)
+    assert len(stock) == len(list(model.parameters()))
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    towers = model.model.language_model.layers, model.model.vision_model.encoder.layers
+    calls = count_calls(*(layers[0].mlp for layers in towers))
+    output = PackedModel(model, "reference")(batch_of(mixed))
+    output.loss_sum.backward()
+    assert calls == ([2, 2] if checkpointing else [1, 1])
+    assert output.loss_sum.item() == pytest.approx(stock_loss, rel=1e-5)
+    assert_same_gradients(gradients(model), stock)
+    assert output.loss_sum.dtype == output.token_losses.dtype == torch.float32
+    assert not output.token_losses.requires_grad
+    torch.testing.assert_close(output.token_losses.sum(), output.loss_sum.detach())
+
+
+def count_calls(*modules):
+    counts = [0] * len(modules)
+
+    def count(index):
+        def hook(*_):
+            counts[index] += 1
+
+        return hook
+
+    for index, module in enumerate(modules):
+        module.register_forward_pre_hook(count(index))
+    return counts
+
+
+def test_token_losses_and_hits_are_those_of_the_stock_logits(tiny_model, batch_of, mixed):
+    model = tiny_model()
+    losses, hits = [], []
+    with torch.no_grad():
+        for conversation in mixed:
+            logits = model(**conversation.stock_inputs()).logits[0]
+            chosen = conversation.labels != IGNORE_INDEX
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    logits[chosen], conversation.labels[chosen], reduction="none"
+                )
+            )
+            hits.append(logits[chosen].argmax(-1) == conversation.labels[chosen])
+        output = PackedModel(model, "reference").eval()(batch_of(mixed, num_loss_chunks=5))
+    torch.testing.assert_close(output.token_losses, torch.cat(losses), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output.correct, torch.cat(hits))
+
+
+def test_the_order_of_samples_changes_nothing(tiny_model, batch_of, mixed):
+    packed = PackedModel(tiny_model(), "reference").eval()
+    with torch.no_grad():
+        one, other = packed(batch_of(mixed)), packed(batch_of(mixed[::-1]))
+    torch.testing.assert_close(one.token_losses.sort()[0], other.token_losses.sort()[0])
+
+
+@pytest.mark.parametrize("trained", [["projector"], ["vision_encoder", "projector"], ["language_model"]])
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(
+    tiny_model, batch_of, mixed, stock_gradients, trained
+):
+    model = tiny_model()
+    _, stock = stock_gradients(model, mixed)
+    set_trainable(model, trained)
+    PackedModel(model, "reference")(batch_of(mixed)).loss_sum.backward()
+    assert_same_gradients(gradients(model), {n: g for n, g in stock.items() if part_of(n) in trained})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "recomputed"])
+def test_text_only_runs_the_encoder_and_gives_it_zero_gradients(
+    tiny_model, batch_of, text_only, stock_gradients, checkpointing
+):
+    model = tiny_model()
+    _, stock = stock_gradients(model, text_only)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    PackedModel(model, "reference").train()(batch_of(text_only)).loss_sum.backward()
+    ours = gradients(model)
+    assert ours.keys() == {name for name, _ in model.named_parameters()}
+    assert_same_gradients({n: g for n, g in ours.items() if part_of(n) == "language_model"}, stock)
+    assert not any(g.any() for n, g in ours.items() if part_of(n) != "language_model")
+
+
+def test_text_only_in_stage_one_still_runs_the_frozen_layers_backward(tiny_model, batch_of, text_only):
+    """The ranks with images do, and ZeRO-3 gathers each layer there: a rank that did not would hang them."""
+    model = tiny_model()
+    set_trainable(model, ["vision_encoder", "projector"])
+    ran = []
+    model.model.language_model.layers[0].register_full_backward_hook(lambda *_: ran.append(1))
+    PackedModel(model, "reference")(batch_of(text_only)).loss_sum.backward()
+    assert ran
+    assert all(p.grad is not None for p in model.model.projector.parameters())
+
+
+def test_a_pack_without_supervised_tokens_has_loss_zero_and_all_gradients(tiny_model, batch_of, mixed):
+    for conversation in mixed:
+        conversation.labels.fill_(IGNORE_INDEX)
+    model = tiny_model()
+    output = PackedModel(model, "reference")(batch_of(mixed, num_loss_chunks=3))
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == 0
+    assert output.token_losses.shape == output.correct.shape == (0,)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        assert not any(op in name for op in waiting), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(tiny_model, batch_of, mixed, text_only):
+    model = tiny_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packed = PackedModel(model, "reference").train()
+    for conversations in (mixed, text_only):
+        batch = batch_of(conversations)
+        with NoSync():
+            packed(batch).loss_sum.backward()
+
+
+def test_forward_and_backward_need_no_value_of_any_tensor(tiny_model, batch_of, mixed):
+    """On the meta device there is none to wait for: reading one raises."""
+    packed = PackedModel(tiny_model(), "reference").to("meta")
+    packed(batch_of(mixed).to("meta", non_blocking=False)).loss_sum.backward()
+    assert all(p.grad is not None for p in packed.parameters())
+
+
+def test_stock_forward_and_generate_of_a_wrapped_model_are_unchanged(tiny_model, mixed):
+    model = tiny_model().eval()
+    plain = copy.deepcopy(model)
+    PackedModel(model, "reference")
+    ids = torch.randint(0, 100, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        for conversation in mixed:
+            inputs = conversation.stock_inputs()
+            torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+        settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
+        assert torch.equal(model.generate(**settings), plain.generate(**settings))
+
+
+def test_a_wrapped_model_saves_as_a_plain_one(tiny_model, tmp_path, batch_of, mixed):
+    from transformers import VideoLlama3ForConditionalGeneration
+
+    model = tiny_model(layers=3)
+    packed = PackedModel(model, "reference").eval()
+    assert {name.removeprefix("model.") for name in packed.state_dict() if name.startswith("model.")} >= set(
+        model.state_dict()
+    )
+    packed.model.save_pretrained(tmp_path)
+    loaded, info = VideoLlama3ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert "vl3_packed" not in (tmp_path / "config.json").read_text()
+    with torch.no_grad():
+        ours, theirs = packed(batch_of(mixed)), PackedModel(loaded, "reference").eval()(batch_of(mixed))
+    assert torch.equal(ours.token_losses, theirs.token_losses)
+
+
+def test_refuses_what_attention_would_leave_out(tiny_model):
+    model = tiny_model()
+    model.config.text_config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout"):
+        PackedModel(model, "reference")
+    model = tiny_model()
+    model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="sliding"):
+        PackedModel(model, "reference")
+
+
+def test_merging_refuses_sizes_that_are_no_mean_and_counts_that_do_not_fit():
+    with pytest.raises(ValueError, match="merge size 3"):
+        merge_patches(torch.zeros(9, 2), ((3, 9),))
+    with pytest.raises(ValueError, match="4 patches, the batch has 9"):
+        merge_patches(torch.zeros(9, 2), ((1, 4),))
+
+
+def test_head_dims(tiny_model):
+    assert head_dims(tiny_model(head_dim=8, vision_head_dim=12)) == (12, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_kernels_give_the_loss_of_the_reference_without_a_sync(tiny_model, batch_of, mixed):
+    from vl3train.model.attention import choose_attention
+
+    model = tiny_model(head_dim=128, vision_head_dim=72).to("cuda", torch.float32)
+    losses = {}
+    for backend, dtype in (("reference", torch.float32), ("torch_varlen", torch.bfloat16)):
+        copied = copy.deepcopy(model)
+        for parameter in copied.parameters():
+            parameter.data = parameter.data.to(dtype)
+        name = choose_attention(backend, torch.device("cuda"), head_dims(copied), dtype).name
+        packed = PackedModel(copied, name)
+        batch = batch_of(mixed).to("cuda")
+        packed(batch).loss_sum.backward()  # kernels load and plans are made here
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = packed(batch)
+            output.loss_sum.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses[backend] = output.loss_sum.item()
+    assert losses["torch_varlen"] == pytest.approx(losses["reference"], rel=0.03)

@@ -1,0 +1,298 @@
+"""Weights and processor in Hugging Face form: built, written and read back.
+
+What is written here loads with plain ``from_pretrained``: names in memory are the names in the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vl3train.config.paths import MODEL_TYPES, is_run_folder, latest_checkpoint, model_type, resolve_weights
+from vl3train.config.schema import DataConfig
+from vl3train.contracts.tokens import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    PATCH_SIZE,
+    UPSTREAM_ADDED_TOKENS,
+    VIDEO_PAD,
+)
+
+
+class WrongExport(ValueError):  # noqa: N818 - says what it is
+    """What was written is not what should have been."""
+
+
+def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
+    """The tokenizer with every token that VideoLLaMA3 knows; answers end in ``<|im_end|>``.
+
+    Qwen2.5's tokenizer has the two placeholders already, Qwen2's does not. The three tokens after them are
+    the original code's (train.py:641), in its order, so that their ids agree with its weights.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from))
+    known = tokenizer.get_vocab()
+    if lacking := [token for token in (IM_START, IM_END, END_OF_TEXT) if token not in known]:
+        raise ValueError(
+            f"tokenizer {tokenizer_from} has no {', '.join(lacking)}; take a Qwen2 or Qwen2.5 tokenizer"
+        )
+    for token in (IMAGE_PAD, VIDEO_PAD, *UPSTREAM_ADDED_TOKENS):
+        if token not in known:
+            tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.eos_token = IM_END
+    tokenizer.pad_token = END_OF_TEXT
+    # generate() continues at the right end of each row. save_pretrained writes the initial value only.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def build_processor(
+    tokenizer_from: str | Path,
+    *,
+    data: DataConfig | None = None,
+    image_merge_size: int = 1,
+    video_merge_size: int = 2,
+    prune_frames: bool = True,
+) -> Any:
+    """A ``VideoLlama3Processor`` that renders one image or one clip as training does.
+
+    Args:
+        tokenizer_from: Folder or hub name of a Qwen2 tokenizer, or of any folder that holds one.
+        data: Budgets and frame rate; None stands for the published ones.
+        image_merge_size: Side of the patch square merged into one visual token of an image.
+        video_merge_size: The same for a clip.
+        prune_frames: Drop visual tokens of a clip that repeat the frame before.
+
+    transformers divides a clip's pixels among its frames, but knows no budget that several items share:
+    ``image_processor.max_visual_tokens`` keeps it for ``vl3train generate``, which applies it.
+    """
+    from transformers import VideoLlama3ImageProcessor, VideoLlama3Processor, VideoLlama3VideoProcessor
+
+    data = data if data is not None else DataConfig()
+    budget = data.max_visual_tokens * PATCH_SIZE**2
+    half = [
+        0.5,
+        0.5,
+        0.5,
+    ]  # pixels in [-1, 1], as SigLIP's; the class default is the same, the constant is not ours
+    image_processor: Any = VideoLlama3ImageProcessor(
+        size={
+            "shortest_edge": data.image_min_pixels,
+            "longest_edge": min(data.image_max_pixels, budget * image_merge_size**2),
+        },
+        merge_size=image_merge_size,
+        patch_size=PATCH_SIZE,
+        image_mean=half,
+        image_std=half,
+    )
+    image_processor.max_visual_tokens = (
+        data.max_visual_tokens
+    )  # written to processor_config.json, and read back
+    video_processor = VideoLlama3VideoProcessor(
+        size={
+            "shortest_edge": data.video_min_pixels,
+            "longest_edge": min(data.video_max_pixels, budget * video_merge_size**2),
+        },
+        merge_size=video_merge_size,
+        patch_size=PATCH_SIZE,
+        image_mean=half,
+        image_std=half,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        # A whole clip given to the processor is sampled as in training. The class default would encode every
+        # frame of it. Frames that are sampled already need do_sample_frames=False.
+        do_sample_frames=True,
+        use_token_compression=prune_frames,
+        return_metadata=True,
+    )
+    return VideoLlama3Processor(
+        image_processor=image_processor,
+        tokenizer=prepare_tokenizer(tokenizer_from),
+        video_processor=video_processor,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_weights(
+    hf_model: Any,
+    processor: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write model, processor, chat template and generation settings as one Hugging Face folder.
+
+    Everything goes to a folder beside it first, which is renamed at the end: ``folder`` is whole or absent.
+
+    Args:
+        hf_model: A ``VideoLlama3ForConditionalGeneration``; its config is written, and its weights unless
+            ``state_dict`` is given.
+        processor: The processor that belongs to it.
+        folder: Must not exist.
+        dtype: Floating tensors are cast to it; None keeps them as they are.
+        state_dict: Full weights under the model's own names, where the model itself holds only a partition.
+
+    Raises:
+        FileExistsError: ``folder`` exists.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import GenerationConfig
+
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; nothing was written. Give another folder or remove that one")
+    weights = stored_weights(hf_model, state_dict, dtype)
+    config = copy.deepcopy(hf_model.config)
+    config.architectures = [type(hf_model).__name__]
+    config.text_config.use_cache = True  # training turns it off; generate() without it is quadratic
+    stored_dtype = dtype if dtype is not None else next(iter(weights.values())).dtype
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = stored_dtype
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of a run that was killed while it wrote
+    partial.mkdir(parents=True)
+    save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+    config.save_pretrained(partial)
+    tokenizer = processor.tokenizer
+    GenerationConfig(
+        eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        do_sample=False,
+    ).save_pretrained(partial)
+    processor.save_pretrained(partial)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            sync_to_disk(file)
+    partial.rename(folder)
+    sync_to_disk(folder.parent)
+    return folder
+
+
+def stored_weights(
+    hf_model: Any, state_dict: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors that a weight file holds: on the CPU, cast to ``dtype``, a tied head left out."""
+    state = hf_model.state_dict() if state_dict is None else state_dict
+    tied = {"lm_head.weight"} if hf_model.config.tie_word_embeddings else set()
+    return {
+        name: tensor.detach()
+        .to(device="cpu", dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        .contiguous()
+        for name, tensor in state.items()
+        if name not in tied
+    }
+
+
+def sync_to_disk(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify_export(folder: str | Path, live_state: Mapping[str, Tensor]) -> Any:
+    """Load ``folder`` as a stranger would and compare it with the weights it should hold.
+
+    Args:
+        folder: A Hugging Face folder.
+        live_state: The weights under the model's names, in any dtype; they are compared after the cast to the
+            dtype of the file. A tied head may be in it or not.
+
+    Returns:
+        The loaded ``VideoLlama3ForConditionalGeneration``, in evaluation mode on the CPU.
+
+    Raises:
+        WrongExport: A key is missing, unexpected or of another shape, or a tensor differs; all are listed.
+    """
+    from transformers import VideoLlama3ForConditionalGeneration
+
+    loaded_pair: Any = VideoLlama3ForConditionalGeneration.from_pretrained(
+        str(folder), dtype="auto", output_loading_info=True
+    )
+    model, info = loaded_pair
+    problems = [
+        f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])))}"
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[what]
+    ]
+    loaded = model.state_dict()
+    if absent := sorted(loaded.keys() - live_state.keys() - {"lm_head.weight"}):
+        problems.append(f"not among the live weights: {', '.join(absent)}")
+    for name, live in live_state.items():
+        if name not in loaded:
+            problems.append(f"not in the file: {name}")
+        elif not torch.equal(loaded[name], live.detach().to("cpu", loaded[name].dtype)):
+            problems.append(f"differs: {name}")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise WrongExport(
+            f"{folder} does not hold the weights it should ({len(problems)} problems):\n  {shown}"
+        )
+    return model
+
+
+def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
+    """Folders of the weights and of the adapters on them that ``folder`` means.
+
+    ``folder`` is a run (its latest checkpoint is taken), a checkpoint, or a Hugging Face folder. A run with
+    adapters keeps the weights they sit on once, in ``base``, and adapters alone in each checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: Something is missing, or it is no such model; the text says which.
+    """
+    checkpoint = Path(folder).expanduser()
+    if is_run_folder(checkpoint):
+        checkpoint = latest_checkpoint(checkpoint)
+    adapter = checkpoint / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        weights = resolve_weights(checkpoint)
+        if (found := model_type(weights)) != MODEL_TYPES[0]:
+            raise ValueError(
+                f"{weights} holds a {found} model; a stage can start from it, and what that stage trains can be "
+                "exported and asked"
+            )
+        return weights, None
+    base = checkpoint.parent.parent / "base"
+    if not base.is_dir():
+        raise FileNotFoundError(f"{base} is missing: the weights that the adapters in {adapter} belong to")
+    return resolve_weights(base), adapter
+
+
+def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Model and processor of a run, a checkpoint or an export, ready to answer; adapters are merged.
+
+    Args:
+        folder: What ``locate_trained`` takes.
+        dtype: Of the weights in memory; None takes that of the file.
+
+    Returns:
+        A ``VideoLlama3ForConditionalGeneration`` in evaluation mode on the CPU, and its processor.
+    """
+    from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
+
+    weights, adapter = locate_trained(folder)
+    model: Any = VideoLlama3ForConditionalGeneration.from_pretrained(
+        str(weights), dtype=dtype if dtype is not None else "auto"
+    )
+    if adapter is not None:
+        from vl3train.model.adapters import load_adapter, merge_adapter
+
+        model = merge_adapter(load_adapter(model, adapter, is_trainable=False))
+    return model.eval(), AutoProcessor.from_pretrained(str(weights))

@@ -1,0 +1,178 @@
+"""The packed forward: transformers' modules, driven once over samples that lie end to end on one row.
+
+Letters: T tokens, P patches, M merged visual tokens, N of them kept, U supervised tokens, C encoder hidden
+size, H language-model hidden size. No line here waits for the device: bounds and lengths come with the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import VideoLlama3ForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vl3train.contracts.records import Batch
+from vl3train.model.attention import Segments, varlen_attention
+from vl3train.model.loss import supervised_loss
+
+ATTENTION_NAME = "vl3_packed"
+"""Name under which transformers finds our attention. Without the syllable "flash": names with it are
+special there."""
+
+
+class PackedOutput(NamedTuple):
+    """What one micro-batch gives. A tuple: DeepSpeed's ZeRO-3 hooks look for tensors in tuples and dicts
+    only."""
+
+    loss_sum: Tensor  # 0-d float32, sum over the supervised tokens; differentiable
+    token_losses: Tensor  # (U,) float32, detached
+    correct: Tensor  # (U,) bool, the label has the highest logit
+
+
+class PackedModel(nn.Module):
+    """A VideoLLaMA3 of transformers, its modules and parameter names untouched, with a forward over packs.
+
+    ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
+    ``attention`` is the name of a backend, from choose_attention.
+    """
+
+    def __init__(self, hf_model: VideoLlama3ForConditionalGeneration, attention: str) -> None:
+        super().__init__()
+        _refuse_what_packs_cannot(hf_model)
+        self.model = hf_model
+        self.attention = attention
+        # Set for good, not only within forward: checkpointed layers look the name up again in the backward
+        # pass.
+        hf_model.set_attn_implementation(ATTENTION_NAME)
+
+    def forward(self, batch: Batch) -> PackedOutput:
+        """Loss of one micro-batch, by the sum over its supervised tokens."""
+        inputs_TH = self._embed(batch, self._visual_tokens(batch))
+        hidden_TH = self._language_states(batch, inputs_TH)
+        loss_sum, token_losses_U, correct_U = supervised_loss(
+            hidden_TH,
+            self.model.lm_head,
+            batch.supervised_positions,
+            batch.supervised_labels,
+            batch.num_loss_chunks,
+        )
+        return PackedOutput(loss_sum, token_losses_U, correct_U)
+
+    def _visual_tokens(self, batch: Batch) -> Tensor:
+        """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""
+        vision = self.model.model.vision_model
+        embeddings = vision.embeddings
+        # In float32 first, as the processor does; bfloat16 arithmetic would double the rounding error.
+        pixels_PX = (batch.pixel_values.float() / 127.5 - 1).to(embeddings.patch_embedding.weight.dtype)
+        hidden_PC = embeddings(pixels_PX)
+        rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
+        segments = Segments(
+            batch.vision_cu_seqlens, batch.frame_lengths, batch.vision_max_seqlen, self.attention
+        )
+        # The layer splits its row at cu_seqlens on the host. One segment, told on the CPU, splits nothing
+        # and waits for nothing; our attention takes the true bounds from ``segments``.
+        whole_row = torch.tensor([0, hidden_PC.shape[0]], dtype=torch.int32, device="cpu")
+        for layer in vision.encoder.layers:
+            hidden_PC = layer(hidden_PC, cu_seqlens=whole_row, position_embeddings=rope, segments=segments)
+        merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
+        rows_NC = merged_MC.index_select(0, batch.kept) if batch.kept.shape[0] else merged_MC[:1]
+        return self.model.model.projector(rows_NC)
+
+    def _embed(self, batch: Batch, visual_NH: Tensor) -> Tensor:
+        """(T, H) token embeddings with the visual tokens in their places."""
+        embeds_TH = self.model.model.language_model.embed_tokens(batch.input_ids)
+        if batch.placeholder_positions.shape[0] == 0:
+            # Zero, but a path for the gradient: vision and projector get theirs, and the layers of a frozen
+            # language model run their backward pass here because they do on the ranks that have images
+            # (ZeRO-3 waits for all).
+            return embeds_TH + (visual_NH.sum() * 0).to(embeds_TH.dtype)
+        return embeds_TH.index_copy(0, batch.placeholder_positions, visual_NH.to(embeds_TH.dtype))
+
+    def _language_states(self, batch: Batch, inputs_TH: Tensor) -> Tensor:
+        """(T, H) final hidden states."""
+        language_model = self.model.model.language_model
+        hidden_1TH = inputs_TH.unsqueeze(0)
+        position_ids_1T = batch.position_ids.unsqueeze(0)
+        rope = language_model.rotary_emb(hidden_1TH, position_ids_1T)
+        segments = Segments(batch.cu_seqlens, batch.segment_lengths, batch.max_seqlen, self.attention)
+        for layer in language_model.layers:
+            hidden_1TH = layer(
+                hidden_1TH,
+                attention_mask=None,
+                position_ids=position_ids_1T,
+                use_cache=False,
+                position_embeddings=rope,
+                segments=segments,
+            )
+        return language_model.norm(hidden_1TH).squeeze(0)
+
+
+def merge_patches(hidden_PC: Tensor, patches_by_merge: tuple[tuple[int, int], ...]) -> Tensor:
+    """(M, C): the mean of each square of ``merge_size`` patches, which lie side by side in merge-block order.
+
+    For merge size 2 transformers' bilinear interpolation is this mean; for 3 and more it is not, and a
+    model trained with the one would be asked with the other, so those are refused.
+    """
+    merged, start = [], 0
+    for merge_size, num_patches in patches_by_merge:
+        if merge_size not in (1, 2):
+            raise ValueError(
+                f"merge size {merge_size}: transformers' model merges by a mean only for 1 and 2"
+            )
+        rows = hidden_PC[start : start + num_patches]
+        merged.append(rows if merge_size == 1 else rows.unflatten(0, (-1, merge_size**2)).mean(1))
+        start += num_patches
+    if start != hidden_PC.shape[0]:
+        raise ValueError(f"patches_by_merge counts {start} patches, the batch has {hidden_PC.shape[0]}")
+    return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+
+def head_dims(hf_model: VideoLlama3ForConditionalGeneration) -> tuple[int, int]:
+    """Head dimensions that attention must serve: the encoder's and the language model's."""
+    vision: Any = hf_model.config.vision_config
+    text: Any = hf_model.config.text_config
+    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return vision.hidden_size // vision.num_attention_heads, text_dim
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers' layers call it: ``query`` (1, H, T, D) -> (1, T, H, D).
+
+    ``segments`` is there when PackedModel drives the layer. Without it the model's own forward or generate()
+    is running, on padded rows with a mask: that is torch's attention, as transformers calls it.
+    """
+    segments: Segments | None = kwargs.pop("segments", None)
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out = varlen_attention(
+        *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
+        cu_seqlens=segments.cu_seqlens,
+        lengths=segments.lengths,
+        max_seqlen=segments.max_seqlen,
+        causal=bool(module.is_causal),
+        scale=kwargs["scaling"],
+        backend=segments.backend,
+    )
+    return out.unsqueeze(0), None
+
+
+def _refuse_what_packs_cannot(hf_model: VideoLlama3ForConditionalGeneration) -> None:
+    """ValueError for what our attention would silently leave out."""
+    vision: Any = hf_model.config.vision_config
+    text: Any = hf_model.config.text_config
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ValueError("text_config.use_sliding_window: packs know full attention only; set it to false")
+    if text.attention_dropout or vision.attention_dropout:
+        raise ValueError(
+            "attention_dropout: the variable-length kernels have none; set it to 0 in both configs"
+        )
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
