@@ -1,33 +1,64 @@
-"""The train command: ``torchrun --nproc-per-node 2 -m vl3train.train stage=2_alignment run.output_dir=runs/s2``.
+"""The train command: ``torchrun --nproc-per-node 8 -m vl3train.train stage=2 model=2b run.output_dir=runs/stage2``.
 
 From here to ``backward()`` it is two files: ``engine/loop.py`` and ``engine/step.py``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from vl3train.config.load import ConfigError, load_config
+from vl3train.cli.check import check_config
+from vl3train.config.load import add_config_arguments
+from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
 
+EXAMPLES = """\
+examples:
+  torchrun --nproc-per-node 8 -m vl3train.train stage=1 model=2b run.output_dir=runs/stage1 \\
+      model.vision_encoder_from=google/siglip-so400m-patch14-384 model.language_model_from=Qwen/Qwen2.5-1.5B-Instruct
+  torchrun --nproc-per-node 8 -m vl3train.train stage=2 model=2b stage.init_from=runs/stage1 run.output_dir=runs/stage2
+  torchrun --nproc-per-node 1 -m vl3train.train stage=3 model=2b adapter=lora data.recipe=my_recipe.yaml \\
+      stage.init_from=VideoLLaMA3-2B-hf run.output_dir=runs/mine
 
-def main(overrides: list[str] | None = None) -> int:
-    """Train one stage with Hydra overrides; returns the exit code. Every rank of a launch runs this."""
-    from vl3train.engine.ranks import is_first_process, join, launched_dp_size
+The same command again resumes a run that did not finish. `vl3train check` with the same words checks them in a second.
+"""
 
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of the train command."""
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    add_config_arguments(parser)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train one stage; returns the exit code. Every process of a launch runs this."""
+    parser = ArgumentParser(prog="python -m vl3train.train", description="Train one stage.")
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
     try:
-        cfg = load_config([*(sys.argv[1:] if overrides is None else overrides)], dp_size=launched_dp_size())
+        cfg = check_config(args, dp_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
-        if is_first_process():
+        if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
-    return run(cfg, join(cfg.machine))
+    return start(cfg)
 
 
-def run(cfg: TrainConfig, rank: object) -> int:
-    """Train; a refusal that the program foresaw is printed plainly, anything else with its traceback."""
+def start(cfg: TrainConfig) -> int:
+    """Join the other ranks and train. torch is imported here, not before the config is known to be right."""
     from vl3train.engine.loop import train
+    from vl3train.engine.ranks import join
 
+    rank = join(cfg.machine)
     train(cfg, rank)
     return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    from vl3train.engine.ranks import leave
+
+    leave(code)

@@ -35,7 +35,7 @@ def gradient(
     hf_model = load_model(model_dir, dtype=torch.float32 if dtype is Dtype.float32 else torch.bfloat16)
     set_trainable(hf_model, trainable)
     before = {name: p.detach().clone().double() for name, p in hf_model.named_parameters()}
-    packed = PackedModel(hf_model, attention="reference")
+    packed = PackedModel(hf_model, "reference")
     parameters = [p for p in packed.parameters() if p.requires_grad]
     machine = MachineConfig(zero_stage=zero_stage, dtype=dtype)
     engine = Zero(
@@ -50,7 +50,8 @@ def gradient(
     total = sum(int((s.labels != -100).sum()) for s in samples)
     num_packs = rank.dp_size * accumulation
     mine = [
-        collate_samples(samples[p::num_packs]) for p in range(rank.index * accumulation, (rank.index + 1) * accumulation)
+        collate_samples(samples[p::num_packs])
+        for p in range(rank.index * accumulation, (rank.index + 1) * accumulation)
     ]
     for position, batch in enumerate(mine):
         output = engine.forward(batch)

@@ -21,7 +21,9 @@ def make(checkpoints, step, identity=None):
     folder = checkpoints / f"step_{step:08d}"
     (folder / "engine").mkdir(parents=True)
     (folder / "engine" / "weights.bin").write_bytes(b"x" * 100)
-    (folder / "resume.json").write_text(json.dumps({"identity": identity or {"plan": {"seed": 0}}, "step": step}))
+    (folder / "resume.json").write_text(
+        json.dumps({"identity": identity or {"plan": {"seed": 0}}, "step": step})
+    )
     (folder / "MANIFEST.json").write_text(json.dumps(list_files(folder)))
     return folder
 

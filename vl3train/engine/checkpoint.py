@@ -4,7 +4,7 @@ One checkpoint is one folder, ``checkpoints/step_00000010/``::
 
     engine/          DeepSpeed's: weights, optimizer, counters, one file a rank
     weights/         the model in Hugging Face form, with its processor: what the next stage and export read
-    adapter/         LoRA runs: the adapter alone, in peft's form
+    adapter/         LoRA runs, instead of weights/: the adapter alone, in peft's form
     random/          random state of each rank
     resume.json      cursor, identity of plan and model, config
     MANIFEST.json    every file with its size; written last
@@ -52,7 +52,7 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
 
-    ``write_weights`` gets the partial folder and writes ``weights/`` (and ``adapter/``) into it; all ranks call
+    ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call
     it, because gathering partitioned weights needs them all.
     """
     final = checkpoints / checkpoint_name(step)
@@ -111,7 +111,11 @@ def checkpoint_damage(folder: Path) -> str | None:
         return "it has no MANIFEST.json"
     wanted = json.loads(manifest.read_text())
     have = list_files(folder)
-    wrong = [f"{name} has {have.get(name, 'no')} of {size} bytes" for name, size in wanted.items() if have.get(name) != size]
+    wrong = [
+        f"{name} has {have.get(name, 'no')} of {size} bytes"
+        for name, size in wanted.items()
+        if have.get(name) != size
+    ]
     return "; ".join(wrong) or None
 
 

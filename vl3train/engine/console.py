@@ -26,47 +26,50 @@ class Console:
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        first_step: int,
-        enabled: bool,
-        output_dir: str | Path,
-        *,
-        name: str = "training",
-        out: TextIO | None = None,
+        self, output_dir: str | Path, *, stage_name: str, enabled: bool, out: TextIO | None = None
     ) -> None:
-        """Start the display.
+        """Get ready to print; the bar begins with ``start``.
 
         Args:
-            total_steps: Steps of the whole run.
-            first_step: Step that comes next; the bar starts there in a resumed run.
+            output_dir: Folder of metrics.jsonl; made when the first figures come.
+            stage_name: What stands at the head of the bar and of each line.
             enabled: Whether this process prints and writes.
-            output_dir: Folder of metrics.jsonl; made if missing.
-            name: What stands at the head of each line, e.g. the stage.
             out: Where to print; None is standard output.
         """
         self._enabled = enabled
-        self._total_steps = total_steps
-        self._name = name
-        self._pace = Pace(first_step)
-        self._last_line_time = -float("inf")
-        self._progress: Progress | None = None
-        if not enabled:
-            return
+        self._name = stage_name
         self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False, soft_wrap=True)
         self._metrics_path = Path(output_dir) / "metrics.jsonl"
-        self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
-        if self._rich.is_terminal:
-            self._progress = Progress(
+        self._total_steps = 0
+        self._pace = Pace()
+        self._last_line_time = -float("inf")
+        self._bar: Progress | None = None
+
+    def start(self, *, first_step: int, total_steps: int) -> None:
+        """Begin the bar. ``first_step`` comes next; it is not 0 in a resumed run."""
+        self._total_steps = total_steps
+        self._pace = Pace()
+        self._last_line_time = -float("inf")
+        if self._enabled and self._rich.is_terminal:
+            self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 console=self._rich,
             )
-            self._task = self._progress.add_task(name, total=total_steps, completed=first_step, figures="")
-            self._progress.start()
-            atexit.register(self.finish)  # a crash must not leave the terminal without its cursor
+            self._task = self._bar.add_task(
+                self._name, total=total_steps, completed=first_step, figures="first step ..."
+            )
+            self._bar.start()
+            atexit.register(self.close)  # a crash must not leave the terminal without its cursor
+
+    def progress(self, source: str, done: int, total: int) -> None:
+        """Tell how far the index pass over a source is; at most a line every 5 s, and the last."""
+        now = time.monotonic()
+        if self._enabled and (now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == total):
+            self._last_line_time = now
+            self._print(f"index of {source}  {done}/{total} samples")
 
     def metrics(self, figures: Mapping[str, Any]) -> None:
         """Show the figures of one step and append them to metrics.jsonl.
@@ -75,13 +78,14 @@ class Console:
         """
         if not self._enabled:
             return
+        self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
         with self._metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         done = int(figures["step"]) + 1
         seconds_left = self._pace.seconds_left(done, self._total_steps)
         text = figures_text(figures, seconds_left)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, figures=text)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=text)
             return
         now = time.monotonic()
         if now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == self._total_steps:
@@ -104,12 +108,12 @@ class Console:
         if self._enabled:
             self._print(text)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Leave the bar as it stands. May be called twice."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-            atexit.unregister(self.finish)
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            atexit.unregister(self.close)
 
     def _print(self, text: str) -> None:
         self._rich.print(text, markup=False)
@@ -117,16 +121,15 @@ class Console:
 
 
 class Pace:
-    """How long the rest will take, from the wall-clock of the steps so far. The first step warms up: left out."""
+    """Time for the rest, from the wall-clock of the steps so far; the first one warms up and is left out."""
 
-    def __init__(self, first_step: int) -> None:
-        self._first_step = first_step
+    def __init__(self) -> None:
         self._counted_from: tuple[int, float] | None = None
 
     def seconds_left(self, done: int, total: int, now: float | None = None) -> float | None:
         """Seconds until ``total`` steps are done, or None while only one figure is known.
 
-        >>> pace = Pace(0)
+        >>> pace = Pace()
         >>> pace.seconds_left(1, 11, now=60.0) is None
         True
         >>> pace.seconds_left(3, 11, now=64.0)
@@ -191,7 +194,7 @@ def clock(seconds: float) -> str:
 def truncate_metrics(path: str | Path, first_step: int) -> int:
     """Remove the lines of steps from ``first_step`` on, which a resumed run will write again.
 
-    A last line without its end, left by a killed process, goes too. The file is replaced at once, or left alone.
+    A last line without its end, left by a killed process, goes too. The file is replaced at once.
 
     Returns:
         Number of lines removed.

@@ -83,7 +83,9 @@ def record_evaluation(
     kept = []
     if path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [line for line in lines if (line["step"], line["when"]) != (step, when) and line["step"] <= step]
+        kept = [
+            line for line in lines if (line["step"], line["when"]) != (step, when) and line["step"] <= step
+        ]
     text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
     partial = path.with_suffix(".partial")
     partial.write_text(text)

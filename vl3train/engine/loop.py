@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from vl3train.config.schema import TrainConfig
-from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation
@@ -120,8 +119,8 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     """Held-out figures of each source, to console, evaluations.jsonl and tracker."""
     if run.held_out is None:
         return
-    batches = evaluation_batches(run.held_out, run.cfg, run.rank.index, run.rank.dp_size)
-    figures = evaluate(run.engine, batches, run.held_out.source_names)
+    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+    figures = evaluate(run.engine, batches, list(run.held_out.index.source_names))
     if not run.rank.is_first:
         return
     record_evaluation(
@@ -182,5 +181,3 @@ class StopRequest:
 
     def _request(self, *_: object) -> None:
         self.requested = True
-
-

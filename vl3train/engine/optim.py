@@ -45,9 +45,9 @@ def build_optimizer(
 
 
 def set_rates(optimizer: Any, factor: float) -> dict[str, float]:
-    """Set every group's rate to its peak times ``factor``; returns the rate of each part."""
+    """Set every group's rate to its peak times ``factor``; returns the rate of each group."""
     rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        rates[group["part"]] = group["lr"]
+        rates[group["name"]] = group["lr"]
     return rates

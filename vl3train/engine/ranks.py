@@ -41,16 +41,6 @@ class Rank:
             raise RuntimeError(first)
 
 
-def launched_dp_size() -> int:
-    """Number of processes of this launch, as torchrun tells it; 1 for a plain ``python -m vl3train.train``."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for the launch; usable before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def join(machine: MachineConfig) -> Rank:
     """Join the process group: nccl on GPUs, gloo on CPU. A plain ``python`` call becomes a world of one."""
     cuda = machine.device is Device.cuda or (machine.device is Device.auto and torch.cuda.is_available())

@@ -11,23 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
-from vl3train.config.load import resolve_weights, save_config
-from vl3train.config.rules import effective_learning_rates
-from vl3train.config.schema import AdapterKind, Dtype, TrainConfig, as_plain
+from vl3train.config.rules import adapter_rates, full_rates
+from vl3train.config.schema import AdapterKind, TrainConfig, as_plain
 from vl3train.contracts.records import Cursor
-from vl3train.data.pipeline import OpenData, open_data
+from vl3train.data.pipeline import OpenData
+from vl3train.engine.build import (
+    build_model,
+    data_remarks,
+    keep_base,
+    load_processor,
+    open_both,
+    write_processor,
+)
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
-from vl3train.model.adapters import add_adapters, base_state_dict, save_adapter
+from vl3train.model.adapters import add_adapters, save_adapter
 from vl3train.model.attention import choose_attention
-from vl3train.model.conversion import build_processor, save_weights
-from vl3train.model.init_from_parts import assert_rope_float32, init_from_parts, load_model
-from vl3train.model.packed_forward import PackedModel
+from vl3train.model.conversion import save_weights
+from vl3train.model.init_from_parts import assert_rope_float32
+from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 
 
@@ -62,7 +70,7 @@ class Run:
     def finish(self) -> None:
         """Close console and tracker after the last act."""
         self.console.close()
-        self.tracker.finish(0)
+        self.tracker.finish()
 
 
 @dataclass(kw_only=True)
@@ -94,45 +102,39 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     folder = Path(cfg.run.output_dir)
     console = Console(folder, stage_name=cfg.stage.name, enabled=rank.is_first)
     seed_everything(cfg.run.seed)
-
     checkpoint, remarks = find_checkpoint(folder / "checkpoints", rank)
-    for remark in remarks:
-        console.message(remark)
     processor_dir = write_processor(cfg, folder, rank)
     data, held_out = open_both(cfg, processor_dir, rank, console)
+    num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
 
-    hf_model = build_model(cfg, checkpoint, rank, processor_dir)
-    rates = effective_learning_rates(cfg)
-    set_trainable(hf_model, rates)
+    hf_model = build_model(cfg, checkpoint, processor_dir)
+    full, low_rank = full_rates(cfg), adapter_rates(cfg)
+    set_trainable(hf_model, full)
+    peft_model = None
     if cfg.adapter.kind is AdapterKind.lora:
-        add_adapters(hf_model, cfg.adapter)
+        keep_base(hf_model, processor_dir, folder, rank)
+        peft_model = add_adapters(hf_model, cfg.adapter)
     counts = count_parameters(hf_model)
-    groups = parameter_groups(
-        hf_model, rates, cfg.optim.weight_decay, adapter_learning_rate=cfg.adapter.learning_rate
-    )
+    groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     attention = choose_attention(
-        cfg.machine.attention.value,
-        device=rank.device,
-        head_dims=head_dims(hf_model),
-        dtype=next(hf_model.parameters()).dtype,
+        cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
     )
     if cfg.machine.activation_checkpointing:
         hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf_model.to(rank.device)
-    num_micro_batches = cfg.step.global_packs // rank.dp_size
     engine = Zero(
-        PackedModel(hf_model, attention=attention.name),
+        PackedModel(hf_model, attention.name),
         build_optimizer(groups, cfg.optim, rank.device),
         machine=cfg.machine,
         optim=cfg.optim,
-        num_micro_batches=num_micro_batches,
+        num_micro_batches=cfg.step.global_packs // rank.dp_size,
         rank=rank,
+        save_frozen=peft_model is None,
     )
     assert_rope_float32(hf_model)
     engine.train(True)
 
     identity = run_identity(cfg, data, counts, rank)
-    num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
     cursor = Cursor()
     bad_samples = BadSampleLimit(max_fraction=cfg.data.max_bad_fraction)
     if checkpoint is not None:
@@ -142,29 +144,31 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         bad_samples.seen, bad_samples.bad = resume["bad_samples"]["seen"], resume["bad_samples"]["bad"]
     if rank.is_first:
         truncate_metrics(folder / "metrics.jsonl", cursor.step)
-        save_config(cfg, folder / "config.yaml")
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
 
-    console.start(first_step=cursor.step, total_steps=num_steps)
+    for remark in remarks:
+        console.message(remark)
     for part, (trained, total) in counts.items():
-        rate = f"rate {rates[part]:g}" if trained else "frozen"
+        rate = f"rate {({**full, **low_rank})[part]:g}" if trained else "frozen"
         console.message(f"{part}: {trained:,} of {total:,} parameters trained, {rate}")
     console.message(f"attention: {attention.name} ({attention.reason})")
+    for text in data_remarks(data):
+        console.message(text)
     console.message(
         f"{num_steps} steps of {cfg.step.global_packs} packs on {rank.dp_size} ranks"
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
-    tracker = Tracker(cfg.tracking, folder, as_plain(cfg), enabled=rank.is_first, step=cursor.step)
+    console.start(first_step=cursor.step, total_steps=num_steps)
+    tracker = Tracker(cfg.tracking, folder, as_plain(cfg), step=cursor.step, enabled=rank.is_first)
 
     def write_weights(partial: Path) -> None:
-        state = base_state_dict(engine.full_state_dict(hf_model))
-        if rank.is_first:
-            from transformers import AutoProcessor
-
-            save_weights(hf_model, AutoProcessor.from_pretrained(processor_dir), partial / "weights", state_dict=state)
-        if cfg.adapter.kind is AdapterKind.lora:
-            adapter_state = engine.full_state_dict(hf_model)
-            if rank.is_first:
-                save_adapter(hf_model, partial / "adapter", state_dict=adapter_state)
+        state = engine.full_state_dict(hf_model)
+        if not rank.is_first:
+            return
+        if peft_model is not None:
+            save_adapter(peft_model, partial / "adapter", state_dict=state)
+        else:
+            save_weights(hf_model, load_processor(processor_dir), partial / "weights", state_dict=state)
 
     return Run(
         cfg=cfg,
@@ -180,7 +184,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         console=console,
         tracker=tracker,
         bad_samples=bad_samples,
-        source_names=data.source_names,
+        source_names=list(data.index.source_names),
     )
 
 
@@ -189,75 +193,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:
-    """The run's processor (tokenizer, pixel budgets, chat template) in ``<output_dir>/processor``."""
-    target = folder / "processor"
-    problem = None
-    if rank.is_first and not (target / "tokenizer.json").exists():
-        tokenizer_from = cfg.model.tokenizer_from or cfg.model.language_model_from
-        if cfg.stage.init_from is not None and cfg.model.tokenizer_from is None:
-            tokenizer_from = str(resolve_weights(cfg.stage.init_from))
-        assert tokenizer_from is not None, "config rules refuse a run without a tokenizer"
-        try:
-            build_processor(
-                tokenizer_from,
-                data=cfg.data,
-                image_merge_size=cfg.stage.image_merge_size,
-                video_merge_size=cfg.stage.video_merge_size,
-                prune_frames=cfg.stage.prune_frames,
-            ).save_pretrained(target)
-        except (OSError, ValueError) as error:
-            problem = f"the tokenizer could not be read from {tokenizer_from}: {error}"
-    rank.agree(problem)
-    return target
-
-
-def open_both(
-    cfg: TrainConfig, processor_dir: Path, rank: Rank, console: Console
-) -> tuple[OpenData, OpenData | None]:
-    """Training and held-out data. Rank 0 makes a missing index, then all read it."""
-    wants_held_out = cfg.run.evaluate_at_start or cfg.run.evaluate_at_end or cfg.run.evaluate_steps > 0
-    problem = None
-    if rank.is_first:
-        try:
-            open_data(cfg, tokenizer_dir=processor_dir, held_out=False, build=True, progress=console.progress)
-            if wants_held_out:
-                open_data(cfg, tokenizer_dir=processor_dir, held_out=True, build=True, progress=console.progress)
-        except (OSError, ValueError) as error:
-            problem = str(error)
-    rank.agree(problem)
-    data = open_data(cfg, tokenizer_dir=processor_dir, held_out=False, build=False)
-    held_out = None
-    if wants_held_out:
-        held_out = open_data(cfg, tokenizer_dir=processor_dir, held_out=True, build=False)
-    return data, held_out
-
-
-def build_model(cfg: TrainConfig, checkpoint: Path | None, rank: Rank, processor_dir: Path) -> Any:
-    """The transformers model: from the checkpoint to resume, the stage before, or the published parts."""
-    dtype = torch.bfloat16 if cfg.machine.dtype is Dtype.bfloat16 else torch.float32
-    if checkpoint is not None:
-        return load_model(checkpoint / "weights", dtype=dtype)
-    if cfg.stage.init_from is not None:
-        return load_model(resolve_weights(cfg.stage.init_from), dtype=dtype)
-    assert cfg.model.vision_encoder_from and cfg.model.language_model_from, "config rules refuse this"
-    return init_from_parts(
-        cfg.model.vision_encoder_from,
-        cfg.model.language_model_from,
-        processor_dir=processor_dir,
-        initializer_range=cfg.model.initializer_range,
-        seed=cfg.run.seed,
-        dtype=dtype,
-    )
-
-
-def head_dims(hf_model: Any) -> tuple[int, int]:
-    """Size of a head in the encoder and in the language model."""
-    vision, text = hf_model.config.vision_config, hf_model.config.text_config
-    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return vision.hidden_size // vision.num_attention_heads, text_dim
 
 
 def run_identity(

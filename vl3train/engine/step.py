@@ -53,7 +53,9 @@ def train_step(
         loss=sum(losses) / max(num_supervised_tokens, 1),
         grad_norm=float(grad_norm),
         source_losses={
-            source: loss / count for source, (loss, count) in enumerate(zip(losses, counts, strict=True)) if count
+            source: loss / count
+            for source, (loss, count) in enumerate(zip(losses, counts, strict=True))
+            if count
         },
         num_skipped_samples=int(sums[0]),
         stop_requested=bool(sums[1]),

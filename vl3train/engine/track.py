@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,35 @@ RUN_ID_FILE = "wandb_id.txt"
 class Tracker:
     """One W&B run, or nothing: a tracker that was started without one accepts every call and does nothing."""
 
-    def __init__(self, wandb_run: Any | None = None) -> None:
-        self._run = wandb_run
-
-    @classmethod
-    def start(
-        cls,
-        cfg_plain: Mapping[str, Any],
-        output_dir: str | Path,
+    def __init__(
+        self,
         tracking: TrackingConfig,
-        step: int,
+        output_dir: str | Path,
+        cfg_plain: Mapping[str, Any],
         *,
+        step: int,
         enabled: bool = True,
-    ) -> Tracker:
+    ) -> None:
         """Begin a W&B run, or go on with the one that this output folder began.
 
         Args:
-            cfg_plain: The whole config as plain values (``config.schema.as_plain``).
-            output_dir: Folder of the run; holds ``wandb_id.txt`` and W&B's own files.
             tracking: What to track with. With ``kind=none`` wandb is not even imported.
+            output_dir: Folder of the run; holds ``wandb_id.txt`` and W&B's own files.
+            cfg_plain: The whole config as plain values (``config.schema.as_plain``).
             step: Step that comes next; 0 in a new run.
             enabled: False on every rank but 0.
 
         A resumed run logs steps that a killed one logged already a second time; W&B draws the later values.
         """
+        self._run: Any | None = None
         if tracking.kind is TrackerKind.none or not enabled:
-            return cls()
+            return
         import wandb
 
         folder = Path(output_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         mode = wandb_mode(tracking.mode)
-        run_id, is_new = run_id_of(folder, wandb.util.generate_id())
+        run_id, is_new = run_id_of(folder)
         run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
@@ -71,16 +69,15 @@ class Tracker:
         if mode == "offline":
             print(
                 f"W&B run {run_id} {begun}, offline. To upload it later:"
-                f" vl3_dir={folder / 'wandb'}; for d in $vl3_dir/offline-run-*-{run_id};"
-                " do wandb sync --append $d; done",
+                f" wandb sync {folder / 'wandb'}/offline-run-*-{run_id}",
                 flush=True,
             )
         else:
             print(f"W&B run {run_id} {begun}: {run.url}", flush=True)
-        return cls(run)
+        self._run = run
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Log the figures of one step. Nested ones get names like ``source_losses/captions``; None is left out."""
+        """Log the figures of one step. Nested ones are named ``source_losses/captions``; None is left out."""
         if self._run is not None:
             self._run.log({**flat_figures(figures), "step": step})
 
@@ -90,19 +87,25 @@ class Tracker:
             return
         import wandb
 
-        columns = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        columns: list[str | int] = list(rows[0])
+        table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
         self._run.log({name: table, "step": step})
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the W&B run; a code other than 0 marks it as failed. May be called twice."""
+        """End the W&B run; a code other than 0 marks it as failed. May be called twice.
+
+        Returns when W&B's own process has written everything and ended: the caller may end without ceremony.
+        """
         if self._run is not None:
+            import wandb
+
             self._run.finish(exit_code=exit_code)
             self._run = None
+            wandb.teardown(exit_code)
 
 
 def wandb_mode(wanted: WandbMode) -> str:
-    """``online`` or ``offline``. ``auto`` follows WANDB_MODE, else is online exactly when a key can be found."""
+    """``online`` or ``offline``. ``auto`` follows WANDB_MODE, else is online where a key can be found."""
     if wanted is not WandbMode.auto:
         return wanted.value
     if mode := os.environ.get("WANDB_MODE"):
@@ -126,11 +129,12 @@ def has_api_key() -> bool:
         ) from error
 
 
-def run_id_of(folder: Path, new_id: str) -> tuple[str, bool]:
+def run_id_of(folder: Path) -> tuple[str, bool]:
     """The W&B id of this output folder and whether it is new. It is on the disk before the run begins."""
     file = folder / RUN_ID_FILE
     if file.exists():
         return file.read_text(encoding="utf-8").strip(), False
+    new_id = secrets.token_hex(4)
     partial = file.with_suffix(".partial")
     partial.write_text(new_id + "\n", encoding="utf-8")
     partial.replace(file)

@@ -37,8 +37,12 @@ class Zero:
         optim: OptimConfig,
         num_micro_batches: int,
         rank: Rank,
+        save_frozen: bool = True,
     ) -> None:
+        """Put ``model`` under ZeRO. ``save_frozen=False`` leaves frozen weights out of checkpoints: with adapters
+        they are the whole base model, which the run keeps once."""
         self.rank = rank
+        self.save_frozen = save_frozen
         self.zero_stage = machine.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -100,11 +104,13 @@ class Zero:
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and DeepSpeed's counters; every rank its share."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder), tag="state", save_latest=False, exclude_frozen_parameters=not self.save_frozen
+        )
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, under the same number of ranks and ZeRO stage."""
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.save_frozen)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state under {folder}")
 
