@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole test suite, on the CPU, in minutes. Installs what it needs into the active environment, else into .venv.
+#
+#   bash scripts/test.sh [pytest's arguments]      bash scripts/test.sh tests/config -k rules
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+  if [ ! -x .venv/bin/python ]; then
+    echo "making .venv (no environment is active)"
+    "${PYTHON:-python3}" -m venv .venv
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+if ! python -c 'import vl3train, deepspeed, hatchling, hypothesis, pytest' 2>/dev/null; then
+  echo "installing vl3train with its test extra (torch is large: some minutes)"
+  python -m pip install -e '.[dev]'
+fi
+
+# One thread a process: tests start processes of their own, and two cores are enough for neither's default.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+if [ $# -eq 0 ]; then set -- tests; fi
+exec python -m pytest "$@"

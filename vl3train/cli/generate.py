@@ -1,0 +1,192 @@
+"""Ask a trained model about images, videos and text. Answers are greedy unless a temperature is given.
+
+examples:
+  vl3train generate --model runs/stage4 --image cat.jpg --prompt "What is this?"
+  vl3train generate --model export --image a.png --image b.png --prompt "What changed?"
+  vl3train generate --model export --video clip.mp4 --fps 2 --prompt "What happens?"
+  vl3train generate --model export --batch requests.jsonl --out answers.jsonl
+
+A line of requests.jsonl, where all but prompt may be left out:
+  {"prompt": "How many?", "image": "a.jpg", "video": ["b.mp4", "c.mp4"], "system": "Be brief."}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vl3train.contracts.tokens import RESERVED_TOKENS
+
+if TYPE_CHECKING:
+    from vl3train.cli.answer import Request
+
+REQUEST_KEYS = ("prompt", "image", "video", "system")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``vl3train generate``."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="an export, a run folder or a checkpoint"
+    )
+    parser.add_argument("--prompt", help="the question")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="one or several"
+    )
+    parser.add_argument(
+        "--video", nargs="+", action="extend", default=[], metavar="FILE", help="one or several"
+    )
+    parser.add_argument("--system", help="a system turn before the question")
+    parser.add_argument("--batch", metavar="JSONL", help="many requests, one on each line")
+    parser.add_argument("--out", metavar="JSONL", help="where the answers to --batch go; must not exist")
+    parser.add_argument(
+        "--media-root", default=".", metavar="DIR", help="where relative paths in --batch start"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="requests answered together (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument(
+        "--fps", type=float, help="frames a second of a video; unset: as the model was trained"
+    )
+    parser.add_argument(
+        "--max-frames", type=int, help="most frames of a video; unset: as the model was trained"
+    )
+    parser.add_argument("--device", help="cpu or cuda; unset: cuda where there is one")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer one request, or a file of them, and return 0.
+
+    Raises ValueError naming everything that is wrong with the requests, before the first is answered.
+    """
+    requests = requests_of(args)
+    if args.out is not None and Path(args.out).exists():
+        raise FileExistsError(f"{args.out} exists; nothing was written. Give another file or remove that one")
+
+    from vl3train.cli.answer import Asker
+
+    asker = Asker.load(
+        args.model,
+        device=args.device,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+    )
+    problems = [where + problem for where, request in requests for problem in asker.problems(request)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    if args.batch is None:
+        print(asker.answers([requests[0][1]])[0])
+        return 0
+    with Path(args.out).open("x", encoding="utf-8") as file:
+        for first in range(0, len(requests), args.batch_size):
+            together = [request for _, request in requests[first : first + args.batch_size]]
+            for request, answer in zip(together, asker.answers(together), strict=True):
+                file.write(json.dumps({**as_line(request), "answer": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+            print(f"{first + len(together)} of {len(requests)} answered", file=sys.stderr)
+    return 0
+
+
+def requests_of(args: argparse.Namespace) -> list[tuple[str, Request]]:
+    """The requests that the options make, each with where it stands.
+
+    Raises ValueError naming every mistake at once.
+    """
+    if args.batch is not None:
+        if args.prompt is not None or args.image or args.video or args.system:
+            raise ValueError(
+                "--batch brings its own prompts and media; leave --prompt, --image, --video, --system out"
+            )
+        if args.out is None:
+            raise ValueError("--batch needs --out FILE for the answers")
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size={args.batch_size}; it is 1 or more")
+        return read_requests(Path(args.batch), Path(args.media_root))
+    if args.prompt is None:
+        raise ValueError("give --prompt, or --batch FILE with many requests")
+    if args.out is not None:
+        raise ValueError("--out belongs to --batch; a single answer is printed")
+    fields = {"prompt": args.prompt, "image": args.image, "video": args.video, "system": args.system}
+    request, problems = parse_request(fields, Path("."))
+    if request is None:
+        raise ValueError("\n".join(problems))
+    return [("", request)]
+
+
+def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
+    """The requests of a JSON-lines file. Raises ValueError naming every bad line at once."""
+    found: list[tuple[str, Request]] = []
+    problems = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}: "
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}is not JSON ({error})")
+            continue
+        request, wrong = parse_request(fields, media_root)
+        problems.extend(where + problem for problem in wrong)
+        if request is not None:
+            found.append((where, request))
+    if problems:
+        raise ValueError(f"{len(problems)} problems in the requests\n" + "\n".join(problems))
+    if not found:
+        raise ValueError(f"{file} holds no request")
+    return found
+
+
+def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[str]]:
+    """A request from plain values and everything that is wrong with them; a request only if nothing is."""
+    from vl3train.cli.answer import Request
+
+    if not isinstance(fields, dict):
+        return None, [f"is a {type(fields).__name__}, not an object with {', '.join(REQUEST_KEYS)}"]
+    problems = [
+        f"unknown key {key!r}; there are {', '.join(REQUEST_KEYS)}"
+        for key in fields
+        if key not in REQUEST_KEYS
+    ]
+    for key in ("prompt", "system"):
+        text = fields.get(key)
+        if not isinstance(text, str) and not (key == "system" and text is None):
+            problems.append(f"{key} is {'missing' if text is None else 'no text'}")
+            continue
+        taken = [token for token in RESERVED_TOKENS if token in (text or "")]
+        problems.extend(
+            f"{key} holds {token}, which the model reads as structure; remove it" for token in taken
+        )
+    media: dict[str, tuple[Path, ...]] = {}
+    for key in ("image", "video"):
+        value = fields.get(key)
+        names = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"{key} is neither a path nor a list of paths")
+            continue
+        media[key] = tuple(media_root / name for name in names)
+        problems.extend(f"{key} {path} does not exist" for path in media[key] if not path.is_file())
+    if problems:
+        return None, problems
+    return (
+        Request(
+            prompt=fields["prompt"], images=media["image"], videos=media["video"], system=fields.get("system")
+        ),
+        [],
+    )
+
+
+def as_line(request: Request) -> dict[str, Any]:
+    """The plain values of a request; what it lacks is left out."""
+    line: dict[str, Any] = {"prompt": request.prompt}
+    if request.images:
+        line["image"] = [str(path) for path in request.images]
+    if request.videos:
+        line["video"] = [str(path) for path in request.videos]
+    if request.system is not None:
+        line["system"] = request.system
+    return line
