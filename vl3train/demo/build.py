@@ -1,0 +1,112 @@
+"""Writes the demo's samples: annotations and media as a user would have them, then shards."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
+from vl3train.data.shards import write_shards
+from vl3train.demo.clips import encode
+from vl3train.demo.questions import TASKS, Question
+from vl3train.demo.scenes import draw
+
+NUM_TRAIN = {"captions": 2400}
+"""Training samples of a source, where it is not ``NUM_TRAIN_DEFAULT``."""
+NUM_TRAIN_DEFAULT = 800
+NUM_HELD_OUT = 50
+HELD_OUT_SUFFIX = "-held-out"
+JPEG_SOURCES = ("colour", "shape")
+"""Sources kept as JPEG; other pictures are PNG, so that both decoders are used."""
+
+
+def draw_questions(source: str, seed: int, scale: float) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions of one source; no two of them are the same."""
+    rng = random.Random(f"{seed}/{source}")
+    num_train = max(8, round(NUM_TRAIN.get(source, NUM_TRAIN_DEFAULT) * scale))
+    num_held_out = max(4, round(NUM_HELD_OUT * scale))
+    found: dict[Question, None] = {}
+    while len(found) < num_held_out + num_train:
+        found[TASKS[source](rng)] = None
+    questions = list(found)
+    return questions[num_held_out:], questions[:num_held_out]
+
+
+def missing_folders(out: Path) -> list[str]:
+    """Names of the shard folders that are not there yet, the slow ones first."""
+    names = [source + suffix for source in reversed(TASKS) for suffix in ("", HELD_OUT_SUFFIX)]
+    return [name for name in names if not (out / name).is_dir()]
+
+
+def write_missing(
+    out: Path, seed: int, scale: float, num_processes: int, progress: Callable[[str, int], None]
+) -> None:
+    """Write every folder that ``missing_folders`` names; ``progress(name, samples)`` after each."""
+    # Spawned: a fork would copy the progress bar's thread half-way through whatever it does.
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(write_folder, out, name, seed, scale): name for name in missing_folders(out)}
+        for job in as_completed(jobs):
+            progress(jobs[job], job.result())
+
+
+def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
+    """Write the shards of one source's split; how many samples. The folder appears when it is complete."""
+    source = name.removesuffix(HELD_OUT_SUFFIX)
+    train, held_out = draw_questions(source, seed, scale)
+    drawing = out / f".drawing-{name}"
+    if drawing.exists():  # of a run that was stopped; nobody else writes this name
+        shutil.rmtree(drawing)
+    drawing.mkdir(parents=True)
+    records = list(write_media(drawing, name, held_out if name != source else train))
+    annotations = drawing / "annotations.jsonl"
+    annotations.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    report = write_shards(
+        [str(annotations)],
+        out / name,
+        media_root=drawing,
+        columns=None,
+        max_samples=500,
+        max_bytes=64 * 2**20,
+        skip_bad=False,
+        progress=lambda what, number: None,
+    )
+    shutil.rmtree(drawing)
+    return report.num_written
+
+
+def write_media(folder: Path, name: str, questions: list[Question]) -> Iterator[dict[str, Any]]:
+    """Write each question's picture or clip into ``folder`` and yield its annotation.
+
+    Media are annotated in LLaVA's form, text as OpenAI's ``messages``: the two that users bring.
+    """
+    for number, question in enumerate(questions):
+        key = f"{name}-{number:05d}"
+        if question.picture is not None:
+            suffix = "jpg" if question.task in JPEG_SOURCES else "png"
+            file = f"{key}.{suffix}"
+            draw(question.picture).save(folder / file, quality=92)  # PNG has no quality and ignores it
+            yield {"id": key, "image": file, "conversations": turns(IMAGE_TAG, question)}
+        elif question.clip is not None:
+            file = f"{key}.mp4"
+            (folder / file).write_bytes(encode(question.clip))
+            yield {"id": key, "video": file, "conversations": turns(VIDEO_TAG, question)}
+        else:
+            messages = [
+                {"role": "user", "content": question.question},
+                {"role": "assistant", "content": question.answer},
+            ]
+            yield {"id": key, "messages": messages}
+
+
+def turns(tag: str, question: Question) -> list[dict[str, str]]:
+    """A question about one visual item, and its answer, as LLaVA writes them."""
+    return [
+        {"from": "human", "value": f"{tag}\n{question.question}"},
+        {"from": "gpt", "value": question.answer},
+    ]

@@ -1,0 +1,104 @@
+"""``vl3train demo OUT``: draws the demo's data and makes the debug model's two parts. Never overwrites."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vl3train.demo.build import draw_questions, missing_folders, write_missing
+from vl3train.demo.questions import TASKS
+
+MANIFEST = "demo.json"
+RULES = 1
+"""Raised when the same seed comes to mean other samples or parts."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``vl3train demo``."""
+    parser.add_argument("out", type=Path, help="folder for shards and parts; configs expect `demo`")
+    parser.add_argument("--seed", type=int, default=0, help="decides every sample (default 0)")
+    parser.add_argument(
+        "--samples-scale", type=float, default=1.0, help="1 is the full demo, 0.1 a tenth of its samples"
+    )
+    parser.add_argument(
+        "--parts",
+        action=BooleanOptionalAction,
+        default=True,
+        help="also make the debug model's encoder, language model and tokenizer (the default)",
+    )
+
+
+def main(args: Namespace) -> int:
+    """Make what is missing below ``args.out``; 0 when all is there.
+
+    Raises:
+        ValueError: the folder holds a demo of another seed or size, or something else.
+    """
+    out: Path = args.out
+    if not args.samples_scale > 0:
+        raise ValueError(f"--samples-scale {args.samples_scale} must be above 0")
+    claim_folder(out, {"rules": RULES, "seed": args.seed, "samples_scale": args.samples_scale})
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        missing = missing_folders(out)
+        if missing:
+            bar = bars.add_task("drawing", total=len(missing))
+
+            def drawn(name: str, samples: int) -> None:
+                bars.update(bar, advance=1)
+                bars.console.print(f"  {name}: {samples} samples")
+
+            write_missing(out, args.seed, args.samples_scale, os.cpu_count() or 1, drawn)
+        else:
+            console.print(f"{out}: all {2 * len(TASKS)} shard folders are there already, left as they are")
+        if args.parts and (out / "parts").is_dir():
+            console.print(f"{out / 'parts'}: is there already, left as it is")
+        elif args.parts:
+            make_parts(out, args.seed, args.samples_scale, bars)
+    console.print(f"{out}: the demo is complete (seed {args.seed})")
+    return 0
+
+
+def claim_folder(out: Path, wanted: dict[str, float]) -> None:
+    """Write down what ``out`` is for, or refuse it when it is for something else."""
+    manifest = out / MANIFEST
+    way_out = f"choose another folder, or delete {out} if you no longer need it"
+    if manifest.is_file():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        if found != wanted:
+            differing = ", ".join(
+                f"{key} is {found.get(key)} there and {wanted.get(key)} here"
+                for key in sorted(found.keys() | wanted.keys())
+                if found.get(key) != wanted.get(key)
+            )
+            raise ValueError(f"{out} holds another demo: {differing}; {way_out}")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no demo folder (it has no {MANIFEST}); {way_out}")
+    out.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def make_parts(out: Path, seed: int, scale: float, bars: Progress) -> None:
+    """Make ``out/parts``; it appears when it is complete."""
+    # Here and not above: torch and transformers take seconds that drawing alone need not wait for.
+    from vl3train.demo.parts import PartSizes, make_debug_parts
+
+    questions = [question for source in TASKS for question in draw_questions(source, seed, scale)[0]]
+    bar = bars.add_task("language model on the demo's text", total=None)
+
+    def trained(step: int, steps: int, loss: float) -> None:
+        bars.update(bar, completed=step, total=steps, description=f"language model, loss {loss:.2f}")
+
+    partial = out / ".parts"
+    if partial.exists():  # of a run that was stopped; nobody else writes this name
+        shutil.rmtree(partial)
+    make_debug_parts(partial, questions, seed, PartSizes(), trained)
+    os.rename(partial, out / "parts")
