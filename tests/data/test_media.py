@@ -174,11 +174,15 @@ def test_clip_limits_are_checked_on_the_header(encode_clip):
             decode_clip(data, **{**SAMPLING, "limits": limits})
 
 
-def test_a_playlist_is_not_a_clip(tmp_path, encode_clip):
-    (tmp_path / "part.ts").write_bytes(b"")
-    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path}/part.ts\n#EXT-X-ENDLIST\n"
+def test_a_playlist_is_not_a_clip(tmp_path, monkeypatch, encode_clip):
+    """FFmpeg would open the files it names: a sample must not read what lies outside it."""
+    (tmp_path / "part.mkv").write_bytes(encode_clip(still_and_moving(20, 48, 64), rate=10, suffix="mkv"))
+    monkeypatch.chdir(tmp_path)
+    text = b"ffconcat version 1.0\nfile part.mkv\n"
+    with av.open(io.BytesIO(text)) as container:
+        assert next(container.decode(video=0)).width == 64
     with pytest.raises(BadSample):
-        decode_clip(text.encode(), **SAMPLING)
+        decode_clip(text, **SAMPLING)
 
 
 @pytest.mark.parametrize("quarter_turns", [1, 2, 3])

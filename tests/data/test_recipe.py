@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vl3train.data.recipe import find_recipe, load_recipe, recipe_folder, recipe_problems
+from vl3train.config.paths import shipped_folder
+from vl3train.data.recipe import find_recipe, load_recipe, recipe_problems
 
 PUBLISHED = {"stage1": 15_570_000, "stage2": 27_220_000, "stage3": 19_050_000, "stage4": 5_710_000}
 
@@ -24,8 +25,8 @@ def test_the_papers_mixtures_have_their_published_size(name):
 
 
 def test_every_shipped_recipe_parses():
-    assert {file.stem for file in recipe_folder().glob("*.yaml")} >= set(PUBLISHED)
-    for file in recipe_folder().glob("*.yaml"):
+    assert {file.stem for file in shipped_folder("data_recipes").glob("*.yaml")} >= set(PUBLISHED)
+    for file in shipped_folder("data_recipes").glob("*.yaml"):
         load_recipe(str(file), "data")
 
 

@@ -187,6 +187,14 @@ def test_unpruned_and_shrunk_by_budget(parts, processor, tokenizer):
     assert len(sample.keep_mask) <= 60
 
 
+def test_the_frames_of_a_clip_share_its_pixels(parts, processor, tokenizer):
+    conversation = Conversation(CASES["a clip"])
+    settings = dataclasses.replace(SETTINGS, video_min_pixels=784, video_max_pixels=40_000)
+    sample = render(conversation, parts, tokenizer, settings)
+    assert_equal(sample, by_transformers(conversation, parts, processor, settings), processor, conversation)
+    assert sample.grids[0].prod() * 14**2 <= 40_000
+
+
 def test_all_pictures_share_the_budget(parts, tokenizer):
     settings = dataclasses.replace(
         SETTINGS, image_min_pixels=196, video_min_pixels=784, max_visual_tokens=200

@@ -171,7 +171,7 @@ def test_wrong_sources_are_refused(parts):
         init_from_parts(parts[1], parts[1], **SETTINGS)
     with pytest.raises(ValueError, match="the language model is a Qwen2"):
         init_from_parts(parts[0], parts[0], **SETTINGS)
-    with pytest.raises(ValueError, match="token id 120 has no row in .* embedding of 120 rows"):
+    with pytest.raises(ValueError, match=r"token id 120 has no row in .* embedding of 120 rows"):
         init_from_parts(*parts, **{**SETTINGS, "video_token_id": 120})
     check_vocabulary(init_from_parts(*parts, **SETTINGS).config, 119)
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_loads_whole_or_not_at_all(tiny_model, tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert {p.dtype for p in load_model(tmp_path, torch.bfloat16).parameters()} == {torch.bfloat16}
     edit(tmp_path, lambda w: w.update({"extra": torch.zeros(1)}) or w.pop("model.projector.readout.2.bias"))
-    with pytest.raises(ValueError, match="model.projector.readout.2.bias.*unexpected keys: extra"):
+    with pytest.raises(ValueError, match=r"model.projector.readout.2.bias.*unexpected keys: extra"):
         load_model(tmp_path, torch.float32)
 
 

@@ -58,9 +58,14 @@ def main(args: Namespace) -> int:
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
         tasks = {what: progress.add_task(what, total=None) for what in ("checking", "writing")}
+        counts = dict.fromkeys(tasks, 0)
 
         def show(what: str, count: int) -> None:
+            counts[what] = count
             progress.update(tasks[what], completed=count)
+            if what == "writing" and count == 1:  # now it is known how many there are, the bad ones included
+                for task in tasks.values():
+                    progress.update(task, total=counts["checking"])
 
         try:
             report = write_shards(

@@ -165,7 +165,10 @@ def train_steps(
 
 
 def evaluation_batches(data: OpenData, cfg: TrainConfig, rank: int, dp_size: int) -> Iterator[Batch]:
-    """All samples once over all ranks together, in as many batches on each; a rank's last may be filler."""
+    """All samples that fit a pack, once over all ranks together, in as many batches on each rank.
+
+    A rank that has fewer packs to do ends with filler.
+    """
     step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
     once = dataclasses.replace(data.index.sample_table(), weights=(1.0,) * len(data.index.sizes))
     data = dataclasses.replace(data, plan=Plan(once, 0, step))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-PACKAGE = Path(__file__).parents[1]
+from vl3train.config.paths import shipped_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,6 @@ class Recipe:
     """Samples of each group of sources, as the paper's table gives them."""
 
 
-def recipe_folder() -> Path:
-    """The folder of the recipes that ship: inside an installed package, beside it in a checkout."""
-    installed = PACKAGE / "data_recipes"
-    return installed if installed.is_dir() else PACKAGE.parent / "data_recipes"
-
-
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe named like ``stage1``, or given as a path.
 
@@ -60,10 +54,10 @@ def find_recipe(name_or_path: str) -> Path:
         if path.is_file():
             return path
         raise ValueError(f"data.recipe={name_or_path}: there is no such file")
-    shipped = recipe_folder() / f"{name_or_path}.yaml"
+    shipped = shipped_folder("data_recipes") / f"{name_or_path}.yaml"
     if shipped.is_file():
         return shipped
-    names = sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+    names = sorted(file.stem for file in shipped_folder("data_recipes").glob("*.yaml"))
     near = difflib.get_close_matches(name_or_path, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(

@@ -18,6 +18,15 @@ from vl3train.data.conversation import Conversation
 from vl3train.data.members import CONVERSATION_PART
 
 REFUSED_FILE = "refused.jsonl"
+SIGNATURES = (
+    ("jpg", rb"\xff\xd8\xff"),
+    ("png", rb"\x89PNG"),
+    ("webp", rb"RIFF.{4}WEBP"),
+    ("gif", rb"GIF8"),
+    ("mp4", rb".{4}ftyp"),
+    ("mkv", rb"\x1a\x45\xdf\xa3"),
+)
+"""How files begin; plain webdataset decodes by extension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +170,14 @@ def _write_shard(
 
 
 def part_name(number: int, medium: MediaFile) -> str:
-    """What a sample's medium is called in the shard, after the key.
+    """What a sample's medium is called in the shard, after the key; of bytes without a name, by what they are.
 
-    >>> part_name(1, MediaFile("a/b/clip.MP4", "video")), part_name(0, MediaFile("", "image", b"..."))
-    ('1.mp4', '0.image')
+    >>> part_name(1, MediaFile("a/b/clip.MP4", "video")), part_name(0, MediaFile("", "image", b"GIF89a"))
+    ('1.mp4', '0.gif')
     """
     suffix = re.sub(r"[^a-z0-9]", "", Path(medium.path).suffix.lower())
+    if not suffix and medium.data is not None:
+        suffix = next((name for name, start in SIGNATURES if re.match(start, medium.data, re.DOTALL)), "")
     return f"{number}.{suffix or medium.kind}"
 
 

@@ -7,13 +7,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 """Where there is no terminal, at most one line is printed in this time (the first and last step always)."""
@@ -38,7 +40,7 @@ class Console:
         """
         self._enabled = enabled
         self._name = stage_name
-        self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False)
         self._metrics_path = Path(output_dir) / "metrics.jsonl"
         self._total_steps = 0
         self._pace = Pace()
@@ -51,11 +53,10 @@ class Console:
         self._pace = Pace()
         self._last_line_time = -float("inf")
         if self._enabled and self._rich.is_terminal:
-            self._bar = Progress(
+            self._bar = BarAndFigures(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=40),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
                 console=self._rich,
             )
             self._task = self._bar.add_task(
@@ -116,8 +117,18 @@ class Console:
             atexit.unregister(self.close)
 
     def _print(self, text: str) -> None:
-        self._rich.print(text, markup=False)
+        self._rich.print(text, markup=False, soft_wrap=True)
         self._rich.file.flush()
+
+
+class BarAndFigures(Progress):
+    """A bar with its figures in a line of their own, so that a narrow terminal cuts none of them off."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn, from top to bottom."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
 
 
 class Pace:

@@ -1,0 +1,158 @@
+"""Every shipped config composes and may start, holds the published numbers, and says nothing twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.config.conftest import workplace
+from vl3train.config.load import group_choices, read_config
+from vl3train.config.options import SECTIONS
+from vl3train.config.paths import shipped_folder
+from vl3train.config.rules import effective_learning_rates, problems
+from vl3train.config.schema import TrainConfig, as_plain
+from vl3train.data.recipe import load_recipe
+
+__all__ = ["workplace"]
+
+CONFIGS = shipped_folder("configs")
+CHOICES = list(itertools.product(*(group_choices(group) for group in ("stage", "model", "machine"))))
+
+
+def compose(stage: str, model: str = "2b", machine: str = "one_node", *others: str) -> TrainConfig:
+    start = [] if stage.startswith("1") else ["stage.init_from=checkpoint"]
+    cfg, found = read_config([f"stage={stage}", f"model={model}", f"machine={machine}", *others, *start])
+    assert found == []
+    assert cfg is not None
+    return cfg
+
+
+def test_every_combination_may_start(workplace: Path):
+    for choice in CHOICES:
+        assert [str(problem) for problem in problems(compose(*choice))] == [], choice
+
+
+@pytest.mark.parametrize("machine", ["cpu", "one_gpu"])
+@pytest.mark.parametrize("stage", group_choices("stage"))
+def test_the_demo_may_start(workplace: Path, stage: str, machine: str):
+    assert problems(compose(stage, "debug", machine, "data=demo")) == []
+
+
+@pytest.mark.parametrize("other", ["tracking=wandb", "adapter=lora"])
+def test_the_other_groups_may_start(workplace: Path, other: str):
+    assert problems(compose("2_alignment", "2b", "one_node", other)) == []
+
+
+def test_the_stages_are_the_published_ones():
+    """arXiv:2501.13106, section 3, and scripts/train/stage*_2b.sh of the original code."""
+    later = {"vision_encoder": 2e-6, "projector": 1e-5, "language_model": 1e-5}
+    published = {
+        "1_encoder_adaptation": ({"vision_encoder": 1e-5, "projector": 1e-3}, (1, 2), False),
+        "2_alignment": (later, (1, 2), False),
+        "3_multitask_finetuning": (later, (1, 2), True),
+        "4_video_finetuning": (later, (2, 2), True),
+    }
+    assert group_choices("stage") == sorted(published)
+    for name, (rates, merge_sizes, prune_frames) in published.items():
+        cfg = compose(name)
+        assert cfg.stage.name == name
+        assert effective_learning_rates(cfg) == rates
+        assert (cfg.stage.image_merge_size, cfg.stage.video_merge_size) == merge_sizes
+        assert cfg.stage.prune_frames is prune_frames
+        assert (cfg.data.fps, cfg.data.max_frames, cfg.data.max_visual_tokens) == (1, 180, 10240)
+        assert (cfg.step.max_tokens, cfg.step.max_samples) == (16384, 128)
+        assert (cfg.optim.schedule.value, cfg.optim.warmup_fraction, cfg.optim.weight_decay) == (
+            "cosine",
+            0.03,
+            0,
+        )
+        assert (cfg.optim.beta1, cfg.optim.beta2, cfg.optim.eps) == (0.9, 0.999, 1e-8)
+        assert (cfg.run.num_epochs, cfg.run.save_steps, cfg.run.keep_checkpoints) == (1, 1000, 2)
+
+
+def values_of(file: Path) -> Iterator[tuple[str, Any]]:
+    """Options that a group's file sets, by full name, unresolved."""
+    content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    assert isinstance(content, dict)
+    content.pop("defaults", None)
+    whole = file.parent == CONFIGS or file.read_text().startswith("# @package _global_")
+    for section, options in content.items() if whole else [(file.parent.name, content)]:
+        yield from ((f"{section}.{option}", value) for option, value in options.items())
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_no_file_restates_a_default(file: Path):
+    defaults = as_plain(TrainConfig())
+    restated = []
+    for key, value in values_of(file):
+        section, option = key.split(".")
+        assert option in {field.name for field in dataclasses.fields(SECTIONS[section])}, key
+        if defaults[section][option] == value:
+            restated.append(key)
+    assert restated == []
+
+
+def test_every_recipe_parses_and_every_stage_has_its_own():
+    names = {file.stem for file in shipped_folder("data_recipes").glob("*.yaml")}
+    for name in names:
+        assert load_recipe(name, "data").sources
+    for stage in group_choices("stage"):
+        for data in group_choices("data"):
+            cfg = compose(stage, "2b", "one_node", f"data={data}")
+            if data != "demo":  # the demo's recipes are written beside its data
+                assert (cfg.data.recipe or cfg.stage.recipe) in names
+
+
+TEXT_SIZES = {
+    "2b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "vocab_size"), [("2b", 151936), ("7b", 152064)])
+def test_parameter_counts_are_those_of_the_model(name: str, vocab_size: int):
+    import torch
+    from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+    from vl3train.model.trainable import count_parameters
+
+    tied = name == "2b"
+    config = VideoLlama3Config(
+        text_config={
+            "model_type": "qwen2",
+            "num_hidden_layers": 28,
+            "vocab_size": vocab_size,
+            "tie_word_embeddings": tied,
+            **TEXT_SIZES[name],
+        },
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+        },
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        model = VideoLlama3ForConditionalGeneration(config)
+    counted = {part: total for part, (_, total) in count_parameters(model).items()}
+    assert counted == compose("1_encoder_adaptation", name).model.num_parameters
