@@ -107,8 +107,7 @@ def test_every_recipe_parses_and_every_stage_has_its_own():
     for stage in group_choices("stage"):
         for data in group_choices("data"):
             cfg = compose(stage, "2b", "one_node", f"data={data}")
-            if data != "demo":  # the demo's recipes are written beside its data
-                assert (cfg.data.recipe or cfg.stage.recipe) in names
+            assert (cfg.data.recipe or cfg.stage.recipe) in names
 
 
 TEXT_SIZES = {

@@ -49,11 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(cfg: TrainConfig) -> int:
     """Join the other ranks and train. torch is imported here, not before the config is known to be right."""
-    from vl3train.engine.loop import train
-    from vl3train.engine.ranks import join
+    from vl3train.engine.ranks import RunError, join
 
-    rank = join(cfg.machine)
-    train(cfg, rank)
+    rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
+    from vl3train.engine.loop import train
+
+    try:
+        train(cfg, rank)
+    except RunError as error:
+        if rank.is_first:
+            print(f"\n{error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -15,6 +15,7 @@ from vl3train.engine.checkpoint import (
     refuse_other_identity,
     set_random_state,
 )
+from vl3train.engine.ranks import RunError
 
 
 def make(checkpoints, step, identity=None):
@@ -63,7 +64,7 @@ def test_another_plan_is_refused_with_every_difference(tmp_path):
     folder = make(tmp_path, 1, identity={"plan": {"seed": 0, "index": "abc"}, "model": {"projector": 7}})
     same = refuse_other_identity(folder, {"plan": {"seed": 0, "index": "abc"}, "model": {"projector": 7}})
     assert same["step"] == 1
-    with pytest.raises(ValueError, match="cannot be resumed") as caught:
+    with pytest.raises(RunError, match="cannot be resumed") as caught:
         refuse_other_identity(folder, {"plan": {"seed": 1, "index": "abc"}, "model": {"projector": 8}})
     text = str(caught.value)
     assert "plan.seed: the checkpoint has 0, this run has 1" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from vl3train.config.paths import resolve_weights
 from vl3train.config.schema import Dtype, TrainConfig
@@ -14,6 +15,8 @@ from vl3train.engine.console import Console
 from vl3train.engine.ranks import Rank
 from vl3train.model.conversion import build_processor, save_weights
 from vl3train.model.init_from_parts import check_vocabulary, init_from_parts, load_model
+
+transformers_logging.disable_progress_bar()  # one bar a rank, for a second
 
 
 def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:

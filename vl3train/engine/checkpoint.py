@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vl3train.engine.ranks import Rank
+from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.zero import Zero
 
 
@@ -129,7 +129,7 @@ def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
 def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The ``resume.json`` of a checkpoint, if it was made by the same plan, model and machine layout.
 
-    Raises ValueError listing every difference.
+    Raises RunError listing every difference.
     """
     resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
     saved, now = _flat(resume["identity"]), _flat(json.loads(json.dumps(identity)))
@@ -139,7 +139,7 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
         if saved.get(key) != now.get(key)
     ]
     if differences:
-        raise ValueError(
+        raise RunError(
             f"{folder} cannot be resumed, because this run differs from it:\n"
             + "\n".join(differences)
             + "\nEither go back to the old settings, or start a new run with another run.output_dir"

@@ -15,7 +15,7 @@ from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation
 from vl3train.engine.optim import rate_factor, set_rates
-from vl3train.engine.ranks import Rank
+from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
 
@@ -158,12 +158,12 @@ def save_run(run: Run) -> None:
 def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -> None:
     """Stop when the loss or the gradient is no number any more: every later step would be worthless.
 
-    Raises RuntimeError on every rank, since the figures are the same on all.
+    Raises RunError on every rank, since the figures are the same on all.
     """
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     keys = sorted({key for batch in step_batches.batches for key in batch.segment_keys})
-    raise RuntimeError(
+    raise RunError(
         f"step {step_batches.cursor.step}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops; its "
         f"newest checkpoint in {run.folder / 'checkpoints'} is from before this step. Samples of this rank in the "
         f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at them with these keys, or lower "

@@ -13,6 +13,10 @@ import torch.distributed as dist
 from vl3train.config.schema import Device, MachineConfig
 
 
+class RunError(RuntimeError):
+    """What stops a run on every rank alike, in words that need no traceback."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
     """One data-parallel process."""
@@ -33,12 +37,12 @@ class Rank:
     def agree(self, problem: str | None) -> None:
         """Raise on every rank what any rank found, so that none is left waiting for the others.
 
-        Raises RuntimeError with the first problem any rank reports; returns where all report None.
+        Raises RunError with the first problem any rank reports; returns where all report None.
         """
         found: list[str | None] = [None] * self.dp_size
         dist.all_gather_object(found, problem)
         if first := next((text for text in found if text), None):
-            raise RuntimeError(first)
+            raise RunError(first)
 
 
 def join(machine: MachineConfig) -> Rank:

@@ -28,7 +28,7 @@ from vl3train.engine.build import (
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
 from vl3train.engine.optim import build_optimizer
-from vl3train.engine.ranks import Rank
+from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
 from vl3train.model.adapters import add_adapters, save_adapter
@@ -84,13 +84,13 @@ class BadSampleLimit:
     def count(self, step: int, seen: int, bad: int) -> None:
         """Add one step's samples; all ranks count the same numbers.
 
-        Raises RuntimeError when more than ``max_fraction`` of the samples (of a thousand, while fewer were seen)
+        Raises RunError when more than ``max_fraction`` of the samples (of a thousand, while fewer were seen)
         were bad.
         """
         self.seen += seen
         self.bad += bad
         if self.bad > self.max_fraction * max(self.seen, 1000):
-            raise RuntimeError(
+            raise RunError(
                 f"step {step}: {self.bad} of {self.seen} samples could not be used, more than "
                 f"data.max_bad_fraction={self.max_fraction} allows. Keys and reasons stand in ledger.rank*.jsonl of "
                 "the output folder. Repair them, or raise the limit if you can do without them."

@@ -8,6 +8,7 @@ divided by their number in the global batch.
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from vl3train.engine.ranks import Rank
 # On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 
 
 class Zero:
@@ -86,7 +89,7 @@ class Zero:
     def full_parameters(self, name: str, parameter: torch.nn.Parameter) -> Tensor | None:
         """One whole parameter on rank 0's CPU, None elsewhere. Every rank must call this in the same order."""
         if self.zero_stage < 3:
-            return parameter.detach().cpu() if self.rank.is_first else None
+            return parameter.detach().cpu().clone() if self.rank.is_first else None
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().cpu().clone() if self.rank.is_first else None
 
