@@ -14,8 +14,9 @@ from vl3train.config.options import OPTIONS
 from vl3train.config.ranges import RANGES
 from vl3train.config.schema import TrainConfig, as_plain
 
-# A rate for each part: their range is in rules.rate_problems. Parameters are counted, not chosen.
-DICTS = {"stage.learning_rates", "model.learning_rates", "model.num_parameters"}
+# A rate for each part: their range is in rules.rate_problems. Parameters are counted, not chosen. Costs are checked
+# by rules.cost_problems.
+DICTS = {"stage.learning_rates", "model.learning_rates", "model.num_parameters", "model.costs"}
 
 
 def test_every_option_says_what_it_means():

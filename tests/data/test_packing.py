@@ -1,45 +1,37 @@
-"""Packs keep their caps and balance; ranks get equal shares."""
+"""Mean packs follow the limits of a step; ranks get equal shares."""
 
 from __future__ import annotations
 
 import doctest
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from vl3train.config.schema import StepConfig
 from vl3train.contracts.records import Pack
 from vl3train.data import packing
-from vl3train.data.packing import pack_samples, rank_packs
+from vl3train.data.packing import cost_numbers, mean_pack, rank_packs
 
 
 def test_doctests():
     assert doctest.testmod(packing).failed == 0
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 10), st.integers(0, 10)), min_size=1, max_size=24),
-    st.integers(1, 8),
-)
-def test_caps_hold_and_as_many_samples_as_packs_always_fit(sizes, packs):
-    tokens, patches = [t for t, _ in sizes], [p for _, p in sizes]
-    costs = [3 * t * t + p for t, p in sizes]
-    found = pack_samples(tokens, patches, costs, packs=packs, caps=(10, 10))
-    if found is None:
-        assert len(sizes) > packs
-        return
-    for pack in range(packs):
-        assert sum(t for t, a in zip(tokens, found, strict=True) if a == pack) <= 10
-        assert sum(p for p, a in zip(patches, found, strict=True) if a == pack) <= 10
+def test_a_mean_pack_is_what_the_first_limit_of_a_step_allows():
+    sums = {"token": 1000, "token_pair": 200_000, "patch": 4000, "patch_pair": 10_000, "item": 10}
+    costs = cost_numbers({"token": 2, "token_pair": 3, "patch": 5, "patch_pair": 7})
+    language, encoder = 2 * 1000 + 3 * 200_000, 5 * 4000 + 7 * 10_000
 
+    def work(**limits: int | float | None) -> list[int]:
+        step = StepConfig(
+            **({"max_tokens": 100, "max_patches": 800, "global_packs": 2, "fill": 1.0} | limits)
+        )
+        return mean_pack(sums, 10, costs, step).tolist()
 
-def test_what_balance_cannot_place_best_fit_does():
-    # By cost 4 and 4 would go to different packs, and the two 6 beside them would leave no room for 5 + 5.
-    tokens = [4, 4, 6, 6, 5, 5]
-    found = pack_samples(tokens, [0] * 6, [9, 9, 1, 1, 8, 8], packs=3, caps=(10, 10))
-    assert found is not None
-    assert [sum(t for t, a in zip(tokens, found, strict=True) if a == pack) for pack in range(3)] == [10] * 3
+    # Ten samples; two packs of 100 tokens hold a fifth of the tokens: one sample a pack.
+    assert work(max_samples=None) == [(language + encoder) // 10, language // 10, encoder // 10, 100, 800]
+    assert work(max_samples=None, max_patches=200)[2] == encoder // 20  # patches close first
+    assert work(max_samples=1)[1] == language // 20
+    assert work(max_samples=None, max_visual_items=1, fill=0.5)[1] == language // 20
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])

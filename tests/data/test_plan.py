@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections import Counter
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from vl3train.config.schema import StepConfig
 from vl3train.contracts.records import Cursor
-from vl3train.data.order import samples_per_epoch
+from vl3train.data.order import OrderRules, samples_per_epoch
 from vl3train.data.packing import rank_packs
 from vl3train.data.plan import Plan, SampleTable
 
@@ -133,8 +134,60 @@ def test_the_fingerprint_differs_where_the_plan_may(change, seed):
     assert Plan(data, seed, step_config(**change)).fingerprint != Plan(data, 0, step_config()).fingerprint
 
 
+def test_caps_on_visual_items_hold():
+    data = dataclasses.replace(table([200], seed=2), num_items=np.arange(200) % 5)
+    plan = Plan(data, 0, step_config(max_visual_items=4))
+    packs = [pack for step in all_steps(plan, 0) for pack in step]
+    assert max(data.num_items[list(pack.samples)].sum() for pack in packs) == 4
+    assert sorted(row for pack in packs for row in pack.samples) == list(range(200))
+    assert Plan(data, 0, step_config(max_visual_items=3)).dropped_samples == tuple(range(4, 200, 5))
+
+
+def test_bounds_and_blocks_are_of_the_plan():
+    data = dataclasses.replace(table([90, 30]), shards=np.repeat(np.arange(12), 10))
+    free = Plan(data, 0, step_config())
+    blocks = Plan(data, 0, step_config(), order=OrderRules(max_epoch_samples=40, block_shards=2))
+    assert free.fingerprint != blocks.fingerprint
+    assert sum(len(pack.samples) for step in all_steps(blocks, 0) for pack in step) == 40
+    seen = Counter(
+        row
+        for epoch in range(3)
+        for step in all_steps(blocks, epoch)
+        for pack in step
+        for row in pack.samples
+    )
+    assert sorted(seen) == list(range(120))
+    assert set(seen.values()) == {1}
+
+
+def test_where_a_step_lies_is_counted_from_a_cursor_near_it():
+    plan = Plan(table([80]), 0, step_config())
+    for step in range(3 * plan.steps_in_epoch(0)):
+        straight = plan.cursor_at(step)
+        for near in (Cursor(), plan.cursor_at(step // 2), plan.cursor_at(step + 5)):
+            assert plan.cursor_at(step, near=near) == straight
+
+
+def test_costs_that_overflow_are_refused():
+    with pytest.raises(ValueError, match="take a larger unit"):
+        Plan(
+            table([5]),
+            0,
+            step_config(),
+            costs=dict.fromkeys(("token", "token_pair", "patch", "patch_pair"), 10**10),
+        )
+
+
+def test_other_costs_are_another_plan():
+    costs = {"token": 1, "token_pair": 0, "patch": 0, "patch_pair": 0}
+    assert (
+        Plan(table([20]), 0, step_config(), costs=costs).fingerprint
+        != Plan(table([20]), 0, step_config()).fingerprint
+    )
+
+
 def test_the_packs_of_one_plan_are_the_same_today_and_tomorrow():
     """Golden: whoever changes what a plan gives must raise plan.RULES, or old runs would resume wrongly."""
     plan = Plan(table([9, 5], seed=1), 3, step_config(global_packs=2))
     packs = [pack.samples for step in all_steps(plan, 0) for pack in step]
-    assert packs == [(10,), (7, 0), (13,), (2, 1), (4,), (9,), (5, 3), (6, 11, 12), (8,), ()]
+    assert packs == [(7, 0, 1), (10, 11, 5, 12), (13,), (4,), (6,), (2,), (3,), (8,), (9,), ()]

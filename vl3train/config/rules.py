@@ -34,6 +34,7 @@ def problems(cfg: TrainConfig) -> list[Problem]:
     return [
         *found,
         *rate_problems(cfg),
+        *cost_problems(cfg),
         *start_problems(cfg),
         *budget_problems(cfg),
         *machine_problems(cfg),
@@ -84,6 +85,23 @@ def rate_problems(cfg: TrainConfig) -> list[Problem]:
                     "a part is frozen by not naming it" if rate == 0 else "published rates are 2e-6 to 1e-3"
                 )
                 found.append(Problem(key, rate, "a learning rate must be between 0 and 1", way_out))
+    return found
+
+
+def cost_problems(cfg: TrainConfig) -> list[Problem]:
+    """Costs that the planner cannot weigh."""
+    names = ("token", "token_pair", "patch", "patch_pair")
+    found = []
+    if set(cfg.model.costs) != set(names):
+        way_out = f"give {', '.join(names)}"
+        found.append(Problem("model.costs", cfg.model.costs, "these are not the four costs", way_out))
+    found += [
+        Problem(
+            f"model.costs.{name}", value, "must be 0 or more", "leave model.costs out: the model has its own"
+        )
+        for name, value in cfg.model.costs.items()
+        if value < 0
+    ]
     return found
 
 

@@ -122,6 +122,13 @@ class ModelConfig:
     num_parameters: dict[str, int] = field(default_factory=dict)
     """Parameters of each part, for tables and estimates; checked against the model when it is built."""
 
+    costs: dict[str, int] = field(
+        default_factory=lambda: {"token": 3_087_000, "token_pair": 86, "patch": 824_000, "patch_pair": 124}
+    )
+    """Work by which packs are balanced: of a token and of a pair of tokens of one sample (language model), of a
+    patch and of a pair of patches of one frame (encoder). Whole numbers of any unit. These are kFLOP of a forward
+    pass of the 2B: twice the parameters; 2 x layers x width for a pair, of which causal attention needs half."""
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
@@ -172,6 +179,18 @@ class DataConfig:
     max_consecutive_bad: int = 20
     """The run stops when this many samples in a row could not be used."""
 
+    max_epoch_samples: int | None = 10_000_000
+    """Most samples of one virtual epoch, which bounds the memory and time of its plan. A larger mixture goes on in
+    the next one where this one ended: every sample still comes in its turn. null: no bound."""
+
+    block_shards: int = 0
+    """For shards on remote storage: shards are shuffled, then samples within windows of so many shards, so that a
+    node reads few shards at a time. 0 shuffles all samples of a source."""
+
+    plan_cache: str | None = None
+    """Folder on each node where plans of long epochs are kept for its processes (4 bytes a sample). Unset:
+    vl3train/plans in the user's folder for caches. May be deleted at any time."""
+
 
 @dataclass(kw_only=True, slots=True)
 class StepConfig:
@@ -182,6 +201,9 @@ class StepConfig:
 
     max_patches: int = 65536
     """Encoder patches of one pack."""
+
+    max_visual_items: int | None = None
+    """Images and clips of one pack. null: as many as its tokens and patches allow."""
 
     global_packs: int = 16
     """Packs in one step, over all ranks. Must divide by the number of ranks."""

@@ -75,7 +75,7 @@ class PackDataset(Dataset[FetchedPack]):
     def __getitem__(self, number: int) -> FetchedPack:
         plan = self.data.plan
         steps, micro_batch = divmod(number, plan.step.global_packs // self.dp_size)
-        cursor = plan.cursor_at(self.first.step + steps)
+        cursor = plan.cursor_at(self.first.step + steps, near=self.first)
         packs = micro_batch_packs(plan.step_packs(cursor), self.dp_size)[micro_batch]
         # By the largest pack of all ranks: ZeRO-3 gathers weights once a chunk, on every rank or on none.
         most = max(pack.num_supervised_tokens for pack in packs)

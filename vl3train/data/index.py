@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
@@ -171,6 +172,8 @@ class Index:
             sizes=self.sizes,
             weights=self.weights,
             fingerprint=self.fingerprint,
+            num_items=pc.list_value_length(self.rows["merge_sizes"]).to_numpy(),
+            shards=self.rows["shard"].to_numpy(),
             **{name: self.rows[name].to_numpy() for name in names},
         )
 

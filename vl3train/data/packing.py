@@ -1,85 +1,61 @@
-"""How samples go into packs, and packs to ranks: integer arithmetic only, so equal on every machine."""
+"""What samples cost, and how packs go to ranks: integer arithmetic only, so equal on every machine."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 
+from vl3train.config.schema import StepConfig
 from vl3train.contracts.records import Pack
 
-# Work in kFLOP of one forward pass of VideoLLaMA3-2B, counted from its shapes. Attention is per sample in the
-# language model and per frame in the encoder.
-KFLOP_TOKEN, KFLOP_TOKEN_PAIR = 3_100_000, 86
-KFLOP_PATCH, KFLOP_PATCH_PAIR = 820_000, 124
+COSTS = ("token", "token_pair", "patch", "patch_pair")
+"""Entries of ``model.costs`` in the order of the compiled code. Attention is per sample in the language model and
+per frame in the encoder."""
 
 
-def sample_costs(num_tokens: np.ndarray, num_patches: np.ndarray, num_patch_pairs: np.ndarray) -> np.ndarray:
-    """Work of each sample in kFLOP, int64. ``num_patch_pairs`` is the sum over frames of patches squared.
+def cost_numbers(costs: Mapping[str, int]) -> np.ndarray:
+    """``model.costs`` as (4,) int64.
 
-    >>> sample_costs(np.array([10]), np.array([8]), np.array([32])).tolist()
-    [37572568]
+    >>> cost_numbers({"patch": 3, "patch_pair": 4, "token": 1, "token_pair": 2}).tolist()
+    [1, 2, 3, 4]
     """
-    tokens, patches = num_tokens.astype(np.int64), num_patches.astype(np.int64)
-    language_model = KFLOP_TOKEN * tokens + KFLOP_TOKEN_PAIR * tokens * tokens
-    return language_model + KFLOP_PATCH * patches + KFLOP_PATCH_PAIR * num_patch_pairs.astype(np.int64)
+    return np.array([costs[name] for name in COSTS], np.int64)
 
 
-def pack_samples(
-    tokens: Sequence[int], patches: Sequence[int], costs: Sequence[int], *, packs: int, caps: tuple[int, int]
-) -> list[int] | None:
-    """A pack number for each sample, or None where this rule finds no room.
+def caps_of(step: StepConfig) -> np.ndarray:
+    """Most tokens, patches and visual items of one pack, (3,) int64."""
+    return np.array([step.max_tokens, step.max_patches, step.max_visual_items or 2**31], np.int64)
 
-    First by balance: the costliest sample first, into the cheapest pack with room. Where that leaves a sample
-    without a place, by size: the largest first, into the fullest pack with room (best fit decreasing).
 
-    >>> pack_samples([6, 5, 4, 2], [0, 9, 4, 0], [6, 14, 8, 2], packs=2, caps=(10, 10))
-    [1, 0, 1, 0]
+def aims_of(step: StepConfig) -> np.ndarray:
+    """Tokens, patches and visual items at which a step closes, (3,) int64."""
+    return np.array([int(step.fill * step.global_packs * int(cap)) for cap in caps_of(step)], np.int64)
+
+
+def mean_pack(sums: Mapping[str, int], num_samples: int, costs: np.ndarray, step: StepConfig) -> np.ndarray:
+    """Work of a mean pack: in all, of the language model, of the encoder; then the caps on tokens and patches.
+
+    A step has as many mean samples as the first of its limits allows.
+
+    Args:
+        sums: over the plan's samples, of ``token``, ``token_pair``, ``patch``, ``patch_pair`` and ``item``.
+        num_samples: of the plan.
+        costs: (4,), see ``cost_numbers``.
+        step: limits of a step.
+
+    Returns:
+        (5,) int64, at least 1 each
     """
-    everyone = range(len(tokens))
-    by_cost = sorted(everyone, key=lambda i: (-costs[i], i))
-    assignment = [0] * len(tokens)
-    heap = [(0, pack, 0, 0) for pack in range(packs)]  # cost, pack, tokens, patches
-    for i in by_cost:
-        full = []
-        while heap:
-            cost, pack, used_tokens, used_patches = heapq.heappop(heap)
-            now = (cost + costs[i], pack, used_tokens + tokens[i], used_patches + patches[i])
-            if now[2] <= caps[0] and now[3] <= caps[1]:
-                assignment[i] = pack
-                heapq.heappush(heap, now)
-                break
-            full.append((cost, pack, used_tokens, used_patches))
-        else:
-            return _best_fit_decreasing(tokens, patches, packs=packs, caps=caps)
-        for entry in full:
-            heapq.heappush(heap, entry)
-    return assignment
-
-
-def _best_fit_decreasing(
-    tokens: Sequence[int], patches: Sequence[int], *, packs: int, caps: tuple[int, int]
-) -> list[int] | None:
-    """The largest share of a cap first, into the pack where it leaves the least. Integers only."""
-
-    def share(used_tokens: int, used_patches: int) -> int:  # of the cap that is nearer, times both caps
-        return max(used_tokens * caps[1], used_patches * caps[0])
-
-    room = [caps] * packs
-    assignment = [0] * len(tokens)
-    for i in sorted(range(len(tokens)), key=lambda i: (-share(tokens[i], patches[i]), i)):
-        fits = [
-            (share(free[0] - tokens[i], free[1] - patches[i]), pack)
-            for pack, free in enumerate(room)
-            if tokens[i] <= free[0] and patches[i] <= free[1]
-        ]
-        if not fits:
-            return None
-        pack = min(fits)[1]
-        assignment[i] = pack
-        room[pack] = (room[pack][0] - tokens[i], room[pack][1] - patches[i])
-    return assignment
+    samples = [Fraction(step.max_samples)] if step.max_samples else []
+    for aim, name in zip(aims_of(step).tolist(), ("token", "patch", "item"), strict=True):
+        if sums[name]:
+            samples.append(Fraction(aim * num_samples, sums[name]))
+    share = min(samples, default=Fraction(1)) / (max(1, num_samples) * step.global_packs)
+    work = [int(cost) * sums[name] for cost, name in zip(costs, COSTS, strict=True)]
+    means = [int(share * part) for part in (sum(work), work[0] + work[1], work[2] + work[3])]
+    return np.array([max(1, mean) for mean in means] + caps_of(step).tolist()[:2], np.int64)
 
 
 def rank_packs(packs: Sequence[Pack], rank: int, dp_size: int) -> list[Pack]:

@@ -16,7 +16,9 @@ from vl3train.data.fetch import BadEntry, OpenData, PackDataset, fetch
 from vl3train.data.index import open_index
 from vl3train.data.indexing import build_index
 from vl3train.data.media import DecodeLimits
+from vl3train.data.order import OrderRules
 from vl3train.data.plan import Plan
+from vl3train.data.plan_cache import default_folder
 from vl3train.data.recipe import load_recipe, recipe_problems
 from vl3train.data.tokens import ChatTokenizer
 
@@ -96,7 +98,14 @@ def open_data(
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
             )
     index = open_index(sources, settings, limits)
-    plan = Plan(index.sample_table(), cfg.run.seed, cfg.step)
+    plan = Plan(
+        index.sample_table(),
+        cfg.run.seed,
+        cfg.step,
+        costs=dict(cfg.model.costs),
+        order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
+        cache=Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder(),
+    )
     if not held_out and len(plan.dropped_samples) == index.num_samples:
         raise ValueError(
             f"{recipe.path}: no sample to train on: {len(index.refused)} cannot be used, "
@@ -171,7 +180,7 @@ def evaluation_batches(data: OpenData, cfg: TrainConfig, rank: int, dp_size: int
     """
     step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
     once = dataclasses.replace(data.index.sample_table(), weights=(1.0,) * len(data.index.sizes))
-    data = dataclasses.replace(data, plan=Plan(once, 0, step))
+    data = dataclasses.replace(data, plan=Plan(once, 0, step, costs=data.plan.costs))
     dataset = _dataset(data, cfg, Cursor(), rank, dp_size)
     count = data.plan.steps_in_epoch(0)
     for one in fetch(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):

@@ -1,8 +1,7 @@
 """Which samples share which pack in which step: a pure function of index, weights, seed and step.
 
-The order of an epoch is cut into steps, greedily, where the samples would fill K packs to ``fill``. Every cut
-is proved by packing it: a cut whose samples do not go into K packs moves earlier. So no sample is ever dropped
-by the packing, and any rank, worker or resumed run that asks gets the same packs.
+The order of an epoch is cut into steps once, each proved by packing it (balance.py): no sample is dropped or
+repeated, and any rank, worker or resumed run that asks for a step gets the same packs.
 """
 
 from __future__ import annotations
@@ -11,23 +10,25 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vl3train.config.schema import StepConfig
+from vl3train.config.schema import ModelConfig, StepConfig
 from vl3train.contracts.records import Cursor, Pack
-from vl3train.data.order import epoch_order
-from vl3train.data.packing import (
-    KFLOP_PATCH,
-    KFLOP_PATCH_PAIR,
-    KFLOP_TOKEN,
-    KFLOP_TOKEN_PAIR,
-    pack_samples,
-    sample_costs,
-)
+from vl3train.data import plan_cache
+from vl3train.data.balance import SHARE, cut_epoch, pack_step
+from vl3train.data.order import OrderRules, epoch_counts, epoch_order
+from vl3train.data.packing import aims_of, caps_of, cost_numbers, mean_pack
 
-RULES = 1
+RULES = 2
 """Raised when order, cut or packing come to differ: an older run is then refused instead of mis-resumed."""
+
+CACHED_FROM_SAMPLES = 300_000
+"""Smaller epochs are planned faster (under 0.2 s) than it is worth keeping them on disk."""
+
+SUMMED_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +37,23 @@ class SampleTable:
 
     sizes: tuple[int, ...]  # samples of each source
     weights: tuple[float, ...]  # of each source
-    num_tokens: np.ndarray  # (n,) int64
-    num_supervised_tokens: np.ndarray  # (n,) int64
-    num_patches: np.ndarray  # (n,) int64
-    num_patch_pairs: np.ndarray  # (n,) int64
+    num_tokens: np.ndarray  # (n,) integers
+    num_supervised_tokens: np.ndarray  # (n,) integers
+    num_patches: np.ndarray  # (n,) integers
+    num_patch_pairs: np.ndarray  # (n,) integers
     fingerprint: str  # of the index
+    num_items: np.ndarray | None = None  # (n,) integers: images and clips; None counts none
+    shards: np.ndarray | None = (
+        None  # (n,) integers: the shard each sample lies in, for OrderRules.block_shards
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """One virtual epoch, planned: entry i is sample ``order[i]``, in pack ``pack[i]`` of its step."""
+    """One virtual epoch: step s has the samples ``order[bounds[s]:bounds[s + 1]]``."""
 
-    order: np.ndarray  # (n,) int64
-    starts: list[int]  # steps + 1
-    pack: np.ndarray  # (n,) int32
+    order: np.ndarray  # (n,) int32 or int64
+    bounds: np.ndarray  # (steps + 1,) int64
 
 
 @dataclass
@@ -59,19 +63,47 @@ class Plan:
     table: SampleTable
     seed: int
     step: StepConfig
+    costs: dict[str, int] = field(default_factory=lambda: ModelConfig().costs)
+    """``model.costs``."""
+    order: OrderRules = OrderRules()  # noqa: RUF009 - frozen
+    cache: Path | None = None
+    """Folder where long epochs are kept for the other processes of the node; None keeps none."""
     dropped_samples: tuple[int, ...] = field(init=False)
     """Samples larger than a whole pack, as rows of the table. They are in no step; the caller says so."""
 
     def __post_init__(self) -> None:
         table, step = self.table, self.step
-        self._costs = sample_costs(table.num_tokens, table.num_patches, table.num_patch_pairs)
-        fits = (table.num_tokens <= step.max_tokens) & (table.num_patches <= step.max_patches)
+        caps = caps_of(step)
+        items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
+        fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
         self.dropped_samples = tuple(np.flatnonzero(~fits).tolist())
-        self._rows = np.flatnonzero(fits)
+        self._rows = np.flatnonzero(fits) if self.dropped_samples else None
+        if len(fits):
+            self._items = np.broadcast_to(items, len(fits)).astype(np.int32)
+        else:
+            self._items = np.zeros(0, np.int32)
         ends = np.cumsum(table.sizes)
         self._sizes = [int(fits[end - size : end].sum()) for end, size in zip(ends, table.sizes, strict=True)]
+        self._numbers = cost_numbers(self.costs)
+        self._arrays = (
+            _as(table.num_tokens, np.int32),
+            _as(table.num_patches, np.int32),
+            self._items,
+            _as(table.num_patch_pairs, np.int64),
+        )
+        most = [int(values.max(initial=0)) for values in self._arrays]
+        squares = (most[0], most[0] ** 2, most[1], most[3])
+        if sum(int(cost) * size for cost, size in zip(self._numbers, squares, strict=True)) >= 2**63 // SHARE:
+            raise ValueError(
+                f"model.costs={self.costs}: work is counted in 64 bits; take a larger unit for all four"
+            )
+        self._means = mean_pack(self._sums(fits), int(fits.sum()), self._numbers, step)
         self._epochs: dict[int, _Epoch] = {}
         self._num_steps: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the planned epochs: a process that is sent a plan maps or makes them itself."""
+        return {**self.__dict__, "_epochs": {}}
 
     @property
     def fingerprint(self) -> str:
@@ -85,14 +117,17 @@ class Plan:
             "weights": list(self.table.weights),
             "seed": self.seed,
             **{f"step.{key}": value for key, value in dataclasses.asdict(self.step).items()},
-            "costs": [KFLOP_TOKEN, KFLOP_TOKEN_PAIR, KFLOP_PATCH, KFLOP_PATCH_PAIR],
+            **{f"order.{key}": value for key, value in dataclasses.asdict(self.order).items()},
+            "costs": dict(self.costs),
             "rules": RULES,
         }
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Steps of one virtual epoch; the last may be shorter, it still has K packs."""
         if epoch not in self._num_steps:
-            self._epoch(epoch)
+            folder = self._folder()
+            bounds = None if folder is None else plan_cache.load_bounds(folder, epoch, self._epoch_samples())
+            self._num_steps[epoch] = len(self._epoch(epoch).bounds if bounds is None else bounds) - 1
         return self._num_steps[epoch]
 
     def total_steps(self, num_epochs: float) -> int:
@@ -103,9 +138,11 @@ class Plan:
             steps += round((num_epochs - whole) * self.steps_in_epoch(whole))
         return max(1, steps)
 
-    def cursor_at(self, step: int) -> Cursor:
-        """Where global step ``step`` lies."""
-        epoch, first = 0, 0
+    def cursor_at(self, step: int, near: Cursor = Cursor()) -> Cursor:  # noqa: B008 - frozen
+        """Where global step ``step`` lies. From a cursor ``near`` before it, only the epochs between are looked at."""
+        if near.step > step:
+            near = Cursor()
+        epoch, first = near.epoch, near.step - near.step_in_epoch
         while step >= first + self._steps_or_raise(epoch):
             first += self.steps_in_epoch(epoch)
             epoch += 1
@@ -119,21 +156,51 @@ class Plan:
 
     def step_packs(self, cursor: Cursor) -> list[Pack]:
         """The K packs of one step; a pack may be empty. ``Pack.samples`` are rows of the table."""
-        epoch = self._epoch(cursor.epoch)
-        first, end = epoch.starts[cursor.step_in_epoch], epoch.starts[cursor.step_in_epoch + 1]
-        members: list[list[int]] = [[] for _ in range(self.step.global_packs)]
-        for row, pack in zip(epoch.order[first:end].tolist(), epoch.pack[first:end].tolist(), strict=True):
-            members[pack].append(row)
-        return [
-            Pack(
-                samples=tuple(rows),
-                num_tokens=int(self.table.num_tokens[rows].sum()),
-                num_patches=int(self.table.num_patches[rows].sum()),
-                num_supervised_tokens=int(self.table.num_supervised_tokens[rows].sum()),
-                cost=int(self._costs[rows].sum()),
+        rows = self.step_rows(cursor)
+        found = pack_step(
+            rows, *self._arrays, self._numbers, self._means, self.step.global_packs, caps_of(self.step)
+        )
+        assert found.min() >= 0, "a step that was cut to go into its packs does not"
+        costs = self.sample_costs(rows)
+        packs = []
+        for number in range(self.step.global_packs):
+            (mine,) = np.nonzero(found == number)
+            packs.append(
+                Pack(
+                    samples=tuple(rows[mine].tolist()),
+                    num_tokens=int(self.table.num_tokens[rows[mine]].sum()),
+                    num_patches=int(self.table.num_patches[rows[mine]].sum()),
+                    num_supervised_tokens=int(self.table.num_supervised_tokens[rows[mine]].sum()),
+                    cost=int(costs[mine].sum()),
+                )
             )
-            for rows in members
-        ]
+        return packs
+
+    def step_rows(self, cursor: Cursor) -> np.ndarray:
+        """All samples of one step, as rows of the table, before they are put into packs."""
+        epoch = self._epoch(cursor.epoch)
+        first, end = epoch.bounds[cursor.step_in_epoch : cursor.step_in_epoch + 2].tolist()
+        return np.array(epoch.order[first:end])
+
+    def sample_costs(self, rows: np.ndarray) -> np.ndarray:
+        """Work of some samples in the units of ``model.costs``, (n,) int64."""
+        tokens, patches, _, pairs = (values[rows].astype(np.int64) for values in self._arrays)
+        token, token_pair, patch, patch_pair = self._numbers
+        return np.asarray(
+            token * tokens + token_pair * tokens * tokens + patch * patches + patch_pair * pairs
+        )
+
+    def _sums(self, fits: np.ndarray) -> dict[str, int]:
+        sums = dict.fromkeys(("token", "token_pair", "patch", "patch_pair", "item"), 0)
+        for first in range(0, len(fits), SUMMED_AT_A_TIME):
+            part = slice(first, first + SUMMED_AT_A_TIME)
+            tokens, patches, items, pairs = (
+                values[part][fits[part]].astype(np.int64) for values in self._arrays
+            )
+            found = (tokens, tokens * tokens, patches, pairs, items)
+            for name, values in zip(sums, found, strict=True):
+                sums[name] += int(values.sum())
+        return sums
 
     def _steps_or_raise(self, epoch: int) -> int:
         steps = self.steps_in_epoch(epoch)
@@ -141,50 +208,56 @@ class Plan:
             raise ValueError("the plan has no sample to train on: every source is empty or refused")
         return steps
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
+    def _epoch_samples(self) -> int:
+        return sum(epoch_counts(self._sizes, self.table.weights, self.order.max_epoch_samples))
+
+    def _folder(self) -> Path | None:
+        """Where this plan's epochs are kept, if they are worth it."""
+        if self.cache is None or self._epoch_samples() < CACHED_FROM_SAMPLES:
+            return None
+        return self.cache / self.fingerprint
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
             for old in sorted(self._epochs)[:-1]:  # two epochs at most: workers run a little ahead
                 del self._epochs[old]
-            order = self._rows[epoch_order(self._sizes, self.table.weights, seed=self.seed, epoch=epoch)]
-            starts, pack = self._cut(order)
-            self._epochs[epoch] = _Epoch(order, starts, pack)
-            self._num_steps[epoch] = len(starts) - 1
-        return self._epochs[epoch]
+            folder = self._folder()
+            kept = None if folder is None else plan_cache.load_epoch(folder, number, self._epoch_samples())
+            order, bounds = self._cut(number) if kept is None else kept
+            if folder is not None and kept is None:
+                plan_cache.save_epoch(folder, number, order, bounds)
+            self._epochs[number] = _Epoch(order, bounds)
+            self._num_steps[number] = len(bounds) - 1
+        return self._epochs[number]
 
-    def _cut(self, order: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """Bounds of the steps and each entry's pack."""
-        tokens, patches = self.table.num_tokens[order], self.table.num_patches[order]
-        costs = self._costs[order]
-        packs, caps = self.step.global_packs, (self.step.max_tokens, self.step.max_patches)
-        sums = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in (tokens, patches)]
-        aims = [int(self.step.fill * packs * cap) for cap in caps]
-        assignment = np.zeros(len(order), np.int32)
-        starts = [0]
-        while starts[-1] < len(order):
-            first = starts[-1]
-            ends = [
-                int(np.searchsorted(sum_, sum_[first] + aim, "right")) - 1
-                for sum_, aim in zip(sums, aims, strict=True)
-            ]
-            limit = len(order) if self.step.max_samples is None else first + self.step.max_samples
-            end = max(first + 1, min(*ends, limit, len(order)))  # one sample fits alone, whatever fill says
+    def _cut(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order and bounds of an epoch."""
+        shards = self.table.shards
+        order = epoch_order(
+            self._sizes,
+            self.table.weights,
+            seed=self.seed,
+            epoch=number,
+            rules=self.order,
+            shards=shards if self._rows is None or shards is None else shards[self._rows],
+        )
+        if self._rows is not None:
+            order = self._rows[order].astype(order.dtype)
+        step = self.step
+        most = len(order) if step.max_samples is None else step.max_samples
+        found: tuple[np.ndarray, np.ndarray] = cut_epoch(
+            order,
+            *self._arrays,
+            self._numbers,
+            self._means,
+            step.global_packs,
+            caps_of(step),
+            aims_of(step),
+            most,
+        )
+        return found
 
-            def packed(end: int, first: int = first) -> list[int] | None:
-                part = slice(first, end)
-                sizes = [values[part].tolist() for values in (tokens, patches, costs)]
-                return pack_samples(*sizes, packs=packs, caps=caps)
 
-            found = packed(end)
-            good, bad = min(first + packs, end), end  # K samples fit always: one in each pack
-            while found is None and bad - good > 1:
-                middle = (good + bad) // 2
-                if packed(middle) is None:
-                    bad = middle
-                else:
-                    good = middle
-            if found is None:
-                end, found = good, packed(good)
-            assert found is not None, "K samples that each fit a pack did not go into K packs"
-            assignment[first:end] = found
-            starts.append(end)
-        return starts, assignment
+def _as(values: np.ndarray, dtype: type) -> np.ndarray:
+    """One dtype for the compiled code, without a copy where it is that already."""
+    return np.ascontiguousarray(values, dtype)

@@ -1,0 +1,62 @@
+"""One JSON line a figure: what every benchmark here prints and keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Figures:
+    """Prints figures and, where told to, keeps them in ``benchmarks/results/NAME.jsonl``."""
+
+    def __init__(self, name: str, *, keep: bool, packages: tuple[str, ...]) -> None:
+        self.command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+        self.versions = {package: version(package) for package in packages}
+        self.machine = machine()
+        self.file = RESULTS / f"{name}.jsonl" if keep else None
+        if self.file is not None:
+            RESULTS.mkdir(exist_ok=True)
+            self.file.write_text("")
+
+    def add(
+        self, figure: str, value: float, unit: str, better: str, note: str = "", aim: float | None = None
+    ) -> None:
+        """One figure; ``aim`` is what it was to reach."""
+        line = {
+            "figure": figure,
+            "value": round(value, 6),
+            "unit": unit,
+            "better": better,
+            **(
+                {}
+                if aim is None
+                else {"aim": aim, "reached": value <= aim if better == "lower" else value >= aim}
+            ),
+            **({"note": note} if note else {}),
+            "machine": self.machine,
+            "versions": self.versions,
+            "command": self.command,
+        }
+        text = json.dumps(line)
+        print(text, flush=True)
+        if self.file is not None:
+            with self.file.open("a") as stream:
+                stream.write(text + "\n")
+
+
+def machine() -> str:
+    """The processor's name and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
