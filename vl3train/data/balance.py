@@ -16,6 +16,9 @@ SHARE = 1 << 20
 SLACK = SHARE // 2
 """How much more than its total work one of a pack's two kinds may be out of balance before swaps look at it."""
 
+ASKED = 16
+"""How many of the least loaded packs are asked for an exchange."""
+
 LOOKAHEAD = 64
 """Samples that a step may put off while it looks for ones that still fit: fill and locality weigh against it."""
 
@@ -140,22 +143,23 @@ def improve(measured, found, held, caps):
     for i in range(len(found)):
         after[i] = first[found[i]]
         first[found[i]] = i
+    load = np.array([_load(held, k) for k in range(num_packs)])
     enough = np.sum(held[WORK]) // num_packs * 1025 // 1024
     stuck = np.zeros(num_packs, np.bool_)
     for _ in range(8 * num_packs):
         a = -1
         for k in range(num_packs):
-            if not stuck[k] and (a < 0 or _load(held, k) > _load(held, a)):
+            if not stuck[k] and (a < 0 or load[k] > load[a]):
                 a = k
-        if a < 0 or _load(held, a) <= enough:
+        if a < 0 or load[a] <= enough:
             return
-        best, best_i, best_j, best_b = _load(held, a), -1, -1, -1
+        best, best_i, best_j, best_b = load[a], -1, -1, -1
         asked = np.zeros(num_packs, np.bool_)
         asked[a] = True
-        for _ in range(min(16, num_packs - 1)):
+        for _ in range(min(ASKED, num_packs - 1)):
             b = -1
             for k in range(num_packs):
-                if not asked[k] and (b < 0 or _load(held, k) < _load(held, b)):
+                if not asked[k] and (b < 0 or load[k] < load[b]):
                     b = k
             asked[b] = True
             i = first[a]
@@ -191,6 +195,7 @@ def improve(measured, found, held, caps):
         _carry_over(best_i, a, best_b, measured, found, held, first, after)
         if best_j >= 0:
             _carry_over(best_j, best_b, a, measured, found, held, first, after)
+        load[a], load[best_b] = _load(held, a), _load(held, best_b)
         stuck[best_b] = False
 
 

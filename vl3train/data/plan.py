@@ -182,13 +182,19 @@ class Plan:
         first, end = epoch.bounds[cursor.step_in_epoch : cursor.step_in_epoch + 2].tolist()
         return np.array(epoch.order[first:end])
 
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """All entries of a virtual epoch, step after step, as rows of the table; read only."""
+        return self._epoch(epoch).order
+
     def sample_costs(self, rows: np.ndarray) -> np.ndarray:
         """Work of some samples in the units of ``model.costs``, (n,) int64."""
-        tokens, patches, _, pairs = (values[rows].astype(np.int64) for values in self._arrays)
-        token, token_pair, patch, patch_pair = self._numbers
-        return np.asarray(
-            token * tokens + token_pair * tokens * tokens + patch * patches + patch_pair * pairs
-        )
+        _, patches, _, pairs = (values[rows].astype(np.int64) for values in self._arrays)
+        return self.language_costs(rows) + self._numbers[2] * patches + self._numbers[3] * pairs
+
+    def language_costs(self, rows: np.ndarray) -> np.ndarray:
+        """The language model's part of ``sample_costs``, (n,) int64."""
+        tokens = self._arrays[0][rows].astype(np.int64)
+        return np.asarray(self._numbers[0] * tokens + self._numbers[1] * tokens * tokens)
 
     def _sums(self, fits: np.ndarray) -> dict[str, int]:
         sums = dict.fromkeys(("token", "token_pair", "patch", "patch_pair", "item"), 0)

@@ -59,12 +59,20 @@ class AnnotationProblems(ValueError):  # noqa: N818 - the text is a report, not 
         )
 
 
+def kind_of_reason(reason: str) -> str:
+    """A reason without what differs from sample to sample: quoted words, paths, numbers.
+
+    >>> kind_of_reason("no such file: a/b.jpg; 3 images for 'x'")
+    'no such file: … … images for …'
+    """
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
+
+
 def describe_refused(refused: Sequence[Refusal], *, examples: int = 3) -> list[str]:
     """One line for each kind of reason, the commonest first, with its first examples."""
     kinds: dict[str, list[Refusal]] = {}
     for refusal in refused:
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", refusal.reason)
-        kinds.setdefault(kind, []).append(refusal)
+        kinds.setdefault(kind_of_reason(refusal.reason), []).append(refusal)
     lines = []
     for members in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")

@@ -1,0 +1,179 @@
+"""Show what a run would train on, step by step, before it costs anything: from the index alone, nothing is decoded.
+
+Steps and tokens, how full and how even the packs are, the share of each source and modality, what is left out and
+why, and estimates of time, memory and decoding for a GPU. The recipe must be indexed: `vl3train index`.
+
+examples:
+  vl3train plan stage=3 model=2b stage.init_from=runs/2b/2_alignment machine=one_node
+  vl3train plan stage=1 model=debug data=demo machine=cpu --gpu 4090 --picture plan.png
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vl3train.cli.opened import opened
+from vl3train.cli.plan_estimate import (
+    CLIP_FRAMES_PER_CORE_SECOND,
+    GPUS,
+    IMAGE_PATCHES_PER_CORE_SECOND,
+    STORED_FRAMES_PER_CORE_SECOND,
+    UTILISATION,
+    estimate,
+)
+from vl3train.cli.plan_figures import Group, PlanFigures, plan_figures
+from vl3train.cli.plan_picture import bars, draw_plan
+from vl3train.config.load import add_config_arguments
+from vl3train.config.schema import TrainConfig
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train plan``."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), default="h100", help="for the estimates (default h100)"
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=UTILISATION,
+        metavar="SHARE",
+        help=f"of the GPU's data-sheet TFLOP/s (default {UTILISATION}, measured on an H100)",
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=Path("plan.png"), metavar="PNG", help="(default plan.png)"
+    )
+
+
+def main(args: Namespace) -> int:
+    """Print the figures, draw the picture and return 0."""
+    console = Console(highlight=False, soft_wrap=True)
+    with opened(args) as (cfg, data):
+        figures = plan_figures(cfg, data)
+        print_plan(console, cfg, figures, data.plan.fingerprint)
+    print_estimate(console, cfg, figures, args.gpu, args.utilisation)
+    title = f"{cfg.stage.name}: {figures.epoch.samples:,} samples in {figures.steps_in_epoch:,} steps"
+    limits = {"max_tokens": cfg.step.max_tokens, "max_patches": cfg.step.max_patches}
+    args.picture.write_bytes(draw_plan(figures, title=title, **limits))
+    console.print(f"\npicture: {args.picture}")
+    return 0
+
+
+def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerprint: str) -> None:
+    """Everything that is counted."""
+    epoch, steps = figures.epoch, figures.steps_in_epoch
+    console.print(Text(f"plan {fingerprint}, stage {cfg.stage.number}: {cfg.stage.name}", style="bold"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    rows = [
+        ("steps", f"{figures.num_steps:,} in the run, {steps:,} in a virtual epoch"),
+        (
+            "a step",
+            f"{epoch.samples / steps:,.1f} samples, {epoch.tokens / steps:,.0f} tokens, "
+            f"{epoch.patches / steps:,.0f} patches in {cfg.step.global_packs} packs",
+        ),
+        ("supervised", f"{epoch.supervised_tokens / epoch.tokens:.1%} of the tokens"),
+        (
+            "fill",
+            f"{figures.token_fill.mean():.1%} of the packs' tokens, {figures.patch_fill.mean():.1%} of their patches",
+        ),
+        ("balance", f"costliest pack over the mean: {_spread(figures.balance)}"),
+        ("", f"costliest of {cfg.machine.dp_size} ranks over the mean: {_spread(figures.rank_balance)}"),
+    ]
+    for name, text in rows:
+        facts.add_row(name, text)
+    console.print(facts)
+    if advice := _advice(cfg, figures):
+        console.print(Text(advice, style="yellow"))
+    for what, groups in (("source", figures.sources), ("modality", figures.modalities)):
+        console.print(_shares(what, groups, figures.epoch))
+    for name, lengths in figures.lengths.items():
+        table = Table.grid(padding=(0, 1))
+        table.add_column(justify="right")
+        table.add_column(justify="right")
+        for row, count, bar in bars(lengths, width=40):
+            table.add_row(row, f"{count:,}", bar)
+        console.print(Text(f"\ntokens of a sample, {name}:", style="bold"))
+        console.print(table)
+    if figures.drops:
+        console.print(Text("\nleft out:", style="bold"))
+        for reason, count, key in figures.drops:
+            console.print(Text(f"  {count:,}: {reason} (as {key})"))
+    else:
+        console.print("\nno sample is left out")
+
+
+def print_estimate(
+    console: Console, cfg: TrainConfig, figures: PlanFigures, gpu: str, utilisation: float
+) -> None:
+    """What is not measured but estimated, with its constants."""
+    found = estimate(cfg, figures, GPUS[gpu], utilisation)
+    ranks = cfg.machine.dp_size
+    console.print(
+        Text(f"\nestimates for {ranks} x {gpu.upper()}; nothing here was measured on them:", style="bold")
+    )
+    console.print(
+        f"  time    {found.step_seconds:.3g} s a step, {found.run_hours:,.3g} hours for the run, "
+        f"{found.run_hours * ranks:,.3g} GPU hours\n"
+        f"          from model.costs as kFLOP, {GPUS[gpu].teraflops:g} TFLOP/s and utilisation {utilisation:g}"
+    )
+    if found.peak_gib is None:
+        console.print(f"  memory  unknown: no shapes are known here for model {cfg.model.name}")
+    else:
+        has = GPUS[gpu].gigabytes * 1e9 / 2**30
+        verdict = (
+            "fits" if found.peak_gib < 0.9 * has else "tight" if found.peak_gib < has else "does not fit"
+        )
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in found.memory.items())
+        console.print(f"  memory  {found.peak_gib:.1f} GiB of {has:.1f} at the most: {verdict} ({parts})")
+    console.print(
+        f"  decode  {found.cores:.1f} cores keep up where clips have stored frames, {found.cores_unstored:.1f} where "
+        f"they are decoded from 720p video\n"
+        f"          from {IMAGE_PATCHES_PER_CORE_SECOND:,} image patches, {STORED_FRAMES_PER_CORE_SECOND} stored "
+        f"frames or {CLIP_FRAMES_PER_CORE_SECOND} sampled frames of video a second a core"
+    )
+
+
+def _advice(cfg: TrainConfig, figures: PlanFigures) -> str | None:
+    worst = float(np.quantile(figures.balance, 0.99))
+    if worst <= 1.02:
+        return None
+    if figures.patch_fill.mean() > figures.token_fill.mean():
+        return (
+            f"step.max_patches={cfg.step.max_patches} closes the packs before step.max_tokens does; a larger one, "
+            "where memory allows, fills and balances them better"
+        )
+    if len(figures.balance) > 1 and cfg.step.max_samples is not None:
+        return (
+            f"with at most step.max_samples={cfg.step.max_samples} samples for {cfg.step.global_packs} packs there is "
+            "little to balance with; fewer packs or more samples a step even them out"
+        )
+    return "single samples cost more than a mean pack, or packs are too full to balance: lower step.fill"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"p50 {np.quantile(values, 0.5):.3f}, p99 {np.quantile(values, 0.99):.3f} ({len(values)} steps looked at)"
+
+
+def _shares(what: str, groups: tuple[Group, ...], epoch: Group) -> Table:
+    table = Table(title_justify="left")
+    table.add_column(what)
+    for name in ("samples", "share", "tokens", "share", "patches", "share", "supervised"):
+        table.add_column(name, justify="right")
+    for group in groups:
+        cells = [group.name]
+        for mine, all_ in (
+            (group.samples, epoch.samples),
+            (group.tokens, epoch.tokens),
+            (group.patches, epoch.patches),
+        ):
+            cells += [f"{mine:,}", f"{mine / max(1, all_):.1%}"]
+        table.add_row(*cells, f"{group.supervised_tokens / max(1, group.tokens):.1%}")
+    return table

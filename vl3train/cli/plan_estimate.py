@@ -1,0 +1,127 @@
+"""Estimates of time, memory and decoding, from shapes and a few measured constants. Estimates, not measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vl3train.cli.plan_figures import PlanFigures
+from vl3train.config.rules import full_rates
+from vl3train.config.schema import Dtype, TrainConfig
+
+
+class Gpu(NamedTuple):
+    """A GPU by its data sheet: dense bfloat16 TFLOP/s and memory in GB."""
+
+    teraflops: float
+    gigabytes: float
+
+
+GPUS = {
+    "h200": Gpu(989, 141),
+    "h100": Gpu(989, 80),
+    "a100": Gpu(312, 80),
+    "a100-40": Gpu(312, 40),
+    "l40s": Gpu(362, 48),
+    "4090": Gpu(165, 24),
+}
+
+UTILISATION = 0.22
+"""Share of the data sheet's TFLOP/s: 218 to 224 of 989 were measured with a packed step of the 2B on one H100
+(torch varlen attention, layers recomputed, recomputation not counted)."""
+
+IMAGE_PATCHES_PER_CORE_SECOND = 540_000
+"""JPEG 1024 x 768 decoded, resized and patchified: 135 a second a core, 4015 patches each."""
+CLIP_FRAMES_PER_CORE_SECOND = 12
+"""H.264 720p at 25 frames a second, sampled at 1: 295 source frames a second a core."""
+STORED_FRAMES_PER_CORE_SECOND = 500
+"""Frames stored as JPEG in the shard (`vl3train index`), decoded, pruned and patchified."""
+
+
+class Shape(NamedTuple):
+    """Of the language model, and of the encoder."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+
+
+SHAPES = {"2b": Shape(1536, 28, 8960, 151_936), "7b": Shape(3584, 28, 18_944, 152_064)}
+ENCODER = Shape(1152, 27, 4304, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """For one GPU model; ``None`` where the constants do not reach."""
+
+    step_seconds: float
+    run_hours: float
+    peak_gib: float | None  # of the fullest rank
+    memory: dict[str, float]  # its parts in GiB
+    cores: float  # that decode images, and clips from their stored frames, as fast as the GPUs train
+    cores_unstored: float  # with clips decoded from 720p video
+
+
+def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: float) -> Estimate:
+    """Time from the work of a step, memory from shapes, cores from decode rates."""
+    trained = set(full_rates(cfg))
+    # A pass back through the language model is needed for what lies before it, trained or not.
+    passes = (
+        2 + ("language_model" in trained),
+        3 if "vision_encoder" in trained else 1,
+    )
+    kiloflops = passes[0] * figures.language_work + passes[1] * figures.encoder_work
+    ranks = cfg.machine.dp_size
+    seconds = (
+        kiloflops * 1e3 * float(figures.rank_balance.mean()) / (ranks * gpu.teraflops * 1e12 * utilisation)
+    )
+    steps = figures.steps_in_epoch
+    images = figures.image_patches / steps / IMAGE_PATCHES_PER_CORE_SECOND
+    stored, unstored = (
+        (images + figures.clip_frames / steps / rate) / seconds
+        for rate in (STORED_FRAMES_PER_CORE_SECOND, CLIP_FRAMES_PER_CORE_SECOND)
+    )
+    memory = rank_memory(cfg)
+    return Estimate(
+        step_seconds=seconds,
+        run_hours=seconds * figures.num_steps / 3600,
+        peak_gib=sum(memory.values()) if memory else None,
+        memory=memory,
+        cores=stored,
+        cores_unstored=unstored,
+    )
+
+
+def rank_memory(cfg: TrainConfig) -> dict[str, float]:
+    """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
+
+    The same sum gives 20.5 GiB for the pure-bfloat16 step of the 2B that took 20 on an H100.
+    """
+    shape = SHAPES.get(cfg.model.name)
+    if shape is None:
+        return {}
+    machine, ranks = cfg.machine, cfg.machine.dp_size
+    width = 2 if machine.dtype is Dtype.bfloat16 else 4
+    parameters = sum(cfg.model.num_parameters.values())
+    trained = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
+    tokens, patches = cfg.step.max_tokens, cfg.step.max_patches
+
+    def split(size: float, from_stage: int) -> float:
+        return size / ranks if machine.zero_stage >= from_stage else size
+
+    inner = tokens * (8 * shape.hidden + 3 * shape.intermediate) * width
+    encoder_inner = patches * (10 * ENCODER.hidden + 2 * ENCODER.intermediate) * width
+    if machine.activation_checkpointing:
+        kept = width * (tokens * shape.hidden * shape.layers + patches * ENCODER.hidden * ENCODER.layers)
+        activations = kept + max(inner, encoder_inner)
+    else:
+        activations = inner * shape.layers + encoder_inner * ENCODER.layers
+    parts = {
+        "weights": split(parameters * width, 3),
+        "gradients": split(trained * 4, 2),
+        "masters and AdamW": split(trained * 12, 1),
+        "activations": activations,
+        "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
+    }
+    return {name: size / 2**30 for name, size in parts.items()}
