@@ -34,7 +34,9 @@ COMMANDS = {
     "check": Command("vl3train.cli.check", "show what a config would train, or everything wrong with it"),
     "plan": Command("vl3train.cli.plan", "show a run's steps, packs, lengths and estimates, from the index"),
     "inspect": Command("vl3train.cli.inspect", "show one step: its samples, packs, ranks, pictures and text"),
-    "verify": Command("vl3train.cli.verify", "try your data and model: packed equals alone, labels, decoding"),
+    "verify": Command(
+        "vl3train.cli.verify", "try your data and model: packed equals alone, labels, decoding"
+    ),
     "train": Command("vl3train.cli.train", "train one stage, in as many processes as the machine has"),
     "evaluate": Command("vl3train.cli.evaluate", "measure a checkpoint on a recipe's held-out samples"),
     "export": Command("vl3train.cli.export", "write a run's model as a Hugging Face folder"),

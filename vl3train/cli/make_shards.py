@@ -5,6 +5,7 @@ datasets.load_dataset opens (.parquet, .csv, a folder, hf:NAME:SPLIT). Every rec
 written. Media keep their bytes. Existing folders are never overwritten.
 
 examples:
+  vl3train shards chat.jsonl --media-root /data/raw --check
   vl3train shards chat.jsonl --media-root /data/raw --out data/chat
   vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-bad
   vl3train shards qa.parquet --columns picture=image question=user answer=assistant --out data/qa
@@ -23,7 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train shards``."""
     parser.add_argument("annotations", nargs="+", metavar="ANNOTATIONS", help="files or data sets of records")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument("--out", type=Path, help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--check", action="store_true", help="say what is wrong with the records, write nothing"
+    )
     parser.add_argument(
         "--media-root",
         type=Path,
@@ -51,9 +55,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Write the shards; 1 and nothing written where records are bad and --skip-bad is not given."""
+    """Write the shards, or check; 1 and nothing written where records are bad and --skip-bad is not given."""
     from vl3train.data.shards import REFUSED_FILE, AnnotationProblems, describe_refused, write_shards
 
+    if args.check:
+        return check(args)
+    if args.out is None:
+        raise ValueError("--out FOLDER is missing: where to write; --check only looks")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
@@ -89,6 +97,22 @@ def main(args: Namespace) -> int:
         print(f"{len(report.refused)} records were left out, listed in {args.out / REFUSED_FILE}:")
         print("\n".join(describe_refused(report.refused)))
     return 0
+
+
+def check(args: Namespace) -> int:
+    """Print every kind of fault with its number and first examples; 1 where there is one. Nothing is written."""
+    from vl3train.data.shards import check_annotations, describe_refused
+
+    num_records, refused = check_annotations(
+        args.annotations,
+        media_root=args.media_root,
+        columns=dict(args.columns) if args.columns else None,
+        progress=lambda what, count: None,
+    )
+    print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} cannot")
+    if refused:
+        print("\n".join(describe_refused(refused)))
+    return int(bool(refused))
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -80,6 +80,30 @@ def describe_refused(refused: Sequence[Refusal], *, examples: int = 3) -> list[s
     return lines
 
 
+def check_annotations(
+    annotations: Sequence[str],
+    *,
+    media_root: Path,
+    columns: dict[str, str] | None,
+    progress: Callable[[str, int], None],
+) -> tuple[int, list[Refusal]]:
+    """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    refused: list[Refusal] = []
+    num_records = 0
+    for where, found in _records(annotations, columns, media_root):
+        num_records += 1
+        if isinstance(found, str):
+            refused.append(Refusal(where, found))
+        progress("checking", num_records)
+    if not num_records:
+        raise ValueError(f"no records in {', '.join(annotations)}")
+    return num_records, refused
+
+
 def write_shards(
     annotations: Sequence[str],
     out_dir: Path,
@@ -109,15 +133,9 @@ def write_shards(
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
-    refused: list[Refusal] = []
-    num_records = 0
-    for where, found in _records(annotations, columns, media_root):
-        num_records += 1
-        if isinstance(found, str):
-            refused.append(Refusal(where, found))
-        progress("checking", num_records)
-    if not num_records:
-        raise ValueError(f"no records in {', '.join(annotations)}")
+    num_records, refused = check_annotations(
+        annotations, media_root=media_root, columns=columns, progress=progress
+    )
     if (refused and not skip_bad) or len(refused) == num_records:
         raise AnnotationProblems(refused, num_records)
 

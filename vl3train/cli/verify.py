@@ -1,0 +1,94 @@
+"""Try your own data and model before they cost anything, and say whether a run may start, with reasons.
+
+Decodes samples drawn at random, compares what is supervised with what the assistant says, shares a step out over
+every number of ranks, and runs the model once to see that samples score the same packed together and alone. The
+recipe must be indexed: `vl3train index`.
+
+examples:
+  vl3train verify stage=1 model=debug data=demo machine=cpu
+  vl3train verify stage=3 model=2b stage.init_from=runs/2b/2_alignment --samples 500 --no-model
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from vl3train.cli.opened import opened
+from vl3train.cli.verifying import (
+    REASONS_SHOWN,
+    Verdict,
+    check_decoding,
+    check_labels,
+    check_packed,
+    check_splits,
+    drawn_rows,
+)
+from vl3train.config.load import add_config_arguments
+from vl3train.config.schema import Device, TrainConfig
+
+if TYPE_CHECKING:
+    from vl3train.data.fetch import OpenData
+
+MODEL_SAMPLES = 16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train verify``."""
+    add_config_arguments(parser)
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="drawn at random (default 64)")
+    parser.add_argument("--no-model", action="store_true", help="look at the data only")
+
+
+def main(args: Namespace) -> int:
+    """Print the verdicts; 0 when all passed, else 1."""
+    from vl3train.data.tokens import ChatTokenizer
+
+    console = Console(highlight=False, soft_wrap=True)
+    verdicts: list[Verdict] = []
+
+    def tell(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        word, style = ("passed", "green") if verdict.passed else ("FAILED", "bold red")
+        console.print(Text.assemble((word, style), f"  {verdict.name}: {verdict.found}"))
+        for reason in verdict.reasons[:REASONS_SHOWN]:
+            console.print(Text(f"        {reason}"))
+        if len(verdict.reasons) > REASONS_SHOWN:
+            console.print(f"        and {len(verdict.reasons) - REASONS_SHOWN} more")
+
+    with opened(args) as (cfg, data):
+        tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
+        rows = drawn_rows(data, args.samples, cfg.run.seed)
+        decoding, samples = check_decoding(data, rows, tokenizer)
+        tell(decoding)
+        tell(check_labels(data, samples, tokenizer))
+        tell(check_splits(data))
+        if not args.no_model:
+            limits = (cfg.step.max_tokens, cfg.step.max_patches)
+            model = packed_model(cfg, data)
+            tell(check_packed(model, list(samples.values())[:MODEL_SAMPLES], limits))
+    failed = [verdict.name for verdict in verdicts if not verdict.passed]
+    verdict = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
+    console.print(Text(verdict, style="bold red" if failed else "bold green"))
+    return int(bool(failed))
+
+
+def packed_model(cfg: TrainConfig, data: OpenData) -> Any:
+    """The model that the run would start from, on the device it would run on. float32 on a CPU."""
+    import torch
+
+    from vl3train.engine.build import build_model
+    from vl3train.model.attention import choose_attention
+    from vl3train.model.packed_forward import PackedModel, head_dims
+
+    on_cuda = cfg.machine.device is not Device.cpu and torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    model = build_model(cfg, None, data.tokenizer_dir)
+    model = model.to(device) if on_cuda else model.float()
+    attention = choose_attention(
+        cfg.machine.attention.value, device, head_dims(model), next(model.parameters()).dtype
+    )
+    return PackedModel(model, attention.name).eval()
