@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 import pytest
 
 from vl3train.cli import make_shards
+from vl3train.cli.main import main
 
 
 def run(*words):
@@ -46,3 +47,22 @@ def test_the_good_ones_are_written_when_asked(tmp_path, records, capsys):
     assert "1 records were left out" in out
     with pytest.raises(FileExistsError):
         run(*words)
+
+
+def test_check_groups_faults_and_writes_nothing(tmp_path, capsys):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [{"image": f"gone-{i}.png", "conversations": turns} for i in range(5)]
+    records += [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["shards", str(file), "--media-root", str(tmp_path), "--check"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "6 records, 1 can be written, 5 cannot" in out
+    assert "5 like these" in out
+    assert out.count("gone-") == 3  # examples
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+    file.write_text(json.dumps(records[-1]) + "\n")
+    assert main(words) == 0
+    assert main(words[:-1]) == 1
+    assert "--out" in capsys.readouterr().err

@@ -30,7 +30,9 @@ class PlannedPacks(PackDataset):
         return [(row, index.key(row), index.rows["part_offsets"][row].as_py()) for row in pack.samples]
 
 
-@pytest.fixture(scope="module", params=[{}, {"block_shards": 2, "max_epoch_samples": 25}], ids=["free", "blocks"])
+@pytest.fixture(
+    scope="module", params=[{}, {"block_shards": 2, "max_epoch_samples": 25}], ids=["free", "blocks"]
+)
 def opened(request, tmp_path_factory, tokenizer_dir):
     root = tmp_path_factory.mktemp("data")
     cfg = train_config(root, make_recipe(root, held_out=False), global_packs=16, max_samples=8)

@@ -96,7 +96,7 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
 def rank_memory(cfg: TrainConfig) -> dict[str, float]:
     """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
 
-    The same sum gives 20.5 GiB for the pure-bfloat16 step of the 2B that took 20 on an H100.
+    The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much.
     """
     shape = SHAPES.get(cfg.model.name)
     if shape is None:

@@ -67,7 +67,7 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
         return Group(name, len(rows), *sums)
 
     in_clips = np.isin(modality, ("video", "mixed"))
-    frames = _clip_frames(data)
+    frames = _clip_frames(data, modality == "video")
     looked_at = np.unique(np.linspace(0, max(0, steps - 2), min(steps, STEPS_LOOKED_AT)).astype(int)).tolist()
     found = [plan.step_packs(plan.cursor_at(step)) for step in looked_at]
     costs = np.array([[pack.cost for pack in packs] for packs in found], float)
@@ -104,12 +104,12 @@ def _modalities(data: OpenData) -> np.ndarray:
     return np.asarray(data.index.rows["modality"].to_numpy(zero_copy_only=False)).astype("U5")
 
 
-def _clip_frames(data: OpenData) -> np.ndarray:
-    """Frames of each sample's clips; an image has one, which does not count."""
+def _clip_frames(data: OpenData, all_clips: np.ndarray) -> np.ndarray:
+    """Frames of each sample's clips. Among images, only items of more than one frame are clips."""
     lists = data.index.rows["grids"].combine_chunks()
     grids = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, 3)
     owner = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False) // 3)
-    frames = np.where(grids[:, 0] > 1, grids[:, 0], 0)
+    frames = np.where((grids[:, 0] > 1) | all_clips[owner], grids[:, 0], 0)
     return np.bincount(owner, frames, len(lists)).astype(np.int64)
 
 

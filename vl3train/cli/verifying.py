@@ -95,10 +95,11 @@ def check_splits(data: OpenData) -> Verdict:
         if pack.num_tokens > plan.step.max_tokens or pack.num_patches > plan.step.max_patches:
             reasons.append(f"a pack holds {pack.num_tokens} tokens and {pack.num_patches} patches")
     rows, counts = np.unique(plan.epoch_rows(0), return_counts=True)
-    if all(weight == 1 for weight in plan.table.weights) and plan.order.max_epoch_samples is None:
-        left_out = data.index.num_samples - len(plan.dropped_samples) - len(rows)
-        if counts.max() > 1 or left_out:
-            reasons.append(f"{(counts > 1).sum()} samples come twice in an epoch, {left_out} never")
+    expected, bound = data.index.num_samples - len(plan.dropped_samples), plan.order.max_epoch_samples
+    if all(weight == 1 for weight in plan.table.weights) and (bound is None or expected <= bound):
+        twice, never = int((counts > 1).sum()), expected - len(rows)
+        if twice or never:
+            reasons.append(f"{twice} samples come twice in an epoch, {never} never")
     found = f"{len(packs)} packs are shared out alike over {', '.join(map(str, worlds))} ranks"
     return Verdict("splits", not reasons, found, reasons)
 
