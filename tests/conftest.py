@@ -77,9 +77,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, processor) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_model")
     torch.manual_seed(0)
-    config = tiny_config(
-        len(processor.tokenizer) + 64, processor.image_token_id, processor.video_token_id
-    )
+    config = tiny_config(len(processor.tokenizer) + 64, processor.image_token_id, processor.video_token_id)
     model = VideoLlama3ForConditionalGeneration(config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

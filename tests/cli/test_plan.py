@@ -117,11 +117,10 @@ def test_estimates_follow_their_constants(made):
 def test_memory_is_near_what_was_measured(workplace):
     """20 GiB on one H100: 2B, 16 384 tokens and 48 000 patches, all of it recomputed, pure bfloat16 (8 bytes a
     parameter). The estimate is a little above: gradients and the largest activations are not there at once."""
-    cfg = load_config(
-        ["stage=3", "model=2b", "stage.init_from=checkpoint", "step.max_patches=48000", "machine.dp_size=1"]
-    )
+    stage = ["stage=3", "model=2b", "stage.init_from=checkpoint", "step.max_patches=48000"]
+    cfg = load_config([*stage, "machine.dp_size=1"])
     parts = rank_memory(cfg)
     pure_bfloat16 = parts["weights"] * 4 + parts["activations"] + parts["logits"]
     assert 20 < pure_bfloat16 < 24
-    split = load_config([*config, "machine.dp_size=8"])
+    split = load_config([*stage, "machine.dp_size=8"])
     assert rank_memory(split)["masters and AdamW"] == pytest.approx(parts["masters and AdamW"] / 8)
