@@ -97,7 +97,10 @@ def decode_image(data: bytes, limits: DecodeLimits) -> np.ndarray:
         turn = TURN.get(_orientation(image))
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             try:
-                image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+                pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+                if turn is None:
+                    return pixels
+                image = Image.fromarray(pixels)
             except ValueError as error:
                 if "subsampling" not in str(error):
                     raise

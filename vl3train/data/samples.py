@@ -42,9 +42,13 @@ class _Item:
         return self.clip.times if self.clip else ()
 
     @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
     def num_tokens(self) -> int:
         """Visual tokens before pruning."""
-        return self.grid[0] * self.grid[1] * self.grid[2] // self.merge_size**2
+        return self.num_patches // self.merge_size**2
 
 
 def measure_sample(
@@ -63,12 +67,14 @@ def measure_sample(
 
     def measure(exact: bool) -> SampleLengths:
         items = _lay_out(conversation, parts, settings, limits, exact)
-        masks = [
-            prune_mask(_patches(item, limits), item.grid, item.merge_size)
-            if settings.prune_frames and item.grid[0] > 1
-            else np.ones(item.num_tokens, bool)
-            for item in items
-        ]
+        masks = []
+        for item in items:
+            if settings.prune_frames and item.grid[0] > 1:
+                patches = _space([item])
+                _write_patches(item, limits, patches)
+                masks.append(prune_mask(patches, item.grid, item.merge_size))
+            else:
+                masks.append(np.ones(item.num_tokens, bool))
         text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
         return _lengths(items, masks, len(text.input_ids), int((text.labels != IGNORE_INDEX).sum()))
 
@@ -85,11 +91,15 @@ def render_sample(
     key: str,
     source: int,
     planned: SampleLengths | None,
+    space: np.ndarray | None = None,
 ) -> RenderedSample:
     """Decode and tokenize one sample. With ``planned`` its lengths are the plan's, or it is refused.
 
     Of a pruned clip exactly the planned number of tokens is kept, so that another decoder's rounding cannot
     break a pack.
+
+    Args:
+        space: (planned.num_patches, 588) uint8 that the patches are written to; None: a new array.
 
     Raises:
         BadSample: the sample is damaged, or its lengths are not those that were planned.
@@ -101,9 +111,12 @@ def render_sample(
         if planned is not None:
             _compare("grids", planned.grids, tuple(item.grid for item in items))
             _compare("merge sizes", planned.merge_sizes, tuple(item.merge_size for item in items))
-        patches = [_patches(item, limits) for item in items]
-        masks = []
-        for number, (item, values) in enumerate(zip(items, patches, strict=True)):
+        patches = _space(items) if space is None else space
+        masks, start = [], 0
+        for number, item in enumerate(items):
+            values = patches[start : start + item.num_patches]
+            start += item.num_patches
+            _write_patches(item, limits, values)
             if not settings.prune_frames or item.grid[0] == 1:
                 masks.append(np.ones(item.num_tokens, bool))
             elif planned is None:
@@ -120,7 +133,7 @@ def render_sample(
             source=source,
             input_ids=text.input_ids,
             labels=text.labels,
-            patches=np.concatenate([np.empty((0, PATCH_VALUES), np.uint8), *patches]),
+            patches=patches,
             grids=np.array(found.grids, np.int64).reshape(-1, 3),
             merge_sizes=np.array(found.merge_sizes, np.int64),
             keep_mask=np.concatenate([np.empty(0, bool), *masks]),
@@ -218,16 +231,20 @@ def _plan(
     return dataclasses.replace(plan, times=plan.times[:count], picked=plan.picked[:count])
 
 
-def _patches(item: _Item, limits: DecodeLimits) -> np.ndarray:
-    """(P, 588) uint8. Frames are shrunk one by one, so a long clip is never in memory at its own size."""
+def _space(items: list[_Item]) -> np.ndarray:
+    return np.empty((sum(item.num_patches for item in items), PATCH_VALUES), np.uint8)
+
+
+def _write_patches(item: _Item, limits: DecodeLimits, out: np.ndarray) -> None:
+    """Fill (P, 588) uint8. Frames are shrunk one by one: a long clip is never in memory at its own size."""
     grid = item.grid[1:]
     if item.clip is None:
         picture = decode_image(item.data, limits)
-        return resize_and_patchify(picture, grid=grid, merge_size=item.merge_size)
-    patches = np.empty((item.grid[0], grid[0] * grid[1], PATCH_VALUES), np.uint8)
+        resize_and_patchify(picture, grid=grid, merge_size=item.merge_size, out=out)
+        return
+    frames = out.reshape(item.grid[0], -1, PATCH_VALUES)
     for number, frame in enumerate(read_frames(item.data, item.clip)):
-        patches[number] = resize_and_patchify(frame, grid=grid, merge_size=item.merge_size)
-    return patches.reshape(-1, PATCH_VALUES)
+        resize_and_patchify(frame, grid=grid, merge_size=item.merge_size, out=frames[number])
 
 
 def _pruned_as_planned(patches: np.ndarray, item: _Item, count: int) -> np.ndarray:
@@ -253,7 +270,7 @@ def _lengths(
         num_tokens=num_tokens,
         num_supervised_tokens=num_supervised_tokens,
         num_visual_tokens=sum(kept),
-        num_patches=sum(item.grid[0] * item.grid[1] * item.grid[2] for item in items),
+        num_patches=sum(item.num_patches for item in items),
         grids=tuple(item.grid for item in items),
         merge_sizes=tuple(item.merge_size for item in items),
         kept_tokens=kept,
