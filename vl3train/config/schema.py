@@ -163,6 +163,9 @@ class DataConfig:
     decode_max_seconds: float = 7200.0
     """A clip whose header says more is refused before it is decoded."""
 
+    decode_seconds: float = 120.0
+    """A sample that takes longer than this to decode is refused, and the process that decodes it is killed."""
+
     num_workers: int = 2
     """Decoding processes on each rank; 0 decodes in the training process."""
 

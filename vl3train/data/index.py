@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("part_offsets", pa.list_(pa.int64())),
         ("part_sizes", pa.list_(pa.int64())),
         ("part_crc32s", pa.list_(pa.int64())),
+        ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media: never opened
         ("num_tokens", pa.int64()),
         ("num_supervised_tokens", pa.int64()),
         ("num_visual_tokens", pa.int64()),
@@ -148,7 +149,7 @@ class Index:
         )
 
     def read_sample(self, row: int) -> tuple[bytes, dict[str, bytes]]:
-        """The conversation's JSON, and its media by part name.
+        """The conversation's JSON (empty where a caption is all), and its other parts by name.
 
         Raises:
             BadSample: the bytes are not those that were indexed.
@@ -162,7 +163,7 @@ class Index:
         for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
             if zlib.crc32(data[part.name]) != crc32:
                 raise BadSample(f"part {part.name}: its bytes differ from those indexed (crc32)")
-        return data.pop(CONVERSATION_PART), data
+        return data.pop(CONVERSATION_PART, b""), data
 
     def sample_table(self) -> SampleTable:
         """What the plan reads."""

@@ -93,6 +93,7 @@ def open_data(
                 tokenizer_dir=tokenizer_dir,
                 limits=limits,
                 num_workers=cfg.data.num_workers,
+                decode_seconds=cfg.data.decode_seconds,
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
             )
     index = open_index(sources, settings, limits)
@@ -104,7 +105,14 @@ def open_data(
             f"step.max_patches={cfg.step.max_patches}"
             + "".join(f"\n  {key}: {reason}" for key, reason in index.refused[:5])
         )
-    return OpenData(index=index, plan=plan, settings=settings, tokenizer_dir=tokenizer_dir, limits=limits)
+    return OpenData(
+        index=index,
+        plan=plan,
+        settings=settings,
+        tokenizer_dir=tokenizer_dir,
+        limits=limits,
+        decode_seconds=cfg.data.decode_seconds,
+    )
 
 
 def train_steps(

@@ -12,7 +12,8 @@ import numpy as np
 from vl3train.contracts.geometry import picture_grid, token_budget_pixels
 from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
-from vl3train.data.conversation import Conversation, Image, Stream, Video, read_conversation, visual_items
+from vl3train.data.conversation import Conversation, Image, Stream, Video, visual_items
+from vl3train.data.foreign import open_conversation
 from vl3train.data.media import (
     ClipPlan,
     DecodeLimits,
@@ -63,7 +64,7 @@ def measure_sample(
     Raises:
         BadSample: it cannot be rendered. Damage behind an image's header shows only in ``render_sample``.
     """
-    conversation = read_conversation(conversation_bytes)
+    conversation = open_conversation(conversation_bytes, parts)
 
     def measure(exact: bool) -> SampleLengths:
         items = _lay_out(conversation, parts, settings, limits, exact)
@@ -76,7 +77,10 @@ def measure_sample(
             else:
                 masks.append(np.ones(item.num_tokens, bool))
         text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
-        return _lengths(items, masks, len(text.input_ids), int((text.labels != IGNORE_INDEX).sum()))
+        num_supervised_tokens = int((text.labels != IGNORE_INDEX).sum())
+        if not num_supervised_tokens:
+            raise BadSample("no supervised token: the assistant says nothing")
+        return _lengths(items, masks, len(text.input_ids), num_supervised_tokens)
 
     return _by_packets_else_exact(measure)
 
@@ -104,7 +108,7 @@ def render_sample(
     Raises:
         BadSample: the sample is damaged, or its lengths are not those that were planned.
     """
-    conversation = read_conversation(conversation_bytes)
+    conversation = open_conversation(conversation_bytes, parts)
 
     def render(exact: bool) -> RenderedSample:
         items = _lay_out(conversation, parts, settings, limits, exact)
