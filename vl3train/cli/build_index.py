@@ -71,6 +71,8 @@ def main(args: Namespace) -> int:
                 tokens = int(table.num_tokens[first : first + size].sum())
                 console.print(f"  {name}: {size:,} samples, {tokens:,} tokens")
                 first += size
+            for name, suffix, count in index.unread_parts:
+                console.print(f"  {name}: {count:,} members of kind .{suffix} are not read", markup=False)
             too_large = [(index.key(row), "larger than a pack") for row in data.plan.dropped_samples]
             for what, listed in (("cannot be used", index.refused), ("are left out", too_large)):
                 if listed:

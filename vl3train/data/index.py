@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ class Index:
     rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
     refused: tuple[tuple[str, str], ...]
     """Key and reason of every sample of these sources that cannot be used."""
+    unread_parts: tuple[tuple[str, str, int], ...]
+    """Source, suffix and number of members that are neither text nor media; they are never opened."""
     fingerprint: str
 
     @property
@@ -211,6 +214,7 @@ def open_index(
         NoIndex: one of them is missing or stale; every one is in the message.
     """
     tables, shards, sizes, refused, contents, faults = [], [], [], [], [], []  # type: ignore[var-annotated]
+    unread: Counter[tuple[str, str]] = Counter()
     for name, _, folder in sources:
         sizes.append(0)
         if folder is None:
@@ -233,6 +237,7 @@ def open_index(
             number = pa.array(np.full(good.num_rows, len(shards), np.int32))
             tables.append(good.append_column("shard", number).replace_schema_metadata(None))
             sizes[-1] += good.num_rows
+            unread.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
             shards.append(folder / entry["name"])
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
     if faults:
@@ -246,5 +251,6 @@ def open_index(
         shards=tuple(shards),
         rows=(pa.concat_tables(tables) if tables else empty).combine_chunks(),
         refused=tuple(refused),
+        unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
     )
