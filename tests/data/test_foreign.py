@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tests.data.conftest import LIMITS
+from tests.data.faults_fixture import clip, jpeg
+from tests.data.test_samples import SETTINGS
 from vl3train.contracts.records import BadSample
 from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.foreign import open_conversation
+from vl3train.data.samples import measure_sample
+from vl3train.data.tokens import ChatTokenizer
 
 PNG, MP4 = b"png", b"mp4"
+WORDS = st.sampled_from(
+    ["type", "text", "part", "role", "content", "image", "from", "value", "turns", "until"]
+)
+
+
+@pytest.fixture(scope="module")
+def made_media(tmp_path_factory):
+    return {"0.jpg": jpeg(), "1.mp4": clip(tmp_path_factory.mktemp("clip"))}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return ChatTokenizer.from_folder(tokenizer_dir)
 
 
 def said(*contents, answer="Yes."):
@@ -86,3 +107,50 @@ def test_conversations_of_others(data, parts, expected):
 def test_what_does_not_fit_says_why(data, parts, reason):
     with pytest.raises(BadSample, match=reason.replace("|", r"\|")):
         open_conversation(data, parts)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "<image>", "0.jpg"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def strange(valid):
+    """``valid`` with some of its values replaced by any other."""
+    if isinstance(valid, dict):
+        whole = st.fixed_dictionaries({key: strange(value) for key, value in valid.items()})
+    elif isinstance(valid, list):
+        whole = st.tuples(*map(strange, valid)).map(list)
+    else:
+        whole = st.just(valid)
+    return st.integers(0, 7).flatmap(lambda dice: whole if dice else JSON)
+
+
+TURNS = [
+    {"role": "user", "content": [{"type": "image", "part": "0.jpg"}, {"type": "text", "text": "Is it?"}]},
+    {
+        "role": "stream",
+        "content": [{"type": "stream", "part": "1.mp4", "until": 1.0, "start": 0.5, "end": 2}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+]
+LLAVA = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "Yes."}]
+FORMS = [
+    {"turns": TURNS},
+    {"conversations": LLAVA, "image": "a.jpg"},
+    {"messages": TURNS[::2]},
+    {"caption": "A cat."},
+]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(FORMS).flatmap(strange) | JSON)
+def test_no_json_can_do_more_than_be_refused(tokenizer, made_media, record):
+    data = json.dumps(record).encode()
+    with contextlib.suppress(BadSample):
+        measure_sample(data, made_media, SETTINGS, tokenizer, LIMITS)

@@ -151,7 +151,7 @@ def _message(message: Any) -> tuple[str, str | Sequence[Any]]:
         raise BadSample(f"turn {message!r} is no object")
     name = message.get("from", message.get("role"))
     content = message.get("value", message.get("content"))
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise BadSample(f"unknown role {name!r}; known: {', '.join(ROLES)}")
     if not isinstance(content, (str, Sequence)) or isinstance(content, bytes):
         raise BadSample(f"{name} turn without text")

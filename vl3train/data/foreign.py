@@ -72,7 +72,8 @@ def _dialogue(record: Mapping[str, Any], media: Iterable[str]) -> Conversation:
         waiting[_kind(name)].append(name)
     there = {kind: len(names) for kind, names in waiting.items()}
     own = {key: value for key, value in record.items() if key not in ("image", "images", "video", "videos")}
-    inside = any(_names_files(message) for key in DIALOGUE_KEYS for message in record.get(key) or ())
+    said = next((record[key] for key in DIALOGUE_KEYS if isinstance(record.get(key), list)), [])
+    inside = any(_names_files(message) for message in said)
     conversation, files = read_record(own if inside else {**own, **waiting}, where="json")
     wanted = {kind: sum(file.kind == kind for file in files) for kind in waiting}
     if wanted != there:
