@@ -14,7 +14,7 @@ import pytest
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_moving
 from tests.data.test_samples import SETTINGS, assistant, user
 from vl3train.contracts.records import BadSample
-from vl3train.data import firewall
+from vl3train.data import decoding, firewall
 from vl3train.data.conversation import Conversation, Image, Video
 from vl3train.data.firewall import Decoder, DecodeServer, decode_server
 from vl3train.data.samples import measure_sample, render_sample
@@ -67,8 +67,8 @@ def hanging(tokenizer_dir, monkeypatch):
             raise ZeroDivisionError
         return real(request, *rest)
 
-    real = firewall._answer
-    monkeypatch.setattr(firewall, "_answer", planted)
+    real = decoding._answer
+    monkeypatch.setattr(decoding, "_answer", planted)
     monkeypatch.setattr(firewall, "clean_processes", lambda: multiprocessing.get_context("fork"))
     with decode_server(SETTINGS, tokenizer_dir, LIMITS) as address:
         yield address
@@ -157,7 +157,7 @@ def test_an_orphan_that_hangs_is_ended_by_the_kernel(hanging, picture):
     decoder = Decoder(hanging, 0.2)
     decoder._connect()
     pid = decoder._pid
-    decoder._connection.send(firewall._Request(b"HANG", picture, 0.2))
+    decoder._connection.send(decoding.Request(b"HANG", picture, 0.2))
     decoder.close()  # as if its worker had been killed
     time.sleep(0.3)
     os.kill(pid, 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vl3train.contracts.records import BadSample
@@ -106,6 +106,19 @@ def _wrong_value(content: Content) -> str | None:
         ):
             return f"{key}={value!r} is no time in seconds"
     return None
+
+
+def rename_parts(conversation: Conversation, names: Mapping[str, str]) -> Conversation:
+    """The same conversation with some of its files under other names."""
+
+    def renamed(content: Content) -> Content:
+        if isinstance(content, Text) or content.part not in names:
+            return content
+        return replace(content, part=names[content.part])
+
+    return Conversation(
+        tuple(replace(turn, content=tuple(map(renamed, turn.content))) for turn in conversation.turns)
+    )
 
 
 def visual_items(conversation: Conversation) -> tuple[Image | Video | Stream, ...]:

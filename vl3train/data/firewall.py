@@ -9,7 +9,6 @@ file, what it answers is never unpickled, and it dies alone: of a crash, of memo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import mmap
 import os
@@ -17,38 +16,20 @@ import shutil
 import signal
 import socket
 import tempfile
-import traceback
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
 from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
+from vl3train.data.decoding import Request, serve
 from vl3train.data.media import DecodeLimits
 from vl3train.data.processes import clean_processes
-from vl3train.data.samples import measure_sample, render_sample
-from vl3train.data.tokens import ChatTokenizer
-
-OUT_OF_MEMORY_FIRST = "1000"
-"""oom_score_adj of decode processes: where memory runs out, the kernel ends one of these, not the training."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What a decode process is asked; pickled on its way there, never on its way back."""
-
-    conversation: bytes
-    parts: Mapping[str, bytes]
-    seconds: float
-    planned: SampleLengths | None = None  # None: measure it
-    first_patch: int = 0  # where in the shared memory its patches go
 
 
 class DecodeServer:
@@ -60,7 +41,7 @@ class DecodeServer:
         processes = clean_processes()
         ours, theirs = processes.Pipe()
         process = processes.Process(
-            target=_serve, args=(self.address, theirs, settings, tokenizer_dir, limits), daemon=True
+            target=serve, args=(self.address, theirs, settings, tokenizer_dir, limits), daemon=True
         )
         process.start()
         theirs.close()
@@ -115,7 +96,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._ask(_Request(conversation, parts, self._seconds))
+        answer, _ = self._ask(Request(conversation, parts, self._seconds))
         return SampleLengths(
             **{
                 **answer,
@@ -124,6 +105,19 @@ class Decoder:
                 "kept_tokens": tuple(answer["kept_tokens"]),
             }
         )
+
+    def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
+        """``samples.store_sample`` in the decode process.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        answer, content = self._ask(Request(conversation, parts, self._seconds, store=True))
+        ends = np.cumsum(answer["sizes"]).tolist()
+        return {
+            name: content[end - size : end]
+            for name, size, end in zip(answer["names"], answer["sizes"], ends, strict=True)
+        }
 
     def render(
         self,
@@ -143,7 +137,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._ask(_Request(conversation, parts, self._seconds, planned, first_patch))
+        answer, content = self._ask(Request(conversation, parts, self._seconds, planned, first_patch))
         ints = np.frombuffer(content, np.int64)
         num_tokens, num_placed = planned.num_tokens, planned.num_visual_tokens
         num_merged = sum(
@@ -171,7 +165,7 @@ class Decoder:
             self._connection.close()
             self._connection = None
 
-    def _ask(self, request: _Request) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, request: Request) -> tuple[dict[str, Any], bytes]:
         try:
             answer, content = self._exchange(request)
         except (EOFError, OSError):  # a decode process may be ended for what another process did to memory
@@ -187,7 +181,7 @@ class Decoder:
             raise RuntimeError(f"in the decode process:\n{answer['bug']}")
         return answer, content
 
-    def _exchange(self, request: _Request) -> tuple[dict[str, Any], bytes]:
+    def _exchange(self, request: Request) -> tuple[dict[str, Any], bytes]:
         if self._connection is None:
             self._connect()
         assert self._connection is not None
@@ -197,7 +191,7 @@ class Decoder:
             self.close()
             raise BadSample(f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended")
         answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return answer, self._connection.recv_bytes() if "arrays" in answer else b""
+        return answer, self._connection.recv_bytes() if answer.pop("more", False) else b""
 
     def _connect(self) -> None:
         with socket.socket(socket.AF_UNIX) as connected:
@@ -218,87 +212,3 @@ def _nameless_file(size: int) -> IO[bytes]:
     file = os.fdopen(number, "r+b")
     os.ftruncate(file.fileno(), size)
     return file
-
-
-def _serve(
-    address: str, parent: Connection, settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits
-) -> None:
-    """Fork a decode process for each connection, until the parent is gone. One thread: forking is safe."""
-    os.setpgid(0, 0)  # Ctrl-C is the parent's, and the group can be ended as one
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a queue sends it to all; the parent saves first
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    torch.set_num_threads(1)
-    tokenizer = ChatTokenizer.from_folder(tokenizer_dir)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
-        listening.listen(256)
-        parent.send_bytes(b"listening")
-        while parent not in wait([listening, parent]):
-            connected, _ = listening.accept()
-            with connected:
-                if os.fork() == 0:
-                    listening.close()
-                    parent.close()
-                    _decode(connected, settings, tokenizer, limits)
-    os.killpg(0, signal.SIGKILL)  # itself too
-
-
-def _decode(
-    connected: socket.socket, settings: RenderSettings, tokenizer: ChatTokenizer, limits: DecodeLimits
-) -> None:
-    """A decode process: answer requests until whoever asks is gone. Does not return."""
-    status = 1
-    try:
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write(OUT_OF_MEMORY_FIRST)
-        _, (memory,), _, _ = socket.recv_fds(connected, 1, 1)
-        space = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
-        connection = Connection(connected.detach())
-        connection.send_bytes(str(os.getpid()).encode())
-        while True:
-            request = connection.recv()
-            # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
-            signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
-            answer, arrays = _answer(request, space, settings, tokenizer, limits)
-            connection.send_bytes(json.dumps(answer).encode())
-            if arrays is not None:
-                connection.send_bytes(arrays)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except (EOFError, ConnectionError):
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)  # not through what the server would do at its end
-
-
-def _answer(
-    request: _Request,
-    space: np.ndarray,
-    settings: RenderSettings,
-    tokenizer: ChatTokenizer,
-    limits: DecodeLimits,
-) -> tuple[dict[str, Any], bytes | None]:
-    planned = request.planned
-    try:
-        if planned is None:
-            lengths = measure_sample(request.conversation, request.parts, settings, tokenizer, limits)
-            return dataclasses.asdict(lengths), None
-        start = request.first_patch * PATCH_VALUES
-        sample = render_sample(
-            request.conversation,
-            request.parts,
-            settings,
-            tokenizer,
-            limits,
-            key="",
-            source=0,
-            planned=planned,
-            space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
-        )
-    except BadSample as error:
-        return {"bad": str(error)}, None
-    except Exception:
-        return {"bug": traceback.format_exc()}, None
-    arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)
-    return {"arrays": len(arrays)}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()

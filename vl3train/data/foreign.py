@@ -7,7 +7,6 @@ assistant says of the pictures, without a question, as in LLaVA's pretraining.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 from vl3train.contracts.records import BadSample
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
 from vl3train.data.annotations import read_record
-from vl3train.data.conversation import Conversation, Text, read_conversation
+from vl3train.data.conversation import Conversation, read_conversation, rename_parts, visual_items
 from vl3train.data.members import CAPTION_PART, CLIP_SUFFIXES, IMAGE_SUFFIXES
 
 CAPTION_KEYS = ("caption", "text", "recaption", "re_caption", "caption_llava", "top_caption")
@@ -72,25 +71,17 @@ def _dialogue(record: Mapping[str, Any], media: Iterable[str]) -> Conversation:
         waiting[_kind(name)].append(name)
     there = {kind: len(names) for kind, names in waiting.items()}
     own = {key: value for key, value in record.items() if key not in ("image", "images", "video", "videos")}
-    said = next((record[key] for key in DIALOGUE_KEYS if isinstance(record.get(key), list)), [])
+    said: list[Any] = next((record[key] for key in DIALOGUE_KEYS if isinstance(record.get(key), list)), [])
     inside = any(_names_files(message) for message in said)
     conversation, files = read_record(own if inside else {**own, **waiting}, where="json")
     wanted = {kind: sum(file.kind == kind for file in files) for kind in waiting}
     if wanted != there:
         raise BadSample(f"the conversation shows {_counted(wanted)}, the sample has {_counted(there)}")
-    names = [waiting[file.kind].pop(0) for file in files]
-
-    def renamed(content: Any) -> Any:
-        if isinstance(content, Text):
-            return content
-        return dataclasses.replace(content, part=names[int(content.part.partition(".")[0])])
-
-    return Conversation(
-        tuple(
-            dataclasses.replace(turn, content=tuple(renamed(content) for content in turn.content))
-            for turn in conversation.turns
-        )
-    )
+    names = {
+        content.part: waiting[files[int(content.part.partition(".")[0])].kind].pop(0)
+        for content in visual_items(conversation)
+    }
+    return rename_parts(conversation, names)
 
 
 def _names_files(message: Any) -> bool:

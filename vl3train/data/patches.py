@@ -17,10 +17,23 @@ PRUNE_THRESHOLD = 0.1
 ``threshold``, videollama3_arch.py:202-268; not an option in transformers either)."""
 
 
+def resize(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(t, h, w, 3) uint8 at the size of ``grid`` patches: bicubic with antialias on uint8, as torchvision's."""
+    height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
+    if frames.shape[1:3] == (height, width):
+        return frames
+    pixels = torch.from_numpy(frames if frames.flags.writeable else frames.copy())  # as torch wants it
+    # Channels stay last: torch has a kernel for that, twice as fast and equal to the bit.
+    resized = F.interpolate(
+        pixels.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized.permute(0, 2, 3, 1).numpy()
+
+
 def resize_and_patchify(
     picture: np.ndarray, *, grid: tuple[int, int], merge_size: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Bicubic with antialias on uint8, as torchvision does it, then cut into patches.
+    """Resize, then cut into patches.
 
     Args:
         picture: (h, w, 3) or (t, h, w, 3) uint8.
@@ -32,19 +45,7 @@ def resize_and_patchify(
         (t * grid_h * grid_w, 588) uint8 in merge-block order: frame, block row, block column, row in
         the block, column in the block; the values of a patch by channel, row, column.
     """
-    frames = picture.reshape(-1, *picture.shape[-3:])
-    height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
-    if frames.shape[1:3] != (height, width):
-        pixels = torch.from_numpy(frames if frames.flags.writeable else frames.copy())  # as torch wants it
-        # Channels stay last: torch has a kernel for that, twice as fast and equal to the bit.
-        resized = F.interpolate(
-            pixels.permute(0, 3, 1, 2),
-            size=(height, width),
-            mode="bicubic",
-            align_corners=False,
-            antialias=True,
-        )
-        frames = resized.permute(0, 2, 3, 1).numpy()
+    frames = resize(picture.reshape(-1, *picture.shape[-3:]), grid)
     blocks = frames.reshape(
         -1,
         *(grid[0] // merge_size, merge_size, PATCH_SIZE),

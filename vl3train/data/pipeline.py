@@ -18,6 +18,7 @@ from vl3train.data.indexing import build_index
 from vl3train.data.media import DecodeLimits
 from vl3train.data.plan import Plan
 from vl3train.data.recipe import load_recipe, recipe_problems
+from vl3train.data.storing import store_recipe
 from vl3train.data.tokens import ChatTokenizer
 
 
@@ -112,6 +113,29 @@ def open_data(
         tokenizer_dir=tokenizer_dir,
         limits=limits,
         decode_seconds=cfg.data.decode_seconds,
+    )
+
+
+def store_frames(
+    cfg: TrainConfig, out: Path, *, tokenizer_dir: Path, progress: Callable[[str, int, int], None]
+) -> Path:
+    """Write the recipe's samples below ``out`` with frames in place of clips; the recipe that names them.
+
+    Raises:
+        ValueError: the recipe cannot be used.
+    """
+    recipe = load_recipe(cfg.data.recipe or cfg.stage.recipe, cfg.data.root)
+    if problems := recipe_problems(recipe, cfg.data.root):
+        raise ValueError("\n".join(problems))
+    return store_recipe(
+        recipe,
+        out,
+        render_settings(cfg, ChatTokenizer.from_folder(tokenizer_dir)),
+        tokenizer_dir=tokenizer_dir,
+        limits=decode_limits(cfg),
+        num_workers=cfg.data.num_workers,
+        decode_seconds=cfg.data.decode_seconds,
+        progress=progress,
     )
 
 
