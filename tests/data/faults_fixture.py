@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ import av
 import numpy as np
 
 from tests.data.conftest import drawn_picture, picture_bytes, still_and_moving
+from tests.data.shards_fixture import train_config
 from tests.data.test_members import make_tar
+from vl3train.contracts.records import Cursor
 from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
+from vl3train.data.pipeline import open_data, train_steps
 
 Members = list[tuple[str, bytes]]
 BEFORE, AFTER = "a0", "z9"
@@ -202,3 +206,85 @@ def record(question: str, **fields: object) -> bytes:
     """A LLaVA record."""
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
     return json.dumps({"id": "1", "conversations": turns, **fields}).encode()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fault."""
+
+    planted: Planted
+    used: set[str]
+    refused: dict[str, str]  # key, or @BYTE for a place that holds no sample, and reason
+    said: str
+
+    @property
+    def refused_samples(self) -> set[str]:
+        """Without places."""
+        return {key for key in self.refused if not key.startswith("@")}
+
+    @property
+    def accounted(self) -> bool:
+        """Whether used and refused samples are all that can be read, none is both, and the reason is the one."""
+        return (
+            self.used == self.planted.used
+            and self.used | self.refused_samples == self.planted.samples
+            and not self.used & self.refused_samples
+            and self.planted.said in self.said
+        )
+
+
+def fault_outcomes(root: Path, tokenizer_dir: Path, decode_seconds: float) -> list[Outcome]:
+    """All faults in one recipe, indexed and fetched for one epoch by the real pipeline."""
+    root.mkdir(exist_ok=True)
+    faults = plant_faults(root)
+    recipe = root / "recipe.yaml"
+    sources = "".join(f"  - {{name: s{number}, shards: s{number}}}\n" for number in range(len(faults)))
+    recipe.write_text(f"name: faults\nabout: tests\nsources:\n{sources}")
+    for number, fault in enumerate(faults):
+        (root / f"s{number}").mkdir()
+        (root / f"s{number}" / "a.tar").write_bytes(fault.shard)
+    cfg = train_config(root, recipe)
+    cfg.data.num_workers, cfg.data.decode_seconds = 2, decode_seconds
+    data = open_data(cfg, tokenizer_dir=tokenizer_dir, held_out=False, build=True)
+    for number, fault in enumerate(faults):
+        if fault.rot is not None:
+            shard = bytearray(fault.shard)
+            fault.rot(shard)
+            (root / f"s{number}" / "a.tar").write_bytes(shard)
+    steps = list(
+        train_steps(
+            data,
+            cfg,
+            first=Cursor(),
+            last_step=data.plan.steps_in_epoch(0),
+            rank=0,
+            dp_size=1,
+            ledger_path=root / "ledger.jsonl",
+        )
+    )
+    entries = [json.loads(line) for line in (root / "ledger.jsonl").read_text().splitlines()]
+    rotten = {entry["key"]: entry["reason"] for entry in entries}
+    seen = Counter(key for step in steps for batch in step.batches for key in batch.segment_keys)
+    seen.pop("filler", None)
+    assert set(seen.values()) == {1}
+    assert set(seen) == {data.index.key(row) for row in range(data.index.num_samples)}
+    assert sum(batch.num_skipped_samples for step in steps for batch in step.batches) == len(entries)
+    outcomes = []
+    for number, fault in enumerate(faults):
+        prefix = f"s{number}/a/"
+        refused = {
+            key.removeprefix(prefix): reason
+            for key, reason in [*data.index.refused, *rotten.items()]
+            if key.startswith(prefix)
+        }
+        told = rotten if fault.when == "run" else dict(data.index.refused)
+        reasons = [reason for key, reason in told.items() if key.startswith(prefix)]
+        reasons += [
+            f"{count} x .{suffix} not read"
+            for name, suffix, count in data.index.unread_parts
+            if name == f"s{number}"
+        ]
+        said = next((reason for reason in reasons if fault.said in reason), "; ".join(reasons))
+        used = {key.removeprefix(prefix) for key in set(seen) - set(rotten) if key.startswith(prefix)}
+        outcomes.append(Outcome(fault, used, refused, said))
+    return outcomes
