@@ -22,8 +22,10 @@ def resize(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
     if frames.shape[1:3] == (height, width):
         return frames
-    pixels = torch.from_numpy(frames if frames.flags.writeable else frames.copy())  # as torch wants it
-    # Channels stay last: torch has a kernel for that, twice as fast and equal to the bit.
+    flat = np.ascontiguousarray(frames).reshape(-1)
+    # torch wants it writable, and strides of its own: numpy's of a single frame may be 0, and it would not see
+    # that channels are last. For that it has a kernel, twice as fast and equal to the bit.
+    pixels = torch.from_numpy(flat if flat.flags.writeable else flat.copy()).view(frames.shape)
     resized = F.interpolate(
         pixels.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", align_corners=False, antialias=True
     )
