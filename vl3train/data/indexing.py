@@ -5,6 +5,7 @@ A clip's length in tokens depends on its pixels (frame pruning), so there is no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -35,6 +36,7 @@ from vl3train.data.index import (
 )
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
+from vl3train.data.remote import address_of, local_files
 
 CHUNK_SAMPLES = 32
 """Samples that are measured at a time: small enough for a live progress bar and even work."""
@@ -78,27 +80,59 @@ def build_index(
             return folder
     folder.mkdir(exist_ok=True)
     todo = [shard for shard in shard_files(shards) if not _is_current(folder, shard, limits)]
-    samples = {shard: shard_samples(shard) for shard in todo}
-    total, done = sum(map(len, samples.values())), 0
+    # Remote shards one after the other: each is fetched whole, as every sample of it is read.
+    groups = [
+        [shard for shard in todo if shard.is_file()],
+        *([shard] for shard in todo if not shard.is_file()),
+    ]
+    done = total = 0
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(decode_server(settings, tokenizer_dir, limits)) if todo else ""
+        for group in groups:
+            with local_files(group, folder) as files:
+                samples = {shard: shard_samples(file) for shard, file in files.items()}
+                total += sum(map(len, samples.values()))
+                for rows in _group_rows(samples, files, max(1, num_workers), address, decode_seconds):
+                    done += len(rows.rows)
+                    progress(done, total)
+                    if rows.complete is not None:
+                        _write_rows(folder, rows.shard, rows.complete, limits)
+    _write_manifest(folder, shard_files(shards), settings, limits)
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows just measured; ``complete`` are all of the shard once it is done."""
+
+    shard: Path
+    rows: list[dict[str, Any]]
+    complete: list[dict[str, Any]] | None
+
+
+def _group_rows(
+    samples: dict[Path, list[ShardSample]],
+    files: dict[Path, Path],
+    num_threads: int,
+    address: str,
+    decode_seconds: float,
+) -> Iterator[_Rows]:
+    for shard in [shard for shard, members in samples.items() if not members]:
+        yield _Rows(shard, [], [])
     chunks = [
-        _Chunk(shard, tuple(members[first : first + CHUNK_SAMPLES]))
+        (shard, _Chunk(files[shard], tuple(members[first : first + CHUNK_SAMPLES])))
         for shard, members in samples.items()
         for first in range(0, len(members), CHUNK_SAMPLES)
     ]
-    rows: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in todo}
-    for shard in [shard for shard in todo if not samples[shard]]:
-        _write_rows(folder, shard, [], limits)
+    collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
     if chunks:
-        with decode_server(settings, tokenizer_dir, limits) as address:
-            measured = _measured(chunks, min(max(1, num_workers), len(chunks)), address, decode_seconds)
-            for chunk, new in zip(chunks, measured, strict=True):
-                rows[chunk.shard] += new
-                done += len(new)
-                progress(done, total)
-                if len(rows[chunk.shard]) == len(samples[chunk.shard]):
-                    _write_rows(folder, chunk.shard, rows.pop(chunk.shard), limits)
-    _write_manifest(folder, shard_files(shards), settings, limits)
-    return folder
+        measured = _measured(
+            [chunk for _, chunk in chunks], min(num_threads, len(chunks)), address, decode_seconds
+        )
+        for (shard, _), rows in zip(chunks, measured, strict=True):
+            collected[shard] += rows
+            whole = len(collected[shard]) == len(samples[shard])
+            yield _Rows(shard, rows, collected.pop(shard) if whole else None)
 
 
 def _measured(
@@ -162,6 +196,14 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder) -> dict[str, An
 
 
 def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
+    """What decides whether rows are still those of the shard.
+
+    Of a remote one its address: to ask for each one's size would take minutes. A shard that was replaced under the
+    same address is found by crc32 when its samples are read.
+    """
+    address = address_of(shard)
+    if address is not None:
+        return {"address": address, "limits": dataclasses.asdict(limits)}
     stat = shard.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limits": dataclasses.asdict(limits)}
 
@@ -191,7 +233,7 @@ def _write_manifest(
         entries.append(
             {
                 "name": shard.name,
-                "bytes": shard.stat().st_size,
+                "bytes": shard.stat().st_size if shard.is_file() else None,
                 "samples": table.num_rows,
                 "refused": sum(status != USABLE for status in table["status"].to_pylist()),
                 "unread_parts": Counter(

@@ -18,6 +18,7 @@ from vl3train.data.indexing import build_index
 from vl3train.data.media import DecodeLimits
 from vl3train.data.plan import Plan
 from vl3train.data.recipe import load_recipe, recipe_problems
+from vl3train.data.remote import RangeCache
 from vl3train.data.storing import store_recipe
 from vl3train.data.tokens import ChatTokenizer
 
@@ -97,7 +98,10 @@ def open_data(
                 decode_seconds=cfg.data.decode_seconds,
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
             )
-    index = open_index(sources, settings, limits)
+    cache = None
+    if cfg.data.remote_cache is not None:
+        cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
+    index = open_index(sources, settings, limits, cache)
     plan = Plan(index.sample_table(), cfg.run.seed, cfg.step)
     if not held_out and len(plan.dropped_samples) == index.num_samples:
         raise ValueError(

@@ -125,7 +125,7 @@ def recipe_problems(recipe: Recipe, root: str | Path) -> list[str]:
         (source.name, folder, source.origin)
         for source in recipe.sources
         for folder in (source.shards, source.held_out)
-        if folder is not None and not any(folder.glob("*.tar"))
+        if folder is not None and not (any(folder.glob("*.tar")) or (folder / "shards.txt").is_file())
     ]
     if missing:
         lines = [

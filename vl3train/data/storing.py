@@ -21,6 +21,7 @@ from vl3train.data.index import read_parts, shard_files
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CONVERSATION_PART, ShardSample, shard_samples
 from vl3train.data.recipe import Recipe
+from vl3train.data.remote import SHARD_LIST, local_files
 from vl3train.data.shards import REFUSED_FILE, write_members
 
 Members = dict[str, bytes]
@@ -83,34 +84,41 @@ def store_folder(
 ) -> None:
     """Store the frames of a folder of shards under the same shard names, through a decode server."""
     out.mkdir(parents=True, exist_ok=True)
-    todo = {shard: shard_samples(shard) for shard in shard_files(shards) if not _is_stored(shard, out)}
-    done, total = 0, sum(map(len, todo.values()))
-    for shard, samples in todo.items():
+    done = total = 0
+    for shard in [shard for shard in shard_files(shards) if not _is_stored(shard, out)]:
         refused: list[dict[str, str]] = []
+        with local_files([shard], out) as files:
+            samples = shard_samples(files[shard])
+            total += len(samples)
 
-        def kept(
-            shard: Path = shard, samples: list[ShardSample] = samples, refused: list[dict[str, str]] = refused
-        ) -> Iterator[tuple[str, Members]]:
-            nonlocal done
-            for sample, stored in _stored(shard, samples, address, num_threads, decode_seconds):
-                done += 1
-                progress(done, total)
-                if isinstance(stored, str):
-                    refused.append({"where": f"{shard}: {sample.key}", "reason": stored})
-                else:
-                    yield sample.key, stored
+            def kept(
+                shard: Path = shard,
+                file: Path = files[shard],
+                samples: list[ShardSample] = samples,
+                refused: list[dict[str, str]] = refused,
+                total: int = total,
+            ) -> Iterator[tuple[str, Members]]:
+                nonlocal done
+                for sample, stored in _stored(file, samples, address, num_threads, decode_seconds):
+                    done += 1
+                    progress(done, total)
+                    if isinstance(stored, str):
+                        refused.append({"where": f"{shard}: {sample.key}", "reason": stored})
+                    else:
+                        yield sample.key, stored
 
-        temporary = out / f"{shard.name}.partial"
-        write_members(temporary, kept())
+            temporary = out / f"{shard.name}.partial"
+            write_members(temporary, kept())
         if refused:
-            with (out / REFUSED_FILE).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in refused)
+            with (out / REFUSED_FILE).open("a", encoding="utf-8") as ledger:
+                ledger.writelines(json.dumps(line) + "\n" for line in refused)
         os.replace(temporary, out / shard.name)
 
 
 def _is_stored(shard: Path, out: Path) -> bool:
     target = out / shard.name
-    return target.is_file() and target.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    source = shard if shard.is_file() else shard.parent / SHARD_LIST  # of a remote shard: by the list
+    return target.is_file() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns
 
 
 def _stored(
