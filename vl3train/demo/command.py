@@ -62,7 +62,8 @@ def main(args: Namespace) -> int:
                 bars.update(bar, advance=1)
                 bars.console.print(f"  {name}: {samples} samples")
 
-            write_missing(out, args.seed, args.samples_scale, os.cpu_count() or 1, drawn)
+            num_processes = min(len(missing), os.cpu_count() or 1)
+            write_missing(out, args.seed, args.samples_scale, num_processes, drawn)
         else:
             console.print(f"{out}: all {2 * len(TASKS)} shard folders are there already, left as they are")
         if not (out / QUESTIONS_FILE).is_file():
