@@ -8,6 +8,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,6 +44,10 @@ class Figures:
             "versions": self.versions,
             "command": self.command,
         }
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Print a line, and keep it where that was asked for."""
         text = json.dumps(line)
         print(text, flush=True)
         if self.file is not None:

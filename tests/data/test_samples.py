@@ -297,5 +297,5 @@ def test_bad_samples_say_why(parts, tokenizer):
     ):
         with pytest.raises(BadSample, match=reason):
             measure_sample(conversation.to_json(), bad, SETTINGS, tokenizer, LIMITS)
-    with pytest.raises(BadSample, match="vl3train shards"):
+    with pytest.raises(BadSample, match="is no JSON"):
         measure_sample(b"[1, 2", parts, SETTINGS, tokenizer, LIMITS)

@@ -62,7 +62,7 @@ def test_plain_webdataset_reads_what_was_written(tmp_path, media):
         assert turns[1]["content"][0]["text"] == str(i)
     ours = [sample for tar in tars for sample in shard_samples(Path(tar))]
     assert [sample.key for sample in ours] == [sample["__key__"] for sample in samples]
-    assert all(sample.fault() is None for sample in ours)
+    assert all(sample.fault is None for sample in ours)
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, media):

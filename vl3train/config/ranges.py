@@ -40,6 +40,8 @@ RANGES: dict[str, Range] = {
     "data.video_max_pixels": AT_LEAST_1,
     "data.decode_max_pixels": AT_LEAST_1,
     "data.decode_max_seconds": POSITIVE,
+    "data.decode_seconds": POSITIVE,
+    "data.remote_cache_bytes": AT_LEAST_1,
     "data.num_workers": AT_LEAST_0,
     "data.max_bad_fraction": SHARE,
     "data.max_consecutive_bad": AT_LEAST_1,

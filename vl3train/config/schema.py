@@ -170,6 +170,15 @@ class DataConfig:
     decode_max_seconds: float = 7200.0
     """A clip whose header says more is refused before it is decoded."""
 
+    decode_seconds: float = 120.0
+    """A sample that takes longer than this to decode is refused, and the process that decodes it is killed."""
+
+    remote_cache: str | None = None
+    """Folder that keeps what is read of remote shards (shards.txt). Unset: nothing is kept."""
+
+    remote_cache_bytes: int = 100_000_000_000
+    """Most that folder holds, about; what was used longest ago goes first."""
+
     num_workers: int = 2
     """Decoding processes on each rank; 0 decodes in the training process."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from vl3train.contracts.records import BadSample
 from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
 from vl3train.data.conversation import Content, Conversation, Image, Stream, Text, Turn, Video
+from vl3train.data.importers import IMPORTERS
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -44,6 +45,8 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
     other turn are dropped, as it does too: they answer nothing.
     """
     try:
+        if "not_imported" in record:
+            raise BadSample(str(record["not_imported"]))
         reader = _Reader(record)
         turns = reader.read_stream() if record.get("stream") else reader.read_turns()
         if not any(turn.role == "assistant" for turn in turns):
@@ -151,7 +154,7 @@ def _message(message: Any) -> tuple[str, str | Sequence[Any]]:
         raise BadSample(f"turn {message!r} is no object")
     name = message.get("from", message.get("role"))
     content = message.get("value", message.get("content"))
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise BadSample(f"unknown role {name!r}; known: {', '.join(ROLES)}")
     if not isinstance(content, (str, Sequence)) or isinstance(content, bytes):
         raise BadSample(f"{name} turn without text")
@@ -200,18 +203,32 @@ def read_annotations(
 
     Args:
         source: ``.json`` (one list), ``.jsonl``, or what ``datasets.load_dataset`` opens: ``.parquet``,
-            ``.csv``, a folder, or ``hf:NAME[:SPLIT]`` from the hub.
+            ``.csv``, a folder, or ``hf:NAME[:SPLIT]`` from the hub. With ``caption:`` or another name of
+            data/importers.py before it, records of that published form.
         columns: What each column means: ``image``, ``video``, ``system``, ``user``, ``assistant``,
             ``conversations``, ``messages``. Turns come in this order. None: the columns are named so already.
 
     Raises:
         ValueError: a line or file that cannot be parsed, with its number; an unknown meaning.
     """
+    name, colon, path = str(source).partition(":")
+    if colon and name in IMPORTERS:
+        for where, row in read_annotations(path, columns):
+            yield where, _imported(name, row)
+        return
     meanings = {"image", "video", "conversations", "messages", *ROLES.values()}
     if columns and (unknown := sorted(set(columns.values()) - meanings)):
         raise ValueError(f"columns mean {unknown}; known meanings: {sorted(meanings)}")
     for where, row in _rows(str(source)):
         yield where, row if columns is None else _mapped(row, columns, where)
+
+
+def _imported(name: str, row: Any) -> dict[str, Any]:
+    """A record of a published form; one that has another is left to ``read_record``, with the reason in it."""
+    try:
+        return IMPORTERS[name](row)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return {"not_imported": f"no {name} record: {error!r}"}
 
 
 def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vl3train.contracts.records import BadSample
@@ -88,10 +88,37 @@ def read_conversation(data: bytes) -> Conversation:
                 CONTENT_TYPES[fields["type"]](**{key: fields[key] for key in fields if key != "type"})
                 for fields in turn["content"]
             )
+            if faults := [fault for one in content if (fault := _wrong_value(one))]:
+                raise TypeError(faults[0])
             turns.append(Turn(str(turn["role"]), content))
     except (ValueError, KeyError, TypeError) as error:
         raise BadSample(f"not a conversation as `vl3train shards` writes it: {error!r}") from error
     return Conversation(tuple(turns))
+
+
+def _wrong_value(content: Content) -> str | None:
+    for key, value in asdict(content).items():
+        if key in ("text", "part") and not isinstance(value, str):
+            return f"{key}={value!r} is no text"
+        if key in ("start", "end", "until") and not (
+            (value is None and key != "until")
+            or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
+        ):
+            return f"{key}={value!r} is no time in seconds"
+    return None
+
+
+def rename_parts(conversation: Conversation, names: Mapping[str, str]) -> Conversation:
+    """The same conversation with some of its files under other names."""
+
+    def renamed(content: Content) -> Content:
+        if isinstance(content, Text) or content.part not in names:
+            return content
+        return replace(content, part=names[content.part])
+
+    return Conversation(
+        tuple(replace(turn, content=tuple(map(renamed, turn.content))) for turn in conversation.turns)
+    )
 
 
 def visual_items(conversation: Conversation) -> tuple[Image | Video | Stream, ...]:

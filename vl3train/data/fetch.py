@@ -6,23 +6,25 @@ is fetched again by the next one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vl3train.contracts.records import BadSample, Batch, Cursor, Pack, RenderedSample, RenderSettings
 from vl3train.data.batches import collate
+from vl3train.data.firewall import Decoder, decode_server
 from vl3train.data.index import Index
 from vl3train.data.media import DecodeLimits
 from vl3train.data.packing import rank_packs
 from vl3train.data.plan import Plan
 from vl3train.data.processes import clean_processes
-from vl3train.data.samples import blank_sample, render_sample
-from vl3train.data.tokens import ChatTokenizer
+from vl3train.data.samples import blank_sample
 
 
 class BadEntry(NamedTuple):
@@ -49,6 +51,7 @@ class OpenData:
     settings: RenderSettings
     tokenizer_dir: Path
     limits: DecodeLimits
+    decode_seconds: float  # wall-clock limit of one sample
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ class PackDataset(Dataset[FetchedPack]):
     rank: int
     dp_size: int
     loss_chunk_tokens: int
+    decode_address: str = ""  # of the decode server; ``fetch`` fills it in
 
     def __getitem__(self, number: int) -> FetchedPack:
         plan = self.data.plan
@@ -83,25 +87,22 @@ class PackDataset(Dataset[FetchedPack]):
 
     def _fetch(self, pack: Pack, num_loss_chunks: int) -> FetchedPack:
         bad: list[BadEntry] = []
-        samples = [self._render(row, bad) for row in pack.samples]
+        samples, first_patch = [], 0
+        for row in pack.samples:
+            samples.append(self._render(row, first_patch, bad))
+            first_patch += len(samples[-1].patches)
         batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_skipped_samples=len(bad))
         return FetchedPack(batch, tuple(bad))
 
-    def _render(self, row: int, bad: list[BadEntry]) -> RenderedSample:
+    def _render(self, row: int, first_patch: int, bad: list[BadEntry]) -> RenderedSample:
         """The sample; where it cannot be used, one of its lengths without pictures or supervised tokens."""
         index, planned = self.data.index, self.data.index.lengths(row)
         key, source = index.key(row), index.source(row)
         try:
             conversation, parts = index.read_sample(row)
-            return render_sample(
-                conversation,
-                parts,
-                self.data.settings,
-                _tokenizer(self.data.tokenizer_dir),
-                self.data.limits,
-                key=key,
-                source=source,
-                planned=planned,
+            decoder = _decoder(self.decode_address, self.data.decode_seconds, self.data.plan.step.max_patches)
+            return decoder.render(
+                conversation, parts, planned, key=key, source=source, first_patch=first_patch
             )
         except BadSample as error:
             bad.append(BadEntry(str(index.shard(row)), key, str(error)))
@@ -112,18 +113,23 @@ class PackDataset(Dataset[FetchedPack]):
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(folder)
+def _decoder(address: str, seconds: float, num_patches: int) -> Decoder:
+    """This process's own decode process; it lives until the next address is asked for."""
+    return Decoder(address, seconds, num_patches)
 
 
 def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool) -> Iterator[FetchedPack]:
     """Micro-batches 0 to ``count`` in order; the next two of each worker are made meanwhile."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(count),
-        num_workers=min(num_workers, count),
-        pin_memory=pin_memory,
-        multiprocessing_context=clean_processes() if num_workers and count else None,
-    )
-    return iter(loader)
+    data = dataset.data
+    with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
+        yield from DataLoader(
+            dataclasses.replace(dataset, decode_address=address),
+            batch_size=None,
+            sampler=range(count),
+            # Its own: else each loader draws a seed from torch's global generator, and a resumed run, which makes
+            # them at other moments, would have another dropout.
+            generator=torch.Generator(),
+            num_workers=min(num_workers, count),
+            pin_memory=pin_memory,
+            multiprocessing_context=clean_processes() if num_workers and count else None,
+        )

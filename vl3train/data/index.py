@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CONVERSATION_PART, Part
 from vl3train.data.plan import SampleTable
+from vl3train.data.remote import RangeCache, RemoteError, address_of, listed_shards, read_range
 
 MANIFEST = "manifest.json"
 USABLE = "ok"
@@ -35,6 +37,7 @@ SCHEMA = pa.schema(
         ("part_offsets", pa.list_(pa.int64())),
         ("part_sizes", pa.list_(pa.int64())),
         ("part_crc32s", pa.list_(pa.int64())),
+        ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media: never opened
         ("num_tokens", pa.int64()),
         ("num_supervised_tokens", pa.int64()),
         ("num_visual_tokens", pa.int64()),
@@ -64,10 +67,11 @@ def shard_files(shards: Path) -> list[Path]:
     Raises:
         NoIndex: the folder holds none.
     """
-    found = sorted(shards.glob("*.tar"))
+    found = {path.name: path for path in shards.glob("*.tar")}
+    found |= {name: shards / name for name in listed_shards(shards)}
     if not found:
         raise NoIndex(f"{shards}: no .tar shards; make them with `vl3train shards`")
-    return found
+    return [found[name] for name in sorted(found)]
 
 
 def read_manifest(shards: Path, settings: RenderSettings, limits: DecodeLimits) -> dict[str, Any]:
@@ -86,9 +90,9 @@ def read_manifest(shards: Path, settings: RenderSettings, limits: DecodeLimits) 
     if manifest["limits"] != dataclasses.asdict(limits):
         raise NoIndex(f"{shards}: indexed with limits {manifest['limits']}, now {limits}; {way_out}")
     indexed = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
-    there = {path.name: path.stat().st_size for path in shard_files(shards)}
+    there = {path.name: path.stat().st_size if path.is_file() else None for path in shard_files(shards)}
     if indexed != there:
-        changed = sorted(set(indexed.items()) ^ set(there.items()))[0][0]
+        changed = min(name for name, _ in set(indexed.items()) ^ set(there.items()))
         raise NoIndex(f"{shards}: shards have changed since they were indexed, {changed} first; {way_out}")
     return manifest
 
@@ -114,7 +118,10 @@ class Index:
     rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
     refused: tuple[tuple[str, str], ...]
     """Key and reason of every sample of these sources that cannot be used."""
+    unread_parts: tuple[tuple[str, str, int], ...]
+    """Source, suffix and number of members that are neither text nor media; they are never opened."""
     fingerprint: str
+    cache: RangeCache | None = None  # of remote shards
 
     @property
     def num_samples(self) -> int:
@@ -149,7 +156,7 @@ class Index:
         )
 
     def read_sample(self, row: int) -> tuple[bytes, dict[str, bytes]]:
-        """The conversation's JSON, and its media by part name.
+        """The conversation's JSON (empty where a caption is all), and its other parts by name.
 
         Raises:
             BadSample: the bytes are not those that were indexed.
@@ -159,11 +166,11 @@ class Index:
             Part(*fields)
             for fields in zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
         ]
-        data = read_parts(self.shard(row), parts)
+        data = read_parts(self.shard(row), parts, self.cache)
         for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
             if zlib.crc32(data[part.name]) != crc32:
                 raise BadSample(f"part {part.name}: its bytes differ from those indexed (crc32)")
-        return data.pop(CONVERSATION_PART), data
+        return data.pop(CONVERSATION_PART, b""), data
 
     def sample_table(self) -> SampleTable:
         """What the plan reads."""
@@ -182,12 +189,20 @@ class Index:
         return dict(values)
 
 
-def read_parts(shard: Path, parts: Sequence[Part]) -> dict[str, bytes]:
-    """The bytes of some parts, by name.
+def read_parts(shard: Path, parts: Sequence[Part], cache: RangeCache | None = None) -> dict[str, bytes]:
+    """The bytes of some parts, by name; of a remote shard with one request for all of them.
 
     Raises:
         BadSample: the file ends before them, or cannot be read.
     """
+    if parts and (address := address_of(shard)) is not None:
+        first = min(part.offset for part in parts)
+        size = max(part.offset + part.size for part in parts) - first
+        try:
+            span = memoryview(read_range(address, first, size, cache))
+        except RemoteError as error:
+            raise BadSample(str(error)) from error
+        return {part.name: bytes(span[part.offset - first :][: part.size]) for part in parts}
     try:
         file = os.open(shard, os.O_RDONLY)
     except OSError as error:
@@ -205,14 +220,24 @@ def read_parts(shard: Path, parts: Sequence[Part]) -> dict[str, bytes]:
 
 
 def open_index(
-    sources: Sequence[tuple[str, float, Path | None]], settings: RenderSettings, limits: DecodeLimits
+    sources: Sequence[tuple[str, float, Path | None]],
+    settings: RenderSettings,
+    limits: DecodeLimits,
+    cache: RangeCache | None = None,
 ) -> Index:
     """The index of some sources, each a name, a weight and its folder of shards (None: it has no samples).
+
+    Args:
+        sources: in the order of the recipe.
+        settings: how samples are rendered.
+        limits: what a file's header may say.
+        cache: keeps what is read of remote shards.
 
     Raises:
         NoIndex: one of them is missing or stale; every one is in the message.
     """
     tables, shards, sizes, refused, contents, faults = [], [], [], [], [], []  # type: ignore[var-annotated]
+    unread: Counter[tuple[str, str]] = Counter()
     for name, _, folder in sources:
         sizes.append(0)
         if folder is None:
@@ -235,6 +260,7 @@ def open_index(
             number = pa.array(np.full(good.num_rows, len(shards), np.int32))
             tables.append(good.append_column("shard", number).replace_schema_metadata(None))
             sizes[-1] += good.num_rows
+            unread.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
             shards.append(folder / entry["name"])
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
     if faults:
@@ -248,5 +274,7 @@ def open_index(
         shards=tuple(shards),
         rows=(pa.concat_tables(tables) if tables else empty).combine_chunks(),
         refused=tuple(refused),
+        unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        cache=cache,
     )

@@ -5,24 +5,25 @@ A clip's length in tokens depends on its pixels (frame pruning), so there is no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
+import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.data.firewall import Decoder, decode_server
 from vl3train.data.index import (
     MANIFEST,
     SCHEMA,
@@ -34,13 +35,14 @@ from vl3train.data.index import (
     shard_files,
 )
 from vl3train.data.media import DecodeLimits
-from vl3train.data.members import CONVERSATION_PART, BadShard, ShardSample, shard_samples
-from vl3train.data.processes import clean_processes
-from vl3train.data.samples import measure_sample
-from vl3train.data.tokens import ChatTokenizer
+from vl3train.data.members import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
+from vl3train.data.remote import address_of, local_files
 
 CHUNK_SAMPLES = 32
-"""Samples a process measures at a time: small enough for a live progress bar and even work."""
+"""Samples that are measured at a time: small enough for a live progress bar and even work."""
+MAX_MEDIUM_BYTES = 2_000_000_000
+MAX_TEXT_BYTES = 4_000_000
+"""Larger files are refused before they are read. Such a text would be 60 times the longest pack."""
 FACTS = b"vl3train"
 """Key of what a parquet file was made from, in its own metadata."""
 
@@ -49,9 +51,6 @@ FACTS = b"vl3train"
 class _Chunk:
     shard: Path
     samples: tuple[ShardSample, ...]
-    settings: RenderSettings
-    tokenizer_dir: Path
-    limits: DecodeLimits
 
 
 def build_index(
@@ -61,16 +60,15 @@ def build_index(
     tokenizer_dir: Path,
     limits: DecodeLimits,
     num_workers: int,
+    decode_seconds: float,
     progress: Callable[[int, int], None],
 ) -> Path:
     """Index a folder of shards and return the index folder; what is there and still fits is kept.
 
     Args:
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: processes that decode; 0 is 1: nothing is decoded in this one.
+        decode_seconds: wall-clock limit of one sample.
         progress: called with samples done and samples in all.
-
-    Raises:
-        BadShard: some shards are damaged in their structure; all of them are in the message.
     """
     folder = index_folder(shards, settings)
     try:
@@ -82,80 +80,80 @@ def build_index(
             return folder
     folder.mkdir(exist_ok=True)
     todo = [shard for shard in shard_files(shards) if not _is_current(folder, shard, limits)]
-    samples = _walk(todo)
-    total, done = sum(map(len, samples.values())), 0
-    chunks = [
-        _Chunk(shard, tuple(members[first : first + CHUNK_SAMPLES]), settings, tokenizer_dir, limits)
-        for shard, members in samples.items()
-        for first in range(0, len(members), CHUNK_SAMPLES)
+    # Remote shards one after the other: each is fetched whole, as every sample of it is read.
+    groups = [
+        [shard for shard in todo if shard.is_file()],
+        *([shard] for shard in todo if not shard.is_file()),
     ]
-    rows: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in todo}
-    for shard in [shard for shard in todo if not samples[shard]]:
-        _write_rows(folder, shard, [], limits)
-    for chunk, measured in zip(chunks, _measured(chunks, num_workers), strict=True):
-        rows[chunk.shard] += measured
-        done += len(measured)
-        progress(done, total)
-        if len(rows[chunk.shard]) == len(samples[chunk.shard]):
-            _write_rows(folder, chunk.shard, rows.pop(chunk.shard), limits)
+    done = total = 0
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(decode_server(settings, tokenizer_dir, limits)) if todo else ""
+        for group in groups:
+            with local_files(group, folder) as files:
+                samples = {shard: shard_samples(file) for shard, file in files.items()}
+                total += sum(map(len, samples.values()))
+                for rows in _group_rows(samples, files, max(1, num_workers), address, decode_seconds):
+                    done += len(rows.rows)
+                    progress(done, total)
+                    if rows.complete is not None:
+                        _write_rows(folder, rows.shard, rows.complete, limits)
     _write_manifest(folder, shard_files(shards), settings, limits)
     return folder
 
 
-def _walk(shards: Sequence[Path]) -> dict[Path, list[ShardSample]]:
-    found, faults = {}, []
-    for shard in shards:
-        try:
-            found[shard] = shard_samples(shard)
-        except BadShard as error:
-            faults.append(str(error))
-    if faults:
-        raise BadShard("\n".join([*faults, "make these shards again, or take them out of the folder"]))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows just measured; ``complete`` are all of the shard once it is done."""
+
+    shard: Path
+    rows: list[dict[str, Any]]
+    complete: list[dict[str, Any]] | None
 
 
-def _measured(chunks: Sequence[_Chunk], num_workers: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every chunk, in order."""
-    if num_workers == 0 or len(chunks) < 2:
-        yield from map(_measure_chunk, chunks)
-        return
-    with ProcessPoolExecutor(
-        min(num_workers, len(chunks)),
-        mp_context=clean_processes(),
-        initializer=torch.set_num_threads,  # as DataLoader does: a core for each process, not for each thread
-        initargs=(1,),
-    ) as pool:
-        done = 0
-        try:
-            for measured in pool.map(_measure_chunk, chunks):
-                done += 1
-                yield measured
-        except BrokenProcessPool as error:
-            near = chunks[done]
-            raise RuntimeError(
-                f"a decoding process died near {near.shard}, keys {near.samples[0].key} to "
-                f"{near.samples[-1].key}, out of memory or on a sample that crashes the decoder; "
-                "what was indexed is kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(folder)
-
-
-def _measure_chunk(chunk: _Chunk) -> list[dict[str, Any]]:
-    tokenizer = _tokenizer(chunk.tokenizer_dir)
-    return [
-        _measure(chunk.shard, sample, chunk.settings, tokenizer, chunk.limits) for sample in chunk.samples
+def _group_rows(
+    samples: dict[Path, list[ShardSample]],
+    files: dict[Path, Path],
+    num_threads: int,
+    address: str,
+    decode_seconds: float,
+) -> Iterator[_Rows]:
+    for shard in [shard for shard, members in samples.items() if not members]:
+        yield _Rows(shard, [], [])
+    chunks = [
+        (shard, _Chunk(files[shard], tuple(members[first : first + CHUNK_SAMPLES])))
+        for shard, members in samples.items()
+        for first in range(0, len(members), CHUNK_SAMPLES)
     ]
+    collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
+    if chunks:
+        measured = _measured(
+            [chunk for _, chunk in chunks], min(num_threads, len(chunks)), address, decode_seconds
+        )
+        for (shard, _), rows in zip(chunks, measured, strict=True):
+            collected[shard] += rows
+            whole = len(collected[shard]) == len(samples[shard])
+            yield _Rows(shard, rows, collected.pop(shard) if whole else None)
 
 
-def _measure(
-    shard: Path, sample: ShardSample, settings: RenderSettings, tokenizer: ChatTokenizer, limits: DecodeLimits
-) -> dict[str, Any]:
+def _measured(
+    chunks: Sequence[_Chunk], num_threads: int, address: str, decode_seconds: float
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every chunk, in order. A thread reads, and waits for a decode process of its own."""
+    own = threading.local()
+
+    def measure(chunk: _Chunk) -> list[dict[str, Any]]:
+        if not hasattr(own, "decoder"):
+            own.decoder = Decoder(address, decode_seconds)
+        return [_measure(chunk.shard, sample, own.decoder) for sample in chunk.samples]
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
+    try:
+        yield from pool.map(measure, chunks)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # those at work end with the decode server
+
+
+def _measure(shard: Path, sample: ShardSample, decoder: Decoder) -> dict[str, Any]:
     """The row of one sample, whatever becomes of it."""
     row: dict[str, Any] = {"key": sample.key, "status": USABLE}
     lengths = SampleLengths(
@@ -169,12 +167,16 @@ def _measure(
         modality="",
     )
     try:
+        if sample.fault is not None:
+            raise BadSample(sample.fault)
+        for part in sample.parts:
+            is_text = part.name in (CONVERSATION_PART, CAPTION_PART)
+            limit = MAX_TEXT_BYTES if is_text else MAX_MEDIUM_BYTES
+            if part.size > limit:
+                raise BadSample(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
         data = read_parts(shard, sample.parts)
         row["part_crc32s"] = [zlib.crc32(data[part.name]) for part in sample.parts]
-        if fault := sample.fault():
-            raise BadSample(fault)
-        conversation = data.pop(CONVERSATION_PART)
-        lengths = measure_sample(conversation, data, settings, tokenizer, limits)
+        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data)
     except BadSample as error:
         row["status"] = str(error)
     except Exception as error:
@@ -183,6 +185,7 @@ def _measure(
     return {
         "part_crc32s": [],
         **row,
+        "unread_parts": list(sample.unread),
         "part_names": [part.name for part in sample.parts],
         "part_offsets": [part.offset for part in sample.parts],
         "part_sizes": [part.size for part in sample.parts],
@@ -193,6 +196,14 @@ def _measure(
 
 
 def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
+    """What decides whether rows are still those of the shard.
+
+    Of a remote one its address: to ask for each one's size would take minutes. A shard that was replaced under the
+    same address is found by crc32 when its samples are read.
+    """
+    address = address_of(shard)
+    if address is not None:
+        return {"address": address, "limits": dataclasses.asdict(limits)}
     stat = shard.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limits": dataclasses.asdict(limits)}
 
@@ -222,9 +233,12 @@ def _write_manifest(
         entries.append(
             {
                 "name": shard.name,
-                "bytes": shard.stat().st_size,
+                "bytes": shard.stat().st_size if shard.is_file() else None,
                 "samples": table.num_rows,
                 "refused": sum(status != USABLE for status in table["status"].to_pylist()),
+                "unread_parts": Counter(
+                    name.rpartition(".")[2] for names in table["unread_parts"].to_pylist() for name in names
+                ),
                 "rows_sha256": hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest(),
             }
         )

@@ -97,7 +97,10 @@ def decode_image(data: bytes, limits: DecodeLimits) -> np.ndarray:
         turn = TURN.get(_orientation(image))
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             try:
-                image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+                pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+                if turn is None:
+                    return pixels
+                image = Image.fromarray(pixels)
             except ValueError as error:
                 if "subsampling" not in str(error):
                     raise
@@ -187,9 +190,8 @@ def plan_clip(
             stamps = [frame.pts for frame in container.decode(stream)]
             missing = stream.frames - len(stamps) - 1 - len(stamps) // 20  # AVI headers may be a little off
         if missing > 0:
-            raise BadSample(
-                f"clip is cut off: {stream.frames or 'more'} frames said, {len(stamps)} are there"
-            )
+            said = stream.frames or "more"
+            raise BadSample(f"clip is cut off: {said} frames said, {len(stamps)} are there")
         source_fps = float(stream.average_rate or stream.guessed_rate or 0)
         if not stamps or source_fps <= 0:
             raise BadSample("clip has no frame, or does not say its frame rate")
@@ -255,9 +257,9 @@ def _opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputConta
             stream.thread_type = "NONE"  # one decoding process for each core is faster than threads in each
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > limits.max_pixels:
+                limit = f"data.decode_max_pixels={limits.max_pixels}"
                 raise BadSample(
-                    f"clip of {width}x{height} pixels is over data.decode_max_pixels={limits.max_pixels}; "
-                    "shrink it or raise the limit"
+                    f"clip of {width}x{height} pixels is over {limit}; shrink it or raise the limit"
                 )
             if container.duration and container.duration / av.time_base > limits.max_seconds:
                 raise BadSample(_too_long(container.duration / av.time_base, limits))

@@ -1,34 +1,38 @@
-"""What lies where in a .tar shard, from its headers alone; whatever a reader could silently lose is refused.
+"""What lies where in a .tar shard, from its headers alone. What cannot be used is told, the rest stays usable.
 
 Plain webdataset stops without a word at a damaged header, merges keys that contain dots, and yields half samples
-when members of one key are apart. Here each of these is an error that names the shard and the place.
+when members of one key are apart. Here each of these is a row of the index with its place and its reason.
 """
 
 from __future__ import annotations
 
+import mmap
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BLOCK = 512
-KEY = re.compile(r"(?:\./)?((?:[^/]+/)*[^/.]+)\.([^/]+)")
-"""Key and part of a member's name: webdataset splits at the first dot of the last component."""
+MAGIC_AT = 257
+"""Where ``ustar`` stands in a header."""
 
 CONVERSATION_PART = "json"
-MEDIA_PART = re.compile(r"\d+\.[a-z0-9]+")
+CAPTION_PART = "txt"
+IMAGE_SUFFIXES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "image"}
+CLIP_SUFFIXES = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "wmv", "ogv", "video"}
+MEDIA_PART = re.compile(
+    r"(?:[a-z_-]*\d+\.)?(?:" + "|".join(sorted(IMAGE_SUFFIXES | CLIP_SUFFIXES)) + r")|\d+\.[a-z0-9]+"
+)
+"""``0.jpg`` as `vl3train shards` writes it, ``jpg`` or ``image_0.jpg`` as others do. Nothing else is read."""
+
 REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 EXTENSION_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
-class BadShard(ValueError):  # noqa: N818 - named like BadSample: it is refused, with the reason
-    """A shard whose structure cannot be trusted. Nothing of it is used."""
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a sample: ``json`` or a medium, ``0.jpg``, ``1.mp4``."""
+    """One file of a sample: ``json``, ``txt`` or a medium, ``0.jpg``, ``1.mp4``."""
 
     name: str
     offset: int
@@ -37,86 +41,165 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ShardSample:
-    """All parts of one key."""
+    """All parts of one key; or, without parts, a place of the shard that cannot be read: key ``@BYTE``."""
 
     key: str
     parts: tuple[Part, ...]
+    fault: str | None = None  # why this is no sample
+    unread: tuple[str, ...] = ()  # names of its members that are neither text nor media
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    position: int
+    reason: str
+
+
+@dataclass(slots=True)
+class _Members:
+    """Members of one key, as they are found."""
+
+    parts: list[Part] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    apart_at: int | None = None
 
     def fault(self) -> str | None:
-        """Why these parts are no sample, or None."""
         names = [part.name for part in self.parts]
-        if CONVERSATION_PART not in names:
-            return "no .json member: the conversation is missing"
-        if len(set(names)) < len(names):
-            return "a member comes twice"
-        foreign = [name for name in names if name != CONVERSATION_PART and not MEDIA_PART.fullmatch(name)]
-        return f"member .{foreign[0]} is neither .json nor a numbered medium like .0.jpg" if foreign else None
+        if self.apart_at is not None:
+            return f"its members are not adjacent: others come again at byte {self.apart_at}"
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            return f"member .{twice[0]} comes twice"
+        if not {CONVERSATION_PART, CAPTION_PART} & set(names):
+            return f"no .json or .txt member: the conversation is missing; there is {[*names, *self.unread]}"
+        return None
 
 
 def shard_samples(shard: Path) -> list[ShardSample]:
-    """The samples of a shard in their order.
+    """The samples of a shard in their order, those included that cannot be used. Every byte is accounted for."""
+    found = list(_read_headers(shard))
+    members = [one for one in found if isinstance(one, Part)]
+    faults = [one for one in found if isinstance(one, _Fault)]
+    stems = [name.rpartition(".")[0] for name in (member.name.removeprefix("./") for member in members)]
+    keys = {
+        stem
+        for stem, member in zip(stems, members, strict=True)
+        if member.name.lower().endswith((f".{CONVERSATION_PART}", f".{CAPTION_PART}"))
+    }
+    samples: dict[str, _Members] = {}
+    current = None
+    for member in members:
+        key, part = split_name(member.name, keys)
+        if not key or key.endswith("/"):
+            faults.append(_Fault(member.offset - BLOCK, f"member {member.name!r}: a name is KEY.PART"))
+            continue
+        sample = samples.setdefault(key, _Members())
+        if key != current and (sample.parts or sample.unread):
+            sample.apart_at = member.offset - BLOCK
+        current = key
+        if part in (CONVERSATION_PART, CAPTION_PART) or MEDIA_PART.fullmatch(part):
+            sample.parts.append(Part(part, member.offset, member.size))
+        else:
+            sample.unread.append(part)
+    return [
+        *(
+            ShardSample(key, tuple(sample.parts), sample.fault(), tuple(sample.unread))
+            for key, sample in samples.items()
+        ),
+        *(ShardSample(f"@{fault.position}", (), fault.reason) for fault in faults),
+    ]
 
-    Raises:
-        BadShard: truncated or damaged; links, absolute names or ``..``; members of one key apart.
+
+def split_name(name: str, keys: set[str]) -> tuple[str, str]:
+    """Key and part of a member's name. Keys may hold dots: ``keys`` are those with a .json or .txt member.
+
+    >>> split_name("a/v1.5_7.0.jpg", {"a/v1.5_7"}), split_name("7.0.jpg", set())
+    (('a/v1.5_7', '0.jpg'), ('7', '0.jpg'))
     """
-    samples: list[ShardSample] = []
-    seen: set[str] = set()
-    key, parts = "", list[Part]()
-    for name, offset, size in _regular_members(shard):
-        match = KEY.fullmatch(name)
-        if match is None or ".." in name.split("/"):
-            raise BadShard(f"{shard}: member {name!r}: names must be relative, KEY.PART, without '..'")
-        if match[1] != key:
-            if parts:
-                samples.append(ShardSample(key, tuple(parts)))
-            key, parts = match[1], []
-            if key in seen:
-                raise BadShard(f"{shard}: members of key {key!r} are not adjacent; write the shard again")
-            seen.add(key)
-        parts.append(Part(match[2], offset, size))
-    if parts:
-        samples.append(ShardSample(key, tuple(parts)))
-    return samples
+    name = name.removeprefix("./")
+    folder, slash, last = name.rpartition("/")
+    words = last.split(".")
+    for cut in range(len(words) - 1, 0, -1):
+        key = folder + slash + ".".join(words[:cut])
+        if key in keys:
+            return key, ".".join(words[cut:]).lower()
+    return folder + slash + words[0], ".".join(words[1:]).lower()  # as webdataset splits
 
 
-def _regular_members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every regular file; directories are passed over, anything else is refused."""
+def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
+    """Every regular file, by its full name, and every fault. Directories are passed over."""
     total = shard.stat().st_size
-    position, long_name = 0, ""
-    long_size: int | None = None
-    with shard.open("rb") as file:
-        while True:
-            file.seek(position)
-            block = file.read(BLOCK)
+    if total == 0:
+        yield _Fault(0, "the shard is empty")
+        return
+    with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        position, long_name, ended = 0, "", False
+        long_size: int | None = None
+        while position < total or not ended:
+            block = content[position : position + BLOCK]
             if len(block) < BLOCK:
-                raise BadShard(f"{shard}: cut off at byte {position}: no end mark; write or copy it again")
-            if not any(block):
+                yield _Fault(position, f"cut off at byte {position}: no end mark; copy the shard again")
                 return
+            if not any(block):
+                ended = True  # but another archive may be appended
+                position = _next_header(content, position + BLOCK)
+                continue
+            ended = False
             try:
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError as error:
-                raise BadShard(f"{shard}: damaged header at byte {position}: {error}") from error
+                following = _next_header(content, position + BLOCK)
+                lost = (
+                    "nothing behind it can be read"
+                    if following >= total
+                    else f"the next readable member begins at byte {following}"
+                )
+                yield _Fault(position, f"damaged header at byte {position}: {error}; {lost}")
+                if following >= total:
+                    return
+                position, long_name, long_size = following, "", None
+                continue
             name, size = long_name or header.name, header.size if long_size is None else long_size
-            start = position + BLOCK
+            start, at = position + BLOCK, position
             if start + size > total:
-                raise BadShard(f"{shard}: cut off inside {name!r}, {start + size - total} bytes are missing")
+                missing = start + size - total
+                yield _Fault(
+                    at, f"cut off inside {name!r}, {missing} bytes are missing; copy the shard again"
+                )
+                return
             position = start + -(-size // BLOCK) * BLOCK
             if header.type in EXTENSION_TYPES:  # a long name or size for the next member
-                body = file.read(size)
+                body = content[start : start + size]
                 if header.type == tarfile.GNUTYPE_LONGNAME:
                     long_name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
                 elif header.type == tarfile.XHDTYPE:
                     fields = _pax_fields(body)
                     long_name = fields.get("path", "")
-                    long_size = int(fields["size"]) if "size" in fields else None
+                    long_size = int(fields["size"]) if fields.get("size", "").isdigit() else None
                 continue
-            if header.type in REGULAR_TYPES:
-                yield name, start, size
-            elif header.type != tarfile.DIRTYPE:
-                raise BadShard(
-                    f"{shard}: member {name!r} is a link or device; shards hold regular files only"
-                )
             long_name, long_size = "", None
+            if header.type not in REGULAR_TYPES:
+                if header.type != tarfile.DIRTYPE:
+                    yield _Fault(at, f"member {name!r} is a link or device; it is not followed")
+            elif name.startswith("/") or ".." in name.split("/"):
+                yield _Fault(at, f"member {name!r}: names must be relative, without '..'")
+            else:
+                yield Part(name, start, size)
+
+
+def _next_header(content: mmap.mmap, position: int) -> int:
+    """Where the next readable header begins at or behind ``position``; the size of the file without one."""
+    found = content.find(b"ustar", position)
+    while found >= 0:
+        start = found - MAGIC_AT
+        if start >= position and start % BLOCK == 0:
+            try:
+                tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                pass
+            else:
+                return start
+        found = content.find(b"ustar", found + 1)
+    return len(content)
 
 
 def _pax_fields(body: bytes) -> dict[str, str]:
@@ -124,6 +207,7 @@ def _pax_fields(body: bytes) -> dict[str, str]:
     fields, position = {}, 0
     while match := re.compile(rb"(\d+) ([^=]+)=").match(body, position):
         end = position + int(match[1])
-        fields[match[2].decode()] = body[match.end() : end - 1].decode("utf-8", "surrogateescape")
+        value = body[match.end() : end - 1]
+        fields[match[2].decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position = max(end, match.end())
     return fields

@@ -17,31 +17,51 @@ PRUNE_THRESHOLD = 0.1
 ``threshold``, videollama3_arch.py:202-268; not an option in transformers either)."""
 
 
-def resize_and_patchify(picture: np.ndarray, *, grid: tuple[int, int], merge_size: int) -> np.ndarray:
-    """Bicubic with antialias on uint8, as torchvision does it, then cut into patches.
+def resize(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(t, h, w, 3) uint8 at the size of ``grid`` patches: bicubic with antialias on uint8, as torchvision's."""
+    height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
+    if frames.shape[1:3] == (height, width):
+        return frames
+    flat = np.ascontiguousarray(frames).reshape(-1)
+    # torch wants it writable, and strides of its own: numpy's of a single frame may be 0, and it would not see
+    # that channels are last. For that it has a kernel, twice as fast and equal to the bit.
+    pixels = torch.from_numpy(flat if flat.flags.writeable else flat.copy()).view(frames.shape)
+    resized = F.interpolate(
+        pixels.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized.permute(0, 2, 3, 1).numpy()
+
+
+def resize_and_patchify(
+    picture: np.ndarray, *, grid: tuple[int, int], merge_size: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Resize, then cut into patches.
 
     Args:
         picture: (h, w, 3) or (t, h, w, 3) uint8.
         grid: Patches along height and width, both divisible by ``merge_size``.
         merge_size: Side of the square of patches that stand together.
+        out: Where the result is written, contiguous; None: a new array.
 
     Returns:
         (t * grid_h * grid_w, 588) uint8 in merge-block order: frame, block row, block column, row in
         the block, column in the block; the values of a patch by channel, row, column.
     """
-    frames = torch.from_numpy(np.array(picture.reshape(-1, *picture.shape[-3:])))  # torch wants it writable
-    frames = frames.permute(0, 3, 1, 2).contiguous()
-    height, width = grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE
-    if frames.shape[-2:] != (height, width):
-        frames = F.interpolate(
-            frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True
-        )
-    blocks = frames.reshape(
-        *(-1, 3),
+    frames = resize(picture.reshape(-1, *picture.shape[-3:]), grid)
+    row = np.dtype(
+        ("V", 3 * PATCH_SIZE)
+    )  # of one patch; moved as one thing, a fifth faster than byte by byte
+    rows = np.ascontiguousarray(frames).reshape(
+        -1,
         *(grid[0] // merge_size, merge_size, PATCH_SIZE),
-        *(grid[1] // merge_size, merge_size, PATCH_SIZE),
+        *(grid[1] // merge_size, merge_size, row.itemsize),
     )
-    return blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, PATCH_VALUES).numpy()
+    rows = np.ascontiguousarray(rows.view(row)[..., 0].transpose(0, 1, 4, 2, 5, 3))
+    if out is None:
+        out = np.empty((len(frames) * grid[0] * grid[1], PATCH_VALUES), np.uint8)
+    assert out.flags.c_contiguous, "or else reshape would copy, and the copy be filled"
+    out.reshape(-1, 3, PATCH_SIZE**2)[...] = rows.view(np.uint8).reshape(-1, PATCH_SIZE**2, 3).swapaxes(1, 2)
+    return out
 
 
 def prune_mask(patches: np.ndarray, grid: tuple[int, int, int], merge_size: int) -> np.ndarray:

@@ -20,6 +20,8 @@ from vl3train.data.order import OrderRules
 from vl3train.data.plan import Plan
 from vl3train.data.plan_cache import default_folder
 from vl3train.data.recipe import load_recipe, recipe_problems
+from vl3train.data.remote import RangeCache
+from vl3train.data.storing import store_recipe
 from vl3train.data.tokens import ChatTokenizer
 
 
@@ -95,9 +97,13 @@ def open_data(
                 tokenizer_dir=tokenizer_dir,
                 limits=limits,
                 num_workers=cfg.data.num_workers,
+                decode_seconds=cfg.data.decode_seconds,
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
             )
-    index = open_index(sources, settings, limits)
+    cache = None
+    if cfg.data.remote_cache is not None:
+        cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
+    index = open_index(sources, settings, limits, cache)
     plan = Plan(
         index.sample_table(),
         cfg.run.seed,
@@ -113,7 +119,37 @@ def open_data(
             f"step.max_patches={cfg.step.max_patches}"
             + "".join(f"\n  {key}: {reason}" for key, reason in index.refused[:5])
         )
-    return OpenData(index=index, plan=plan, settings=settings, tokenizer_dir=tokenizer_dir, limits=limits)
+    return OpenData(
+        index=index,
+        plan=plan,
+        settings=settings,
+        tokenizer_dir=tokenizer_dir,
+        limits=limits,
+        decode_seconds=cfg.data.decode_seconds,
+    )
+
+
+def store_frames(
+    cfg: TrainConfig, out: Path, *, tokenizer_dir: Path, progress: Callable[[str, int, int], None]
+) -> Path:
+    """Write the recipe's samples below ``out`` with frames in place of clips; the recipe that names them.
+
+    Raises:
+        ValueError: the recipe cannot be used.
+    """
+    recipe = load_recipe(cfg.data.recipe or cfg.stage.recipe, cfg.data.root)
+    if problems := recipe_problems(recipe, cfg.data.root):
+        raise ValueError("\n".join(problems))
+    return store_recipe(
+        recipe,
+        out,
+        render_settings(cfg, ChatTokenizer.from_folder(tokenizer_dir)),
+        tokenizer_dir=tokenizer_dir,
+        limits=decode_limits(cfg),
+        num_workers=cfg.data.num_workers,
+        decode_seconds=cfg.data.decode_seconds,
+        progress=progress,
+    )
 
 
 def train_steps(

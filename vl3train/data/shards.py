@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +193,16 @@ def _write_shard(
         file.flush()
         os.fsync(file.fileno())
     return count
+
+
+def write_members(shard: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write samples, each a key and its members, into one shard."""
+    with shard.open("wb") as file:
+        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def part_name(number: int, medium: MediaFile) -> str:

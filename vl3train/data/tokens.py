@@ -136,15 +136,17 @@ class _Writer:
     def __init__(self, tokenizer: ChatTokenizer, items: dict[str, ItemTokens]) -> None:
         self.tokenizer = tokenizer
         self.items = items
-        self.ids: list[int] = []
-        self.supervised: list[bool] = []
+        self.ids: list[np.ndarray] = []  # in pieces: placeholders are many and all the same
+        self.supervised: list[np.ndarray] = []
+        self.length = 0
         self.waiting = ""
-        self.positions: dict[str, list[int]] = {part: [] for part in items}
+        self.positions: dict[str, list[np.ndarray]] = {part: [] for part in items}
         self.shown = dict.fromkeys(items, 0)  # frames of a streamed clip
 
-    def add_ids(self, ids: Sequence[int], supervised: bool = False) -> None:
-        self.ids += ids
-        self.supervised += [supervised] * len(ids)
+    def add_ids(self, ids: Sequence[int] | np.ndarray, supervised: bool = False) -> None:
+        self.ids.append(np.asarray(ids, np.int64))
+        self.supervised.append(np.full(len(ids), supervised))
+        self.length += len(ids)
 
     def flush(self) -> None:
         self.add_ids(self.tokenizer.encode(self.waiting))
@@ -156,8 +158,8 @@ class _Writer:
 
     def add_placeholders(self, part: str, token: str, count: int) -> None:
         self.flush()
-        self.positions[part] += range(len(self.ids), len(self.ids) + count)
-        self.add_ids([self.tokenizer.special_ids[token]] * count)
+        self.positions[part].append(np.arange(self.length, self.length + count))
+        self.add_ids(np.full(count, self.tokenizer.special_ids[token]))
 
     def write_turn(self, turn: Turn) -> None:
         self.add_special(IM_START)
@@ -212,8 +214,8 @@ class _Writer:
 
     def finished(self) -> RenderedText:
         self.flush()
-        ids = np.array(self.ids, np.int64)
+        ids, supervised = np.concatenate(self.ids), np.concatenate(self.supervised)
         labels = np.full(len(ids), IGNORE_INDEX, np.int64)
-        labels[:-1] = np.where(self.supervised[1:], ids[1:], IGNORE_INDEX)
-        positions = [position for part in self.items for position in self.positions[part]]
-        return RenderedText(ids, labels, np.array(positions, np.int64))
+        labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+        positions = [piece for part in self.items for piece in self.positions[part]]
+        return RenderedText(ids, labels, np.concatenate([np.zeros(0, np.int64), *positions]))

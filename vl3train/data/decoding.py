@@ -1,0 +1,148 @@
+"""The other side of the firewall: the decode server, and the decode processes that it forks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.contracts.tokens import PATCH_VALUES
+from vl3train.data.items import store_sample
+from vl3train.data.media import DecodeLimits
+from vl3train.data.samples import measure_sample, render_sample
+from vl3train.data.tokens import ChatTokenizer
+
+OUT_OF_MEMORY_FIRST = "1000"
+"""oom_score_adj of decode processes: where memory runs out, the kernel ends one of these, not the training."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of /usr/include/malloc.h."""
+KEPT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a decode process is asked; pickled on its way there, never on its way back."""
+
+    conversation: bytes
+    parts: Mapping[str, bytes]
+    seconds: float
+    planned: SampleLengths | None = None  # to render by; None: measure it
+    first_patch: int = 0  # where in the shared memory its patches go
+    store: bool = False  # turn its clips into stored frames
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep the few megabytes of each picture for the next: faulting them in took a quarter of the time.
+
+    Of this process and those it forks; only glibc knows the call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 8)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def serve(
+    address: str, parent: Connection, settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits
+) -> None:
+    """Fork a decode process for each connection, until the parent is gone. One thread: forking is safe."""
+    os.setpgid(0, 0)  # Ctrl-C is the parent's, and the group can be ended as one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a queue sends it to all; the parent saves first
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    tokenizer = ChatTokenizer.from_folder(tokenizer_dir)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen(256)
+        parent.send_bytes(b"listening")
+        while parent not in wait([listening, parent]):
+            connected, _ = listening.accept()
+            with connected:
+                if os.fork() == 0:
+                    listening.close()
+                    parent.close()
+                    _decode(connected, settings, tokenizer, limits)
+    os.killpg(0, signal.SIGKILL)  # itself too
+
+
+def _decode(
+    connected: socket.socket, settings: RenderSettings, tokenizer: ChatTokenizer, limits: DecodeLimits
+) -> None:
+    """A decode process: answer requests until whoever asks is gone. Does not return."""
+    status = 1
+    try:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write(OUT_OF_MEMORY_FIRST)
+        _, (memory,), _, _ = socket.recv_fds(connected, 1, 1)
+        space = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
+        connection = Connection(connected.detach())
+        connection.send_bytes(str(os.getpid()).encode())
+        while True:
+            request = connection.recv()
+            # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
+            signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
+            answer, arrays = _answer(request, space, settings, tokenizer, limits)
+            connection.send_bytes(json.dumps(answer).encode())
+            if arrays is not None:
+                connection.send_bytes(arrays)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except (EOFError, ConnectionError):
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # not through what the server would do at its end
+
+
+def _answer(
+    request: Request,
+    space: np.ndarray,
+    settings: RenderSettings,
+    tokenizer: ChatTokenizer,
+    limits: DecodeLimits,
+) -> tuple[dict[str, Any], bytes | None]:
+    planned = request.planned
+    try:
+        if request.store:
+            members = store_sample(request.conversation, request.parts, settings, limits)
+            names, sizes = list(members), [len(data) for data in members.values()]
+            return {"names": names, "sizes": sizes, "more": True}, b"".join(members.values())
+        if planned is None:
+            lengths = measure_sample(request.conversation, request.parts, settings, tokenizer, limits)
+            return dataclasses.asdict(lengths), None
+        start = request.first_patch * PATCH_VALUES
+        sample = render_sample(
+            request.conversation,
+            request.parts,
+            settings,
+            tokenizer,
+            limits,
+            key="",
+            source=0,
+            planned=planned,
+            space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
+        )
+    except BadSample as error:
+        return {"bad": str(error)}, None
+    except Exception:
+        return {"bug": traceback.format_exc()}, None
+    arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)
+    return {"more": True}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()

@@ -1,0 +1,180 @@
+"""Shards in an object store or behind HTTP: read by ranges, tried again, kept in a bounded local cache.
+
+A folder of shards may hold ``shards.txt``, one address a line, ``s3://bucket/a-000.tar``, ``https://...``: whatever
+fsspec opens (``pip install s3fs``, ``gcsfs``, ``aiohttp``). Their index lies in that folder. Indexing fetches each
+shard whole, once; training reads each sample with one ranged request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHARD_LIST = "shards.txt"
+ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
+"""Waits double, and are drawn anew by each reader: many that failed together shall not come back together."""
+FETCH_BYTES = 16 * 2**20
+HOPELESS = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)
+"""Errors that another try does not mend."""
+
+
+class RemoteError(OSError):
+    """A range that could not be read, with the last error."""
+
+
+def listed_shards(folder: Path) -> dict[str, str]:
+    """Addresses of the remote shards of a folder by their file names; empty without a list."""
+    path = folder / SHARD_LIST
+    return dict(_listed(path, path.stat().st_mtime_ns)) if path.is_file() else {}
+
+
+@functools.lru_cache(maxsize=256)
+def _listed(path: Path, mtime_ns: int) -> tuple[tuple[str, str], ...]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [(line.rpartition("/")[2], line) for line in lines if line and not line.startswith("#")]
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"{path}: two shards have the same name; put them into different folders")
+    return tuple(found)
+
+
+def address_of(shard: Path) -> str | None:
+    """Where a shard lies if not on this machine."""
+    return None if shard.is_file() else listed_shards(shard.parent).get(shard.name)
+
+
+@dataclass(frozen=True)
+class RangeCache:
+    """Ranges that were read, as files of a folder; the ones used longest ago go first."""
+
+    folder: Path
+    max_bytes: int
+
+    def get(self, name: str) -> bytes | None:
+        """What was put under this name, if it is still there."""
+        path = self.folder / name
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:  # another process may have removed it meanwhile
+            return None
+        return data
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep ``data``, and remove what is too much. Safe beside other processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="new-", delete=False) as file:
+            file.write(data)
+        os.replace(file.name, self.folder / name)
+        # Looking through the folder costs time: now and then, by the share of the cache that was written.
+        if random.random() < max(0.01, 16 * len(data) / self.max_bytes):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        entries = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes * 7 // 8:
+                break
+            Path(path).unlink(missing_ok=True)
+            total -= size
+
+
+def read_range(url: str, offset: int, size: int, cache: RangeCache | None = None) -> bytes:
+    """``size`` bytes from ``offset``.
+
+    Raises:
+        RemoteError: after the last try; or the file ends before.
+    """
+    name = hashlib.sha256(f"{url} {offset} {size}".encode()).hexdigest()
+    if cache is not None and (kept := cache.get(name)) is not None and len(kept) == size:
+        return kept
+
+    def read() -> bytes:
+        system, path = _opened(url)
+        data: bytes = system.cat_file(path, start=offset, end=offset + size) if size else b""
+        if len(data) != size:
+            raise OSError(f"{len(data)} bytes came, {size} were asked for")
+        return data
+
+    data = _tried(read, f"{url} bytes {offset} to {offset + size}")
+    if cache is not None:
+        cache.put(name, data)
+    return data
+
+
+def remote_size(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        RemoteError: after the last try.
+    """
+
+    def ask() -> int:
+        system, path = _opened(url)
+        return int(system.size(path))
+
+    return int(_tried(ask, url))
+
+
+@contextlib.contextmanager
+def fetched(url: str, folder: Path) -> Iterator[Path]:
+    """A whole remote file as a local one in ``folder``, deleted again afterwards.
+
+    Raises:
+        RemoteError: after the last try of a range.
+    """
+    total = remote_size(url)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="fetched-") as file:
+        for offset in range(0, total, FETCH_BYTES):
+            file.write(read_range(url, offset, min(FETCH_BYTES, total - offset)))
+        file.flush()
+        yield Path(file.name)
+
+
+@contextlib.contextmanager
+def local_files(shards: Sequence[Path], folder: Path) -> Iterator[dict[Path, Path]]:
+    """The file of each shard; of a remote one a copy in ``folder`` that exists as long as the ``with`` block.
+
+    Raises:
+        RemoteError: one of them cannot be fetched.
+    """
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for shard in shards:
+            address = address_of(shard)
+            files[shard] = shard if address is None else stack.enter_context(fetched(address, folder))
+        yield files
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)  # fsspec keeps one file system for each process
+    return system, path
+
+
+def _tried(action: Any, what: str) -> Any:
+    wait = FIRST_WAIT_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except HOPELESS as error:
+            raise RemoteError(f"{what} cannot be read: {error!r}") from error
+        except Exception as error:  # each store has errors of its own
+            if attempt == ATTEMPTS:
+                raise RemoteError(f"{what} cannot be read after {ATTEMPTS} tries: {error!r}") from error
+        time.sleep(wait * random.uniform(0.5, 1.5))
+        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
