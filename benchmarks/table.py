@@ -33,7 +33,7 @@ def table() -> str:
         figures, faults = [[line for line in lines if key in line] for key in ("figure", "fault")]
         first = figures[0]
         versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-        command = first.get("command", f"python benchmarks/data_plane.py --part {file.stem} --keep")
+        command = first.get("command", f"python -m benchmarks.{file.stem}")
         parts += [f"\n## {file.stem}\n", f"`{command}` on {first['machine']}; {versions}.\n"]
         parts += ["| figure | value | unit | better | aim | what |", "|---|---:|---|---|---|---|"]
         parts += [_row(line) for line in figures]

@@ -34,7 +34,7 @@ def made(words):
     with opened(Namespace(overrides=words, config=None, config_dir=None)) as (cfg, data):
         tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
         _, samples = check_decoding(data, range(data.index.num_samples), tokenizer)
-        yield data, tokenizer, samples, packed_model(cfg, data)
+        yield data, tokenizer, samples, packed_model(cfg, data.tokenizer_dir)
 
 
 def test_a_label_on_the_question_is_found(made):

@@ -37,6 +37,7 @@ COMMANDS = {
     "verify": Command(
         "vl3train.cli.verify", "try your data and model: packed equals alone, labels, decoding"
     ),
+    "calibrate": Command("vl3train.cli.calibrate", "measure what the planner balances by, on this machine"),
     "train": Command("vl3train.cli.train", "train one stage, in as many processes as the machine has"),
     "evaluate": Command("vl3train.cli.evaluate", "measure a checkpoint on a recipe's held-out samples"),
     "export": Command("vl3train.cli.export", "write a run's model as a Hugging Face folder"),

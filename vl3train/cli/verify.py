@@ -12,7 +12,8 @@ examples:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -29,9 +30,6 @@ from vl3train.cli.verifying import (
 )
 from vl3train.config.load import add_config_arguments
 from vl3train.config.schema import Device, TrainConfig
-
-if TYPE_CHECKING:
-    from vl3train.data.fetch import OpenData
 
 MODEL_SAMPLES = 16
 
@@ -68,7 +66,7 @@ def main(args: Namespace) -> int:
         tell(check_splits(data))
         if not args.no_model:
             limits = (cfg.step.max_tokens, cfg.step.max_patches)
-            model = packed_model(cfg, data)
+            model = packed_model(cfg, data.tokenizer_dir)
             tell(check_packed(model, list(samples.values())[:MODEL_SAMPLES], limits))
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     verdict = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
@@ -76,7 +74,7 @@ def main(args: Namespace) -> int:
     return int(bool(failed))
 
 
-def packed_model(cfg: TrainConfig, data: OpenData) -> Any:
+def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     """The model that the run would start from, on the device it would run on. float32 on a CPU."""
     import torch
 
@@ -86,7 +84,7 @@ def packed_model(cfg: TrainConfig, data: OpenData) -> Any:
 
     on_cuda = cfg.machine.device is not Device.cpu and torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
-    model = build_model(cfg, None, data.tokenizer_dir)
+    model = build_model(cfg, None, processor_dir)
     model = model.to(device) if on_cuda else model.float()
     attention = choose_attention(
         cfg.machine.attention.value, device, head_dims(model), next(model.parameters()).dtype

@@ -110,12 +110,9 @@ def place(measured, by_size, num_packs, caps):
 
 @njit(cache=True, nogil=True)
 def assign(measured, num_packs, caps):
-    """A pack for each sample by balance; where that leaves some out, by size if that leaves out fewer.
+    """As ``place``, by balance; where that leaves some out, by size if that leaves out fewer.
 
     Asked again for the samples that it placed, it places all of them: one left out changes nothing for the rest.
-
-    Returns:
-        As ``place``.
     """
     found, held = place(measured, False, num_packs, caps)
     left_out = np.sum(found < 0)
@@ -232,11 +229,11 @@ def cut_epoch(order, tokens, patches, items, pairs, costs, means, num_packs, cap
     Args:
         order: (n,) samples in the order of the epoch; each fits a pack alone.
         tokens: see ``measure``, as for all up to ``means``.
-        patches: see there.
-        items: see there.
-        pairs: see there.
-        costs: see there.
-        means: see there.
+        patches: likewise.
+        items: likewise.
+        pairs: likewise.
+        costs: likewise.
+        means: likewise.
         num_packs: K.
         caps: (3,) of a pack.
         aims: (3,) tokens, patches and items at which a step closes; one sample alone may be more.
