@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import tempfile
 import time
 
 import numpy as np
@@ -151,6 +152,15 @@ def test_nothing_is_left_when_the_server_ends(tokenizer_dir, picture):
         pytest.fail("the decode process outlived its server")
     with pytest.raises(RuntimeError, match="server is gone"):
         decoder.measure(PICTURE, picture)
+
+
+def test_a_long_folder_for_temporary_files_is_no_obstacle(tmp_path, tokenizer_dir, picture, monkeypatch):
+    deep = tmp_path / ("x" * 80) / ("y" * 80)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with decode_server(SETTINGS, tokenizer_dir, LIMITS) as address:
+        assert Decoder(address, 20.0).measure(PICTURE, picture).num_patches
+    assert not list(deep.iterdir())
 
 
 def test_an_orphan_that_hangs_is_ended_by_the_kernel(hanging, picture):

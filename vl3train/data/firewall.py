@@ -31,12 +31,18 @@ from vl3train.data.decoding import Request, serve
 from vl3train.data.media import DecodeLimits
 from vl3train.data.processes import clean_processes
 
+LONGEST_FOLDER = 90
+"""The path of a socket may have 104 bytes (108 on Linux); a queue's TMPDIR may be longer."""
+
 
 class DecodeServer:
     """A running decode server, as the process that started it sees it. ``address`` is for everybody."""
 
     def __init__(self, settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits) -> None:
         folder = tempfile.mkdtemp(prefix="vl3train-")  # of mode 700: nobody else connects
+        if len(folder) > LONGEST_FOLDER:
+            os.rmdir(folder)
+            folder = tempfile.mkdtemp(prefix="vl3train-", dir="/tmp")
         self.address = os.path.join(folder, "decode")
         processes = clean_processes()
         ours, theirs = processes.Pipe()
