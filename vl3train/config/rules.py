@@ -134,7 +134,12 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.zero_stage", 0, what, "use machine.zero_stage=1 or machine.dtype=float32")
         )
-    if machine.attention in (Attention.flash_attn, Attention.torch_varlen):
+    if machine.compile_layers and machine.zero_stage == 3:
+        what = "the hooks with which ZeRO-3 fetches weights cannot be compiled"
+        found.append(
+            Problem("machine.compile_layers", True, what, "set it to false, or use machine.zero_stage=1 or 2")
+        )
+    if machine.attention in (Attention.flash_attn_4, Attention.flash_attn, Attention.torch_varlen):
         if machine.device is Device.cpu:
             what = "needs a GPU, and machine.device=cpu"
             found.append(Problem("machine.attention", show(machine.attention), what, "use auto or reference"))

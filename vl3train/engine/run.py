@@ -119,11 +119,15 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     attention = choose_attention(
         cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
     )
-    if cfg.machine.activation_checkpointing:
-        hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf_model.to(rank.device)
     engine = Zero(
-        PackedModel(hf_model, attention.name),
+        PackedModel(
+            hf_model,
+            attention.name,
+            recompute_vision=cfg.machine.recompute_vision,
+            recompute_language=cfg.machine.recompute_language,
+            compile_layers=cfg.machine.compile_layers,
+        ),
         build_optimizer(groups, cfg.optim, rank.device),
         machine=cfg.machine,
         optim=cfg.optim,
