@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -44,8 +45,15 @@ def test_packed_equals_alone(tiny_model, batch_of, mixed, stock_gradients, tied,
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_compiled_layers_give_the_same_gradients(tiny_model, batch_of, mixed, stock_gradients, recompute):
+def test_compiled_layers_give_the_same_gradients(
+    tiny_model, batch_of, mixed, stock_gradients, recompute, monkeypatch
+):
+    """Traced and cut into forward and backward as on a GPU; only the kernels are torch's own."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = tiny_model(layers=3)
     _, stock = stock_gradients(model, mixed)
     packed = PackedModel(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
@@ -20,12 +21,12 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 from vl3train.config.schema import Recompute
 from vl3train.model.attention import Segments, attend
 
-Layer = Callable[[nn.Module, Tensor, Tensor, Tensor, Segments], Tensor]
-"""(layer, hidden rows, cos, sin, segments) -> hidden rows."""
+Layer = Callable[..., Tensor]
+"""(layer, hidden rows, cos, sin, segments, whether the MLP is computed again) -> hidden rows."""
 
 
 def encoder_layer(
-    layer: Any, hidden_PC: Tensor, cos_PD: Tensor, sin_PD: Tensor, segments: Segments
+    layer: Any, hidden_PC: Tensor, cos_PD: Tensor, sin_PD: Tensor, segments: Segments, mlp_again: bool = False
 ) -> Tensor:
     """VideoLlama3VisionEncoderLayer: attention within each frame, then the MLP."""
     attention = layer.self_attn
@@ -38,11 +39,11 @@ def encoder_layer(
     q, k = apply_rotary_pos_emb_vision(q, k, cos_PD, sin_PD)
     out = attend(q, k, v, segments, causal=False, scale=attention.scaling)
     hidden_PC = hidden_PC + attention.out_proj(out.flatten(-2))
-    return hidden_PC + layer.mlp(layer.layer_norm2(hidden_PC))
+    return hidden_PC + _mlp(layer.mlp, layer.layer_norm2(hidden_PC), mlp_again)
 
 
 def decoder_layer(
-    layer: Any, hidden_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, segments: Segments
+    layer: Any, hidden_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, segments: Segments, mlp_again: bool = False
 ) -> Tensor:
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
     attention = layer.self_attn
@@ -54,7 +55,11 @@ def decoder_layer(
     q, k = apply_rotary_pos_emb(q, k, cos_TD, sin_TD)
     out = attend(q, k, v, segments, causal=True, scale=attention.scaling)
     hidden_TH = hidden_TH + attention.o_proj(out.flatten(-2))
-    return hidden_TH + layer.mlp(layer.post_attention_layernorm(hidden_TH))
+    return hidden_TH + _mlp(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
+
+
+def _mlp(mlp: nn.Module, normed: Tensor, again: bool) -> Tensor:
+    return checkpoint(mlp, normed, use_reentrant=False) if again else mlp(normed)
 
 
 def _run(
@@ -71,12 +76,14 @@ def _run(
 ) -> Tensor:
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
-    if recompute == "nothing":
-        return body(layer, hidden, cos, sin, segments)
+    inputs = (layer, hidden, cos, sin, segments)
     if recompute == "layer":
-        return checkpoint(body, layer, hidden, cos, sin, segments, use_reentrant=False)
+        return checkpoint(body, *inputs, use_reentrant=False)
+    if recompute == "nothing" or torch.compiler.is_compiling():
+        # The compiler keeps results of products and attention and computes the elementwise rest again.
+        return body(*inputs, recompute == "mlp")
     contexts = _KEEP_PRODUCTS if recompute == "elementwise" else _KEEP_NARROW_PRODUCTS
-    return checkpoint(body, layer, hidden, cos, sin, segments, use_reentrant=False, context_fn=contexts)
+    return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
@@ -84,7 +91,13 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
 
     All layers of a tower share one compilation, whatever the lengths of the pack.
     """
-    return torch.compile(_run, dynamic=True) if compiled else _run
+    if not compiled:
+        return _run
+    # Process-wide, for the compiler reads them when the first batch comes. Computing elementwise work again is
+    # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
+    functorch_config.aggressive_recomputation = True
+    functorch_config.is_non_builtin_to_include = True
+    return torch.compile(_run, dynamic=True)
 
 
 def run_layers(
