@@ -163,6 +163,10 @@ def adapter_problems(cfg: TrainConfig) -> list[Problem]:
         what = "the language model cannot train in full beside adapters on another part"
         way_out = "add language_model, or freeze it with ~stage.learning_rates.language_model"
         found.append(Problem("adapter.parts", show(cfg.adapter.parts), what, way_out))
+    if cfg.machine.compile_layers and cfg.adapter.dropout > 0:
+        what = "torch 2.11 fails to compile dropout in layers that are computed again (7B on an H100)"
+        way_out = "set adapter.dropout=0, or this to false"
+        found.append(Problem("machine.compile_layers", True, what, way_out))
     for part in cfg.adapter.parts:
         if part not in ADAPTER_PARTS:
             way_out = f"they can sit on {', '.join(ADAPTER_PARTS)}; the projector is trained in full"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -97,6 +98,10 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
     # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
     functorch_config.aggressive_recomputation = True
     functorch_config.is_non_builtin_to_include = True
+    # Two towers, with and without gradients, short rows and long: past its own limit of 8 torch would go on
+    # without compiling, and say so in a warning alone.
+    dynamo_config.recompile_limit = 32
+    dynamo_config.fail_on_recompile_limit_hit = True
     return torch.compile(_run, dynamic=True)
 
 
