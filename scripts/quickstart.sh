@@ -44,13 +44,13 @@ machine=$([ "$gpus" -gt 0 ] && echo one_gpu || echo cpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 say "demo data and parts in $out/data"
-vl3train demo "$out/data"
+vl3train demo "$out/data" ${fast:+--samples-scale 0.05}
 
 overrides=()
 if [ -n "$fast" ]; then overrides+=(run.num_steps=2); fi
 say "four stages of the debug model, $nproc processes ($machine)"
 bash scripts/train_all_stages.sh --model debug --data demo --machine "$machine" --out "$out/runs" --nproc "$nproc" \
-  data.root="$out/data" "${overrides[@]}"
+  data.root="$out/data" 1:run.evaluate_at_start=true ${overrides[@]+"${overrides[@]}"}
 
 export_dir=$out/export
 last=$(ls -d "$out"/runs/*4_video_finetuning)
@@ -61,11 +61,16 @@ else
   vl3train export "$last" "$export_dir"
 fi
 
-say "questions to the exported model"
-vl3train generate --model "$export_dir" --batch "$out/data/questions.jsonl" --out "$out/answers.jsonl" --max-new-tokens 24
+if [ -f "$out/answers.jsonl" ]; then
+  say "the answers exist in $out/answers.jsonl"
+else
+  say "held-out questions to the exported model"
+  vl3train generate --model "$export_dir" --batch "$out/data/questions.jsonl" --media-root "$out/data" \
+    --out "$out/answers.jsonl" --max-new-tokens 24
+fi
 
 say "report"
-vl3train report "$out"/runs/* --samples "$out/answers.jsonl" --out "$out/report"
+vl3train report "$out"/runs/* --answers "$out/answers.jsonl" --expected "$out/data/expected.jsonl" --out "$out/report"
 
 say "done in $(((SECONDS - installed) / 60)) min $(((SECONDS - installed) % 60)) s after installation"
 echo "report:  $out/report/report.html"

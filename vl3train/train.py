@@ -11,6 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from vl3train.cli.check import check_config
 from vl3train.config.load import add_config_arguments
+from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
 
@@ -49,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(cfg: TrainConfig) -> int:
     """Join the other ranks and train. torch is imported here, not before the config is known to be right."""
+    if is_finished(cfg):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{cfg.run.output_dir}: this run is finished; another run.output_dir starts a new one")
+        return 0
     from vl3train.engine.ranks import RunError, join
 
     rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
@@ -65,6 +70,8 @@ def start(cfg: TrainConfig) -> int:
 
 if __name__ == "__main__":
     code = main()
+    if "torch" not in sys.modules:  # refused, or finished before: there is no process group to leave
+        sys.exit(code)
     from vl3train.engine.ranks import leave
 
     leave(code)

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 from vl3train.cli import export
 from vl3train.cli.main import main
 from vl3train.config.schema import AdapterConfig, AdapterKind
-from vl3train.model.adapters import add_adapters, base_state_dict, save_adapter
+from vl3train.model.adapters import add_adapters, save_adapter
 from vl3train.model.conversion import WrongExport, save_weights
 
 
@@ -44,13 +44,12 @@ def run(model, processor, tmp_path) -> Path:
 @pytest.fixture
 def lora_run(model, processor, tmp_path) -> Path:
     checkpoint = checkpoint_of(tmp_path / "lora")
+    save_weights(model, processor, tmp_path / "lora" / "base")
     adapted = add_adapters(model.requires_grad_(False), AdapterConfig(kind=AdapterKind.lora, rank=4))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.5)
-    base = base_state_dict(model.state_dict())
-    save_weights(model, processor, tmp_path / "lora" / "base", state_dict=base)
     save_adapter(adapted, checkpoint / "adapter")
     return tmp_path / "lora"
 

@@ -57,6 +57,22 @@ def make_run(folder, stage, num_steps=60, *, start=False):
     return folder
 
 
+def write_answers(folder, samples):
+    """(source, media, question, right, said) as `generate --batch` and a user would write them."""
+    kinds = {".jpg": "image", ".mp4": "video"}
+    answers, expected = [], []
+    for source, media, question, right, said in samples:
+        paths = {kinds[path.suffix]: [str(path)] for path in media}
+        answers.append(json.dumps({"prompt": question, **paths, "answer": said}))
+        expected.append(json.dumps({"source": source, "key": "k", "answer": right}))
+    (folder / "answers.jsonl").write_text("\n".join(answers) + "\n")
+    (folder / "expected.jsonl").write_text("\n".join(expected) + "\n")
+
+
+def answer_words(folder):
+    return ["--answers", folder / "answers.jsonl", "--expected", folder / "expected.jsonl"]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
@@ -74,10 +90,8 @@ def report(tmp_path_factory):
         ("clip_order", [folder / "clip.mp4"], "What comes first?", "dark", "bright & <i>light</i>"),
         ("text", [], "What is the capital of France?", "Paris", "Paris"),
     ]
-    keys = ("source", "media", "question", "answer", "prediction")
-    plain = [{**dict(zip(keys, sample, strict=True)), "key": "k"} for sample in samples]
-    (folder / "samples.json").write_text(json.dumps(plain, default=str))
-    words = ["report", *runs, "--out", folder / "out", "--samples", folder / "samples.json"]
+    write_answers(folder, samples)
+    words = ["report", *runs, "--out", folder / "out", *answer_words(folder)]
     assert main([str(word) for word in words]) == 0
     return folder / "out"
 
@@ -160,7 +174,7 @@ def test_the_figures_are_pictures_with_something_on_them(report, name):
 def test_a_report_can_be_made_again_and_is_the_same(report):
     before = {file.name: file.read_bytes() for file in report.iterdir()}
     runs = [str(report.parent / f"run{stage}") for stage in (1, 2, 3, 4)]
-    words = ["report", *runs, "--out", str(report), "--samples", str(report.parent / "samples.json")]
+    words = ["report", *runs, "--out", str(report), *map(str, answer_words(report.parent))]
     assert main(words) == 0
     assert {file.name: file.read_bytes() for file in report.iterdir()} == before
 
@@ -178,20 +192,21 @@ def test_a_run_that_was_not_evaluated_has_losses_only(tmp_path, capsys):
 def test_everything_that_is_missing_is_told_at_once(tmp_path, capsys):
     folder = make_run(tmp_path / "run", 1)
     (folder / "evaluations.jsonl").write_text('{"stage": 1}\n{torn\n')
-    (tmp_path / "samples.json").write_text('[{"source": "a"}]')
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "p", "image": ["gone.jpg"]}\n')
+    (tmp_path / "expected.jsonl").write_text('{"source": "a"}\n')
     words = [
         "report",
         folder,
         tmp_path / "gone",
         "--out",
         tmp_path / "out",
-        "--samples",
-        tmp_path / "samples.json",
+        *answer_words(tmp_path),
     ]
     assert main([str(word) for word in words]) == 1
     told = capsys.readouterr().err
     assert "line 1 lacks step, when, sources" in told
     assert "line 2 is not JSON" in told
     assert f"{tmp_path / 'gone'} holds no figures" in told
-    assert "sample 0 lacks key, media, question, answer, prediction" in told
+    assert "expected.jsonl, line 1 lacks key, answer" in told
+    assert "answers.jsonl, line 1 lacks answer" in told
     assert not (tmp_path / "out").exists()

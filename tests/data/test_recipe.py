@@ -75,6 +75,16 @@ def test_all_faults_of_form_come_in_one_error(tmp_path):
         assert part in str(error.value)
 
 
+def test_a_source_may_be_only_evaluated_but_must_have_samples_of_some_kind(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: m\nabout: x\nsources:\n  - {name: a, held_out: a-held-out}\n")
+    (source,) = load_recipe(str(file), tmp_path).sources
+    assert (source.shards, source.held_out) == (None, tmp_path / "a-held-out")
+    file.write_text("name: m\nabout: x\nsources:\n  - {name: a, weight: 2}\n")
+    with pytest.raises(ValueError, match="source a: shards is missing"):
+        load_recipe(str(file), tmp_path)
+
+
 def test_unknown_names_are_answered_with_those_there_are():
     with pytest.raises(ValueError, match=r"did you mean stage3\?.*stage1, stage2"):
         find_recipe("stage_3")

@@ -174,4 +174,8 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
 def describe_recipe(recipe: Recipe, cfg: TrainConfig) -> str:
     """The recipe's sources with their weights, one a line."""
     head = f"recipe {recipe.name}, {len(recipe.sources)} sources under {cfg.data.root}"
-    return "\n".join([head, *(f"  {source.name}, weight {source.weight:g}" for source in recipe.sources)])
+    uses = [
+        f"{source.name}, weight {source.weight:g}" if source.shards else f"{source.name}, evaluated only"
+        for source in recipe.sources
+    ]
+    return "\n  ".join([head, *uses])

@@ -5,11 +5,10 @@ network. A report that is there already is replaced.
 
 examples:
   vl3train report runs/1 runs/2 runs/3 runs/4 --out report
-  vl3train report runs/1 runs/2 --out report --samples answers.json
+  vl3train report runs/1 runs/2 --out report --answers answers.jsonl --expected expected.jsonl
 
-answers.json is a list, where media are paths of pictures and clips, from the current folder:
-  [{"source": "count", "key": "0001", "media": ["a.jpg"],
-    "question": "How many?", "answer": "3", "prediction": "3"}]
+answers.jsonl is what `vl3train generate --batch` wrote. Line for line, expected.jsonl says what is right:
+  {"source": "count", "key": "0001", "answer": "3"}
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-SAMPLE_KEYS = ("source", "key", "media", "question", "answer", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="output folders, in the order they were trained"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--samples", metavar="JSON", help="predictions to show beside their pictures")
+    parser.add_argument("--answers", metavar="JSONL", help="answers to show beside their pictures")
+    parser.add_argument("--expected", metavar="JSONL", help="the right answers, line for line")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -61,7 +59,11 @@ def main(args: argparse.Namespace) -> int:
     """
     problems: list[str] = []
     runs = [run for folder in args.runs if (run := read_run(Path(folder), problems)) is not None]
-    samples = read_samples(Path(args.samples), problems) if args.samples is not None else []
+    if (args.answers is None) != (args.expected is None):
+        problems.append("--answers and --expected go together")
+    samples = []
+    if args.answers is not None and args.expected is not None:
+        samples = read_samples(Path(args.answers), Path(args.expected), problems)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -119,25 +121,25 @@ def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[d
     return found
 
 
-def read_samples(file: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Sample predictions; what is wrong goes to ``problems``."""
-    if not file.exists():
-        problems.append(f"{file} does not exist")
+def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Answers beside what is right; what is wrong with the files goes to ``problems``."""
+    so_far = len(problems)
+    given = read_lines(answers, ("prompt", "answer"), problems)
+    right = read_lines(expected, ("source", "key", "answer"), problems)
+    if len(problems) > so_far:
         return []
-    try:
-        samples = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        problems.append(f"{file} is not JSON: {error}")
+    if len(given) != len(right):
+        problems.append(
+            f"{answers} has {len(given)} answers and {expected} {len(right)}: they go line for line"
+        )
         return []
-    if not isinstance(samples, list):
-        problems.append(f"{file} holds no list of samples")
-        return []
-    for number, sample in enumerate(samples):
-        if lacking := [key for key in SAMPLE_KEYS if key not in sample]:
-            problems.append(f"{file}, sample {number} lacks {', '.join(lacking)}")
-            continue
-        gone = [path for path in sample["media"] if not Path(path).is_file()]
-        problems.extend(f"{file}, sample {number}: {path} does not exist" for path in gone)
+    samples = []
+    for number, (line, wanted) in enumerate(zip(given, right, strict=True), start=1):
+        media = [*line.get("image", []), *line.get("video", [])]
+        gone = [path for path in media if not Path(path).is_file()]
+        problems.extend(f"{answers}, line {number}: {path} does not exist" for path in gone)
+        about = {"media": media, "question": line["prompt"], "prediction": line["answer"]}
+        samples.append({**wanted, **about})
     return samples
 
 

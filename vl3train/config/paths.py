@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import vl3train
+from vl3train.config.schema import TrainConfig, as_plain
 
 MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
 """``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the
@@ -27,6 +28,22 @@ def shipped_folder(name: str) -> Path:
 def is_run_folder(folder: Path) -> bool:
     """Whether a training run wrote this folder."""
     return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+
+
+def is_finished(cfg: TrainConfig) -> bool:
+    """Whether a run of these very options has come to its end in its output folder."""
+    file = Path(cfg.run.output_dir) / "finished.json"
+    return file.is_file() and json.loads(file.read_text()) == what_trains(cfg)
+
+
+def mark_finished(cfg: TrainConfig) -> None:
+    """Leave the mark that ``is_finished`` looks for."""
+    (Path(cfg.run.output_dir) / "finished.json").write_text(json.dumps(what_trains(cfg), indent=1))
+
+
+def what_trains(cfg: TrainConfig) -> dict[str, object]:
+    """The options that decide what a run does; where and under which watch it runs is left out."""
+    return {name: options for name, options in as_plain(cfg).items() if name not in ("machine", "tracking")}
 
 
 def latest_checkpoint(run_folder: Path) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vl3train.contracts.records import BadSample, Batch, Cursor, Pack, RenderedSample, RenderSettings
@@ -122,6 +123,9 @@ def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: boo
         dataset,
         batch_size=None,
         sampler=range(count),
+        # Its own: else each loader draws a seed from torch's global generator, and a resumed run, which makes them
+        # at other moments, would have another dropout.
+        generator=torch.Generator(),
         num_workers=min(num_workers, count),
         pin_memory=pin_memory,
         multiprocessing_context=clean_processes() if num_workers and count else None,

@@ -17,8 +17,8 @@ class Source:
     """One data set of a recipe."""
 
     name: str
-    shards: Path
-    """Folder with the training samples' .tar shards."""
+    shards: Path | None = None
+    """Folder with the training samples' .tar shards. Unset: the source is only evaluated, on ``held_out``."""
     held_out: Path | None = None
     """Folder with samples that are never trained on, for evaluation."""
     weight: float = 1.0
@@ -149,10 +149,19 @@ def _read_source(entry: Any, number: int, root: Path, faults: list[str]) -> Sour
         where = f"source {entry['name']}"
     if isinstance(entry.get("weight"), int):
         entry = {**entry, "weight": float(entry["weight"])}
-    optional = {"held_out": str, "weight": float, "group": str, "published_samples": int, "origin": str}
-    assert {"name", "shards", *optional} == {field.name for field in fields(Source)}
+    optional = {
+        "shards": str,
+        "held_out": str,
+        "weight": float,
+        "group": str,
+        "published_samples": int,
+        "origin": str,
+    }
+    assert {"name", *optional} == {field.name for field in fields(Source)}
     before = len(faults)
-    _check_keys(entry, where, {"name": str, "shards": str}, optional, faults)
+    _check_keys(entry, where, {"name": str}, optional, faults)
+    if not entry.get("shards") and not entry.get("held_out"):
+        faults.append(f"{where}: shards is missing (or held_out, for a source that is only evaluated)")
     if len(faults) > before:
         return None
     folders = {key: root / entry[key] for key in ("shards", "held_out") if entry.get(key)}

@@ -22,6 +22,12 @@ NUM_TRAIN = {"captions": 2400}
 NUM_TRAIN_DEFAULT = 800
 NUM_HELD_OUT = 50
 HELD_OUT_SUFFIX = "-held-out"
+QUESTIONS_FILE = "questions.jsonl"
+"""Held-out questions, as ``vl3train generate --batch`` takes them; the media lie in questions/ beside it."""
+EXPECTED_FILE = "expected.jsonl"
+"""Line for line what belongs to ``QUESTIONS_FILE``: source, key and the right answer."""
+NUM_QUESTIONS = 2
+"""Questions of each source in that file."""
 JPEG_SOURCES = ("colour", "shape")
 """Sources kept as JPEG; other pictures are PNG, so that both decoders are used."""
 
@@ -110,3 +116,23 @@ def turns(tag: str, question: Question) -> list[dict[str, str]]:
         {"from": "human", "value": f"{tag}\n{question.question}"},
         {"from": "gpt", "value": question.answer},
     ]
+
+
+def write_questions(out: Path, seed: int, scale: float) -> None:
+    """Write some held-out questions of every source as files that a user can look at and ask again."""
+    media = out / "questions"
+    media.mkdir(exist_ok=True)
+    requests: list[dict[str, str]] = []
+    expected: list[dict[str, str]] = []
+    for source in TASKS:
+        if source == "captions":
+            continue  # stages 3 and 4 do not train it; what they leave of it is no sample of what was learnt
+        questions = draw_questions(source, seed, scale)[1][:NUM_QUESTIONS]
+        records = write_media(media, source, questions)
+        for question, record in zip(questions, records, strict=True):
+            request = {"prompt": question.question}
+            request |= {kind: f"questions/{record[kind]}" for kind in ("image", "video") if kind in record}
+            requests.append(request)
+            expected.append({"source": source, "key": record["id"], "answer": question.answer})
+    for name, lines in ((EXPECTED_FILE, expected), (QUESTIONS_FILE, requests)):
+        (out / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vl3train.demo.build import draw_questions, missing_folders, write_missing
+from vl3train.demo.build import (
+    QUESTIONS_FILE,
+    draw_questions,
+    missing_folders,
+    write_missing,
+    write_questions,
+)
 from vl3train.demo.questions import TASKS
 
 MANIFEST = "demo.json"
@@ -55,9 +62,12 @@ def main(args: Namespace) -> int:
                 bars.update(bar, advance=1)
                 bars.console.print(f"  {name}: {samples} samples")
 
-            write_missing(out, args.seed, args.samples_scale, os.cpu_count() or 1, drawn)
+            num_processes = min(len(missing), os.cpu_count() or 1)
+            write_missing(out, args.seed, args.samples_scale, num_processes, drawn)
         else:
             console.print(f"{out}: all {2 * len(TASKS)} shard folders are there already, left as they are")
+        if not (out / QUESTIONS_FILE).is_file():
+            write_questions(out, args.seed, args.samples_scale)
         if args.parts and (out / "parts").is_dir():
             console.print(f"{out / 'parts'}: is there already, left as it is")
         elif args.parts:
@@ -89,16 +99,25 @@ def claim_folder(out: Path, wanted: dict[str, float]) -> None:
 def make_parts(out: Path, seed: int, scale: float, bars: Progress) -> None:
     """Make ``out/parts``; it appears when it is complete."""
     # Here and not above: torch and transformers take seconds that drawing alone need not wait for.
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     from vl3train.demo.parts import PartSizes, make_debug_parts
 
     questions = [question for source in TASKS for question in draw_questions(source, seed, scale)[0]]
-    bar = bars.add_task("language model on the demo's text", total=None)
+    disable_progress_bar()  # one bar is enough
+    sizes = PartSizes()
+    if scale < 1:  # a demo that only shows that everything runs
+        sizes = dataclasses.replace(sizes, steps=max(1, round(sizes.steps * scale)))
+    # Matrices this small lose more to two threads waiting for each other than they gain.
+    torch.set_num_threads(1)
+    bar = bars.add_task("language model on the demo's text", total=sizes.steps)
 
-    def trained(step: int, steps: int, loss: float) -> None:
-        bars.update(bar, completed=step, total=steps, description=f"language model, loss {loss:.2f}")
+    def trained(step: int, loss: float) -> None:
+        bars.update(bar, completed=step, description=f"language model on the demo's text, loss {loss:.2f}")
 
     partial = out / ".parts"
     if partial.exists():  # of a run that was stopped; nobody else writes this name
         shutil.rmtree(partial)
-    make_debug_parts(partial, questions, seed, PartSizes(), trained)
+    make_debug_parts(partial, questions, seed, sizes, trained)
     os.rename(partial, out / "parts")

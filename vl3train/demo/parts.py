@@ -47,7 +47,7 @@ class PartSizes:
     text_hidden: int = 128
     text_layers: int = 4
     head_dim: int = 32
-    steps: int = 500
+    steps: int = 280
     batch_samples: int = 32
     learning_rate: float = 2e-3
 
@@ -57,11 +57,11 @@ def make_debug_parts(
     questions: Sequence[Question],
     seed: int,
     sizes: PartSizes,
-    progress: Callable[[int, int, float], None],
+    progress: Callable[[int, float], None],
 ) -> None:
     """Write ``folder/vision_encoder`` and ``folder/language_model``; the latter holds the tokenizer.
 
-    ``questions`` is the training split only. ``progress(step, steps, loss)`` is called after each step. The
+    ``questions`` is the training split only. ``progress(step, loss)`` is called after each step. The
     same arguments give the same weights on one machine.
     """
     make_vision_encoder(folder / "vision_encoder", seed, sizes)
@@ -124,7 +124,7 @@ def pretrain(
     samples: Sequence[tuple[list[int], int]],
     seed: int,
     sizes: PartSizes,
-    progress: Callable[[int, int, float], None],
+    progress: Callable[[int, float], None],
 ) -> None:
     """Train ``model`` to answer; AdamW, cosine to zero."""
     rng = random.Random(seed)
@@ -137,20 +137,25 @@ def pretrain(
             rng.shuffle(epoch)
             queue += epoch
         chosen, queue = queue[: sizes.batch_samples], queue[sizes.batch_samples :]
+        batch = sorted((samples[number] for number in chosen), key=lambda sample: len(sample[0]))
+        num_supervised = sum(num_answer for _, num_answer in batch)
         done = max(0.0, (step - warmup) / max(1, sizes.steps - warmup))
         rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = sizes.learning_rate * rate
-        loss = answer_loss(model, [samples[number] for number in chosen])
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for first in range(0, len(batch), 8):  # neighbours in length: half the padding of the whole batch
+            loss = answer_loss(model, batch[first : first + 8]) / num_supervised
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress(step + 1, sizes.steps, float(loss.detach()))
+        progress(step + 1, total)
 
 
 def answer_loss(model: Qwen2ForCausalLM, samples: Sequence[tuple[list[int], int]]) -> Tensor:
-    """Mean loss over the answers' tokens; prompts are not learned, the demo's are mostly chance."""
+    """Summed loss over the answers' tokens; prompts are not learned, the demo's are mostly chance."""
     longest = max(len(ids) for ids, _ in samples)
     input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
     labels = torch.full((len(samples), longest), IGNORE_INDEX)
@@ -160,4 +165,4 @@ def answer_loss(model: Qwen2ForCausalLM, samples: Sequence[tuple[list[int], int]
     # Padding stands on the right of causal attention, so no answer sees it and no mask is needed.
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
     answered = labels != IGNORE_INDEX
-    return F.cross_entropy(model.lm_head(hidden[answered]), labels[answered])
+    return F.cross_entropy(model.lm_head(hidden[answered]), labels[answered], reduction="sum")

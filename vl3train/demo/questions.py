@@ -19,6 +19,7 @@ from vl3train.demo.scenes import (
 )
 
 THINGS = ("ball", "box", "cup", "hat", "door", "car")
+PLACES = ("first", "second", "last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +102,15 @@ def chart(rng: random.Random) -> Question:
 
 
 def text(rng: random.Random) -> Question:
-    """A question about two facts that it states itself."""
-    things = rng.sample(THINGS, 2)
-    colours = rng.sample(list(COLOURS), 2)
-    facts = " ".join(f"The {thing} is {name}." for thing, name in zip(things, colours, strict=True))
-    asked = rng.randrange(2)
-    ask = rng.choice(("What colour is the {}?", "Which colour has the {}?")).format(things[asked])
-    return Question(task="text", question=f"{facts} {ask}", answer=colours[asked])
+    """A question about a list that it states itself."""
+    listed = rng.sample((*THINGS, *COLOURS), 3)
+    place = rng.randrange(3)
+    ask = rng.choice(("Which word is {}?", "Name the {} word.", "What is the {} word?"))
+    return Question(
+        task="text",
+        question=f"A list: {', '.join(listed)}. {ask.format(PLACES[place])}",
+        answer=listed[place],
+    )
 
 
 def motion(rng: random.Random) -> Question:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 
 from vl3train.contracts.records import Batch
-from vl3train.engine.zero import Zero
 
 
 @torch.no_grad()
-def evaluate(engine: Zero, batches: Iterable[Batch], source_names: list[str]) -> dict[str, dict[str, Any]]:
+def evaluate(
+    forward: Callable[[Batch], Any], batches: Iterable[Batch], source_names: list[str], *, dp_size: int
+) -> dict[str, dict[str, Any]]:
     """Loss and exact-match accuracy of each source, over all ranks.
 
     A sample is right when the most likely token is the right one at every supervised position, given the right
     tokens before it: for greedy decoding that is the same as generating exactly the answer. Chance is the share
     of the most frequent answer among the held-out samples of the source: what a model that never looks reaches.
 
-    Every rank must be given the same number of batches.
+    ``forward`` is a PackedModel's, in evaluation mode. Every rank must be given the same number of batches.
     """
-    engine.train(False)
     rows: list[tuple[int, bool, float, int, tuple[int, ...]]] = []
     for batch in batches:
-        output = engine.forward(batch)
+        output = forward(batch)
         segments = batch.supervised_segments.tolist()
         labels = batch.supervised_labels.tolist()
         correct = output.correct.tolist()
@@ -46,8 +46,7 @@ def evaluate(engine: Zero, batches: Iterable[Batch], source_names: list[str]) ->
                     tuple(labels[i] for i in members),
                 )
             )
-    engine.train(True)
-    gathered: list[Any] = [None] * engine.rank.dp_size
+    gathered: list[Any] = [None] * dp_size
     dist.all_gather_object(gathered, rows)
     return summarize([row for part in gathered for row in part], source_names)
 
@@ -70,6 +69,20 @@ def summarize(
             "supervised_tokens": tokens,
         }
     return figures
+
+
+def table_rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The figures as the console shows them."""
+    return [
+        {
+            "source": name,
+            "samples": f"{row['samples']}",
+            "loss": f"{row['loss']:.3f}",
+            "accuracy": f"{row['accuracy']:.0%}",
+            "chance": f"{row['chance']:.0%}",
+        }
+        for name, row in figures.items()
+    ]
 
 
 def record_evaluation(

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
-from vl3train.engine.evaluate import evaluate, record_evaluation
+from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.optim import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
@@ -66,6 +67,8 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
             break
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
         evaluate_run(run, step=run.num_steps, when="end")
+    if run.cursor.step == run.num_steps and rank.is_first:
+        mark_finished(cfg)
     run.console.message(
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
         f"newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
@@ -121,25 +124,16 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     if run.held_out is None:
         return
     batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
-    figures = evaluate(run.engine, batches, list(run.held_out.index.source_names))
+    run.engine.train(False)
+    names = list(run.held_out.index.source_names)
+    figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
+    run.engine.train(True)
     if not run.rank.is_first:
         return
     record_evaluation(
         run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
     )
-    run.console.table(
-        f"held-out samples, stage {run.cfg.stage.number}, step {step}",
-        [
-            {
-                "source": name,
-                "samples": f"{row['samples']}",
-                "loss": f"{row['loss']:.3f}",
-                "accuracy": f"{row['accuracy']:.0%}",
-                "chance": f"{row['chance']:.0%}",
-            }
-            for name, row in figures.items()
-        ],
-    )
+    run.console.table(f"held-out samples, stage {run.cfg.stage.number}, step {step}", table_rows(figures))
     run.tracker.log({"held_out": figures}, step)
 
 

@@ -118,6 +118,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         keep_base(hf_model, processor_dir, folder, rank)
         peft_model = add_adapters(hf_model, cfg.adapter)
     counts = count_parameters(hf_model)
+    refuse_other_size(cfg, counts)
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     attention = choose_attention(
         cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
@@ -204,6 +205,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> None:
+    """RunError where the weights are of another size than model=NAME says, as with model=2b and a 7B checkpoint."""
+    if cfg.adapter.kind is AdapterKind.lora:
+        return  # adapters and peft's copies are counted too
+    wrong = [
+        f"  {part}: {counts[part][1]:,} parameters in the weights, {size:,} in model={cfg.model.name}"
+        for part, size in cfg.model.num_parameters.items()
+        if counts[part][1] != size
+    ]
+    if wrong:
+        raise RunError(
+            "\n".join(["the weights to start from are not of this size:", *wrong, "choose another model="])
+        )
 
 
 def run_identity(

@@ -25,8 +25,12 @@ from vl3train.engine.ranks import Rank
 # On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# ZeRO-1 in bfloat16 prints a page of memory figures at every start, unasked.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 # DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+# transformers 5.23 renames a method that 5.20 has by the old name only.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
 
 
 class Zero:

@@ -1,0 +1,42 @@
+"""A small demo, drawn once a session: a few samples of every source, and the debug model's parts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from vl3train.demo.build import write_folder
+from vl3train.demo.parts import PartSizes, make_debug_parts
+from vl3train.demo.questions import TASKS
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as ``vl3train demo`` makes it; the language model is trained for two steps only."""
+    root = tmp_path_factory.mktemp("demo")
+    for source in TASKS:
+        write_folder(root, source, 0, 0.02)
+        write_folder(root, f"{source}-held-out", 0, 0.02)
+    rng = random.Random(0)
+    questions = [TASKS[source](rng) for source in TASKS for _ in range(8)]
+    make_debug_parts(root / "parts", questions, 0, PartSizes(steps=2), lambda *_: None)
+    return root
+
+
+@pytest.fixture(scope="session")
+def demo_words(demo_root: Path) -> list[str]:
+    """The options that every run on the small demo shares."""
+    return [
+        "model=debug",
+        "data=demo",
+        "machine=cpu",
+        f"data.root={demo_root}",
+        "data.num_workers=0",
+        "data.max_visual_tokens=256",
+        "step.max_tokens=512",
+        "step.max_patches=1024",
+        "step.global_packs=2",
+        "run.save_steps=2",
+    ]

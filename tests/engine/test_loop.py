@@ -1,0 +1,183 @@
+"""Whole runs on the small demo: real DeepSpeed, real shards, the real train command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import VideoLlama3ForConditionalGeneration
+
+from vl3train.cli.check import check_config
+from vl3train.engine.loop import train
+from vl3train.engine.ranks import RunError, join
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(words):
+    cfg = check_config(Namespace(overrides=words, config=None, config_dir=None), dp_size=1)
+    return cfg
+
+
+def run(words):
+    """One run of the loop in this process, a world of one."""
+    cfg = config(words)
+    train(cfg, join(cfg.machine))
+    return Path(cfg.run.output_dir)
+
+
+def figures(folder, *names):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        tuple(json.dumps(line[name]) for name in ("step", "loss", "grad_norm", "source_losses", *names))
+        for line in lines
+    ]
+
+
+def weights(folder):
+    latest = (folder / "checkpoints" / "latest").read_text()
+    return load_file(folder / "checkpoints" / latest / "weights" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stage1(demo_words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stage1")
+    return run(
+        [*demo_words, "stage=1", f"run.output_dir={out}", "run.num_steps=4", "run.evaluate_at_start=true"]
+    )
+
+
+def test_stage_1_trains_encoder_and_projector_and_leaves_the_language_model_alone(stage1, demo_root):
+    parts = load_file(demo_root / "parts" / "language_model" / "model.safetensors")
+    vision = load_file(demo_root / "parts" / "vision_encoder" / "model.safetensors")
+    trained = weights(stage1)
+    for name, tensor in parts.items():
+        if name != "lm_head.weight":
+            assert torch.equal(trained["model.language_model." + name.removeprefix("model.")], tensor), name
+    name = "encoder.layers.0.mlp.fc1.weight"
+    start = next(tensor for key, tensor in vision.items() if key.endswith(name))
+    assert not torch.equal(trained[f"model.vision_model.{name}"], start)
+
+
+def test_it_evaluates_held_out_samples_before_and_after(stage1):
+    lines = [json.loads(line) for line in (stage1 / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"], line["when"]) for line in lines] == [(1, 0, "start"), (1, 4, "end")]
+    assert all(
+        0 <= row["accuracy"] <= 1 and row["samples"] > 0 for line in lines for row in line["sources"].values()
+    )
+
+
+def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
+    before = {path: path.stat().st_mtime_ns for path in (stage1 / "checkpoints").rglob("*") if path.is_file()}
+    run([*demo_words, "stage=1", f"run.output_dir={stage1}", "run.num_steps=4"])
+    after = {path: path.stat().st_mtime_ns for path in (stage1 / "checkpoints").rglob("*") if path.is_file()}
+    assert before == after
+    assert len(figures(stage1)) == 4
+
+
+def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path):
+    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+    straight = run([*words, f"run.output_dir={tmp_path / 'straight'}", "run.num_steps=5"])
+    stopped = [*words, f"run.output_dir={tmp_path / 'stopped'}", "run.num_steps=5"]
+    run([*stopped, "run.stop_after_steps=3"])
+    resumed = run(stopped)
+    assert figures(resumed, "learning_rates") == figures(straight, "learning_rates")
+    for name, tensor in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+    assert sorted(p.name for p in (resumed / "checkpoints").glob("step_*")) == [
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
+def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):
+    words = [*demo_words, "stage=1", f"run.output_dir={stage1}", "run.num_steps=6"]
+    with pytest.raises(RunError, match=r"step\.max_tokens: the checkpoint has 512, this run has 600"):
+        run([*words, "step.max_tokens=600"])
+    with pytest.raises(RunError, match=r"machine\.zero_stage: the checkpoint has 1, this run has 2"):
+        run([*words, "machine.zero_stage=2"])
+
+
+@pytest.mark.parametrize(
+    "machine", [["machine.zero_stage=3"], ["machine.dtype=bfloat16"], ["machine.zero_stage=0"]]
+)
+def test_every_zero_stage_and_dtype_trains_saves_and_resumes(stage1, demo_words, tmp_path, machine):
+    words = [*demo_words, *machine, "stage=2", f"stage.init_from={stage1}", f"run.output_dir={tmp_path}"]
+    words += ["run.num_steps=3", "run.evaluate_at_end=false", "machine.activation_checkpointing=true"]
+    run([*words, "run.stop_after_steps=1"])
+    run(words)
+    losses = [float(loss) for _, loss, *_ in figures(tmp_path)]
+    assert len(losses) == 3
+    assert all(loss > 0 for loss in losses)
+    dtype = {tensor.dtype for tensor in weights(tmp_path).values()}
+    assert dtype == {torch.bfloat16 if "bfloat16" in machine[0] else torch.float32}
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_path, zero_stage):
+    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+    words += [
+        "adapter=lora",
+        "adapter.rank=4",
+        f"machine.zero_stage={zero_stage}",
+        "run.evaluate_at_end=false",
+    ]
+    straight = run([*words, f"run.output_dir={tmp_path / 'straight'}", "run.num_steps=4"])
+    stopped = [*words, f"run.output_dir={tmp_path / 'stopped'}", "run.num_steps=4"]
+    run([*stopped, "run.stop_after_steps=2"])
+    resumed = run(stopped)
+    assert figures(resumed) == figures(straight)
+    checkpoint = straight / "checkpoints" / "step_00000004"
+    assert not (checkpoint / "weights").exists()
+    base = VideoLlama3ForConditionalGeneration.from_pretrained(straight / "base")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, checkpoint / "adapter").merge_and_unload().state_dict()
+    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
+    assert any("language_model" in name for name in moved)
+    assert any("projector" in name for name in moved), (
+        "parts beside the adapters train in full and are saved too"
+    )
+
+
+def torchrun(words, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "vl3train.train", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.two_processes
+def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(
+    stage1, demo_words, tmp_path
+):
+    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+    words += ["run.num_steps=9", "run.evaluate_at_end=false", "data.num_workers=1"]
+    straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
+    assert torchrun(straight).wait(timeout=240) == 0
+    killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
+    process = torchrun(killed)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
+    assert torchrun(killed).wait(timeout=240) == 0
+    assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")

@@ -1,0 +1,58 @@
+"""The quickstart, shortened: the same commands on fewer samples and steps. Two real processes, four stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def quickstart(out):
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,  # else the script would make an environment of its own
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--fast", "--nproc", "2", "--out", str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.two_processes
+def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says_what_exists(tmp_path):
+    out = tmp_path / "quickstart"
+    first = quickstart(out)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+
+    stages = sorted(path.name[0] for path in (out / "runs").iterdir())
+    assert stages == ["1", "2", "3", "4"]
+    moments = []
+    for run in sorted((out / "runs").iterdir()):
+        for line in (run / "evaluations.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            moments.append((entry["stage"], entry["when"]))
+            assert len(entry["sources"]) >= 10, "every task is measured before stage 1 and after every stage"
+    assert moments == [(1, "start"), (1, "end"), (2, "end"), (3, "end"), (4, "end")]
+    questions = (out / "data" / "questions.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == len(questions)
+    assert {"image" in line for line in answers} == {True, False}
+    assert any("video" in line for line in answers)
+    page = (out / "report" / "report.html").read_text()
+    assert page.count("data:image/") > len(answers) // 2
+    assert (out / "export" / "model.safetensors").exists()
+
+    before = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".tar")
+    }
+    second = quickstart(out)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert second.stdout.count("this run is finished") == 4
+    assert "export exists" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before

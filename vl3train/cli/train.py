@@ -1,0 +1,42 @@
+"""Train one stage in as many processes as this machine has GPUs: torchrun with the right words.
+
+examples:
+  vl3train train stage=1 model=debug data=demo machine=cpu --nproc 2
+  vl3train train stage=3 model=2b adapter=lora data.recipe=mine.yaml stage.init_from=VideoLLaMA3-2B-hf
+
+Several nodes: scripts/launch_slurm.sh, or torchrun itself with -m vl3train.train.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+
+from vl3train.cli.check import check_config
+from vl3train.config.load import add_config_arguments
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``vl3train train``."""
+    add_config_arguments(parser)
+    parser.add_argument("--nproc", type=int, help="processes; unset: the number of GPUs, else 1")
+
+
+def main(args: Namespace) -> int:
+    """Check the config, then become torchrun. Returns only when the config is wrong, by ConfigError."""
+    nproc = args.nproc or gpu_count() or 1
+    check_config(args, dp_size=nproc)
+    words = list(args.overrides)
+    for option, value in (("--config", args.config), ("--config-dir", args.config_dir)):
+        words += [option, str(value)] if value is not None else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.execv(sys.executable, [sys.executable, *launch, "-m", "vl3train.train", *words])
+
+
+def gpu_count() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
