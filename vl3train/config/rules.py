@@ -14,6 +14,7 @@ from vl3train.config.schema import (
     Attention,
     Device,
     Dtype,
+    Recompute,
     Tracker,
     TrainConfig,
     WandbMode,
@@ -134,6 +135,11 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.zero_stage", 0, what, "use machine.zero_stage=1 or machine.dtype=float32")
         )
+    for key in ("recompute_vision", "recompute_language"):
+        level = getattr(machine, key)
+        if machine.zero_stage == 3 and level in (Recompute.elementwise, Recompute.mlp):
+            what = "ZeRO-3's linear layers cannot be computed again in part"
+            found.append(Problem(f"machine.{key}", show(level), what, "use layer or nothing"))
     if machine.compile_layers and machine.zero_stage == 3:
         what = "the hooks with which ZeRO-3 fetches weights cannot be compiled"
         found.append(
