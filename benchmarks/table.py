@@ -12,16 +12,21 @@ AIMS = {
     "images_vs_hf_ratio": 4,
     "stored_frames_per_second_core": 500,
     "data_wait_share": 0.05,
+    "useful_tflops_2b": 475,
 }
 """Of figures that do not carry their own."""
 
 KNOWN = {"figure", "value", "unit", "better", "aim", "reached", "note", "machine", "versions", "command"}
+LONG = {"settings", "more"}
+"""What the results file keeps in full and the page leaves out."""
+
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Figures
 
 Made by `python benchmarks/table.py` from `results/*.jsonl`, which the commands below wrote. Every script takes
 `--quick` for a short run that keeps nothing. Aims are those of the project's issues; a figure without one is there to
-compare with.
+compare with. What was tried on the GPU, predicted and missed stands in [log.md](log.md); `vl3train kernels --check` compares the
+attention kernels of a machine with float64 and prints its table.
 """
 
 
@@ -31,7 +36,7 @@ def table() -> str:
     for file in sorted((FOLDER / "results").glob("*.jsonl")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         figures, faults = [[line for line in lines if key in line] for key in ("figure", "fault")]
-        first = figures[0]
+        first = next(line for line in figures if "versions" in line)
         versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
         command = first.get("command", f"python -m benchmarks.{file.stem}")
         parts += [f"\n## {file.stem}\n", f"`{command}` on {first['machine']}; {versions}.\n"]
@@ -51,13 +56,15 @@ def table() -> str:
 
 
 def _row(line: dict[str, Any]) -> str:
+    if line["value"] is None:
+        return f"| {line['figure']} | none | | | | {_cell(line.get('note') or line.get('error', ''))} |"
     aim = line.get("aim", AIMS.get(line["figure"]))
     reached = ""
     if aim is not None:
         met = line["value"] <= aim if line["better"] == "lower" else line["value"] >= aim
         reached = f"{aim:g}, {'reached' if met else '**not reached**'}"
-    more = [f"{key} {value}" for key, value in line.items() if key not in KNOWN]
-    what = _cell("; ".join([*([line["note"]] if "note" in line else []), *more]))
+    more = [f"{key} {value}" for key, value in line.items() if key not in KNOWN | LONG]
+    what = _cell("; ".join([*([line["note"]] if line.get("note") else []), *more]))
     return f"| {line['figure']} | {line['value']:,.4g} | {line['unit']} | {line['better']} | {reached} | {what} |"
 
 

@@ -91,6 +91,16 @@ def test_kernels_and_number_formats(workplace: Path):
     assert keys("stage=1", "machine.dtype=float32", "machine.zero_stage=0") == []
 
 
+def test_what_zero_3_and_adapters_cannot_do(workplace: Path):
+    zero_3 = ("stage=1", "machine.zero_stage=3")
+    assert keys(*zero_3, "machine.recompute_vision=layer", "machine.recompute_language=nothing") == []
+    assert keys(*zero_3, "machine.recompute_language=mlp") == ["machine.recompute_language"]
+    assert keys(*zero_3, "machine.compile_layers=true") == ["machine.compile_layers"]
+    compiled = ("stage=3", "stage.init_from=x", "adapter=lora", "machine.compile_layers=true")
+    assert "machine.compile_layers" in keys(*compiled)
+    assert "machine.compile_layers" not in keys(*compiled, "adapter.dropout=0")
+
+
 def test_later_stages_need_a_start(workplace: Path):
     assert "would start from nothing" in only_problem("stage=2")
     assert "no such folder" in only_problem("stage=2", "stage.init_from=data/nothing")

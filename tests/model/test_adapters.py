@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import VideoLlama3ForConditionalGeneration
 
-from vl3train.config.schema import AdapterConfig, AdapterKind
+from vl3train.config.schema import AdapterConfig, AdapterKind, Recompute
 from vl3train.model.adapters import add_adapters, load_adapter, merge_adapter, save_adapter
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import parameter_groups, part_of, set_trainable
@@ -58,8 +58,8 @@ def test_trains_packed_saves_alone_loads_with_peft_and_merges(
     assert {g["name"] for g in groups} == set(trained)
     assert sum(len(g["params"]) for g in groups) == len(names)
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    packed = PackedModel(model, "reference").train()
+    again = Recompute.layer
+    packed = PackedModel(model, "reference", recompute_vision=again, recompute_language=again).train()
     packed(batch_of(mixed)).loss_sum.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     packed.eval()
@@ -99,16 +99,16 @@ def test_packed_equals_alone_with_adapters(tiny_model, batch_of, mixed):
 
 def test_dropout_is_the_same_when_layers_are_recomputed(tiny_model, batch_of, mixed):
     grads = []
-    for checkpointing in (False, True):
+    for again in (Recompute.nothing, Recompute.mlp, Recompute.layer):
         model = tiny_model()
         torch.manual_seed(5)
         adapted(model, lora("language_model", dropout=0.5), ["language_model"])
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(6)
-        PackedModel(model, "reference").train()(batch_of(mixed)).loss_sum.backward()
+        packed = PackedModel(model, "reference", recompute_vision=again, recompute_language=again).train()
+        packed(batch_of(mixed)).loss_sum.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2])
 
 
 def test_gathered_weights_are_saved_instead_of_the_models_own(tiny_model, tmp_path):

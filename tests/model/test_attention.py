@@ -64,7 +64,7 @@ def test_lengths_that_do_not_fit_are_refused():
 def test_auto_takes_what_can_serve_and_says_why():
     choice = choose_attention("auto", CPU, (72, 128), torch.bfloat16)
     assert choice.name == "reference"
-    assert "flash_attn needs a CUDA device" in choice.reason
+    assert "flash_attn_4 needs a CUDA device" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,13 @@ def test_auto_takes_what_can_serve_and_says_why():
         ("torch_varlen", "cpu", (72,), torch.bfloat16, "needs a CUDA device, not cpu"),
         ("torch_varlen", "cuda", (72,), torch.float32, "needs bfloat16 or float16, not float32"),
         ("torch_varlen", "cuda", (72, 12), torch.bfloat16, r"multiples of 8 up to 256, not \[12\]"),
-        ("sdpa", "cpu", (72,), torch.float32, "one of auto, flash_attn, torch_varlen, reference"),
+        (
+            "sdpa",
+            "cpu",
+            (72,),
+            torch.float32,
+            "one of auto, flash_attn_4, flash_attn, torch_varlen, reference",
+        ),
     ],
 )
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason(requested, device, head_dims, dtype, reason):

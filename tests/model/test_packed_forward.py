@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vl3train.config.schema import Recompute
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.model.packed_forward import PackedModel, head_dims, merge_patches
 from vl3train.model.trainable import part_of, set_trainable
@@ -23,25 +25,43 @@ def assert_same_gradients(ours, stock):
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("recompute", list(Recompute))
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_packed_equals_alone(tiny_model, batch_of, mixed, stock_gradients, tied, checkpointing):
+def test_packed_equals_alone(tiny_model, batch_of, mixed, stock_gradients, tied, recompute):
     model = tiny_model(tied=tied)
     stock_loss, stock = stock_gradients(model, mixed)
     assert len(stock) == len(list(model.parameters()))
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     towers = model.model.language_model.layers, model.model.vision_model.encoder.layers
     calls = count_calls(*(layers[0].mlp for layers in towers))
-    output = PackedModel(model, "reference")(batch_of(mixed))
+    packed = PackedModel(model, "reference", recompute_vision=recompute, recompute_language=recompute).train()
+    output = packed(batch_of(mixed))
     output.loss_sum.backward()
-    assert calls == ([2, 2] if checkpointing else [1, 1])
+    assert calls == ([1, 1] if recompute is Recompute.nothing else [2, 2])
     assert output.loss_sum.item() == pytest.approx(stock_loss, rel=1e-5)
     assert_same_gradients(gradients(model), stock)
     assert output.loss_sum.dtype == output.token_losses.dtype == torch.float32
     assert not output.token_losses.requires_grad
     torch.testing.assert_close(output.token_losses.sum(), output.loss_sum.detach())
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_compiled_layers_give_the_same_gradients(
+    tiny_model, batch_of, mixed, stock_gradients, recompute, monkeypatch
+):
+    """Traced and cut into forward and backward as on a GPU; only the kernels are torch's own."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(layers=3)
+    _, stock = stock_gradients(model, mixed)
+    packed = PackedModel(
+        model, "reference", recompute_vision=recompute, recompute_language=recompute, compile_layers=True
+    ).train()
+    packed(batch_of(mixed)).loss_sum.backward()
+    assert_same_gradients(gradients(model), stock)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for each tower, none for a layer"
 
 
 def count_calls(*modules):
@@ -94,15 +114,14 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(
     assert_same_gradients(gradients(model), {n: g for n, g in stock.items() if part_of(n) in trained})
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("recompute", [Recompute.nothing, Recompute.layer])
 def test_text_only_runs_the_encoder_and_gives_it_zero_gradients(
-    tiny_model, batch_of, text_only, stock_gradients, checkpointing
+    tiny_model, batch_of, text_only, stock_gradients, recompute
 ):
     model = tiny_model()
     _, stock = stock_gradients(model, text_only)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    PackedModel(model, "reference").train()(batch_of(text_only)).loss_sum.backward()
+    packed = PackedModel(model, "reference", recompute_vision=recompute, recompute_language=recompute).train()
+    packed(batch_of(text_only)).loss_sum.backward()
     ours = gradients(model)
     assert ours.keys() == {name for name, _ in model.named_parameters()}
     assert_same_gradients({n: g for n, g in ours.items() if part_of(n) == "language_model"}, stock)
@@ -114,7 +133,7 @@ def test_text_only_in_stage_one_still_runs_the_frozen_layers_backward(tiny_model
     model = tiny_model()
     set_trainable(model, ["vision_encoder", "projector"])
     ran = []
-    model.model.language_model.layers[0].register_full_backward_hook(lambda *_: ran.append(1))
+    model.model.language_model.layers[0].mlp.register_full_backward_hook(lambda *_: ran.append(1))
     PackedModel(model, "reference")(batch_of(text_only)).loss_sum.backward()
     assert ran
     assert all(p.grad is not None for p in model.model.projector.parameters())
@@ -142,9 +161,10 @@ class NoSync(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device(tiny_model, batch_of, mixed, text_only):
-    model = tiny_model()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    packed = PackedModel(model, "reference").train()
+    recompute = Recompute.elementwise
+    packed = PackedModel(
+        tiny_model(), "reference", recompute_vision=recompute, recompute_language=recompute
+    ).train()
     for conversations in (mixed, text_only):
         batch = batch_of(conversations)
         with NoSync():

@@ -135,7 +135,7 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
     per_rank = step.global_packs // machine.dp_size
     samples = "as many samples as fit" if step.max_samples is None else f"at most {step.max_samples} samples"
     pruning = "repeated patches of clips are pruned" if cfg.stage.prune_frames else "no pruning"
-    kept = "computed again in the backward pass" if machine.activation_checkpointing else "kept"
+    again = f"computed again: {show(machine.recompute_vision)} (encoder), {show(machine.recompute_language)} (LLM)"
     length = f"{run.num_epochs:g} virtual epochs" if run.num_steps is None else f"{run.num_steps} steps"
     facts = [
         ("starts from", starts_from(cfg)),
@@ -158,7 +158,8 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
         (
             "machine",
             f"device {show(machine.device)}, {show(machine.dtype)}, ZeRO-{machine.zero_stage}, "
-            f"attention {show(machine.attention)}, activations {kept}",
+            f"attention {show(machine.attention)}, {again}, "
+            f"layers {'compiled' if machine.compile_layers else 'not compiled'}",
         ),
         ("figures", "console and metrics.jsonl" + (", W&B" if show(cfg.tracking.kind) == "wandb" else "")),
         ("output", run.output_dir),

@@ -42,6 +42,7 @@ COMMANDS = {
     "evaluate": Command("vl3train.cli.evaluate", "measure a checkpoint on a recipe's held-out samples"),
     "export": Command("vl3train.cli.export", "write a run's model as a Hugging Face folder"),
     "generate": Command("vl3train.cli.generate", "ask a model about images, videos or text"),
+    "kernels": Command("vl3train.cli.kernels", "compare this machine's attention kernels with float64"),
     "report": Command("vl3train.cli.report", "draw the curves and predictions of runs on one page"),
 }
 

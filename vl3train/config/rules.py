@@ -14,6 +14,7 @@ from vl3train.config.schema import (
     Attention,
     Device,
     Dtype,
+    Recompute,
     Tracker,
     TrainConfig,
     WandbMode,
@@ -152,7 +153,17 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.zero_stage", 0, what, "use machine.zero_stage=1 or machine.dtype=float32")
         )
-    if machine.attention in (Attention.flash_attn, Attention.torch_varlen):
+    for key in ("recompute_vision", "recompute_language"):
+        level = getattr(machine, key)
+        if machine.zero_stage == 3 and level in (Recompute.elementwise, Recompute.mlp):
+            what = "ZeRO-3's linear layers cannot be computed again in part"
+            found.append(Problem(f"machine.{key}", show(level), what, "use layer or nothing"))
+    if machine.compile_layers and machine.zero_stage == 3:
+        what = "the hooks with which ZeRO-3 fetches weights cannot be compiled"
+        found.append(
+            Problem("machine.compile_layers", True, what, "set it to false, or use machine.zero_stage=1 or 2")
+        )
+    if machine.attention in (Attention.flash_attn_4, Attention.flash_attn, Attention.torch_varlen):
         if machine.device is Device.cpu:
             what = "needs a GPU, and machine.device=cpu"
             found.append(Problem("machine.attention", show(machine.attention), what, "use auto or reference"))
@@ -176,6 +187,10 @@ def adapter_problems(cfg: TrainConfig) -> list[Problem]:
         what = "the language model cannot train in full beside adapters on another part"
         way_out = "add language_model, or freeze it with ~stage.learning_rates.language_model"
         found.append(Problem("adapter.parts", show(cfg.adapter.parts), what, way_out))
+    if cfg.machine.compile_layers and cfg.adapter.dropout > 0:
+        what = "torch 2.11 fails to compile dropout in layers that are computed again (7B on an H100)"
+        way_out = "set adapter.dropout=0, or this to false"
+        found.append(Problem("machine.compile_layers", True, what, way_out))
     for part in cfg.adapter.parts:
         if part not in ADAPTER_PARTS:
             way_out = f"they can sit on {', '.join(ADAPTER_PARTS)}; the projector is trained in full"

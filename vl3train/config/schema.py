@@ -23,9 +23,23 @@ class Attention(Enum):
     """Kernel for variable-length attention (model/attention.py)."""
 
     auto = "auto"
+    flash_attn_4 = "flash_attn_4"
     flash_attn = "flash_attn"
     torch_varlen = "torch_varlen"
     reference = "reference"
+
+
+class Recompute(Enum):
+    """What a layer computes again in the backward pass instead of keeping it; each keeps less than the one before.
+
+    Bytes a layer keeps for each row of width H with an MLP of width I (bfloat16): nothing about 2 (9 H + 3 I),
+    elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H.
+    """
+
+    nothing = "nothing"
+    elementwise = "elementwise"
+    mlp = "mlp"
+    layer = "layer"
 
 
 class Device(Enum):
@@ -270,10 +284,17 @@ class MachineConfig:
     """Weights and activations; masters and optimizer states are float32 always."""
 
     attention: Attention = Attention.auto
-    """auto takes the first that can serve: flash_attn, torch_varlen, reference."""
+    """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""
 
-    activation_checkpointing: bool = True
-    """Recompute each layer's activations in the backward pass."""
+    recompute_vision: Recompute = Recompute.layer
+    """What each encoder layer computes again in the backward pass: nothing; elementwise (keeps the results of
+    matrix products and attention); mlp (as before, and the products that widen the row); layer (everything)."""
+
+    recompute_language: Recompute = Recompute.layer
+    """The same for each language-model layer."""
+
+    compile_layers: bool = False
+    """torch.compile each layer: half a minute at the start, then far fewer kernels. Not with zero_stage=3."""
 
     loss_chunk_tokens: int = 2048
     """Supervised tokens whose logits exist at one time."""

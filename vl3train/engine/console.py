@@ -168,6 +168,8 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("lr", "lr {:.1e}", max(rates.values(), default=None)),
         ("tokens", "{} tok/s", short_count(figures.get("tokens_per_second"))),
         ("patches", "{} patch/s", short_count(figures.get("patches_per_second"))),
+        ("work", "{:.0f} TFLOP/s", figures["useful_tflops"] if figures.get("mfu_matmul") else None),
+        ("mfu", "MFU {:.0%}", figures.get("mfu_datasheet")),
         ("fill", "fill {:.0%}", figures.get("fill")),
         ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
         ("seconds", "{:.2f} s/step", figures.get("step_seconds")),

@@ -113,6 +113,7 @@ def log_step(
         "patches_per_second": step_batches.num_patches / step_seconds,
         "data_wait_fraction": waited_seconds / step_seconds,
         "memory_gib": memory,
+        **run.meter.figures(step_batches.batches, step_seconds),
     }
     run.console.metrics(figures)
     run.tracker.log(figures, step_batches.cursor.step)

@@ -27,6 +27,7 @@ from vl3train.engine.build import (
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
+from vl3train.engine.meter import Meter, make_meter
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.track import Tracker
@@ -35,6 +36,7 @@ from vl3train.model.adapters import add_adapters, save_adapter
 from vl3train.model.attention import choose_attention
 from vl3train.model.conversion import save_weights
 from vl3train.model.init_from_parts import assert_rope_float32
+from vl3train.model.kernel_check import refuse_wrong_kernel
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 
@@ -56,6 +58,7 @@ class Run:
     console: Console
     tracker: Tracker
     bad_samples: BadSampleLimit
+    meter: Meter
     source_names: list[str] = field(default_factory=list)
 
     def resume_state(self) -> dict[str, Any]:
@@ -120,11 +123,18 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     attention = choose_attention(
         cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
     )
-    if cfg.machine.activation_checkpointing:
-        hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf_model.to(rank.device)
+    if rank.device.type == "cuda":
+        refuse_wrong_kernel(attention.name, hf_model.config, rank.device, next(hf_model.parameters()).dtype)
+    meter = make_meter(hf_model, rank.device)
     engine = Zero(
-        PackedModel(hf_model, attention.name),
+        PackedModel(
+            hf_model,
+            attention.name,
+            recompute_vision=cfg.machine.recompute_vision,
+            recompute_language=cfg.machine.recompute_language,
+            compile_layers=cfg.machine.compile_layers,
+        ),
         build_optimizer(groups, cfg.optim, rank.device),
         machine=cfg.machine,
         optim=cfg.optim,
@@ -185,6 +195,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         console=console,
         tracker=tracker,
         bad_samples=bad_samples,
+        meter=meter,
         source_names=list(data.index.source_names),
     )
 

@@ -65,7 +65,9 @@ def train_step(
 def losses_by_source(token_losses_U: Tensor, batch: Batch, num_sources: int) -> Tensor:
     """Sums of the token losses of each source, then numbers of their tokens: (2 * num_sources,) float64."""
     device = token_losses_U.device
-    source_of_segment_S = torch.tensor(batch.segment_sources, device=device).clamp(min=0)
+    source_of_segment_S = torch.tensor(batch.segment_sources).clamp(min=0)
+    if device.type == "cuda":  # from pageable memory the copy would wait for the whole backward pass
+        source_of_segment_S = source_of_segment_S.pin_memory().to(device, non_blocking=True)
     source_U = source_of_segment_S[batch.supervised_segments.to(device)]
     result = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
     result[:num_sources].index_add_(0, source_U, token_losses_U.double())

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from vl3train.config.schema import Dtype, MachineConfig, OptimConfig
@@ -57,6 +58,8 @@ class Zero:
             config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
             dist_init_required=False,
         )
+        if isinstance(self.optimizer, BF16_Optimizer):
+            sum_gradients_at_once(self.optimizer)
 
     def forward(self, batch: Batch) -> Any:
         """The model's output for one micro-batch on this rank's device."""
@@ -142,3 +145,36 @@ def deepspeed_config(
         # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def sum_gradients_at_once(optimizer: BF16_Optimizer) -> None:
+    """Let DeepSpeed's optimizer for ZeRO-1 with float32 sums handle gradients all together, with equal results.
+
+    deepspeed 0.19.8 copies each bfloat16 gradient to float32 before it adds it, then keeps and zeroes it, and takes
+    the norm and clips parameter by parameter: on an H100 4 % of a step of the 2B, and a bfloat16 copy of the
+    trained weights in memory.
+    """
+
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        del clear_lp_grads  # they are let go, which clears them
+        for number, group in enumerate(optimizer.bf16_groups):
+            sums, grads = [], []
+            for index, parameter in enumerate(group):
+                if parameter.grad is None:
+                    continue
+                total = optimizer.fp32_groups_gradients[number][index]
+                sums.append(total.view_as(parameter.grad))
+                grads.append(parameter.grad)
+                parameter._hp_grad = total
+                optimizer.fp32_groups_has_gradients[number][index] = True
+                parameter.grad = None
+            if sums:
+                with torch.no_grad():
+                    torch._foreach_add_(sums, grads)
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        flat = list(optimizer.fp32_groups_actual_gradients_flat)  # zero where a parameter had no gradient
+        return flat if for_clipping else (flat, {})
+
+    optimizer.update_hp_grads = update_hp_grads
+    optimizer.get_grads_for_norm = get_grads_for_norm

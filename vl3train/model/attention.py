@@ -1,4 +1,4 @@
-"""Attention over segments laid end to end: one function, three kernels, never swapped silently.
+"""Attention over segments laid end to end: one function, four kernels, never swapped silently.
 
 T tokens (or patches), H query heads, Hkv key and value heads, D values a head, S segments.
 """
@@ -6,7 +6,6 @@ T tokens (or patches), H query heads, Hkv key and value heads, D values a head, 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,10 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("flash_attn", "torch_varlen", "reference")
+BACKENDS = ("flash_attn_4", "flash_attn", "torch_varlen", "reference")
 """In the order in which ``auto`` tries them."""
 
-FLASH_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn": 256, "torch_varlen": 256}
+
+FLASH_ATTN_4_HEAD_DIMS = (64, 96, 128)
+"""Heads of other sizes are filled up with zeros to the next of these. flash-attn 4.0.0b36 on Hopper gives a wrong
+dq (relative error 1.2) for heads of 72 and 80, without a word; ``vl3train kernels --check`` shows it."""
+
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+SEQLEN_STEP = 512
+"""max_seqlen is told to kernels rounded up to a multiple of this, so that few values ever occur."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +43,23 @@ class Segments:
     """Bounds of the segments of one row, on the device for the kernel and on the host for everything else."""
 
     cu_seqlens: Tensor  # (S+1,) int32
-    lengths: tuple[int, ...]  # S
+    lengths: tuple[int, ...]  # S; read by the reference alone
     max_seqlen: int
     backend: str
+
+
+def make_segments(cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, backend: str) -> Segments:
+    """Bounds for a row of ``num_rows`` tokens or patches.
+
+    What compiled layers take must not change from pack to pack, or each pack compiles them anew: so the longest
+    length is rounded up, and kernels, which do not read them, get no lengths. Raises ValueError when the lengths
+    do not add up to the row.
+    """
+    if sum(lengths) != num_rows:
+        raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {num_rows} tokens")
+    if backend == "reference":
+        return Segments(cu_seqlens, lengths, max(lengths), backend)
+    return Segments(cu_seqlens, (), -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
 
 
 def choose_attention(
@@ -73,8 +95,14 @@ def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: t
         return f"needs a CUDA device, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    if wrong := [dim for dim in head_dims if dim % 8 or dim > FLASH_MAX_HEAD_DIM]:
-        return f"needs head dimensions that are multiples of 8 up to {FLASH_MAX_HEAD_DIM}, not {wrong}"
+    if wrong := [dim for dim in head_dims if dim % 8 or dim > MAX_HEAD_DIM[name]]:
+        return f"needs head dimensions that are multiples of 8 up to {MAX_HEAD_DIM[name]}, not {wrong}"
+    if (
+        name == "flash_attn_4"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device)[0] < 9
+    ):
+        return "needs a GPU of the Hopper generation or later"
     try:
         _kernel(name)
     except (ImportError, AttributeError) as error:
@@ -82,11 +110,19 @@ def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: t
     return None
 
 
+_LOADED: dict[str, Callable[..., Any]] = {}
+
+
 def _kernel(name: str) -> Callable[..., Any]:
     """The library function behind a backend; ImportError or AttributeError where there is none."""
-    if name == "flash_attn":
-        return importlib.import_module("flash_attn").flash_attn_varlen_func
-    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    if name not in _LOADED:
+        module, function = {
+            "flash_attn_4": ("flash_attn.cute.interface", "_flash_attn_fwd"),
+            "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+            "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+        }[name]
+        _LOADED[name] = getattr(importlib.import_module(module), function)
+    return _LOADED[name]
 
 
 def varlen_attention(
@@ -111,17 +147,30 @@ def varlen_attention(
         raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {q.shape[0]} tokens")
     if max_seqlen < max(lengths):
         raise ValueError(f"max_seqlen={max_seqlen} is below the longest segment, {max(lengths)}")
-    if backend == "reference":
-        return _reference(q, k, v, lengths, causal, scale)
-    kernel = _kernel(backend)
-    if backend == "flash_attn":
+    return attend(q, k, v, Segments(cu_seqlens, lengths, max_seqlen, backend), causal=causal, scale=scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:
+    """``varlen_attention`` without its checks, for layers that torch.compile traces: see make_segments."""
+    cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
+    if segments.backend == "reference":
+        return _reference(q, k, v, segments.lengths, causal, scale)
+    if segments.backend == "flash_attn_4":
+        dim = q.shape[-1]
+        extra = min(size for size in FLASH_ATTN_4_HEAD_DIMS if size >= dim) - dim
+        if extra:
+            q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
+        out, _ = _flash_attn_4(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+        return out[..., :dim] if extra else out
+    kernel = _kernel(segments.backend)
+    if segments.backend == "flash_attn":
         return kernel(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
         )
     # torch 2.11 has no enable_gqa: there the key and value heads are repeated.
     gqa: dict[str, bool] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(kernel).parameters:
+        if TORCH_VERSION >= (2, 13):
             gqa = {"enable_gqa": True}
         else:
             k, v = _repeat_heads(q, k), _repeat_heads(q, v)
@@ -129,6 +178,82 @@ def varlen_attention(
     return kernel(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **gqa
     )
+
+
+@torch.library.custom_op("vl3train::flash_attn_4", mutates_args=())
+def _flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """flash-attn-4 as one op, so that nothing breaks a compiled layer: (T, H, D) and log-sum-exp (H, T)."""
+    out, log_sum_exp, *_ = _kernel("flash_attn_4")(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return out, log_sum_exp
+
+
+@_flash_attn_4.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("vl3train::flash_attn_4_backward", mutates_args=())
+def _flash_attn_4_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = importlib.import_module("flash_attn.cute.interface")._flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        d_out.contiguous(),
+        log_sum_exp,
+        scale,
+        causal,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+    )
+    return d_q, d_k, d_v
+
+
+@_flash_attn_4_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
+    d_qkv = _flash_attn_4_backward(
+        d_out, q, k, v, out, log_sum_exp, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale
+    )
+    return *d_qkv, None, None, None, None
+
+
+_flash_attn_4.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _reference(

@@ -11,17 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import VideoLlama3ForConditionalGeneration
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vl3train.config.schema import Recompute
 from vl3train.contracts.records import Batch
-from vl3train.model.attention import Segments, varlen_attention
+from vl3train.model.attention import make_segments
+from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers
 from vl3train.model.loss import supervised_loss
-
-ATTENTION_NAME = "vl3_packed"
-"""Name under which transformers finds our attention. Without the syllable "flash": names with it are
-special there."""
 
 
 class PackedOutput(NamedTuple):
@@ -37,17 +32,26 @@ class PackedModel(nn.Module):
     """A VideoLLaMA3 of transformers, its modules and parameter names untouched, with a forward over packs.
 
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
-    ``attention`` is the name of a backend, from choose_attention.
+    ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
+    the backward pass what ``recompute_vision`` and ``recompute_language`` say; ``compile_layers`` fuses them.
     """
 
-    def __init__(self, hf_model: VideoLlama3ForConditionalGeneration, attention: str) -> None:
+    def __init__(
+        self,
+        hf_model: VideoLlama3ForConditionalGeneration,
+        attention: str,
+        *,
+        recompute_vision: Recompute = Recompute.nothing,
+        recompute_language: Recompute = Recompute.nothing,
+        compile_layers: bool = False,
+    ) -> None:
         super().__init__()
         _refuse_what_packs_cannot(hf_model)
         self.model = hf_model
         self.attention = attention
-        # Set for good, not only within forward: checkpointed layers look the name up again in the backward
-        # pass.
-        hf_model.set_attn_implementation(ATTENTION_NAME)
+        self.recompute_vision = recompute_vision
+        self.recompute_language = recompute_language
+        self._run_layer = layer_runner(compiled=compile_layers)
 
     def forward(self, batch: Batch) -> PackedOutput:
         """Loss of one micro-batch, by the sum over its supervised tokens."""
@@ -70,14 +74,13 @@ class PackedModel(nn.Module):
         pixels_PX = (batch.pixel_values.float() / 127.5 - 1).to(embeddings.patch_embedding.weight.dtype)
         hidden_PC = embeddings(pixels_PX)
         rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
-        segments = Segments(
-            batch.vision_cu_seqlens, batch.frame_lengths, batch.vision_max_seqlen, self.attention
+        segments = make_segments(
+            batch.vision_cu_seqlens, batch.frame_lengths, hidden_PC.shape[0], self.attention
         )
-        # The layer splits its row at cu_seqlens on the host. One segment, told on the CPU, splits nothing
-        # and waits for nothing; our attention takes the true bounds from ``segments``.
-        whole_row = torch.tensor([0, hidden_PC.shape[0]], dtype=torch.int32, device="cpu")
-        for layer in vision.encoder.layers:
-            hidden_PC = layer(hidden_PC, cu_seqlens=whole_row, position_embeddings=rope, segments=segments)
+        recompute = self.recompute_vision if self.training else Recompute.nothing
+        hidden_PC = run_layers(
+            self._run_layer, encoder_layer, vision.encoder.layers, hidden_PC, rope, segments, recompute
+        )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
         rows_NC = merged_MC.index_select(0, batch.kept) if batch.kept.shape[0] else merged_MC[:1]
         return self.model.model.projector(rows_NC)
@@ -95,20 +98,14 @@ class PackedModel(nn.Module):
     def _language_states(self, batch: Batch, inputs_TH: Tensor) -> Tensor:
         """(T, H) final hidden states."""
         language_model = self.model.model.language_model
-        hidden_1TH = inputs_TH.unsqueeze(0)
-        position_ids_1T = batch.position_ids.unsqueeze(0)
-        rope = language_model.rotary_emb(hidden_1TH, position_ids_1T)
-        segments = Segments(batch.cu_seqlens, batch.segment_lengths, batch.max_seqlen, self.attention)
-        for layer in language_model.layers:
-            hidden_1TH = layer(
-                hidden_1TH,
-                attention_mask=None,
-                position_ids=position_ids_1T,
-                use_cache=False,
-                position_embeddings=rope,
-                segments=segments,
-            )
-        return language_model.norm(hidden_1TH).squeeze(0)
+        cos_1TD, sin_1TD = language_model.rotary_emb(inputs_TH.unsqueeze(0), batch.position_ids.unsqueeze(0))
+        rope = cos_1TD.squeeze(0), sin_1TD.squeeze(0)
+        segments = make_segments(batch.cu_seqlens, batch.segment_lengths, inputs_TH.shape[0], self.attention)
+        recompute = self.recompute_language if self.training else Recompute.nothing
+        hidden_TH = run_layers(
+            self._run_layer, decoder_layer, language_model.layers, inputs_TH, rope, segments, recompute
+        )
+        return language_model.norm(hidden_TH)
 
 
 def merge_patches(hidden_PC: Tensor, patches_by_merge: tuple[tuple[int, int], ...]) -> Tensor:
@@ -139,29 +136,6 @@ def head_dims(hf_model: VideoLlama3ForConditionalGeneration) -> tuple[int, int]:
     return vision.hidden_size // vision.num_attention_heads, text_dim
 
 
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention as transformers' layers call it: ``query`` (1, H, T, D) -> (1, T, H, D).
-
-    ``segments`` is there when PackedModel drives the layer. Without it the model's own forward or generate()
-    is running, on padded rows with a mask: that is torch's attention, as transformers calls it.
-    """
-    segments: Segments | None = kwargs.pop("segments", None)
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    out = varlen_attention(
-        *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
-        cu_seqlens=segments.cu_seqlens,
-        lengths=segments.lengths,
-        max_seqlen=segments.max_seqlen,
-        causal=bool(module.is_causal),
-        scale=kwargs["scaling"],
-        backend=segments.backend,
-    )
-    return out.unsqueeze(0), None
-
-
 def _refuse_what_packs_cannot(hf_model: VideoLlama3ForConditionalGeneration) -> None:
     """ValueError for what our attention would silently leave out."""
     vision: Any = hf_model.config.vision_config
@@ -172,7 +146,3 @@ def _refuse_what_packs_cannot(hf_model: VideoLlama3ForConditionalGeneration) -> 
         raise ValueError(
             "attention_dropout: the variable-length kernels have none; set it to 0 in both configs"
         )
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,88 @@
+"""Random samples in the mix that every figure of benchmarks/one_gpu.py is taken on, as real packs.
+
+15 % text of 100 to 1500 tokens, 70 % an image of 256 to 4900 patches, 15 % a clip of 8 to 40 frames of 256 to 600
+patches; merge size 2 but for stage 1. An image or clip is asked about in 20 to 60 tokens and answered in 20 to 200;
+half of a text is supervised. Samples are drawn once from the seed and laid into packs in the order drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vl3train.contracts.records import Batch, Pack, RenderedSample
+from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
+from vl3train.data.batches import collate
+
+IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
+FIRST_SPECIAL_ID = 151643
+LOSS_CHUNK_TOKENS = 2048
+
+
+def draw_sample(rng: np.random.Generator, *, image_merge_size: int, max_tokens: int) -> RenderedSample:
+    """One sample of the mix."""
+    kind = rng.choice(["text", "image", "clip"], p=[0.15, 0.70, 0.15])
+    if kind == "text":
+        frames, patches, merge = 0, 0, 1
+        num_text = int(rng.integers(100, 1501))
+        num_supervised = num_text // 2
+    else:
+        frames = int(rng.integers(8, 41)) if kind == "clip" else 1
+        patches = int(rng.integers(256, 601)) if kind == "clip" else int(rng.integers(256, 4901))
+        merge = 2 if kind == "clip" else image_merge_size
+        num_supervised = int(rng.integers(20, 201))
+        num_text = int(rng.integers(20, 61)) + num_supervised
+    grids = np.zeros((0, 3), np.int64)
+    if frames:
+        height = max(2, round(patches**0.5 * float(rng.uniform(0.7, 1.4)) / 2) * 2)
+        width = max(2, round(patches / height / 2) * 2)
+        grids = np.array([[frames, height, width]], np.int64)
+    num_patches = int(grids.prod(axis=1).sum()) if frames else 0
+    num_visual = num_patches // merge**2
+    if num_visual + num_text > max_tokens:
+        return draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens)
+    pad = VIDEO_PAD_ID if kind == "clip" else IMAGE_PAD_ID
+    input_ids = np.concatenate([np.full(num_visual, pad), rng.integers(0, FIRST_SPECIAL_ID, num_text)])
+    labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
+    labels[-num_supervised - 1 : -1] = input_ids[-num_supervised:]
+    return RenderedSample(
+        key=f"drawn/{kind}",
+        source=0,
+        input_ids=input_ids.astype(np.int64),
+        labels=labels,
+        patches=rng.integers(0, 256, (num_patches, PATCH_VALUES), np.uint8),
+        grids=grids,
+        merge_sizes=np.full(len(grids), merge, np.int64),
+        keep_mask=np.ones(num_visual, bool),
+        placeholder_positions=np.arange(num_visual),
+    )
+
+
+def draw_packs(
+    count: int, *, max_tokens: int = 16384, image_merge_size: int = 2, seed: int = 0
+) -> list[list[RenderedSample]]:
+    """``count`` packs of at most ``max_tokens`` language-model tokens, in the order drawn."""
+    rng = np.random.default_rng(seed)
+    packs: list[list[RenderedSample]] = [[]]
+    room = max_tokens
+    while True:
+        sample = draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens)
+        if len(sample.input_ids) > room:
+            if len(packs) == count:
+                return packs
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(sample)
+        room -= len(sample.input_ids)
+
+
+def pack_batch(samples: list[RenderedSample]) -> Batch:
+    """The tensors of one pack, through the project's own collate."""
+    num_supervised = sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in samples)
+    pack = Pack(
+        samples=tuple(range(len(samples))),
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        num_patches=sum(len(sample.patches) for sample in samples),
+        num_supervised_tokens=num_supervised,
+        cost=0,
+    )
+    return collate(samples, pack, num_loss_chunks=max(1, -(-num_supervised // LOSS_CHUNK_TOKENS)))

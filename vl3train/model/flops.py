@@ -1,0 +1,85 @@
+"""Useful floating-point operations of a training step, from integers alone.
+
+What the model must do, once: forward, gradients of inputs where something below trains, gradients of weights
+that train. Causal attention counts half. Padding, recomputation, elementwise work and the optimizer count nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vl3train.contracts.records import Batch
+from vl3train.model.trainable import part_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlopRates:
+    """Operations for each row (patch, visual token, token, supervised token) and each attended pair of rows."""
+
+    patch: int
+    patch_pair: int
+    visual_token: int
+    token: int
+    token_pair: int
+    supervised_token: int
+
+    def of(self, batch: Batch) -> int:
+        """Useful operations of one micro-batch, forward and backward."""
+        return (
+            self.patch * sum(batch.frame_lengths)
+            + self.patch_pair * sum(length**2 for length in batch.frame_lengths)
+            + self.visual_token * batch.kept.shape[0]
+            + self.token * sum(batch.segment_lengths)
+            + self.token_pair * sum(length**2 for length in batch.segment_lengths) // 2
+            + self.supervised_token * batch.supervised_positions.shape[0]
+        )
+
+
+def flop_rates(hf_model: Any) -> FlopRates:
+    """Rates of the model as it trains: call it after set_trainable and add_adapters.
+
+    An adapter's two products count like any other. Where only adapters of the language model train, one layer's
+    input gradient is counted too much.
+    """
+    trains = {"vision_encoder": False, "projector": False, "language_model": False}
+    for name, parameter in hf_model.named_parameters():
+        trains[part_of(name)] |= parameter.requires_grad
+    vision_backward = trains["vision_encoder"]
+    projector_backward = vision_backward or trains["projector"]
+    language_backward = projector_backward or trains["language_model"]
+
+    rows = dict.fromkeys(("patch", "visual_token", "token", "supervised_token"), 0)
+    for name, module in hf_model.named_modules():
+        if ".original_module." in name or not isinstance(module, nn.Linear | nn.Conv2d):
+            continue  # peft keeps the frozen original of a part it trains a copy of
+        if isinstance(module, nn.Conv2d):  # the patch embedding: a product over one patch, of pixels
+            kernel = module.kernel_size[0] * module.kernel_size[1]
+            work, input_gradient, row = module.in_channels * kernel * module.out_channels, False, "patch"
+        else:
+            work = module.in_features * module.out_features
+            part = part_of(f"{name}.weight")
+            if part == "vision_encoder":
+                row, input_gradient = "patch", vision_backward
+            elif part == "projector":
+                first = name.endswith("readout.0")
+                row, input_gradient = "visual_token", vision_backward if first else projector_backward
+            else:
+                row = "supervised_token" if "lm_head" in name else "token"
+                input_gradient = language_backward
+        rows[row] += 2 * work * (1 + input_gradient + module.weight.requires_grad)
+
+    vision, text = hf_model.config.vision_config, hf_model.config.text_config
+    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return FlopRates(
+        **rows,
+        # Two products a pair forward (scores, values), four backward.
+        patch_pair=4 * vision.hidden_size * vision.num_hidden_layers * (3 if vision_backward else 1),
+        token_pair=4
+        * text_dim
+        * text.num_attention_heads
+        * text.num_hidden_layers
+        * (3 if language_backward else 1),
+    )
