@@ -25,8 +25,8 @@ HEAD = """# Figures
 
 Made by `python benchmarks/table.py` from `results/*.jsonl`, which the commands below wrote. Every script takes
 `--quick` for a short run that keeps nothing. Aims are those of the project's issues; a figure without one is there to
-compare with. What was tried on the GPU, predicted and missed stands in [log.md](log.md); `vl3train kernels --check` compares the
-attention kernels of a machine with float64 and prints its table.
+compare with. What was tried on the GPU, predicted and missed stands in [log.md](log.md); `vl3train kernels --check`
+compares the attention kernels of a machine with float64 and prints its table.
 """
 
 
@@ -57,7 +57,7 @@ def table() -> str:
 
 def _row(line: dict[str, Any]) -> str:
     if line["value"] is None:
-        return f"| {line['figure']} | none | | | | {_cell(line.get('note') or line.get('error', ''))} |"
+        return f"| {line['figure']} | none | | | | {_cell(line.get('failed', line.get('note', '')))} |"
     aim = line.get("aim", AIMS.get(line["figure"]))
     reached = ""
     if aim is not None:

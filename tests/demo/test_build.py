@@ -65,7 +65,9 @@ def test_questions_for_generate_stand_beside_their_answers(tmp_path: Path) -> No
         for name in ("questions.jsonl", "expected.jsonl")
     )
     assert len(requests) == len(expected) == 2 * (len(TASKS) - 1)
-    assert {line["source"] for line in expected} == set(TASKS) - {"captions"}, "stages 3 and 4 train no captions"
+    assert {line["source"] for line in expected} == set(TASKS) - {"captions"}, (
+        "stages 3 and 4 train no captions"
+    )
     for request in requests:
         assert set(request) <= {"prompt", "image", "video"}
         for kind in ("image", "video"):

@@ -73,6 +73,10 @@ def main() -> None:
             results[zero_stage, accumulation] = gradient(
                 model_dir, rank, zero_stage=zero_stage, accumulation=accumulation
             )
+    for accumulation in (1, 2):
+        results["bfloat16", accumulation] = gradient(
+            model_dir, rank, zero_stage=1, accumulation=accumulation, dtype=Dtype.bfloat16
+        )
     if rank.is_first:
         torch.save(results, out)
     leave()

@@ -63,8 +63,6 @@ def main(args: Namespace) -> int:
         build_processor(tokenizer_source(cfg)).save_pretrained(folder)
         model = packed_model(cfg, Path(folder))
     set_trainable(model.model, full_rates(cfg))
-    if cfg.machine.activation_checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     found = []
     for kind in kinds(cfg.step.max_tokens, cfg.step.max_patches):

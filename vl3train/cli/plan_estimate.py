@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vl3train.cli.plan_figures import PlanFigures
 from vl3train.config.rules import full_rates
-from vl3train.config.schema import Dtype, TrainConfig
+from vl3train.config.schema import Dtype, Recompute, TrainConfig
 
 
 class Gpu(NamedTuple):
@@ -93,6 +93,19 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
     )
 
 
+def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool) -> int:
+    """Values that one layer keeps of each row until the backward pass, as config.schema.Recompute counts them.
+
+    ``gated``: the language model's MLP, which widens a row twice.
+    """
+    if level is Recompute.layer:
+        return hidden
+    if level is Recompute.nothing:
+        return 9 * hidden + 3 * intermediate
+    rows, wide = (5 * hidden, 2 * intermediate) if gated else (6 * hidden, intermediate)
+    return rows if level is Recompute.mlp else rows + wide
+
+
 def rank_memory(cfg: TrainConfig) -> dict[str, float]:
     """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
 
@@ -112,11 +125,10 @@ def rank_memory(cfg: TrainConfig) -> dict[str, float]:
 
     inner = tokens * (8 * shape.hidden + 3 * shape.intermediate) * width
     encoder_inner = patches * (10 * ENCODER.hidden + 2 * ENCODER.intermediate) * width
-    if machine.activation_checkpointing:
-        kept = width * (tokens * shape.hidden * shape.layers + patches * ENCODER.hidden * ENCODER.layers)
-        activations = kept + max(inner, encoder_inner)
-    else:
-        activations = inner * shape.layers + encoder_inner * ENCODER.layers
+    kept_token = values_kept(machine.recompute_language, shape.hidden, shape.intermediate, gated=True)
+    kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
+    kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
+    activations = kept + max(inner, encoder_inner)  # of one layer at work
     parts = {
         "weights": split(parameters * width, 3),
         "gradients": split(trained * 4, 2),

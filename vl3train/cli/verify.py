@@ -89,4 +89,10 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     attention = choose_attention(
         cfg.machine.attention.value, device, head_dims(model), next(model.parameters()).dtype
     )
-    return PackedModel(model, attention.name).eval()
+    return PackedModel(
+        model,
+        attention.name,
+        recompute_vision=cfg.machine.recompute_vision,
+        recompute_language=cfg.machine.recompute_language,
+        compile_layers=cfg.machine.compile_layers,
+    ).eval()

@@ -124,8 +124,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
     )
     hf_model.to(rank.device)
-    if rank.device.type == "cuda":
-        refuse_wrong_kernel(attention.name, hf_model.config, rank.device, next(hf_model.parameters()).dtype)
+    refuse_wrong_attention(attention.name, hf_model, rank)
     meter = make_meter(hf_model, rank.device)
     engine = Zero(
         PackedModel(
@@ -220,6 +219,17 @@ def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> N
         raise RunError(
             "\n".join(["the weights to start from are not of this size:", *wrong, "choose another model="])
         )
+
+
+def refuse_wrong_attention(backend: str, hf_model: Any, rank: Rank) -> None:
+    """RunError on every rank where a GPU kernel is wrong for this model's heads; the CPU's reference is tested."""
+    problem = None
+    if rank.device.type == "cuda":
+        try:
+            refuse_wrong_kernel(backend, hf_model.config, rank.device, next(hf_model.parameters()).dtype)
+        except ValueError as error:
+            problem = str(error)
+    rank.agree(problem)
 
 
 def run_identity(
