@@ -29,7 +29,9 @@ import transformers
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 from benchmarks.packs import draw_packs, pack_batch
-from vl3train.config.schema import AdapterConfig, AdapterKind, Dtype, MachineConfig, OptimConfig, Recompute
+from vl3train.config.choices import AdapterKind, Dtype, Recompute
+from vl3train.config.schema import AdapterConfig, MachineConfig, OptimConfig
+from vl3train.engine.meter import measure_product
 from vl3train.model.flops import flop_rates
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -323,25 +325,12 @@ def results_folder() -> Path:
     return Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
-def matmul_tflops() -> float:
-    """The practical ceiling: a bfloat16 matrix product of 8192 cubed, the median of ten."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 8192**3 / sorted(times[3:])[5] / 1e9
-
-
 def run_row(name: str, row: Row, profile: bool, pipe: Any) -> None:
     """In a process of its own: send the figures, or the reason why there are none."""
     try:
         if name == "matmul":
-            pipe.send({"matmul_tflops": matmul_tflops(), "machine": torch.cuda.get_device_name()})
+            product = measure_product(torch.device("cuda"))
+            pipe.send({"matmul_tflops": product, "machine": torch.cuda.get_device_name()})
             return
         pipe.send(measure(name, row, profile))
     except Exception as error:

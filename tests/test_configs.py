@@ -15,8 +15,9 @@ from tests.config.conftest import workplace
 from vl3train.config.load import group_choices, read_config
 from vl3train.config.options import SECTIONS
 from vl3train.config.paths import shipped_folder
+from vl3train.config.plain import as_plain
 from vl3train.config.rules import effective_learning_rates, problems
-from vl3train.config.schema import TrainConfig, as_plain
+from vl3train.config.schema import TrainConfig
 from vl3train.data.recipe import load_recipe
 
 __all__ = ["workplace"]

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 
 from vl3train.cli import export
 from vl3train.cli.main import main
-from vl3train.config.schema import AdapterConfig, AdapterKind
+from vl3train.config.choices import AdapterKind
+from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters, save_adapter
 from vl3train.model.conversion import WrongExport, save_weights
 

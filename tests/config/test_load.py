@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from vl3train.config.choices import Attention, Dtype
 from vl3train.config.load import group_choices, load_config, load_run_config, read_config, save_config
+from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError
-from vl3train.config.schema import Attention, Dtype, TrainConfig, as_plain
+from vl3train.config.schema import TrainConfig
 
 STAGE_1 = ["stage=1_encoder_adaptation"]
 

@@ -9,9 +9,9 @@ import av
 import numpy as np
 
 from tests.data.conftest import drawn_picture, picture_bytes, still_and_moving
+from vl3train.config.choices import Device
 from vl3train.config.schema import (
     DataConfig,
-    Device,
     MachineConfig,
     ModelConfig,
     RunConfig,

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from tests.engine.packs import collate_samples, random_samples
-from vl3train.config.schema import Dtype, MachineConfig, OptimConfig
+from vl3train.config.choices import Dtype
+from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.ranks import Rank, join, leave
 from vl3train.engine.zero import Zero
 from vl3train.model.init_from_parts import load_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from vl3train.config.schema import OptimConfig, Schedule
+from vl3train.config.choices import Schedule
+from vl3train.config.schema import OptimConfig
 from vl3train.engine.optim import build_optimizer, rate_factor, set_rates
 
 

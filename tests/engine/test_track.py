@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vl3train.config.schema import Tracker as TrackerKind
-from vl3train.config.schema import TrackingConfig, TrainConfig, WandbMode, as_plain
+from vl3train.config.choices import Tracker as TrackerKind
+from vl3train.config.choices import WandbMode
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrackingConfig, TrainConfig
 from vl3train.engine.track import Tracker, flat_figures, has_api_key, wandb_mode
 
 BLOCK_BYTES = 32768

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.engine.split_worker import gradient
-from vl3train.config.schema import Dtype, MachineConfig
+from vl3train.config.choices import Dtype
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import join
 
 ROOT = Path(__file__).parents[2]

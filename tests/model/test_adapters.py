@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import VideoLlama3ForConditionalGeneration
 
-from vl3train.config.schema import AdapterConfig, AdapterKind, Recompute
+from vl3train.config.choices import AdapterKind, Recompute
+from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters, load_adapter, merge_adapter, save_adapter
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import parameter_groups, part_of, set_trainable

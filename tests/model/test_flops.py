@@ -6,7 +6,8 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vl3train.config.schema import AdapterConfig, AdapterKind
+from vl3train.config.choices import AdapterKind
+from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters
 from vl3train.model.flops import flop_rates
 from vl3train.model.packed_forward import PackedModel

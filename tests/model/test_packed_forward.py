@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vl3train.config.schema import Recompute
+from vl3train.config.choices import Recompute
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.model.packed_forward import PackedModel, head_dims, merge_patches
 from vl3train.model.trainable import part_of, set_trainable

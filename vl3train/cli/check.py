@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.config.choices import AdapterKind
 from vl3train.config.load import add_config_arguments, read_config
 from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import adapter_rates, full_rates, problems
-from vl3train.config.schema import PARTS, AdapterKind, TrainConfig
+from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.config.start import starts_from
 from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
 

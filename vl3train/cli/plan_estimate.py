@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vl3train.cli.plan_figures import PlanFigures
+from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.rules import full_rates
-from vl3train.config.schema import Dtype, Recompute, TrainConfig
+from vl3train.config.schema import TrainConfig
 
 
 class Gpu(NamedTuple):

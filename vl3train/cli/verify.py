@@ -28,8 +28,9 @@ from vl3train.cli.verifying import (
     check_splits,
     drawn_rows,
 )
+from vl3train.config.choices import Device
 from vl3train.config.load import add_config_arguments
-from vl3train.config.schema import Device, TrainConfig
+from vl3train.config.schema import TrainConfig
 
 MODEL_SAMPLES = 16
 

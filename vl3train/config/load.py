@@ -25,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vl3train.config.options import GROUPS, OPTIONS, SECTIONS, kind_of, suggest
 from vl3train.config.paths import shipped_folder
+from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError, Problem
 from vl3train.config.rules import problems
-from vl3train.config.schema import TrainConfig, as_plain
+from vl3train.config.schema import TrainConfig
 
 NOT_SET = "???"
 

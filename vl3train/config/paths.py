@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import vl3train
-from vl3train.config.schema import TrainConfig, as_plain
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrainConfig
 
 MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
 """``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the

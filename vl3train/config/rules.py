@@ -6,19 +6,10 @@ import netrc
 import os
 from pathlib import Path
 
+from vl3train.config.choices import AdapterKind, Attention, Device, Dtype, Recompute, Tracker, WandbMode
 from vl3train.config.problems import Problem, show
 from vl3train.config.ranges import range_problems
-from vl3train.config.schema import (
-    PARTS,
-    AdapterKind,
-    Attention,
-    Device,
-    Dtype,
-    Recompute,
-    Tracker,
-    TrainConfig,
-    WandbMode,
-)
+from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.config.start import start_problems
 
 ADAPTER_PARTS = ("language_model", "vision_encoder")

@@ -141,8 +141,7 @@ def decode_clip(
     end_seconds: float | None = None,
 ) -> Clip:
     """The sampled frames of a clip. ``times`` count from the file's first frame, also where ``start_seconds``
-    cuts the beginning off (as the original code prints them; only stream turns subtract the start).
-    """
+    cuts the beginning off (as the original code prints them; only stream turns subtract the start)."""
     rule = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}
     window = {"start_seconds": start_seconds, "end_seconds": end_seconds}
     plan = plan_clip(data, **rule, **window, limits=limits)  # type: ignore[arg-type]

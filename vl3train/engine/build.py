@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from vl3train.config.choices import Dtype
 from vl3train.config.paths import resolve_weights
-from vl3train.config.schema import Dtype, TrainConfig
+from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import OpenData, open_data
 from vl3train.engine.console import Console
 from vl3train.engine.ranks import Rank

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vl3train.config.schema import OptimConfig, Schedule
+from vl3train.config.choices import Schedule
+from vl3train.config.schema import OptimConfig
 
 
 def rate_factor(step: int, num_steps: int, optim: OptimConfig) -> float:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from vl3train.config.schema import Device, MachineConfig
+from vl3train.config.choices import Device
+from vl3train.config.schema import MachineConfig
 
 
 class RunError(RuntimeError):

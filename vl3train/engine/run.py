@@ -13,8 +13,10 @@ import numpy as np
 import torch
 import yaml
 
+from vl3train.config.choices import AdapterKind
+from vl3train.config.plain import as_plain
 from vl3train.config.rules import adapter_rates, full_rates
-from vl3train.config.schema import AdapterKind, TrainConfig, as_plain
+from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.build import (

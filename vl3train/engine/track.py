@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from vl3train.config.schema import Tracker as TrackerKind
-from vl3train.config.schema import TrackingConfig, WandbMode
+from vl3train.config.choices import Tracker as TrackerKind
+from vl3train.config.choices import WandbMode
+from vl3train.config.schema import TrackingConfig
 
 RUN_ID_FILE = "wandb_id.txt"
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from vl3train.config.schema import Dtype, MachineConfig, OptimConfig
+from vl3train.config.choices import Dtype
+from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.ranks import Rank
 

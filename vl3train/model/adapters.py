@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import VideoLlama3ForConditionalGeneration
 
-from vl3train.config.schema import AdapterConfig, AdapterKind
+from vl3train.config.choices import AdapterKind
+from vl3train.config.schema import AdapterConfig
 from vl3train.model.trainable import count_parameters
 
 TARGETS = {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
 
-from vl3train.config.schema import Recompute
+from vl3train.config.choices import Recompute
 from vl3train.model.attention import Segments, attend
 
 Layer = Callable[..., Tensor]

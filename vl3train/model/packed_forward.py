@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import VideoLlama3ForConditionalGeneration
 
-from vl3train.config.schema import Recompute
+from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.attention import make_segments
 from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers

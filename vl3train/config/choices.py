@@ -1,0 +1,72 @@
+"""Options that take one of a few words: a wrong one is refused with the right ones listed."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Dtype(Enum):
+    """Number format of weights and activations in training."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(Enum):
+    """Kernel for variable-length attention (model/attention.py)."""
+
+    auto = "auto"
+    flash_attn_4 = "flash_attn_4"
+    flash_attn = "flash_attn"
+    torch_varlen = "torch_varlen"
+    reference = "reference"
+
+
+class Recompute(Enum):
+    """What a layer computes again in the backward pass instead of keeping it; each keeps less than the one before.
+
+    Bytes a layer keeps for each row of width H with an MLP of width I (bfloat16): nothing about 2 (9 H + 3 I),
+    elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H.
+    """
+
+    nothing = "nothing"
+    elementwise = "elementwise"
+    mlp = "mlp"
+    layer = "layer"
+
+
+class Device(Enum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class AdapterKind(Enum):
+    """How a part is trained."""
+
+    none = "none"
+    lora = "lora"
+
+
+class Tracker(Enum):
+    """Where figures go besides the console and metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+class WandbMode(Enum):
+    """``auto`` is online when a key is set, else offline: ``wandb sync`` uploads it later."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
