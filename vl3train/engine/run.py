@@ -35,10 +35,10 @@ from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
 from vl3train.model.adapters import add_adapters, save_adapter
-from vl3train.model.attention import choose_attention
+from vl3train.model.attention import AttentionChoice
 from vl3train.model.conversion import save_weights
 from vl3train.model.init_from_parts import assert_rope_float32
-from vl3train.model.kernel_check import refuse_wrong_kernel
+from vl3train.model.kernel_check import right_attention
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 
@@ -122,11 +122,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     counts = count_parameters(hf_model)
     refuse_other_size(cfg, counts)
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
-    attention = choose_attention(
-        cfg.machine.attention.value, rank.device, head_dims(hf_model), next(hf_model.parameters()).dtype
-    )
     hf_model.to(rank.device)
-    refuse_wrong_attention(attention.name, hf_model, rank)
+    attention = choose_right_attention(cfg, hf_model, rank)
     meter = make_meter(hf_model, rank.device)
     engine = Zero(
         PackedModel(
@@ -223,15 +220,18 @@ def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> N
         )
 
 
-def refuse_wrong_attention(backend: str, hf_model: Any, rank: Rank) -> None:
-    """RunError on every rank where a GPU kernel is wrong for this model's heads; the CPU's reference is tested."""
-    problem = None
-    if rank.device.type == "cuda":
-        try:
-            refuse_wrong_kernel(backend, hf_model.config, rank.device, next(hf_model.parameters()).dtype)
-        except ValueError as error:
-            problem = str(error)
+def choose_right_attention(cfg: TrainConfig, hf_model: Any, rank: Rank) -> AttentionChoice:
+    """The attention kernel of this run; RunError on every rank where none that may serve is right."""
+    problem, choice = None, AttentionChoice("reference", "never used: a problem is raised below")
+    try:
+        dtype = next(hf_model.parameters()).dtype
+        choice = right_attention(
+            cfg.machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
+        )
+    except ValueError as error:
+        problem = str(error)
     rank.agree(problem)
+    return choice
 
 
 def run_identity(

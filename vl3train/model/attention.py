@@ -6,7 +6,7 @@ T tokens (or patches), H query heads, Hkv key and value heads, D values a head, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -63,16 +63,21 @@ def make_segments(cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, b
 
 
 def choose_attention(
-    requested: str, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype
+    requested: str,
+    device: torch.device,
+    head_dims: Sequence[int],
+    dtype: torch.dtype,
+    wrong: Mapping[str, str] | None = None,
 ) -> AttentionChoice:
     """The kernel for every head dimension in ``head_dims``; ``auto`` takes the first that can serve.
 
+    ``wrong`` are backends that ``auto`` passes over, with the reason (model/kernel_check.py finds them).
     Raises ValueError when ``requested`` is no backend, or one that cannot serve here.
     """
     if requested == "auto":
         refused: list[str] = []
         for name in BACKENDS:
-            problem = _problem(name, device, head_dims, dtype)
+            problem = (wrong or {}).get(name) or _problem(name, device, head_dims, dtype)
             if problem is None:
                 reason = "; ".join(refused) or "first choice"
                 return AttentionChoice(name, f"auto: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vl3train.model.attention import SEQLEN_STEP, varlen_attention
+from vl3train.model.attention import SEQLEN_STEP, AttentionChoice, choose_attention, varlen_attention
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130))
 """Segments of the rows checked: equal ones, one token alone, and lengths that fill no tile."""
@@ -63,8 +64,28 @@ def check_kernel(
     return KernelError(backend, heads, kv_heads, head_dim, causal, worst, failed)
 
 
-def refuse_wrong_kernel(backend: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Check a backend for the heads and masks of this model, some seconds; raises ValueError with the figure."""
+def right_attention(
+    requested: str, hf_config: Any, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype
+) -> AttentionChoice:
+    """choose_attention, and on a GPU some seconds of proof that the kernel is right for this model's heads and masks.
+
+    ``auto`` goes on to the next backend and says why; raises ValueError with the figure where one was asked for.
+    """
+    wrong: dict[str, str] = {}
+    while True:
+        choice = choose_attention(requested, device, head_dims, dtype, wrong)
+        problem = kernel_problem(choice.name, hf_config, device, dtype) if device.type == "cuda" else None
+        if problem is None:
+            return choice
+        if requested != "auto" or choice.name == "reference":
+            raise ValueError(
+                f"machine.attention={choice.name} {problem}. Choose another; `vl3train kernels --check` shows all"
+            )
+        wrong[choice.name] = problem
+
+
+def kernel_problem(backend: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with a backend for the heads and masks of this model, or None."""
     vision, text = hf_config.vision_config, hf_config.text_config
     text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vision_heads = vision.num_attention_heads
@@ -78,11 +99,11 @@ def refuse_wrong_kernel(backend: str, hf_config: Any, device: torch.device, dtyp
         )
         if not found.is_right:
             figures = ", ".join(f"{name} {error:.2g}" for name, error in found.errors.items())
-            raise ValueError(
-                f"machine.attention={backend} is wrong on this machine for heads of {head_dim}: "
-                f"{found.failed or 'relative errors against float64: ' + figures}. Choose another; "
-                "`vl3train kernels --check` shows all"
+            return (
+                f"is wrong on this machine for heads of {head_dim} "
+                f"({found.failed or 'relative errors against float64: ' + figures})"
             )
+    return None
 
 
 def _errors(
