@@ -39,6 +39,7 @@ fi
 installed=$SECONDS
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi # else every command says that it guessed so
 if [ -z "$nproc" ]; then nproc=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2); fi
 machine=$([ "$gpus" -gt 0 ] && echo one_gpu || echo cpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
