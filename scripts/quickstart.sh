@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh [--out DIR] [--nproc N] [--fast]
 #
 #   --out DIR    where everything goes (default: quickstart)
-#   --nproc N    processes; GPUs if there are any (default: the number of GPUs, else 2)
+#   --nproc N    processes, 1 or 2 (default: 2; 1 on a machine with one GPU)
 #   --fast       a few steps a stage, to see that everything runs: the model learns nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +40,8 @@ installed=$SECONDS
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi # else every command says that it guessed so
-if [ -z "$nproc" ]; then nproc=$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2); fi
+# Two at most: a step of the demo is two packs.
+if [ -z "$nproc" ]; then nproc=$([ "$gpus" -eq 1 ] && echo 1 || echo 2); fi
 machine=$([ "$gpus" -gt 0 ] && echo one_gpu || echo cpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
