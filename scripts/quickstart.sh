@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
     --out) out=$2; shift 2 ;;
     --nproc) nproc=$2; shift 2 ;;
     --fast) fast=1; shift ;;
-    -h | --help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
     *) echo "unknown option $1; --help lists them" >&2; exit 2 ;;
   esac
 done
