@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
     --out) out=$2; shift 2 ;;
     --nproc) nproc=$2; shift 2 ;;
     --from) first=$2; shift 2 ;;
-    -h | --help) sed -n '2,16p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,15p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "unknown option $1; --help lists them" >&2; exit 2 ;;
     *) words+=("$1"); shift ;;
   esac
