@@ -152,8 +152,8 @@ def sum_gradients_at_once(optimizer: BF16_Optimizer) -> None:
     """Let DeepSpeed's optimizer for ZeRO-1 with float32 sums handle gradients all together, with equal results.
 
     deepspeed 0.19.8 copies each bfloat16 gradient to float32 before it adds it, then keeps and zeroes it, and takes
-    the norm and clips parameter by parameter: on an H100 4 % of a step of the 2B, and a bfloat16 copy of the
-    trained weights in memory.
+    the norm and clips parameter by parameter, with a bfloat16 copy of the trained weights in memory. How much that
+    saves alone was not measured side by side (benchmarks/log.md has the step before and after several changes).
     """
 
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
