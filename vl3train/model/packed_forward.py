@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.attention import make_segments
+from vl3train.model.compiling import compiled
 from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers
-from vl3train.model.loss import supervised_loss
+from vl3train.model.loss import score_logits, supervised_loss
 
 
 class PackedOutput(NamedTuple):
@@ -52,6 +54,10 @@ class PackedModel(nn.Module):
         self.recompute_vision = recompute_vision
         self.recompute_language = recompute_language
         self._run_layer = layer_runner(compiled=compile_layers)
+        self._score = compiled(score_logits, enabled=compile_layers)
+        self._norm = compiled(_last_norm, enabled=compile_layers)
+        self._scale_pixels = compiled(_scale_pixels, enabled=compile_layers)
+        hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchProduct
 
     def forward(self, batch: Batch) -> PackedOutput:
         """Loss of one micro-batch, by the sum over its supervised tokens."""
@@ -60,6 +66,7 @@ class PackedModel(nn.Module):
         loss_sum, token_losses_U, correct_U = supervised_loss(
             hidden_TH,
             self.model.lm_head,
+            self._score,
             batch.supervised_positions,
             batch.supervised_labels,
             batch.num_loss_chunks,
@@ -70,9 +77,9 @@ class PackedModel(nn.Module):
         """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""
         vision = self.model.model.vision_model
         embeddings = vision.embeddings
-        # In float32 first, as the processor does; bfloat16 arithmetic would double the rounding error.
-        pixels_PX = (batch.pixel_values.float() / 127.5 - 1).to(embeddings.patch_embedding.weight.dtype)
-        hidden_PC = embeddings(pixels_PX)
+        hidden_PC = embeddings(
+            self._scale_pixels(batch.pixel_values, embeddings.patch_embedding.weight.dtype)
+        )
         rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
         segments = make_segments(
             batch.vision_cu_seqlens, batch.frame_lengths, hidden_PC.shape[0], self.attention
@@ -105,7 +112,27 @@ class PackedModel(nn.Module):
         hidden_TH = run_layers(
             self._run_layer, decoder_layer, language_model.layers, inputs_TH, rope, segments, recompute
         )
-        return language_model.norm(hidden_TH)
+        return self._norm(language_model.norm, hidden_TH)
+
+
+class PatchProduct(nn.Conv2d):
+    """The patch embedding as what it is, one matrix product: each of its inputs is one patch.
+
+    cuDNN takes 2 to 4 ms for 50 000 patches where the product takes 0.1 (H100).
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(P, channels, side, side) -> (P, C, 1, 1)."""
+        return F.linear(pixels.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+
+
+def _scale_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 to [-1, 1]: in float32 first, as the processor does; bfloat16 would double the rounding error."""
+    return (pixels.float() / 127.5 - 1).to(dtype)
+
+
+def _last_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    return norm(hidden)
 
 
 def merge_patches(hidden_PC: Tensor, patches_by_merge: tuple[tuple[int, int], ...]) -> Tensor:
