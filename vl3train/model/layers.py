@@ -7,8 +7,9 @@ tests/model/test_packed_forward.py holds loss and gradients against the stock fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.attention import Segments, attend
+from vl3train.model.offload import HostRows
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, segments, whether the MLP is computed again) -> hidden rows."""
@@ -135,21 +137,25 @@ def run_layers(
     hidden: Tensor,
     rope: tuple[Tensor, Tensor],
     segments: Segments,
-    recompute: Recompute,
+    levels: Sequence[Recompute],
 ) -> Tensor:
-    """All layers of a tower, one after the other, each recomputing in the backward pass what ``recompute`` says."""
-    for layer in layers:
-        hidden = runner(
-            body,
-            layer,
-            hidden,
-            *rope,
-            segments.cu_seqlens,
-            segments.lengths,
-            segments.max_seqlen,
-            segments.backend,
-            recompute.value,
-        )
+    """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
+    host = HostRows()
+    for layer, level in zip(layers, levels, strict=True):
+        # Outside of what is compiled, so that both share one graph.
+        offload = level is Recompute.offload
+        with host.keep(hidden) if offload else contextlib.nullcontext():
+            hidden = runner(
+                body,
+                layer,
+                hidden,
+                *rope,
+                segments.cu_seqlens,
+                segments.lengths,
+                segments.max_seqlen,
+                segments.backend,
+                Recompute.layer.value if offload else level.value,
+            )
     return hidden
 
 
