@@ -6,7 +6,16 @@ import netrc
 import os
 from pathlib import Path
 
-from vl3train.config.choices import AdapterKind, Attention, Device, Dtype, Memory, Recompute, Tracker, WandbMode
+from vl3train.config.choices import (
+    AdapterKind,
+    Attention,
+    Device,
+    Dtype,
+    Memory,
+    Recompute,
+    Tracker,
+    WandbMode,
+)
 from vl3train.config.problems import Problem, show
 from vl3train.config.ranges import range_problems
 from vl3train.config.schema import PARTS, TrainConfig

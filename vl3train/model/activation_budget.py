@@ -88,9 +88,7 @@ class ActivationBudget:
         counts = _counts(work.num_layers, len(kept))
         again = [work.of(level, rows, pairs) for level in kept]
         if Recompute.offload in kept:
-            again[list(kept).index(Recompute.offload)] += (
-                OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
-            )
+            again[list(kept).index(Recompute.offload)] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
         return (
             counts @ np.array([rows * size for size in kept.values()], np.int64),
             counts @ np.array(again, np.int64),

@@ -56,7 +56,7 @@ class _Sent:
     def __init__(self, rows: Tensor) -> None:
         self._device = rows.device
         cuda = rows.is_cuda
-        self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=cuda)
+        self._host = host_buffer(rows)
         self._arrived: tuple[Tensor, torch.cuda.Event | None] | None = None
         if not cuda:
             self._host.copy_(rows)
@@ -91,6 +91,11 @@ class _Sent:
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
         return rows
+
+
+def host_buffer(rows: Tensor) -> Tensor:
+    """Room for ``rows`` on the host, page-locked where a GPU is to copy without the host's help."""
+    return torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=rows.is_cuda)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
