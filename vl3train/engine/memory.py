@@ -19,7 +19,7 @@ from vl3train.data.worst_pack import blank_batch, worst_pack
 from vl3train.engine.device_memory import DeviceMemory, device_memory
 from vl3train.engine.ranks import RunError
 from vl3train.engine.zero import Zero
-from vl3train.model.activation_budget import ActivationBudget
+from vl3train.model.activation_budget import ActivationBudget, level_scale
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels, pack_size, recompute_rates
 
@@ -41,16 +41,6 @@ class DryRun(NamedTuple):
 
     kept_bytes: int  # more than before it, when its forward pass is done
     peak_bytes: int
-
-
-def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
-    """The levels that ``auto`` chooses from, dearest in memory first.
-
-    ZeRO-3's linear layers cannot be computed again in part.
-    """
-    if zero_stage == 3:
-        return (Recompute.nothing, Recompute.layer, Recompute.offload)
-    return (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
 
 
 def fit_run(

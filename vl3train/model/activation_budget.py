@@ -17,6 +17,16 @@ OFFLOAD_WORK_A_BYTE = 18_000
 two bytes cross a PCIe link at 55 GB/s. So much more than any other level's price that it is taken last."""
 
 
+def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
+    """The levels that ``machine.memory=auto`` chooses from, dearest in memory first.
+
+    ZeRO-3's linear layers cannot be computed again in part.
+    """
+    if zero_stage == 3:
+        return (Recompute.nothing, Recompute.layer, Recompute.offload)
+    return (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBudget:
     """Bytes that layers may keep for the backward pass, and what each level keeps and does again.
