@@ -79,8 +79,9 @@ class PlainEngine:
         for group in groups:
             group["params"] = [torch.nn.Parameter(weight.detach().float()) for weight in group["params"]]
         self.masters: list[Tensor] = [master for group in groups for master in group["params"]]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
+        self.sums = [torch.zeros_like(master) for master in self.masters]
+        for master, total in zip(self.masters, self.sums, strict=True):
+            master.grad = total
         self.optimizer = build_optimizer(groups, optim, rank.device)
 
     def train(self, training: bool) -> None:
@@ -94,9 +95,7 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         """Gradients of ``loss``, added to the step's sums and let go."""
         loss.backward()
-        pairs = [
-            (m.grad, w.grad) for m, w in zip(self.masters, self.weights, strict=True) if w.grad is not None
-        ]
+        pairs = [(s, w.grad) for s, w in zip(self.sums, self.weights, strict=True) if w.grad is not None]
         torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
         for weight in self.weights:
             weight.grad = None
@@ -110,7 +109,7 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
-        torch._foreach_zero_([master.grad for master in self.masters if master.grad is not None])
+        torch._foreach_zero_(self.sums)
         return norm
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vl3train.config.schema import PARTS
 
@@ -39,7 +40,7 @@ class Row:
     figures: dict[str, str] = field(default_factory=dict)  # what the issue calls this row's figures
 
 
-STAGE_1 = dict(trains=("vision_encoder", "projector"), image_merge_size=1)
+STAGE_1: dict[str, Any] = dict(trains=("vision_encoder", "projector"), image_merge_size=1)
 ROWS: dict[str, Row] = {
     "2b": Row(
         host_syncs=True,

@@ -142,6 +142,8 @@ def figure_lines(label: str, row: Row, found: dict[str, Any]) -> Iterator[dict[s
         name = key if key in SPELLED else figure_name(row, key, label)
         better = "higher" if key in ("tflops", "tokens_a_pack") else "lower"
         line = {"figure": name, "value": found[key], "unit": unit, "better": better}
+        if key == "host_syncs":
+            line["note"] = "; ".join(f"{times} x {where}" for where, times in found["host_syncs_at"].items())
         yield {**line, "row": label, **full}
         full = {}
 
