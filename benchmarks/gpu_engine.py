@@ -69,9 +69,7 @@ class PlainEngine:
     float32 masters under AdamW, clipping by the norm of the whole model.
     """
 
-    def __init__(
-        self, model: PackedModel, groups: list[dict[str, Any]], optim: OptimConfig, rank: Rank
-    ) -> None:
+    def __init__(self, model: Any, groups: list[dict[str, Any]], optim: OptimConfig, rank: Rank) -> None:
         if rank.dp_size > 1:
             raise ValueError("the plain loop is for one rank")
         self.rank, self.model, self.max_norm = rank, model, optim.max_grad_norm

@@ -56,7 +56,7 @@ def union_seconds(spans: Iterable[tuple[float, float]]) -> float:
     """Seconds in which at least one (start, end) runs.
 
     >>> union_seconds([(0, 2), (1, 3), (5, 6)])
-    4
+    4.0
     """
     total, reached = 0.0, -float("inf")
     for start, end in sorted(spans):
