@@ -32,7 +32,7 @@ RULE = {"fps": 1.0, "min_frames": 1, "max_frames": 180, "start_seconds": None, "
 
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer to which ``WORDS`` are single tokens."""
-    train_tokenizer([" ".join(WORDS)] * 20, folder, vocab_size=512)
+    train_tokenizer([f" {' '.join(WORDS)}"] * 20, folder, vocab_size=512)
 
 
 def write_recipe(
@@ -45,8 +45,11 @@ def write_recipe(
         (shards / f"shard-{number:06d}.tar", number, mix, image_merge_size, max_tokens)
         for number in range(-(-num_samples // SAMPLES_A_SHARD))
     ]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        list(pool.map(write_shard, jobs))
+    if processes == 1:
+        list(map(write_shard, jobs))
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(write_shard, jobs))
     recipe = folder / "recipe.yaml"
     source = {"name": "drawn", "shards": str(shards)}
     recipe.write_text(yaml.safe_dump({"name": "drawn", "about": "Drawn pictures.", "sources": [source]}))

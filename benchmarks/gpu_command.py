@@ -76,10 +76,11 @@ def prepare_run(row: Row, device: torch.device, folder: Path) -> list[str]:
     )
     write_tokenizer(folder / "tokenizer")
     drawn = time.perf_counter()
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn")
-    ) as pool:  # what it holds of the GPU goes with it
-        pool.submit(write_weights, row.model, str(device), folder).result()
+    if device.type == "cpu":
+        write_weights(row.model, "cpu", folder)
+    else:  # in a process of its own: what it holds of the GPU goes with it
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(write_weights, row.model, str(device), folder).result()
     print(f"shards in {drawn - started:.1f} s, weights in {time.perf_counter() - drawn:.1f} s", flush=True)
     tracker = "wandb" if importlib.util.find_spec("wandb") else "none"
     workers = 0 if small else max(1, min(12, cores - 3))
@@ -116,7 +117,6 @@ def prepare_run(row: Row, device: torch.device, folder: Path) -> list[str]:
 
 def write_weights(size: str, device: str, folder: Path) -> None:
     """A checkpoint of random weights, with the tokenizer of the drawn words."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
     save_weights(
         build_model(size, torch.device(device)), build_processor(folder / "tokenizer"), folder / "weights"
     )

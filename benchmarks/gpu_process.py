@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.gpu_rows import Row
 
+SECONDS_TO_LEAVE = 5
 Child = Callable[[str, Row, int, bool, Any], None]
 
 
@@ -28,13 +29,15 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
         sender.close()
         processes.append(process)
         pipes.append(receiver)
+    found: dict[str, Any] = {"failed": "interrupted"}
     try:
-        return collect(pipes, row.max_seconds)
+        found = collect(pipes, row.max_seconds)
     finally:
         for process in processes:
-            process.join(5)
-            end_group(process.pid)
-            process.join()
+            if "failed" not in found:
+                process.join(SECONDS_TO_LEAVE)
+            end_group(process)
+    return found
 
 
 def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, pipe: Any) -> None:
@@ -67,12 +70,13 @@ def collect(pipes: list[Connection], max_seconds: float) -> dict[str, Any]:
     return answers[0]
 
 
-def end_group(pid: int) -> None:
+def end_group(process: Any) -> None:
     """End a child and whatever it started."""
     try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it had ended, and left nothing
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended and left nothing, or has not yet made its group
+        process.kill()
+    process.join()
 
 
 def free_port() -> int:
