@@ -19,6 +19,9 @@ Child = Callable[[str, Row, int, bool, Any], None]
 
 def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str, Any]:
     """What rank 0 of the row sends, or ``{"failed": reason}``; memory and compiled code go with the processes."""
+    os.environ.setdefault(
+        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    )  # torch reads it when it is imported
     context: Any = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []
@@ -43,7 +46,6 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
 def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, pipe: Any) -> None:
     """The child's first act: a process group of its own, and the words by which ranks find one another."""
     os.setsid()  # its decoding processes end with it
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
     if row.ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

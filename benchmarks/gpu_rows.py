@@ -46,7 +46,9 @@ ROWS: dict[str, Row] = {
         host_syncs=True,
         figures={"tflops": "useful_tflops_2b", "peak_gib": "peak_gib_2b", "recompiles": "recompiles"},
     ),
-    "2b_train_command": Row(way="command", steps=8, figures={"tflops": "useful_tflops_2b_train_command"}),
+    "2b_train_command": Row(
+        way="command", steps=8, max_seconds=420, figures={"tflops": "useful_tflops_2b_train_command"}
+    ),
     "2b_plain_loop": Row(way="plain_loop"),
     "stock_2b": Row(way="padded", steps=2, packs_a_step=2),
     "2b_liger": Row(way="padded", liger=True, steps=3, packs_a_step=2),

@@ -16,17 +16,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.curve_tables import Curve, figure_lines, kept_curves, markdown
 from benchmarks.curve_task import Task, make_task
-from benchmarks.figures import machine
 from benchmarks.gpu_engine import PlainEngine
 from benchmarks.gpu_stock import full_loss, padded_inputs
 from benchmarks.packs import pack_batch
@@ -45,24 +42,6 @@ from vl3train.model.trainable import parameter_groups
 RATES = {"vision_encoder": 2e-3, "projector": 2e-3, "language_model": 1e-3}  # configs/model/debug.yaml
 SAMPLES_A_STEP = 8
 PACKS_A_STEP = 2
-WINDOW = 10
-SHOWN = (1, 50, 100, 150, 200)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """Who computes the gradient, in which numbers, on which order of the data."""
-
-    packed: bool
-    dtype: Dtype
-    compiled: bool = False
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """What the tables call it."""
-        who = "packed" if self.packed else "transformers"
-        return f"{who} {self.dtype.value}{' compiled' if self.compiled else ''}"
 
 
 def curves(cuda: bool) -> list[Curve]:
@@ -84,7 +63,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a few steps on few samples; nothing is kept")
+    parser.add_argument(
+        "--table", action="store_true", help="only the tables again, from the curves that were kept"
+    )
     args = parser.parse_args()
+    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    if args.table:
+        (out / "loss_curves.md").write_text(markdown(kept_curves(out / "loss_curves.jsonl")))
+        return
     machine_config = MachineConfig(device=Device.cpu if args.tiny else Device.auto)
     rank = join(machine_config)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +81,6 @@ def main() -> None:
     if args.tiny:
         print("\n".join(json.dumps(line) for line in lines))
         return
-    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     (out / "loss_curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "loss_curves.md").write_text(table)
 
@@ -166,92 +151,6 @@ def stock_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]],
 def count_supervised(samples: Sequence[RenderedSample]) -> int:
     """Supervised tokens of some samples."""
     return sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in samples)
-
-
-def reference_of(curve: Curve) -> Curve:
-    """transformers in float32, on the same order of the data."""
-    return Curve(packed=False, dtype=Dtype.float32, seed=curve.seed)
-
-
-def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """Means of ``WINDOW`` steps, or of all where there are fewer."""
-    width = min(WINDOW, len(losses))
-    return np.convolve(losses, np.ones(width) / width, "valid")
-
-
-def differences(found: dict[Curve, list[float]], curve: Curve, other: Curve) -> dict[str, float]:
-    """How far two curves lie apart, in nats a token."""
-    a, b = found[curve], found[other]
-    return {
-        "first_step": abs(a[0] - b[0]),
-        "first_50_steps": float(np.max(np.abs(np.subtract(a[:50], b[:50])))),
-        "window": float(np.max(np.abs(smoothed(a) - smoothed(b)))),
-        "last_50_steps": float(abs(np.mean(a[-50:]) - np.mean(b[-50:]))),
-    }
-
-
-def noise(found: dict[Curve, list[float]]) -> dict[str, float]:
-    """The reference against itself on the other order of the data."""
-    first = Curve(packed=False, dtype=Dtype.float32)
-    return differences(found, first, replace(first, seed=1))
-
-
-def figure_lines(found: dict[Curve, list[float]], rank: Rank) -> Iterator[dict[str, Any]]:
-    """One JSON line a curve with all its losses, and one for the noise."""
-    where = torch.cuda.get_device_name() if rank.device.type == "cuda" else machine()
-    packages = ("torch", "transformers", "deepspeed")
-    origin = {
-        "machine": where,
-        "versions": {name: version(name) for name in packages},
-        "command": "python -m benchmarks.loss_curves",
-    }
-    what = "largest difference of means of 10 steps, nats a token"
-    yield {
-        "figure": "loss_curve_noise",
-        "value": noise(found)["window"],
-        "unit": "nats",
-        "better": "lower",
-        "note": f"{what}; transformers in float32, seed 0 against seed 1",
-        **origin,
-    }
-    for curve, losses in found.items():
-        apart = differences(found, curve, reference_of(curve))
-        yield {
-            "figure": f"loss_curve_{curve.name.replace(' ', '_')}_seed_{curve.seed}",
-            "value": apart["window"],
-            "unit": "nats",
-            "better": "lower",
-            "aim": noise(found)["window"],
-            "note": f"{what}; from transformers in float32, same data",
-            **origin,
-            "more": {**apart, "losses": losses},
-        }
-
-
-def markdown(found: dict[Curve, list[float]]) -> str:
-    """Two tables: the curves, and how far they lie apart."""
-    num_steps = len(next(iter(found.values())))
-    shown = [step for step in SHOWN if step <= num_steps] or [1, num_steps]
-    lines = [
-        "Loss, nats a token; from step 50 on the mean of the 10 steps that end there.\n",
-        f"| gradient by | order | {' | '.join(f'step {step}' for step in shown)} |",
-        f"|---|---|{'---:|' * len(shown)}",
-    ]
-    for curve, losses in found.items():
-        means = [np.mean(losses[max(0, step - WINDOW) : step]) if step > 1 else losses[0] for step in shown]
-        lines.append(f"| {curve.name} | seed {curve.seed} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
-    lines += [
-        "\nDistance from transformers in float32 on the same data, nats a token.\n",
-        "| gradient by | order | step 1 | any of steps 1 to 50 | any mean of 10 steps | mean of the last 50 |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for curve in found:
-        if curve != reference_of(curve):
-            apart = differences(found, curve, reference_of(curve)).values()
-            lines.append(f"| {curve.name} | seed {curve.seed} | {' | '.join(f'{x:.2g}' for x in apart)} |")
-    cells = " | ".join(f"{x:.2g}" for x in noise(found).values())
-    lines.append(f"| noise: transformers float32 | seed 0 against 1 | {cells} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

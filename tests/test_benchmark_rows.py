@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks import one_gpu, profile
+from benchmarks.curve_tables import Curve, differences
 from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
 from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, measure, prepare, shares
 from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.kernel_kinds import kind_of, union_seconds
-from benchmarks.loss_curves import Curve, differences, packed_curve, stock_curve
+from benchmarks.loss_curves import packed_curve, stock_curve
 from benchmarks.packs import TINY, draw_sample
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig
