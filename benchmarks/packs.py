@@ -7,30 +7,62 @@ half of a text is supervised. Samples are drawn once from the seed and laid into
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.batches import collate
 
-IMAGE_PAD_ID, VIDEO_PAD_ID = 151655, 151656
-FIRST_SPECIAL_ID = 151643
 LOSS_CHUNK_TOKENS = 2048
 
 
-def draw_sample(rng: np.random.Generator, *, image_merge_size: int, max_tokens: int) -> RenderedSample:
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Sizes that samples are drawn from, both ends included, and where the special ids lie."""
+
+    text_tokens: tuple[int, int] = (100, 1500)
+    image_patches: tuple[int, int] = (256, 4900)
+    clip_frames: tuple[int, int] = (8, 40)
+    frame_patches: tuple[int, int] = (256, 600)
+    first_special_id: int = 151643
+    image_pad_id: int = 151655
+    video_pad_id: int = 151656
+
+
+PUBLISHED = Mix()
+TINY = Mix(
+    text_tokens=(20, 80),
+    image_patches=(16, 100),
+    clip_frames=(2, 4),
+    frame_patches=(16, 36),
+    first_special_id=900,
+    image_pad_id=1000,
+    video_pad_id=1001,
+)
+"""For the two-layer model that tests run on a CPU."""
+
+
+def draw_sample(
+    rng: np.random.Generator, *, image_merge_size: int, max_tokens: int, mix: Mix = PUBLISHED
+) -> RenderedSample:
     """One sample of the mix."""
     kind = rng.choice(["text", "image", "clip"], p=[0.15, 0.70, 0.15])
+
+    def between(bounds: tuple[int, int]) -> int:
+        return int(rng.integers(bounds[0], bounds[1] + 1))
+
     if kind == "text":
         frames, patches, merge = 0, 0, 1
-        num_text = int(rng.integers(100, 1501))
+        num_text = between(mix.text_tokens)
         num_supervised = num_text // 2
     else:
-        frames = int(rng.integers(8, 41)) if kind == "clip" else 1
-        patches = int(rng.integers(256, 601)) if kind == "clip" else int(rng.integers(256, 4901))
+        frames = between(mix.clip_frames) if kind == "clip" else 1
+        patches = between(mix.frame_patches if kind == "clip" else mix.image_patches)
         merge = 2 if kind == "clip" else image_merge_size
-        num_supervised = int(rng.integers(20, 201))
-        num_text = int(rng.integers(20, 61)) + num_supervised
+        num_supervised = between((20, 200))
+        num_text = between((20, 60)) + num_supervised
     grids = np.zeros((0, 3), np.int64)
     if frames:
         height = max(2, round(patches**0.5 * float(rng.uniform(0.7, 1.4)) / 2) * 2)
@@ -39,9 +71,9 @@ def draw_sample(rng: np.random.Generator, *, image_merge_size: int, max_tokens: 
     num_patches = int(grids.prod(axis=1).sum()) if frames else 0
     num_visual = num_patches // merge**2
     if num_visual + num_text > max_tokens:
-        return draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens)
-    pad = VIDEO_PAD_ID if kind == "clip" else IMAGE_PAD_ID
-    input_ids = np.concatenate([np.full(num_visual, pad), rng.integers(0, FIRST_SPECIAL_ID, num_text)])
+        return draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens, mix=mix)
+    pad = mix.video_pad_id if kind == "clip" else mix.image_pad_id
+    input_ids = np.concatenate([np.full(num_visual, pad), rng.integers(0, mix.first_special_id, num_text)])
     labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
     labels[-num_supervised - 1 : -1] = input_ids[-num_supervised:]
     return RenderedSample(
@@ -58,14 +90,14 @@ def draw_sample(rng: np.random.Generator, *, image_merge_size: int, max_tokens: 
 
 
 def draw_packs(
-    count: int, *, max_tokens: int = 16384, image_merge_size: int = 2, seed: int = 0
+    count: int, *, max_tokens: int = 16384, image_merge_size: int = 2, seed: int = 0, mix: Mix = PUBLISHED
 ) -> list[list[RenderedSample]]:
     """``count`` packs of at most ``max_tokens`` language-model tokens, in the order drawn."""
     rng = np.random.default_rng(seed)
     packs: list[list[RenderedSample]] = [[]]
     room = max_tokens
     while True:
-        sample = draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens)
+        sample = draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens, mix=mix)
         if len(sample.input_ids) > room:
             if len(packs) == count:
                 return packs

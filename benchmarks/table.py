@@ -13,20 +13,31 @@ AIMS = {
     "stored_frames_per_second_core": 500,
     "data_wait_share": 0.05,
     "useful_tflops_2b": 475,
+    "useful_tflops_2b_train_command": 475,
+    "useful_tflops_7b": 500,
+    "ratio_to_stock_stage1": 7,
+    "useful_tflops_7b_lora": 450,
+    "longest_pack_2b": 131072,
+    "longest_pack_7b_lora": 65536,
+    "deepspeed_overhead": 0.05,
+    "data_wait_fraction": 0.05,
+    "host_syncs": 1,
 }
 """Of figures that do not carry their own."""
 
 KNOWN = {"figure", "value", "unit", "better", "aim", "reached", "note", "machine", "versions", "command"}
-LONG = {"settings", "more"}
+LONG = {"settings", "more", "row"}
 """What the results file keeps in full and the page leaves out."""
 
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Figures
 
-Made by `python benchmarks/table.py` from `results/*.jsonl`, which the commands below wrote. Every script takes
-`--quick` for a short run that keeps nothing. Aims are those of the project's issues; a figure without one is there to
-compare with. What was tried on the GPU, predicted and missed stands in [log.md](log.md); `vl3train kernels --check`
-compares the attention kernels of a machine with float64 and prints its table.
+Made by `python benchmarks/table.py` from `results/*.jsonl`, which the commands below wrote. Scripts take `--quick`, or
+`--tiny` where they train (two layers, on a CPU), for a short run that keeps nothing. Aims are those of the project's
+issues; a figure without one is there to compare with. What was tried on the GPU, predicted and missed stands in
+[log.md](log.md); `vl3train kernels --check` compares the attention kernels of a machine with float64 and prints its
+table. `python -m benchmarks.profile` tells where the time of a step goes. [docs/numerics.md](../docs/numerics.md) says
+what the loss curves mean.
 """
 
 

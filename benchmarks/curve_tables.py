@@ -1,0 +1,146 @@
+"""What is told of loss curves: how far they lie apart, as JSON lines and Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.figures import machine
+from vl3train.config.choices import Dtype
+from vl3train.engine.ranks import Rank
+
+WINDOW = 10
+SHOWN = (1, 50, 100, 150, 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Who computes the gradient, in which numbers, on which order of the data."""
+
+    packed: bool
+    dtype: Dtype
+    compiled: bool = False
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        who = "packed" if self.packed else "transformers"
+        return f"{who} {self.dtype.value}{' compiled' if self.compiled else ''}"
+
+
+def reference_of(curve: Curve) -> Curve:
+    """transformers in float32, on the same order of the data."""
+    return Curve(packed=False, dtype=Dtype.float32, seed=curve.seed)
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Means of ``WINDOW`` steps, or of all where there are fewer."""
+    width = min(WINDOW, len(losses))
+    return np.convolve(losses, np.ones(width) / width, "valid")
+
+
+def differences(found: dict[Curve, list[float]], curve: Curve, other: Curve) -> dict[str, float]:
+    """How far two curves lie apart, in nats a token."""
+    a, b = found[curve], found[other]
+    return {
+        "first_step": abs(a[0] - b[0]),
+        "first_50_steps": float(np.max(np.abs(np.subtract(a[:50], b[:50])))),
+        "window": float(np.max(np.abs(smoothed(a) - smoothed(b)))),
+        "last_50_steps": float(abs(np.mean(a[-50:]) - np.mean(b[-50:]))),
+    }
+
+
+def noise(found: dict[Curve, list[float]]) -> dict[str, float]:
+    """The reference against itself on the other order of the data."""
+    first = Curve(packed=False, dtype=Dtype.float32)
+    return differences(found, first, replace(first, seed=1))
+
+
+def figure_lines(found: dict[Curve, list[float]], rank: Rank) -> Iterator[dict[str, Any]]:
+    """One JSON line a curve with all its losses, and one for the noise."""
+    where = torch.cuda.get_device_name() if rank.device.type == "cuda" else machine()
+    packages = ("torch", "transformers", "deepspeed")
+    origin = {
+        "machine": where,
+        "versions": {name: version(name) for name in packages},
+        "command": "python -m benchmarks.loss_curves",
+    }
+    what = "largest difference of means of 10 steps, nats a token"
+    yield {
+        "figure": "loss_curve_noise",
+        "value": noise(found)["window"],
+        "unit": "nats",
+        "better": "lower",
+        "note": f"{what}; transformers in float32, seed 0 against seed 1",
+        **origin,
+    }
+    for curve, losses in found.items():
+        line: dict[str, Any] = {
+            "figure": f"loss_curve_{curve.name.replace(' ', '_')}_seed_{curve.seed}",
+            "unit": "nats",
+        }
+        if curve == reference_of(curve):
+            line |= {
+                "value": float(np.mean(losses[-50:])),
+                "note": "the reference: mean of the last 50 steps",
+            }
+        else:
+            line |= {
+                "value": differences(found, curve, reference_of(curve))["window"],
+                "aim": noise(found)["window"],
+                "note": f"{what}; from transformers in float32, same data",
+            }
+        settings = {
+            "packed": curve.packed,
+            "dtype": curve.dtype.value,
+            "compiled": curve.compiled,
+            "seed": curve.seed,
+        }
+        yield {**line, "better": "lower", **origin, "settings": settings, "more": {"losses": losses}}
+
+
+def kept_curves(file: Path) -> dict[Curve, list[float]]:
+    """The curves of a run's lines."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {
+        Curve(**{**line["settings"], "dtype": Dtype(line["settings"]["dtype"])}): line["more"]["losses"]
+        for line in lines
+        if "settings" in line
+    }
+
+
+def markdown(found: dict[Curve, list[float]]) -> str:
+    """Two tables: the curves, and how far they lie apart."""
+    num_steps = len(next(iter(found.values())))
+    shown = [step for step in SHOWN if step <= num_steps] or [1, num_steps]
+    lines = [
+        "Loss, nats a token; from step 50 on the mean of the 10 steps that end there.\n",
+        f"| gradient by | order | {' | '.join(f'step {step}' for step in shown)} |",
+        f"|---|---|{'---:|' * len(shown)}",
+    ]
+    for curve, losses in found.items():
+        means = [np.mean(losses[max(0, step - WINDOW) : step]) if step > 1 else losses[0] for step in shown]
+        lines.append(f"| {curve.name} | seed {curve.seed} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+    lines += [
+        "\nDistance from each other on the same data, nats a token.\n",
+        "| gradient by | from | order | step 1 | any of steps 1 to 50 | any mean of 10 steps | mean of the last 50 |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    pairs = [(c, reference_of(c)) for c in found if c != reference_of(c)]
+    pairs += [
+        (c, replace(c, packed=False, compiled=False)) for c in found if c.packed and c.dtype is Dtype.bfloat16
+    ]
+    for curve, other in pairs:
+        cells = " | ".join(f"{x:.2g}" for x in differences(found, curve, other).values())
+        lines.append(f"| {curve.name} | {other.name} | seed {curve.seed} | {cells} |")
+    cells = " | ".join(f"{x:.2g}" for x in noise(found).values())
+    lines.append(f"| transformers float32, seed 0 | itself, seed 1 | noise | {cells} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,115 @@
+"""The project's own step, under the engine that users run and under a loop of plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_rows import Row
+from vl3train.config.choices import Device, Dtype, Recompute
+from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
+from vl3train.contracts.records import Batch
+from vl3train.engine.optim import build_optimizer
+from vl3train.engine.ranks import Rank, join
+from vl3train.engine.step import train_step
+from vl3train.engine.zero import Zero
+from vl3train.model.attention import choose_attention
+from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.trainable import count_parameters, parameter_groups
+
+RATE = 1e-6
+Step = Callable[[list[Any], int], float]
+"""(what one step is made of, supervised tokens of all ranks) -> loss."""
+
+
+def own_step(row: Row, hf_model: Any, device: torch.device) -> Step:
+    """One step through vl3train's train_step, on batches."""
+    machine = MachineConfig(dtype=Dtype.bfloat16, zero_stage=row.zero_stage, device=Device(device.type))
+    attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
+    print(f"attention: {attention.name} ({attention.reason})", flush=True)
+    packed = PackedModel(
+        hf_model,
+        attention.name,
+        recompute_vision=Recompute(row.recompute_vision),
+        recompute_language=Recompute(row.recompute_language),
+        compile_layers=row.compile_layers,
+    )
+    trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
+    groups = parameter_groups(hf_model, trained, 0.0)
+    rank = join(machine)
+    if row.way == "plain_loop":
+        engine: Any = PlainEngine(packed, groups, OptimConfig(), rank)
+    else:
+        engine = Zero(
+            packed,
+            build_optimizer(groups, OptimConfig(), device),
+            machine=machine,
+            optim=OptimConfig(),
+            num_micro_batches=row.packs_a_step,
+            rank=rank,
+            save_frozen=not row.lora,
+        )
+    engine.train(True)
+
+    def step(batches: list[Any], num_supervised: int) -> float:
+        return train_step(
+            engine, batches, num_supervised_tokens=num_supervised, num_sources=1, stop_requested=False
+        ).loss
+
+    return step
+
+
+class PlainEngine:
+    """What train_step needs of an engine, without DeepSpeed, on one device.
+
+    The same arithmetic as ZeRO-1 on one rank: bfloat16 weights, gradients summed over micro-batches in float32,
+    float32 masters under AdamW, clipping by the norm of the whole model.
+    """
+
+    def __init__(self, model: Any, groups: list[dict[str, Any]], optim: OptimConfig, rank: Rank) -> None:
+        if rank.dp_size > 1:
+            raise ValueError("the plain loop is for one rank")
+        self.rank, self.model, self.max_norm = rank, model, optim.max_grad_norm
+        self.weights: list[Tensor] = [weight for group in groups for weight in group["params"]]
+        for group in groups:
+            group["params"] = [torch.nn.Parameter(weight.detach().float()) for weight in group["params"]]
+        self.masters: list[Tensor] = [master for group in groups for master in group["params"]]
+        self.sums = [torch.zeros_like(master) for master in self.masters]
+        for master, total in zip(self.masters, self.sums, strict=True):
+            master.grad = total
+        self.optimizer = build_optimizer(groups, optim, rank.device)
+
+    def train(self, training: bool) -> None:
+        """As Zero.train."""
+        self.model.train(training)
+
+    def forward(self, batch: Batch) -> Any:
+        """As Zero.forward."""
+        return self.model(batch.to(self.rank.device))
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of ``loss``, added to the step's sums and let go."""
+        loss.backward()
+        pairs = [(s, w.grad) for s, w in zip(self.sums, self.weights, strict=True) if w.grad is not None]
+        torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
+        for weight in self.weights:
+            weight.grad = None
+
+    def finish_micro_batch(self) -> None:
+        """Nothing: ``backward`` has added everything."""
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Clip, update the masters, round them to the weights; the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.masters)
+        torch._foreach_zero_(self.sums)
+        return norm
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """One rank: they are the sums."""
+        return values

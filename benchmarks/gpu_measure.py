@@ -1,0 +1,205 @@
+"""Takes the figures of one row, in a process of its own for each rank."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu_engine import Step, own_step
+from benchmarks.gpu_model import build_row_model, mix_of
+from benchmarks.gpu_rows import Row
+from benchmarks.gpu_stock import stock_step
+from benchmarks.packs import draw_packs, pack_batch
+from vl3train.contracts.records import RenderedSample
+from vl3train.engine.meter import measure_product
+from vl3train.model.flops import FlopRates, flop_rates
+
+SYNC_WARNING = "called a synchronizing CUDA operation"
+
+
+class Work:
+    """The packs of a row's steps, the same on every rank, and the share of this one."""
+
+    def __init__(self, row: Row, rates: FlopRates, rank: int) -> None:
+        self.row, self.rank, self.rates = row, rank, rates
+        self.num_steps = min(row.steps, 2)
+        packs = draw_packs(
+            row.packs_a_step * row.ranks * self.num_steps,
+            max_tokens=row.max_tokens,
+            image_merge_size=row.image_merge_size,
+            mix=mix_of(row.model),
+        )
+        self.steps = [self._step(packs[i :: self.num_steps]) for i in range(self.num_steps)]
+
+    def _step(self, packs: list[list[RenderedSample]]) -> dict[str, Any]:
+        batches = [pack_batch(pack) for pack in packs]
+        costs = [self.rates.of(batch) for batch in batches]
+        mine = shares(costs, self.row.ranks)[self.rank]
+        own = [batches[i] for i in mine]
+        if torch.cuda.is_available():
+            own = [batch.pin_memory() for batch in own]
+        return {
+            "batches": own,
+            "packs": [packs[i] for i in mine],
+            "flops": sum(costs),
+            "tokens": sum(batch.num_planned_tokens for batch in batches),
+            "longest": max(batch.num_planned_tokens for batch in batches),
+            "patches": sum(len(batch.pixel_values) for batch in batches),
+            "supervised": sum(len(batch.supervised_positions) for batch in batches),
+        }
+
+    def data(self, number: int) -> list[Any]:
+        """What the row's step takes as its step ``number``."""
+        step = self.steps[number % self.num_steps]
+        if self.row.way == "packed_stock":
+            return list(step["packs"])
+        if self.row.way == "padded":
+            return [sample for pack in step["packs"] for sample in pack]
+        return list(step["batches"])
+
+
+def shares(costs: list[int], ranks: int) -> list[list[int]]:
+    """Positions of the packs of each rank, equally many, dearest first to the rank that has least work so far.
+
+    >>> shares([5, 1, 4, 2], 2)
+    [[0, 1], [2, 3]]
+    """
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        open_ranks = [r for r in range(ranks) if len(found[r]) < len(costs) // ranks]
+        least = min(open_ranks, key=lambda r: sum(costs[i] for i in found[r]))
+        found[least].append(position)
+    return found
+
+
+def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
+    """The row's step and what it works on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    hf_model = build_row_model(row, device)
+    work = Work(row, flop_rates(hf_model), rank)
+    make = stock_step if row.way in ("padded", "packed_stock") else own_step
+    return make(row, hf_model, device), work
+
+
+def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, Any]:
+    """Train the row's steps and return its figures; the first step warms up and is not counted."""
+    step, work = prepare(row, rank, device)
+    seconds, flops, tokens, patches = [], 0, 0, 0
+    warm_up = graphs = loss = 0.0
+    for number in range(row.steps):
+        of_step = work.steps[number % work.num_steps]
+        wait_for_all(device)
+        started = time.perf_counter()
+        loss = step(work.data(number), of_step["supervised"])
+        wait_for_all(device)
+        took = time.perf_counter() - started
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        print(
+            f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, graphs {compiled}", flush=True
+        )
+        if number == 0:
+            warm_up, graphs = took, compiled
+            continue
+        seconds.append(took)
+        flops, tokens, patches = (
+            flops + of_step["flops"],
+            tokens + of_step["tokens"],
+            patches + of_step["patches"],
+        )
+    total, cuda = sum(seconds), device.type == "cuda"
+    found = {
+        "tflops": flops / row.ranks / total / 1e12,
+        "seconds_a_pack": total / (len(seconds) * row.packs_a_step),
+        "work_a_pack_tflop": flops / len(seconds) / row.packs_a_step / row.ranks / 1e12,
+        "tokens_a_second": tokens / total,
+        "patches_a_second": patches / total,
+        "tokens_a_pack": max(of_step["longest"] for of_step in work.steps),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        "warm_up_seconds": warm_up,
+        "recompiles": compiled - graphs,
+        "step_seconds": seconds,
+        "loss": loss,
+    }
+    if row.host_syncs and cuda:
+        waits = count_syncs(lambda: step(work.data(0), work.steps[0]["supervised"]))
+        found |= {"host_syncs": sum(waits.values()), "host_syncs_at": dict(waits)}
+    return found
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Until this device, and every rank, is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def count_syncs(act: Callable[[], Any]) -> Counter[str]:
+    """How often the host waits for the GPU while ``act`` runs, by line of Python: torch's sync debug mode."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+    found: Counter[str] = Counter()
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if SYNC_WARNING in str(message):
+            found[caller()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        try:
+            act()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def caller() -> str:
+    """The innermost line outside torch and this file that led here, with its text."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and file != __file__ and not file.endswith("/warnings.py"):
+            short = "/".join(file.split("/")[-3:])
+            return f"{short}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return "unknown"
+
+
+def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
+    """In a process of its own: send the figures, or the reason why there are none."""
+    device = torch.device("cpu") if tiny else torch.device("cuda", rank)
+    if row.way == "command":
+        from benchmarks.gpu_command import measure_command  # loads the data plane, which other rows need not
+
+        send(pipe, lambda: measure_command(row, device))
+    else:
+        send(pipe, lambda: measure(name, row, rank, device))
+
+
+def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
+    """The same for a matrix product: a context left in the command's own process would take memory from the rows."""
+    device = torch.device("cuda")
+    send(pipe, lambda: {"matmul_tflops": measure_product(device), "machine": torch.cuda.get_device_name()})
+
+
+def send(pipe: Any, act: Callable[[], dict[str, Any]]) -> None:
+    """What ``act`` returns, or why it failed."""
+    try:
+        pipe.send(act())
+    except Exception as error:
+        traceback.print_exc(limit=-6)
+        pipe.send({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})

@@ -1,0 +1,88 @@
+"""One process for each rank of a row, with a time limit: no row can take another down."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from benchmarks.gpu_rows import Row
+
+SECONDS_TO_LEAVE = 5
+Child = Callable[[str, Row, int, bool, Any], None]
+
+
+def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str, Any]:
+    """What rank 0 of the row sends, or ``{"failed": reason}``; memory and compiled code go with the processes."""
+    os.environ.setdefault(
+        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    )  # torch reads it when it is imported
+    context: Any = multiprocessing.get_context("spawn")
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(row.ranks):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=start, args=(child, name, row, rank, tiny, port, sender))
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    found: dict[str, Any] = {"failed": "interrupted"}
+    try:
+        found = collect(pipes, row.max_seconds)
+    finally:
+        for process in processes:
+            if "failed" not in found:
+                process.join(SECONDS_TO_LEAVE)
+            end_group(process)
+    return found
+
+
+def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, pipe: Any) -> None:
+    """The child's first act: a process group of its own, and the words by which ranks find one another."""
+    os.setsid()  # its decoding processes end with it
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
+    if row.ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    child(name, row, rank, tiny, pipe)
+
+
+def collect(pipes: list[Connection], max_seconds: float) -> dict[str, Any]:
+    """Rank 0's answer once every rank has answered, or the first failure."""
+    answers: dict[int, dict[str, Any]] = {}
+    deadline = time.monotonic() + max_seconds
+    while len(answers) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return {"failed": f"no figures within {max_seconds:g} s"}
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                answers[rank] = pipes[rank].recv()
+            except EOFError:
+                return {"failed": f"the process of rank {rank} died"}
+            if "failed" in answers[rank]:
+                return answers[rank]
+    return answers[0]
+
+
+def end_group(process: Any) -> None:
+    """End a child and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended and left nothing, or has not yet made its group
+        process.kill()
+    process.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

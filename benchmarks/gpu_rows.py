@@ -1,0 +1,128 @@
+"""Rows of benchmarks/one_gpu.py: what each trains, how, and what the issue calls its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vl3train.config.schema import PARTS
+
+WAYS = ("engine", "plain_loop", "padded", "packed_stock", "command")
+"""engine: vl3train's train_step under DeepSpeed. plain_loop: the same under a loop of plain PyTorch. padded:
+transformers' forward on padded rows. packed_stock: the same forward on one packed row with position_ids. command:
+the whole training loop, from shards on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    way: str = "engine"
+    model: str = "2b"
+    attention: str = "auto"
+    recompute_vision: str = "elementwise"
+    recompute_language: str = "mlp"
+    compile_layers: bool = True
+    trains: tuple[str, ...] = PARTS
+    image_merge_size: int = 2
+    max_tokens: int = 16384
+    lora: bool = False
+    lora_dropout: float = 0.0
+    zero_stage: int = 1
+    ranks: int = 1  # processes, a GPU each
+    liger: bool = False  # ways of transformers: liger's kernels in the language model, its fused loss
+    stock_recompute: str = "all"  # ways of transformers: layers computed again, all or those of vision
+    stock_rows: int = 4  # padded: samples a micro-batch
+    steps: int = 4
+    packs_a_step: int = 4  # on each rank
+    host_syncs: bool = False  # count the waits of one more step
+    max_seconds: float = 240.0  # then its processes are ended, and the row says so
+    figures: dict[str, str] = field(default_factory=dict)  # what the issue calls this row's figures
+
+
+STAGE_1: dict[str, Any] = dict(trains=("vision_encoder", "projector"), image_merge_size=1)
+ROWS: dict[str, Row] = {
+    "2b": Row(
+        host_syncs=True,
+        figures={"tflops": "useful_tflops_2b", "peak_gib": "peak_gib_2b", "recompiles": "recompiles"},
+    ),
+    "2b_train_command": Row(
+        way="command", steps=8, max_seconds=420, figures={"tflops": "useful_tflops_2b_train_command"}
+    ),
+    "2b_plain_loop": Row(way="plain_loop"),
+    "stock_2b": Row(way="padded", steps=2, packs_a_step=2),
+    "2b_liger": Row(way="padded", liger=True, steps=3, packs_a_step=2),
+    "2b_position_ids": Row(way="packed_stock", liger=True, steps=3, packs_a_step=2),
+    "2b_position_ids_vision_again": Row(
+        way="packed_stock", liger=True, stock_recompute="vision", steps=3, packs_a_step=2
+    ),
+    "stage1_2b": Row(**STAGE_1),
+    "stock_stage1_2b": Row(**STAGE_1, way="padded", steps=2, packs_a_step=1),
+    "7b_lora": Row(
+        model="7b",
+        lora=True,
+        recompute_vision="mlp",
+        max_seconds=300,
+        figures={"tflops": "useful_tflops_7b_lora"},
+    ),
+    "longest_2b": Row(
+        max_tokens=131072,
+        recompute_vision="layer",
+        recompute_language="layer",
+        packs_a_step=1,
+        steps=2,
+        max_seconds=300,
+        figures={"tokens_a_pack": "longest_pack_2b"},
+    ),
+    "longest_7b_lora": Row(
+        model="7b",
+        lora=True,
+        max_tokens=65536,
+        recompute_vision="layer",
+        recompute_language="layer",
+        packs_a_step=1,
+        steps=2,
+        max_seconds=300,
+        figures={"tokens_a_pack": "longest_pack_7b_lora"},
+    ),
+    "7b": Row(
+        model="7b",
+        ranks=2,
+        recompute_vision="layer",
+        recompute_language="layer",
+        max_seconds=420,
+        figures={"tflops": "useful_tflops_7b", "peak_gib": "peak_gib_7b"},
+    ),
+    "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, recompute_vision="mlp", max_seconds=420),
+    "2b_eager": Row(compile_layers=False, recompute_vision="layer", recompute_language="layer"),
+    "2b_torch_varlen": Row(attention="torch_varlen"),
+    "2b_recompute_layer": Row(recompute_vision="layer", recompute_language="layer"),
+    "2b_recompute_mlp": Row(recompute_vision="mlp", recompute_language="mlp"),
+    "2b_elementwise": Row(recompute_vision="elementwise", recompute_language="elementwise"),
+}
+
+COMPARED = {
+    "ratio_to_stock_2b": ("2b", "stock_2b"),
+    "ratio_to_liger_2b": ("2b", "2b_liger"),
+    "ratio_to_position_ids_2b": ("2b", "2b_position_ids"),
+    "ratio_to_stock_stage1": ("stage1_2b", "stock_stage1_2b"),
+}
+"""Figures that are one row's useful TFLOP/s over another's."""
+
+
+def tiny(row: Row) -> Row:
+    """The row on a model of two layers, for a CPU: small packs, nothing compiled, none of liger's (Triton) kernels."""
+    return replace(
+        row,
+        model="tiny",
+        max_tokens=512,
+        compile_layers=False,
+        liger=False,
+        steps=min(row.steps, 3),
+        packs_a_step=2,
+    )
+
+
+def quick(row: Row) -> Row:
+    """One timed step after the first, and no count of waits."""
+    return replace(row, steps=2, host_syncs=False)

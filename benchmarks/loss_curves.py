@@ -1,0 +1,157 @@
+"""Loss curves of 200 steps: packs under the engine against transformers' own forward, one sample at a time.
+
+    python -m benchmarks.loss_curves            # on a CPU bfloat16 once, and nothing compiled
+    python -m benchmarks.loss_curves --tiny     # a few steps; nothing is kept
+
+Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
+and clipping; only who computes the gradient differs. A second order of the data (seed 1) shows what run-to-run noise
+is. JSON lines go to benchmarks/results/loss_curves.jsonl (or $OUT), the tables to loss_curves.md beside it;
+docs/numerics.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.curve_tables import Curve, figure_lines, kept_curves, markdown
+from benchmarks.curve_task import Task, make_task
+from benchmarks.gpu_engine import PlainEngine
+from benchmarks.gpu_stock import full_loss, padded_inputs
+from benchmarks.packs import pack_batch
+from vl3train.config.choices import Device, Dtype
+from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.contracts.records import RenderedSample
+from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.engine.optim import build_optimizer, rate_factor, set_rates
+from vl3train.engine.ranks import Rank, join
+from vl3train.engine.step import train_step
+from vl3train.engine.zero import Zero
+from vl3train.model.attention import choose_attention
+from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.trainable import parameter_groups
+
+RATES = {"vision_encoder": 2e-3, "projector": 2e-3, "language_model": 1e-3}  # configs/model/debug.yaml
+SAMPLES_A_STEP = 8
+PACKS_A_STEP = 2
+
+
+def curves(cuda: bool) -> list[Curve]:
+    """All that this machine can draw; the reference first."""
+    found = [
+        Curve(packed=packed, dtype=dtype)
+        for dtype in (Dtype.float32, Dtype.bfloat16)
+        for packed in (False, True)
+    ]
+    again = found if cuda else found[:2]  # a CPU is slow in bfloat16
+    if cuda:
+        found.append(Curve(packed=True, dtype=Dtype.bfloat16, compiled=True))
+    return [*found, *(replace(curve, seed=1) for curve in again)]
+
+
+def main() -> None:
+    """Draw every curve, write lines and tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a few steps on few samples; nothing is kept")
+    parser.add_argument(
+        "--table", action="store_true", help="only the tables again, from the curves that were kept"
+    )
+    args = parser.parse_args()
+    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    if args.table:
+        (out / "loss_curves.md").write_text(markdown(kept_curves(out / "loss_curves.jsonl")))
+        return
+    machine_config = MachineConfig(device=Device.cpu if args.tiny else Device.auto)
+    rank = join(machine_config)
+    with tempfile.TemporaryDirectory() as folder:
+        task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
+        found = draw_all(task, rank, num_steps=4 if args.tiny else 200)
+    lines, table = list(figure_lines(found, rank)), markdown(found)
+    print(table)
+    if args.tiny:
+        print("\n".join(json.dumps(line) for line in lines))
+        return
+    (out / "loss_curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "loss_curves.md").write_text(table)
+
+
+def draw_all(task: Task, rank: Rank, num_steps: int) -> dict[Curve, list[float]]:
+    """The losses of every curve, in order of its steps."""
+    found = {}
+    for curve in curves(rank.device.type == "cuda"):
+        started = time.perf_counter()
+        steps = task.steps(num_steps, SAMPLES_A_STEP, curve.seed)
+        found[curve] = (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
+        seconds = time.perf_counter() - started
+        print(f"{curve.name}, seed {curve.seed}: {seconds:.0f} s, last {found[curve][-1]:.4f}", flush=True)
+    return found
+
+
+def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]], rank: Rank) -> list[float]:
+    """vl3train's own step: packs, its kernels, DeepSpeed."""
+    dtype = torch.bfloat16 if curve.dtype is Dtype.bfloat16 else torch.float32
+    hf_model = task.model(dtype, rank.device)
+    attention = choose_attention("auto", rank.device, head_dims(hf_model), dtype)
+    print(f"{curve.name}: attention {attention.name}", flush=True)
+    optim = OptimConfig()
+    engine = Zero(
+        PackedModel(hf_model, attention.name, compile_layers=curve.compiled),
+        build_optimizer(parameter_groups(hf_model, RATES, 0.0), optim, rank.device),
+        machine=MachineConfig(dtype=curve.dtype, zero_stage=1),
+        optim=optim,
+        num_micro_batches=PACKS_A_STEP,
+        rank=rank,
+    )
+    engine.train(True)
+    losses = []
+    for number, samples in enumerate(steps):
+        set_rates(engine.optimizer, rate_factor(number, len(steps), optim))
+        result = train_step(
+            engine,
+            [pack_batch(samples[i::PACKS_A_STEP]) for i in range(PACKS_A_STEP)],
+            num_supervised_tokens=count_supervised(samples),
+            num_sources=1,
+            stop_requested=False,
+        )
+        losses.append(result.loss)
+    return losses
+
+
+def stock_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]], rank: Rank) -> list[float]:
+    """transformers' forward on one sample at a time: no padding, no packing; float32 masters under plain AdamW."""
+    dtype = torch.bfloat16 if curve.dtype is Dtype.bfloat16 else torch.float32
+    hf_model = task.model(dtype, rank.device)
+    optim = OptimConfig()
+    engine = PlainEngine(hf_model, parameter_groups(hf_model, RATES, 0.0), optim, rank)
+    engine.train(True)
+    losses = []
+    for number, samples in enumerate(steps):
+        set_rates(engine.optimizer, rate_factor(number, len(steps), optim))
+        total = torch.zeros((), dtype=torch.float64, device=rank.device)
+        for sample in samples:
+            inputs = padded_inputs([sample], rank.device, task.video_token_id)
+            loss = full_loss(hf_model, inputs) / count_supervised(samples)
+            engine.backward(loss)
+            total += loss.detach()
+        engine.step()
+        losses.append(float(total))
+    return losses
+
+
+def count_supervised(samples: Sequence[RenderedSample]) -> int:
+    """Supervised tokens of some samples."""
+    return sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A row of the GPU benchmark cannot take the others down, however it ends."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from benchmarks.gpu_process import in_own_processes
+from benchmarks.gpu_rows import ROWS, WAYS, Row, quick, tiny
+
+
+def answers(name, row, rank, tiny, pipe):
+    pipe.send({"name": name, "rank": os.environ["RANK"], "of": os.environ["WORLD_SIZE"]})
+
+
+def one_fails(name, row, rank, tiny, pipe):
+    if rank == 1:
+        pipe.send({"failed": "out of memory"})
+    time.sleep(60)  # as a rank that waits for the other in a collective
+
+
+def dies(name, row, rank, tiny, pipe):
+    os._exit(3)
+
+
+def never_answers(name, row, rank, tiny, pipe):
+    time.sleep(60)
+
+
+def test_rank_0_speaks_for_the_row():
+    found = in_own_processes(answers, "some", Row(ranks=2), True)
+    assert found == {"name": "some", "rank": "0", "of": "2"}
+
+
+@pytest.mark.parametrize(
+    ("child", "reason"),
+    [
+        (one_fails, "out of memory"),
+        (dies, "the process of rank 0 died"),
+        (never_answers, "no figures within 3 s"),
+    ],
+)
+def test_what_goes_wrong_is_told_and_ended_at_once(child, reason):
+    started = time.monotonic()
+    found = in_own_processes(child, "some", Row(ranks=2 if child is one_fails else 1, max_seconds=3), True)
+    assert found == {"failed": reason}
+    assert time.monotonic() - started < 30
+
+
+def test_every_row_names_a_way_and_can_be_made_small():
+    for row in ROWS.values():
+        assert row.way in WAYS
+        assert tiny(row).model == "tiny"
+        assert quick(row).steps == 2
+    names = [name for row in ROWS.values() for name in row.figures.values()]
+    assert len(names) == len(set(names))

@@ -1,0 +1,183 @@
+"""Rows of the GPU benchmark do on a CPU, on two layers, what they do on a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import one_gpu, profile
+from benchmarks.curve_tables import Curve, differences
+from benchmarks.curve_task import make_task
+from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
+from benchmarks.gpu_command import measure_command
+from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, measure, prepare, shares
+from benchmarks.gpu_rows import ROWS, tiny
+from benchmarks.kernel_kinds import kind_of, union_seconds
+from benchmarks.loss_curves import packed_curve, stock_curve
+from benchmarks.packs import TINY, draw_sample
+from vl3train.config.choices import Dtype
+from vl3train.config.schema import MachineConfig
+from vl3train.contracts.records import RenderSettings
+from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.data.media import DecodeLimits
+from vl3train.data.samples import render_sample
+from vl3train.data.tokens import ChatTokenizer
+from vl3train.engine.ranks import join
+
+CPU = torch.device("cpu")
+
+
+def first_losses(name, steps=3):
+    row = tiny(ROWS[name])
+    step, work = prepare(row, 0, CPU)
+    return [step(work.data(0), work.steps[0]["supervised"]) for _ in range(steps)]
+
+
+def test_all_ways_train_the_same_samples_and_the_plain_loop_is_the_engine_without_deepspeed():
+    engine = first_losses("2b")
+    for name in ("stock_2b", "2b_position_ids", "2b_position_ids_vision_again"):
+        assert first_losses(name, 1)[0] == pytest.approx(engine[0], abs=2e-3), name
+    # Bit for bit, so that what is between their times is DeepSpeed's.
+    assert first_losses("2b_plain_loop") == engine
+
+
+def test_figures_of_a_row():
+    found = measure("2b_liger", tiny(ROWS["2b_liger"]), 0, CPU)
+    assert len(found["step_seconds"]) == tiny(ROWS["2b_liger"]).steps - 1
+    of_packs = found["work_a_pack_tflop"] / found["seconds_a_pack"]
+    assert found["tflops"] == pytest.approx(of_packs)
+    lines = list(one_gpu.figure_lines("2b_liger", ROWS["2b_liger"], found))
+    assert [line["figure"] for line in lines] == [
+        "tflops_2b_liger",
+        "tokens_a_pack_2b_liger",
+        "recompiles_2b_liger",
+    ]
+
+
+def test_packs_are_shared_equally_and_evenly():
+    costs = np.random.default_rng(0).integers(200, 300, 8).tolist()
+    found = shares(costs, 2)
+    assert sorted(found[0] + found[1]) == list(range(8))
+    assert len(found[0]) == len(found[1]) == 4
+    loads = [sum(costs[i] for i in mine) for mine in found]
+    assert max(loads) / min(loads) < 1.05
+
+
+@pytest.mark.two_processes
+def test_two_ranks_by_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["one_gpu", "--tiny", "--rows", "7b"])
+    one_gpu.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert lines[0]["figure"] == "useful_tflops_7b"
+    assert lines[0]["value"] > 0
+    assert lines[0]["settings"]["ranks"] == 2
+
+
+def test_the_train_command_is_timed_on_drawn_shards():
+    row = replace(tiny(ROWS["2b_train_command"]), steps=2)
+    found = measure_command(row, CPU)
+    assert found["tflops"] > 0
+    assert found["skipped_samples"] == 0
+    assert 0 <= found["data_wait_fraction"] < 1
+    assert len(found["step_seconds"]) == 2 + 2 - 1
+
+
+def test_drawn_shards_have_the_sizes_of_drawn_packs(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = ChatTokenizer.from_folder(tmp_path)
+    settings = RenderSettings(
+        image_merge_size=2,
+        video_merge_size=2,
+        prune_frames=False,
+        fps=1.0,
+        min_frames=1,
+        max_frames=180,
+        image_min_pixels=3136,
+        image_max_pixels=3211264,
+        video_min_pixels=3136,
+        video_max_pixels=12845056,
+        max_visual_tokens=10240,
+        tokenizer=tokenizer.fingerprint,
+    )
+    limits = DecodeLimits(max_pixels=10**8, max_seconds=100)
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for _ in range(20):
+        drawn = draw_sample(rng, image_merge_size=2, max_tokens=400, mix=TINY)
+        members = sample_members(drawn, rng)
+        conversation = members.pop("json")
+        found = render_sample(
+            conversation, members, settings, tokenizer, limits, key="k", source=0, planned=None
+        )
+        assert found.grids.tolist() == drawn.grids.tolist()
+        # ChatML's own tokens and the times of frames come on top.
+        assert 0 <= len(found.input_ids) - len(drawn.input_ids) < 30 + 15 * drawn.grids[:, 0].sum()
+        # The end mark, and a first word that has no space before it.
+        assert 1 <= (found.labels != IGNORE_INDEX).sum() - (drawn.labels != IGNORE_INDEX).sum() <= 3
+        kinds.add(drawn.key)
+    assert kinds == {"drawn/text", "drawn/image", "drawn/clip"}
+    assert len(set(WORDS)) == len(WORDS)
+
+
+def test_waits_are_counted_by_their_line():
+    def act():
+        for _ in range(3):
+            warnings.warn(f"{SYNC_WARNING} (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    found = count_syncs(act)
+    assert sum(found.values()) == 3
+    (where,) = found
+    assert "test_benchmark_rows.py" in where
+    assert "SYNC_WARNING" in where
+
+
+def test_time_is_summed_by_kind_without_counting_twice():
+    a, norm = torch.randn(300, 300), torch.nn.LayerNorm(300)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        started = time.perf_counter()
+        for _ in range(20):
+            norm(a @ a)
+        wall = time.perf_counter() - started
+    events = [
+        {"ph": "X", "cat": "cpu_op", "tid": e.thread, "name": e.name, "ts": e.time_range.start}
+        | {"dur": e.time_range.end - e.time_range.start}
+        for e in profiler.events()
+    ]
+    found = profile.summary(events, wall)
+    assert found["kinds"]["matrix products"]["calls"] == 20
+    assert found["kinds"]["norms"]["seconds"] > 0
+    assert 0 < found["kernel_seconds"] <= wall
+    assert found["idle_seconds"] is None
+
+
+def test_idle_is_what_no_kernel_covers():
+    kernels = [("nvjet_tst_128x256", 0, 60), ("flash_fwd_kernel", 50, 20), ("odd_one", 90, 10)]
+    events = [{"ph": "X", "cat": "kernel", "name": n, "ts": t, "dur": d} for n, t, d in kernels]
+    found = profile.summary(events, 1e-4)
+    assert found["idle_seconds"] == pytest.approx(20e-6)
+    assert found["unmatched_share"] == pytest.approx(10 / 90)
+    assert [one["name"] for one in found["unmatched"]] == ["odd_one"]
+    assert "| idle: no kernel runs | 0.0 | 20.0% | |" in profile.markdown({"row": "2b", "packs": 2, **found})
+    assert union_seconds([]) == 0
+    assert kind_of("triton_red_fused__to_copy_native_layer_norm_backward_5") == "norms"
+
+
+def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
+    task, rank = make_task(tmp_path, scale=0.02, part_steps=2), join(MachineConfig())
+    steps = task.steps(5, 8, seed=0)
+    found = {
+        curve: (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
+        for curve in (Curve(packed=packed, dtype=Dtype.float32) for packed in (False, True))
+    }
+    stock, packed = found
+    assert differences(found, packed, stock)["first_50_steps"] < 1e-4
+    assert found[packed][0] != found[packed][-1]
+    assert task.steps(5, 8, seed=1)[0] != steps[0]
