@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,12 @@ from vl3train.model.recomputation import Levels, pack_size, recompute_rates
 from vl3train.model.trainable import set_trainable
 
 NOTHING, ELEMENTWISE, MLP, LAYER, OFFLOAD = Recompute
+
+
+@pytest.fixture(autouse=True)
+def _torch_linear(monkeypatch):
+    """torch's own, which an engine under ZeRO-3 has replaced in this process if its tests ran before."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
 def counted(model, batch, levels):

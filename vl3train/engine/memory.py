@@ -157,7 +157,8 @@ class Fitting:
         much = inputs > (self._limit() - max(self.engine.rank.gather(self.memory.held()))) // 4
         for level in (Recompute.offload,) if much else (Recompute.layer, Recompute.offload):
             levels = self._all_at(level)
-            if (dry := self._dry_run(levels)) is not None:
+            # Twice: what compiles, tunes and loads kernels in the first takes memory of its own.
+            if self._dry_run(levels) is not None and (dry := self._dry_run(levels)) is not None:
                 return levels, dry
         raise RunError(
             f"machine.memory=auto: {self.pack_name} does not fit, though every layer computes everything again and "

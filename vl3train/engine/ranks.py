@@ -64,6 +64,9 @@ def join(machine: MachineConfig) -> Rank:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        # Packs of ever new lengths else leave gaps that none of the later ones fits. Read with the first tensor.
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Long, because rank 0 may index shards while the others wait.

@@ -97,7 +97,7 @@ def recompute_rates(hf_model: Any) -> RecomputeRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
 
     Adapters count in the products they sit on; the narrow ones that a layer which is not compiled keeps are counted
-    all the same.
+    all the same. Not counted: under ZeRO-3, DeepSpeed's linear function does the language model's last product again.
     """
     trained = {part_of(name) for name, parameter in hf_model.named_parameters() if parameter.requires_grad}
     vision, text = hf_model.config.vision_config, hf_model.config.text_config
