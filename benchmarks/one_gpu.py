@@ -72,7 +72,8 @@ def run_rows(args: argparse.Namespace) -> None:
     keep = not (args.quick or args.tiny)
     out = results_folder() / "one_gpu.jsonl"
     table, done = list(HEAD), {}
-    with (out if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
+    mode = "w" if args.rows == list(ROWS) else "a"  # a run of all rows stands for itself
+    with (out if keep else Path(os.devnull)).open(mode, encoding="utf-8") as file:
         machine = "CPU" if args.tiny else "unknown"
 
         def put(line: dict[str, Any], shown: str) -> None:
