@@ -103,6 +103,7 @@ def prepare_run(row: Row, device: torch.device, folder: Path) -> list[str]:
         "machine.dtype=bfloat16",
         f"machine.zero_stage={row.zero_stage}",
         f"machine.attention={row.attention}",
+        f"machine.memory={row.memory if device.type == 'cuda' else 'given'}",
         f"machine.recompute_vision={row.recompute_vision}",
         f"machine.recompute_language={row.recompute_language}",
         f"machine.compile_layers={str(row.compile_layers).lower()}",

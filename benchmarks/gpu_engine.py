@@ -12,6 +12,8 @@ from benchmarks.gpu_rows import Row
 from vl3train.config.choices import Device, Dtype, Recompute
 from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
+from vl3train.engine.device_memory import device_memory
+from vl3train.engine.memory import fit_memory, row_bytes
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
@@ -25,8 +27,8 @@ Step = Callable[[list[Any], int], float]
 """(what one step is made of, supervised tokens of all ranks) -> loss."""
 
 
-def own_step(row: Row, hf_model: Any, device: torch.device) -> Step:
-    """One step through vl3train's train_step, on batches."""
+def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]) -> Step:
+    """One step through vl3train's train_step, on batches; ``batches`` are all that will come, of all ranks."""
     machine = MachineConfig(dtype=Dtype.bfloat16, zero_stage=row.zero_stage, device=Device(device.type))
     attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
     print(f"attention: {attention.name} ({attention.reason})", flush=True)
@@ -53,6 +55,17 @@ def own_step(row: Row, hf_model: Any, device: torch.device) -> Step:
             save_frozen=not row.lora,
         )
     engine.train(True)
+    if row.memory == "auto" and device.type == "cuda":
+        widths = row_bytes(packed)
+        worst = max(
+            batches,
+            key=lambda batch: (
+                len(batch.pixel_values) * sum(widths.vision) + batch.num_planned_tokens * sum(widths.language)
+            ),
+        )
+        fitted = fit_memory(engine, packed, worst, device_memory(device), pack_name="the worst pack")
+        peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
+        print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.levels}", flush=True)
 
     def step(batches: list[Any], num_supervised: int) -> float:
         return train_step(

@@ -19,7 +19,7 @@ from benchmarks.gpu_model import build_row_model, mix_of
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_stock import stock_step
 from benchmarks.packs import draw_packs, pack_batch
-from vl3train.contracts.records import RenderedSample
+from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.meter import measure_product
 from vl3train.model.flops import FlopRates, flop_rates
 
@@ -32,6 +32,7 @@ class Work:
     def __init__(self, row: Row, rates: FlopRates, rank: int) -> None:
         self.row, self.rank, self.rates = row, rank, rates
         self.num_steps = min(row.steps, 2)
+        self.all_batches: list[Batch] = []  # of all steps and ranks
         packs = draw_packs(
             row.packs_a_step * row.ranks * self.num_steps,
             max_tokens=row.max_tokens,
@@ -42,6 +43,7 @@ class Work:
 
     def _step(self, packs: list[list[RenderedSample]]) -> dict[str, Any]:
         batches = [pack_batch(pack) for pack in packs]
+        self.all_batches += batches
         costs = [self.rates.of(batch) for batch in batches]
         mine = shares(costs, self.row.ranks)[self.rank]
         own = [batches[i] for i in mine]
@@ -87,8 +89,9 @@ def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
         torch.cuda.set_device(device)
     hf_model = build_row_model(row, device)
     work = Work(row, flop_rates(hf_model), rank)
-    make = stock_step if row.way in ("padded", "packed_stock") else own_step
-    return make(row, hf_model, device), work
+    if row.way in ("padded", "packed_stock"):
+        return stock_step(row, hf_model, device), work
+    return own_step(row, hf_model, device, work.all_batches), work
 
 
 def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, Any]:

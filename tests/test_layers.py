@@ -25,11 +25,11 @@ MAY_IMPORT = {
 DOORS = {
     "hydra": {"config/load.py"},
     "webdataset": {"data/shards.py"},
-    "deepspeed": {"engine/zero.py"},
+    "deepspeed": {"engine/zero.py", "engine/zero_1.py"},
     "peft": {"model/adapters.py"},
     "wandb": {"engine/track.py"},
     "numba": {"data/balance.py"},
-    "flash_attn": {"model/attention.py"},
+    "flash_attn": {"model/flash_attn_4.py"},
     "torch.nn.attention.varlen": {"model/attention.py"},
 }
 

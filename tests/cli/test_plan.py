@@ -119,8 +119,32 @@ def test_memory_is_near_what_was_measured(workplace):
     parameter). The estimate is a little above: gradients and the largest activations are not there at once."""
     stage = ["stage=3", "model=2b", "stage.init_from=checkpoint", "step.max_patches=48000"]
     cfg = load_config([*stage, "machine.dp_size=1"])
-    parts = rank_memory(cfg)
+    parts, levels = rank_memory(cfg, GPUS["h100"])
+    assert levels == ""
     pure_bfloat16 = parts["weights"] * 4 + parts["activations"] + parts["logits"]
     assert 20 < pure_bfloat16 < 24
     split = load_config([*stage, "machine.dp_size=8"])
-    assert rank_memory(split)["masters and AdamW"] == pytest.approx(parts["masters and AdamW"] / 8)
+    assert rank_memory(split, GPUS["h100"])[0]["masters and AdamW"] == pytest.approx(
+        parts["masters and AdamW"] / 8
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ("h100", []),
+        ("h100", ["machine.zero_stage=3"]),
+        ("h200", []),
+        ("4090", ["machine.zero_stage=3", "step.max_tokens=40960", "step.max_patches=163840"]),
+    ],
+)
+def test_memory_auto_fills_the_gpu_it_is_told_and_says_how(workplace, gpu, words):
+    start = ["stage=3", "model=2b", "stage.init_from=checkpoint", "machine.dp_size=8", "machine.memory=auto"]
+    parts, levels = rank_memory(load_config([*start, *words]), GPUS[gpu])
+    has = GPUS[gpu].gigabytes * 1e9 / 2**30
+    assert sum(parts.values()) < has
+    everything_kept = "encoder 27 x elementwise, language model 28 x elementwise"
+    assert (levels == everything_kept) == (gpu == "h200")
+    assert ("offload" in levels) == (gpu == "4090")
+    if gpu != "h200":
+        assert sum(parts.values()) > 0.9 * has

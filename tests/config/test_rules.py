@@ -95,6 +95,7 @@ def test_what_zero_3_and_adapters_cannot_do(workplace: Path):
     zero_3 = ("stage=1", "machine.zero_stage=3")
     assert keys(*zero_3, "machine.recompute_vision=layer", "machine.recompute_language=nothing") == []
     assert keys(*zero_3, "machine.recompute_language=mlp") == ["machine.recompute_language"]
+    assert keys(*zero_3, "machine.recompute_language=mlp", "machine.memory=auto") == []  # it is not read then
     assert keys(*zero_3, "machine.compile_layers=true") == ["machine.compile_layers"]
     compiled = ("stage=3", "stage.init_from=x", "adapter=lora", "machine.compile_layers=true")
     assert "machine.compile_layers" in keys(*compiled)
@@ -173,3 +174,8 @@ def test_wandb_online_needs_a_key(workplace: Path, monkeypatch: pytest.MonkeyPat
     (workplace / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert keys(*online) == []
+
+
+def test_memory_auto_is_refused_on_a_cpu(workplace: Path):
+    text = only_problem("stage=1", "machine.memory=auto", "machine.device=cpu")
+    assert text == "machine.memory=auto: measures a GPU, and machine.device=cpu; use given"

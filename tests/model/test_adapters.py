@@ -74,7 +74,7 @@ def test_trains_packed_saves_alone_loads_with_peft_and_merges(
         assert not torch.allclose(expected[0], base(**inputs[0]).logits, atol=1e-2)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
         for i, logits in zip(inputs, expected, strict=True):
-            torch.testing.assert_close(loaded(**i).logits, logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(loaded(**i).logits, logits, rtol=1e-4, atol=1e-4)
 
         merged = merge_adapter(wrapped)
         assert isinstance(merged, VideoLlama3ForConditionalGeneration)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vl3train.model.loss import supervised_loss
+from vl3train.model.loss import score_logits, supervised_loss
 
 
 def build(num_supervised, dtype=torch.float32):
@@ -23,7 +23,7 @@ def test_equals_cross_entropy_and_calls_the_head_as_often_as_told(num_supervised
     hidden, head, positions, labels = build(num_supervised)
     calls = []
     head.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    total, losses, correct = supervised_loss(hidden, head, positions, labels, num_chunks)
+    total, losses, correct = supervised_loss(hidden, head, score_logits, positions, labels, num_chunks)
     assert len(calls) == num_chunks
     ours = torch.autograd.grad(total, (hidden, head.weight))
     assert len(calls) == 2 * num_chunks, "every chunk is recomputed, or ranks fall out of step under ZeRO-3"
@@ -51,7 +51,7 @@ def test_logits_of_one_chunk_exist_at_a_time():
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        supervised_loss(hidden, Head(), positions, labels, 3)
+        supervised_loss(hidden, Head(), score_logits, positions, labels, 3)
     assert sum(alive) == 7
     assert most == 3
     assert not any(shape and shape[-1] == 17 for shape in saved), "logits are kept for the backward pass"
@@ -59,7 +59,7 @@ def test_logits_of_one_chunk_exist_at_a_time():
 
 def test_bfloat16_logits_are_scored_in_float32():
     hidden, head, positions, labels = build(5, torch.bfloat16)
-    total, losses, _ = supervised_loss(hidden, head, positions, labels, 2)
+    total, losses, _ = supervised_loss(hidden, head, score_logits, positions, labels, 2)
     assert total.dtype == losses.dtype == torch.float32
     expected = F.cross_entropy(head(hidden[positions]).float(), labels, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
@@ -68,6 +68,6 @@ def test_bfloat16_logits_are_scored_in_float32():
 def test_refuses_what_cannot_be():
     hidden, head, positions, labels = build(4)
     with pytest.raises(ValueError, match="at least 1"):
-        supervised_loss(hidden, head, positions, labels, 0)
+        supervised_loss(hidden, head, score_logits, positions, labels, 0)
     with pytest.raises(ValueError, match="positions"):
-        supervised_loss(hidden, head, positions, labels[:2], 1)
+        supervised_loss(hidden, head, score_logits, positions, labels[:2], 1)

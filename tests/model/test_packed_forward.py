@@ -61,7 +61,9 @@ def test_compiled_layers_give_the_same_gradients(
     ).train()
     packed(batch_of(mixed)).loss_sum.backward()
     assert_same_gradients(gradients(model), stock)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for each tower, none for a layer"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5, (
+        "one for each tower, none for a layer; pixels, last norm, scores of logits"
+    )
 
 
 def count_calls(*modules):
@@ -188,7 +190,8 @@ def test_stock_forward_and_generate_of_a_wrapped_model_are_unchanged(tiny_model,
     with torch.no_grad():
         for conversation in mixed:
             inputs = conversation.stock_inputs()
-            torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+            # The patch embedding is a product now, not a convolution: another order of the same sum.
+            torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
         settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=True)
         assert torch.equal(model.generate(**settings), plain.generate(**settings))
 

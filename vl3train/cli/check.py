@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.config.choices import AdapterKind
+from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.load import add_config_arguments, read_config
 from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import adapter_rates, full_rates, problems
@@ -137,6 +137,8 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
     samples = "as many samples as fit" if step.max_samples is None else f"at most {step.max_samples} samples"
     pruning = "repeated patches of clips are pruned" if cfg.stage.prune_frames else "no pruning"
     again = f"computed again: {show(machine.recompute_vision)} (encoder), {show(machine.recompute_language)} (LLM)"
+    if machine.memory is Memory.auto:
+        again = "computed again: what the GPU's memory asks for, measured at the start (machine.memory=auto)"
     length = f"{run.num_epochs:g} virtual epochs" if run.num_steps is None else f"{run.num_steps} steps"
     facts = [
         ("starts from", starts_from(cfg)),

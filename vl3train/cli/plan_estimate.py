@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vl3train.cli.plan_figures import PlanFigures
-from vl3train.config.choices import Dtype, Recompute
+from vl3train.config.choices import Dtype, Memory, Recompute
 from vl3train.config.rules import full_rates
 from vl3train.config.schema import TrainConfig
+from vl3train.engine.device_memory import MARGIN
+from vl3train.model.activation_budget import ActivationBudget, level_scale
+from vl3train.model.recomputation import PackSize, RecomputeRates, TowerWork
 
 
 class Gpu(NamedTuple):
@@ -60,6 +63,9 @@ class Estimate:
     run_hours: float
     peak_gib: float | None  # of the fullest rank
     memory: dict[str, float]  # its parts in GiB
+    levels: (
+        str  # what machine.memory=auto would compute again of a full pack, by layers; empty where it is given
+    )
     cores: float  # that decode images, and clips from their stored frames, as fast as the GPUs train
     cores_unstored: float  # with clips decoded from 720p video
 
@@ -83,12 +89,13 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
         (images + figures.clip_frames / steps / rate) / seconds
         for rate in (STORED_FRAMES_PER_CORE_SECOND, CLIP_FRAMES_PER_CORE_SECOND)
     )
-    memory = rank_memory(cfg)
+    memory, levels = rank_memory(cfg, gpu)
     return Estimate(
         step_seconds=seconds,
         run_hours=seconds * figures.num_steps / 3600,
         peak_gib=sum(memory.values()) if memory else None,
         memory=memory,
+        levels=levels,
         cores=stored,
         cores_unstored=unstored,
     )
@@ -99,6 +106,8 @@ def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool
 
     ``gated``: the language model's MLP, which widens a row twice.
     """
+    if level is Recompute.offload:
+        return 0
     if level is Recompute.layer:
         return hidden
     if level is Recompute.nothing:
@@ -107,14 +116,15 @@ def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool
     return rows if level is Recompute.mlp else rows + wide
 
 
-def rank_memory(cfg: TrainConfig) -> dict[str, float]:
+def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
 
-    The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much.
+    The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much. The second
+    part of the result is ``Estimate.levels``.
     """
     shape = SHAPES.get(cfg.model.name)
     if shape is None:
-        return {}
+        return {}, ""
     machine, ranks = cfg.machine, cfg.machine.dp_size
     width = 2 if machine.dtype is Dtype.bfloat16 else 4
     parameters = sum(cfg.model.num_parameters.values())
@@ -126,15 +136,52 @@ def rank_memory(cfg: TrainConfig) -> dict[str, float]:
 
     inner = tokens * (8 * shape.hidden + 3 * shape.intermediate) * width
     encoder_inner = patches * (10 * ENCODER.hidden + 2 * ENCODER.intermediate) * width
-    kept_token = values_kept(machine.recompute_language, shape.hidden, shape.intermediate, gated=True)
-    kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
-    kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
-    activations = kept + max(inner, encoder_inner)  # of one layer at work
     parts = {
         "weights": split(parameters * width, 3),
         "gradients": split(trained * 4, 2),
         "masters and AdamW": split(trained * 12, 1),
-        "activations": activations,
+        "activations": float(max(inner, encoder_inner)),  # of one layer at work
         "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
     }
-    return {name: size / 2**30 for name, size in parts.items()}
+    levels = ""
+    if machine.memory is Memory.given:
+        kept_token = values_kept(machine.recompute_language, shape.hidden, shape.intermediate, gated=True)
+        kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
+        kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
+    else:
+        room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - sum(parts.values()))
+        kept, levels = chosen(cfg, shape, room, width)
+    parts["activations"] += kept
+    return {name: size / 2**30 for name, size in parts.items()}, levels
+
+
+def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, str]:
+    """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and the levels in words.
+
+    Attention is left out of what is computed again, so neighbouring levels may share the layers a little otherwise.
+    """
+    towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
+    for name, tower, gated in (("vision", ENCODER, False), ("language", shape, True)):
+        kept = {
+            level: width * values_kept(level, tower.hidden, tower.intermediate, gated=gated)
+            for level in level_scale(cfg.machine.zero_stage)
+        }
+        mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
+        work = TowerWork(
+            num_layers=tower.layers,
+            mlp_row=mlp,
+            layer_row=mlp + 8 * tower.hidden**2,
+            layer_pair=0,
+            has_backward=True,
+        )
+        towers[name] = kept, work
+    budget = ActivationBudget(
+        total_bytes=room,
+        vision_bytes=room,
+        vision_kept=towers["vision"][0],
+        language_kept=towers["language"][0],
+        rates=RecomputeRates(vision=towers["vision"][1], language=towers["language"][1], supervised_token=0),
+    )
+    size = PackSize(cfg.step.max_patches, 0, cfg.step.max_tokens, 0)
+    levels = budget.levels(size)
+    return sum(budget.kept_bytes(size, levels)), str(levels)

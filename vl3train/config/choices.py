@@ -26,13 +26,22 @@ class Recompute(Enum):
     """What a layer computes again in the backward pass instead of keeping it; each keeps less than the one before.
 
     Bytes a layer keeps for each row of width H with an MLP of width I (bfloat16): nothing about 2 (9 H + 3 I),
-    elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H.
+    elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H,
+    offload none: what ``layer`` keeps waits in the host's memory.
     """
 
     nothing = "nothing"
     elementwise = "elementwise"
     mlp = "mlp"
     layer = "layer"
+    offload = "offload"
+
+
+class Memory(Enum):
+    """Who says what each layer computes again."""
+
+    given = "given"
+    auto = "auto"
 
 
 class Device(Enum):

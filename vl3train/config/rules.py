@@ -6,7 +6,16 @@ import netrc
 import os
 from pathlib import Path
 
-from vl3train.config.choices import AdapterKind, Attention, Device, Dtype, Recompute, Tracker, WandbMode
+from vl3train.config.choices import (
+    AdapterKind,
+    Attention,
+    Device,
+    Dtype,
+    Memory,
+    Recompute,
+    Tracker,
+    WandbMode,
+)
 from vl3train.config.problems import Problem, show
 from vl3train.config.ranges import range_problems
 from vl3train.config.schema import PARTS, TrainConfig
@@ -146,9 +155,13 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         )
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
-        if machine.zero_stage == 3 and level in (Recompute.elementwise, Recompute.mlp):
+        in_part = level in (Recompute.elementwise, Recompute.mlp)
+        if machine.zero_stage == 3 and machine.memory is Memory.given and in_part:
             what = "ZeRO-3's linear layers cannot be computed again in part"
             found.append(Problem(f"machine.{key}", show(level), what, "use layer or nothing"))
+    if machine.memory is Memory.auto and machine.device is Device.cpu:
+        what = "measures a GPU, and machine.device=cpu"
+        found.append(Problem("machine.memory", show(machine.memory), what, "use given"))
     if machine.compile_layers and machine.zero_stage == 3:
         what = "the hooks with which ZeRO-3 fetches weights cannot be compiled"
         found.append(

@@ -11,6 +11,7 @@ from vl3train.config.choices import (
     Attention,
     Device,
     Dtype,
+    Memory,
     Recompute,
     Schedule,
     Tracker,
@@ -228,9 +229,14 @@ class MachineConfig:
     attention: Attention = Attention.auto
     """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""
 
+    memory: Memory = Memory.given
+    """given: every layer computes again what recompute_vision and recompute_language say. auto: the least for which
+    each pack fits the GPU's memory, chosen layer by layer (docs/memory.md); the two options are not read then."""
+
     recompute_vision: Recompute = Recompute.layer
     """What each encoder layer computes again in the backward pass: nothing; elementwise (keeps the results of
-    matrix products and attention); mlp (as before, and the products that widen the row); layer (everything)."""
+    matrix products and attention); mlp (as before, and the products that widen the row); layer (everything);
+    offload (everything, and its input waits in the host's memory)."""
 
     recompute_language: Recompute = Recompute.layer
     """The same for each language-model layer."""

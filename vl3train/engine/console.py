@@ -170,6 +170,7 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("patches", "{} patch/s", short_count(figures.get("patches_per_second"))),
         ("work", "{:.0f} TFLOP/s", figures["useful_tflops"] if figures.get("mfu_matmul") else None),
         ("mfu", "MFU {:.0%}", figures.get("mfu_datasheet")),
+        ("again", "recomputed {:.0%}", figures.get("recompute_fraction")),
         ("fill", "fill {:.0%}", figures.get("fill")),
         ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
         ("seconds", "{:.2f} s/step", figures.get("step_seconds")),

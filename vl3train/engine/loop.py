@@ -113,7 +113,11 @@ def log_step(
         "patches_per_second": step_batches.num_patches / step_seconds,
         "data_wait_fraction": waited_seconds / step_seconds,
         "memory_gib": memory,
-        **run.meter.figures(step_batches.batches, step_seconds),
+        **run.meter.figures(
+            step_batches.batches,
+            [run.packed.choose_levels(batch) for batch in step_batches.batches],
+            step_seconds,
+        ),
     }
     run.console.metrics(figures)
     run.tracker.log(figures, step_batches.cursor.step)

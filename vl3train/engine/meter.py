@@ -1,4 +1,4 @@
-"""The honest meter: useful work a second of a step, against what the device can do."""
+"""The honest meter: useful work a second of a step, against what the device can do and what is computed again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from vl3train.contracts.records import Batch
 from vl3train.model.flops import FlopRates, flop_rates
+from vl3train.model.recomputation import Levels, RecomputeRates, recompute_rates
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
 """Dense bfloat16 TFLOP/s by NVIDIA's datasheets (SXM forms), found by a part of the device's name."""
@@ -22,17 +23,22 @@ class Meter:
     """Rates of the model as it trains, and the device's two ceilings; None where they are not known."""
 
     rates: FlopRates
+    again: RecomputeRates
     peak_tflops: float | None
     matmul_tflops: float | None
 
-    def figures(self, batches: Sequence[Batch], seconds: float) -> dict[str, Any]:
+    def figures(self, batches: Sequence[Batch], levels: Sequence[Levels], seconds: float) -> dict[str, Any]:
         """Useful TFLOP/s of this rank over one step of ``seconds``, data wait included, and its shares (MFU).
 
-        Padding, recomputation and the optimizer count nothing.
+        Padding, recomputation and the optimizer count nothing. ``recompute_fraction`` is what was computed again,
+        with each batch at its ``levels``, as a share of the useful work.
         """
-        tflops = sum(self.rates.of(batch) for batch in batches) / seconds / 1e12
+        work = sum(self.rates.of(batch) for batch in batches)
+        again = sum(self.again.of(*pair) for pair in zip(batches, levels, strict=True))
+        tflops = work / seconds / 1e12
         return {
             "useful_tflops": tflops,
+            "recompute_fraction": again / work if work else None,
             "mfu_datasheet": tflops / self.peak_tflops if self.peak_tflops else None,
             "mfu_matmul": tflops / self.matmul_tflops if self.matmul_tflops else None,
         }
@@ -40,11 +46,12 @@ class Meter:
 
 def make_meter(hf_model: Any, device: torch.device) -> Meter:
     """The meter of a run; on a GPU it times a matrix product of 8192 cubed, a fifth of a second."""
+    rates, again = flop_rates(hf_model), recompute_rates(hf_model)
     if device.type != "cuda":
-        return Meter(rates=flop_rates(hf_model), peak_tflops=None, matmul_tflops=None)
+        return Meter(rates=rates, again=again, peak_tflops=None, matmul_tflops=None)
     name = torch.cuda.get_device_name(device)
     peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
-    return Meter(rates=flop_rates(hf_model), peak_tflops=peak, matmul_tflops=measure_product(device))
+    return Meter(rates=rates, again=again, peak_tflops=peak, matmul_tflops=measure_product(device))
 
 
 def measure_product(device: torch.device) -> float:

@@ -6,12 +6,15 @@ import datetime
 import os
 import sys
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vl3train.config.choices import Device
 from vl3train.config.schema import MachineConfig
+
+T = TypeVar("T")
 
 
 class RunError(RuntimeError):
@@ -40,10 +43,14 @@ class Rank:
 
         Raises RunError with the first problem any rank reports; returns where all report None.
         """
-        found: list[str | None] = [None] * self.dp_size
-        dist.all_gather_object(found, problem)
-        if first := next((text for text in found if text), None):
+        if first := next((text for text in self.gather(problem) if text), None):
             raise RunError(first)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        found: list[T] = [value] * self.dp_size
+        dist.all_gather_object(found, value)
+        return found
 
 
 def join(machine: MachineConfig) -> Rank:

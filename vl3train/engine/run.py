@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 
-from vl3train.config.choices import AdapterKind
+from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.plain import as_plain
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import TrainConfig
@@ -29,6 +29,7 @@ from vl3train.engine.build import (
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
+from vl3train.engine.memory import fit_run
 from vl3train.engine.meter import Meter, make_meter
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, RunError
@@ -53,6 +54,7 @@ class Run:
     data: OpenData
     held_out: OpenData | None
     engine: Zero
+    packed: PackedModel
     num_steps: int
     cursor: Cursor
     identity: dict[str, Any]
@@ -125,14 +127,15 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     hf_model.to(rank.device)
     attention = choose_right_attention(cfg, hf_model, rank)
     meter = make_meter(hf_model, rank.device)
+    packed = PackedModel(
+        hf_model,
+        attention.name,
+        recompute_vision=cfg.machine.recompute_vision,
+        recompute_language=cfg.machine.recompute_language,
+        compile_layers=cfg.machine.compile_layers,
+    )
     engine = Zero(
-        PackedModel(
-            hf_model,
-            attention.name,
-            recompute_vision=cfg.machine.recompute_vision,
-            recompute_language=cfg.machine.recompute_language,
-            compile_layers=cfg.machine.compile_layers,
-        ),
+        packed,
         build_optimizer(groups, cfg.optim, rank.device),
         machine=cfg.machine,
         optim=cfg.optim,
@@ -167,6 +170,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         f"{num_steps} steps of {cfg.step.global_packs} packs on {rank.dp_size} ranks"
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
+    if cfg.machine.memory is Memory.auto:
+        console.message(fit_run(cfg, engine, packed, data, cursor, num_steps))
     console.start(first_step=cursor.step, total_steps=num_steps)
     tracker = Tracker(cfg.tracking, folder, as_plain(cfg), step=cursor.step, enabled=rank.is_first)
 
@@ -186,6 +191,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         data=data,
         held_out=held_out,
         engine=engine,
+        packed=packed,
         num_steps=num_steps,
         cursor=cursor,
         identity=identity,

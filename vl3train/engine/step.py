@@ -47,11 +47,13 @@ def train_step(
 
     totals[0] = sum(batch.num_skipped_samples for batch in micro_batches)
     totals[1] = stop_requested
-    sums = engine.sum_over_ranks(totals).tolist()
+    # One wait for the device, here: norm and sums come over together.
+    norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=totals.device)
+    *sums, grad_norm = torch.cat([engine.sum_over_ranks(totals), norm.reshape(1)]).tolist()
     losses, counts = sums[2 : 2 + num_sources], sums[2 + num_sources :]
     return StepResult(
         loss=sum(losses) / max(num_supervised_tokens, 1),
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         source_losses={
             source: loss / count
             for source, (loss, count) in enumerate(zip(losses, counts, strict=True))

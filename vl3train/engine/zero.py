@@ -22,6 +22,7 @@ from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.ranks import Rank
+from vl3train.engine.zero_1 import keep_float32_sums
 
 # On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -60,7 +61,7 @@ class Zero:
             dist_init_required=False,
         )
         if isinstance(self.optimizer, BF16_Optimizer):
-            sum_gradients_at_once(self.optimizer)
+            keep_float32_sums(self.optimizer, clip=optim.max_grad_norm)
 
     def forward(self, batch: Batch) -> Any:
         """The model's output for one micro-batch on this rank's device."""
@@ -146,36 +147,3 @@ def deepspeed_config(
         # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def sum_gradients_at_once(optimizer: BF16_Optimizer) -> None:
-    """Let DeepSpeed's optimizer for ZeRO-1 with float32 sums handle gradients all together, with equal results.
-
-    deepspeed 0.19.8 copies each bfloat16 gradient to float32 before it adds it, then keeps and zeroes it, and takes
-    the norm and clips parameter by parameter, with a bfloat16 copy of the trained weights in memory. How much that
-    saves alone was not measured side by side (benchmarks/log.md has the step before and after several changes).
-    """
-
-    def update_hp_grads(clear_lp_grads: bool = False) -> None:
-        del clear_lp_grads  # they are let go, which clears them
-        for number, group in enumerate(optimizer.bf16_groups):
-            sums, grads = [], []
-            for index, parameter in enumerate(group):
-                if parameter.grad is None:
-                    continue
-                total = optimizer.fp32_groups_gradients[number][index]
-                sums.append(total.view_as(parameter.grad))
-                grads.append(parameter.grad)
-                parameter._hp_grad = total
-                optimizer.fp32_groups_has_gradients[number][index] = True
-                parameter.grad = None
-            if sums:
-                with torch.no_grad():
-                    torch._foreach_add_(sums, grads)
-
-    def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        flat = list(optimizer.fp32_groups_actual_gradients_flat)  # zero where a parameter had no gradient
-        return flat if for_clipping else (flat, {})
-
-    optimizer.update_hp_grads = update_hp_grads
-    optimizer.get_grads_for_norm = get_grads_for_norm

@@ -20,10 +20,6 @@ BACKENDS = ("flash_attn_4", "flash_attn", "torch_varlen", "reference")
 
 MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn": 256, "torch_varlen": 256}
 
-FLASH_ATTN_4_HEAD_DIMS = (64, 96, 128)
-"""Heads of other sizes are filled up with zeros to the next of these. flash-attn 4.0.0b36 on Hopper gives a wrong
-dq (relative error 1.2) for heads of 72 and 80, without a word; ``vl3train kernels --check`` shows it."""
-
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 SEQLEN_STEP = 512
@@ -112,6 +108,10 @@ def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: t
         _kernel(name)
     except (ImportError, AttributeError) as error:
         return f"is not installed ({error})"
+    except (
+        RuntimeError
+    ) as error:  # how nvidia-cutlass-dsl, below flash-attn-4, says that a part of it is missing
+        return f"is not wholly installed ({error})"
     return None
 
 
@@ -122,7 +122,7 @@ def _kernel(name: str) -> Callable[..., Any]:
     """The library function behind a backend; ImportError or AttributeError where there is none."""
     if name not in _LOADED:
         module, function = {
-            "flash_attn_4": ("flash_attn.cute.interface", "_flash_attn_fwd"),
+            "flash_attn_4": ("vl3train.model.flash_attn_4", "flash_attn_4"),
             "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
             "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
         }[name]
@@ -161,12 +161,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
     if segments.backend == "reference":
         return _reference(q, k, v, segments.lengths, causal, scale)
     if segments.backend == "flash_attn_4":
-        dim = q.shape[-1]
-        extra = min(size for size in FLASH_ATTN_4_HEAD_DIMS if size >= dim) - dim
-        if extra:
-            q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
-        out, _ = _flash_attn_4(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-        return out[..., :dim] if extra else out
+        return _kernel("flash_attn_4")(q, k, v, cu_seqlens, max_seqlen, causal, scale)[0]
     kernel = _kernel(segments.backend)
     if segments.backend == "flash_attn":
         return kernel(
@@ -183,82 +178,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
     return kernel(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **gqa
     )
-
-
-@torch.library.custom_op("vl3train::flash_attn_4", mutates_args=())
-def _flash_attn_4(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """flash-attn-4 as one op, so that nothing breaks a compiled layer: (T, H, D) and log-sum-exp (H, T)."""
-    out, log_sum_exp, *_ = _kernel("flash_attn_4")(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
-        return_lse=True,
-    )
-    return out, log_sum_exp
-
-
-@_flash_attn_4.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("vl3train::flash_attn_4_backward", mutates_args=())
-def _flash_attn_4_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v = importlib.import_module("flash_attn.cute.interface")._flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        d_out.contiguous(),
-        log_sum_exp,
-        scale,
-        causal,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-    )
-    return d_q, d_k, d_v
-
-
-@_flash_attn_4_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
-    d_qkv = _flash_attn_4_backward(
-        d_out, q, k, v, out, log_sum_exp, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale
-    )
-    return *d_qkv, None, None, None, None
-
-
-_flash_attn_4.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _reference(

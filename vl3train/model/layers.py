@@ -7,20 +7,22 @@ tests/model/test_packed_forward.py holds loss and gradients against the stock fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
-import torch._functorch.config as functorch_config
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
 
 from vl3train.config.choices import Recompute
+from vl3train.model import compiling
 from vl3train.model.attention import Segments, attend
+from vl3train.model.offload import HostRows
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, segments, whether the MLP is computed again) -> hidden rows."""
@@ -59,8 +61,41 @@ def decoder_layer(
     return hidden_TH + _mlp(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
 
 
-def _mlp(mlp: nn.Module, normed: Tensor, again: bool) -> Tensor:
-    return checkpoint(mlp, normed, use_reentrant=False) if again else mlp(normed)
+def _mlp(mlp: Any, normed: Tensor, again: bool) -> Tensor:
+    body = mlp
+    if torch.compiler.is_compiling() and type(getattr(mlp, "fc1", None)) is nn.Linear:
+        body = functools.partial(_encoder_mlp, mlp)
+    return checkpoint(body, normed, use_reentrant=False) if again else body(normed)
+
+
+def _encoder_mlp(mlp: Any, normed_PC: Tensor) -> Tensor:
+    """VideoLlama3VisionMLP, with fc1's weight gradient as the product of the transposed shape."""
+    wide_PI = WideLinear.apply(normed_PC, mlp.fc1.weight, mlp.fc1.bias)
+    return mlp.fc2(mlp.activation_fn(wide_PI))
+
+
+class WideLinear(torch.autograd.Function):
+    """``F.linear`` that widens its rows: the gradient of its weight is computed as (in, out) and turned around.
+
+    cuBLAS has a better kernel for that shape: 0.64 ms against 0.86 for 49 152 rows from 1152 to 4304 wide (H100).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(P, in), (out, in), (out,) -> (P, out)."""
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of rows, weight and bias."""
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            grad @ weight if needs_rows else None,
+            (rows.t() @ grad).t() if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
 
 
 def _run(
@@ -92,17 +127,7 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
 
     All layers of a tower share one compilation, whatever the lengths of the pack.
     """
-    if not compiled:
-        return _run
-    # Process-wide, for the compiler reads them when the first batch comes. Computing elementwise work again is
-    # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
-    functorch_config.aggressive_recomputation = True
-    functorch_config.is_non_builtin_to_include = True
-    # Two towers, with and without gradients, short rows and long: past its own limit of 8 torch would go on
-    # without compiling, and say so in a warning alone.
-    dynamo_config.recompile_limit = 32
-    dynamo_config.fail_on_recompile_limit_hit = True
-    return torch.compile(_run, dynamic=True)
+    return compiling.compiled(_run, enabled=compiled)
 
 
 def run_layers(
@@ -112,21 +137,25 @@ def run_layers(
     hidden: Tensor,
     rope: tuple[Tensor, Tensor],
     segments: Segments,
-    recompute: Recompute,
+    levels: Sequence[Recompute],
 ) -> Tensor:
-    """All layers of a tower, one after the other, each recomputing in the backward pass what ``recompute`` says."""
-    for layer in layers:
-        hidden = runner(
-            body,
-            layer,
-            hidden,
-            *rope,
-            segments.cu_seqlens,
-            segments.lengths,
-            segments.max_seqlen,
-            segments.backend,
-            recompute.value,
-        )
+    """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
+    host = HostRows()
+    for layer, level in zip(layers, levels, strict=True):
+        # Outside of what is compiled, so that both share one graph.
+        offload = level is Recompute.offload
+        with host.keep(hidden) if offload else contextlib.nullcontext():
+            hidden = runner(
+                body,
+                layer,
+                hidden,
+                *rope,
+                segments.cu_seqlens,
+                segments.lengths,
+                segments.max_seqlen,
+                segments.backend,
+                Recompute.layer.value if offload else level.value,
+            )
     return hidden
 
 

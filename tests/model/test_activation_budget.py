@@ -1,0 +1,117 @@
+"""The levels that a budget chooses against every other choice there is."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vl3train.config.choices import Recompute
+from vl3train.model.activation_budget import OFFLOAD_WORK_A_BYTE, ActivationBudget
+from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork
+
+SCALE = (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
+
+
+def tower(layers, mlp, layer, pair, trains=True):
+    return TowerWork(
+        num_layers=layers, mlp_row=mlp, layer_row=mlp + layer, layer_pair=pair, has_backward=trains
+    )
+
+
+def budget(total, vision_bytes, vision_kept, language_kept, vision, language):
+    return ActivationBudget(
+        total_bytes=total,
+        vision_bytes=vision_bytes,
+        vision_kept=dict(zip(SCALE, vision_kept, strict=True)),
+        language_kept=dict(zip(SCALE, language_kept, strict=True)),
+        rates=RecomputeRates(vision=vision, language=language, supervised_token=0),
+    )
+
+
+def price(budget, size, levels):
+    """Work done again, and what offloading counts."""
+    rates = budget.rates
+    work = sum(rates.vision.of(level, size.patches, size.patch_pairs) for level in levels.vision)
+    work += sum(rates.language.of(level, size.tokens, size.token_pairs) for level in levels.language)
+    for tower_levels, kept, rows in (
+        (levels.vision, budget.vision_kept, size.patches),
+        (levels.language, budget.language_kept, size.tokens),
+    ):
+        moved = tower_levels.count(Recompute.offload) * rows * kept[Recompute.layer]
+        work += OFFLOAD_WORK_A_BYTE * moved
+    return work
+
+
+def fits(budget, size, levels):
+    vision, language = budget.kept_bytes(size, levels)
+    return vision <= budget.vision_bytes and vision + language <= budget.total_bytes
+
+
+kept = st.lists(st.integers(0, 60), min_size=3, max_size=3).map(
+    lambda sizes: [*sorted(sizes, reverse=True), 0]
+)
+works = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3))
+sizes = st.builds(PackSize, *[st.integers(1, 30)] * 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 8000), st.integers(0, 6000), kept, kept, works, works, sizes)
+def test_no_choice_of_levels_that_fits_does_less_again(
+    total, vision_bytes, vision_kept, language_kept, vision, language, size
+):
+    found = budget(total, vision_bytes, vision_kept, language_kept, tower(3, *vision), tower(2, *language))
+    chosen = found.levels(size)
+    everything = [Levels(levels[:3], levels[3:]) for levels in itertools.product(SCALE, repeat=5)]
+    assert fits(found, size, chosen)
+    best = min(price(found, size, levels) for levels in everything if fits(found, size, levels))
+    assert price(found, size, chosen) == best
+
+
+# Bytes a row and operations of the published 2B in bfloat16.
+C, H, I_VISION, I_LANGUAGE = 1152, 1536, 4304, 8960
+PUBLISHED = (
+    [2 * (6 * C + I_VISION), 2 * 6 * C, 2 * C, 0],
+    [2 * (5 * H + 2 * I_LANGUAGE), 2 * 5 * H, 2 * H, 0],
+    tower(27, 2 * C * I_VISION, 8 * C * C, 4 * C),
+    tower(28, 4 * H * I_LANGUAGE, 4 * H * H * 7 // 6, 4 * H),
+)
+PACK = PackSize(patches=57_000, patch_pairs=57_000 * 1500, tokens=16_384, token_pairs=16_384 * 800)
+
+
+@pytest.mark.parametrize("gib", [0, 3, 8, 20, 35, 50, 100])
+def test_less_memory_is_never_exceeded_and_never_does_less_again(gib):
+    found, more = (budget(size * 2**30, size * 2**30, *PUBLISHED) for size in (gib, gib + 2))
+    levels = found.levels(PACK)
+    assert sum(found.kept_bytes(PACK, levels)) <= gib * 2**30
+    assert price(found, PACK, levels) >= price(found, PACK, more.levels(PACK))
+
+
+def test_a_smaller_pack_does_less_again():
+    found = budget(40 * 2**30, 40 * 2**30, *PUBLISHED)
+    half = PackSize(*(size // 2 for size in PACK))
+    assert Recompute.mlp in found.levels(PACK).language + found.levels(PACK).vision
+    assert set(found.levels(half).vision + found.levels(half).language) == {Recompute.elementwise}
+
+
+def test_inputs_go_to_the_host_only_when_nothing_else_helps():
+    inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H
+    barely = budget(inputs, inputs, *PUBLISHED).levels(PACK)
+    assert set(barely.vision + barely.language) == {Recompute.layer}
+    less = budget(inputs - 2**20, inputs, *PUBLISHED).levels(PACK)
+    assert (less.vision + less.language).count(Recompute.offload) == 1
+
+
+def test_layers_that_keep_most_come_last_and_words_say_how_many():
+    levels = budget(45 * 2**30, 45 * 2**30, *PUBLISHED).levels(PACK)
+    order = [SCALE.index(level) for level in levels.language]
+    assert order == sorted(order, reverse=True)
+    assert str(Levels((Recompute.mlp, Recompute.mlp), (Recompute.layer,))) == (
+        "encoder 2 x mlp, language model 1 x layer"
+    )
+
+
+def test_what_does_not_fit_keeps_least():
+    assert budget(-5, 0, *PUBLISHED).levels(PACK).vision == (Recompute.offload,) * 27

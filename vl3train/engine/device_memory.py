@@ -1,0 +1,64 @@
+"""What a device counts of its memory, in bytes."""
+
+from __future__ import annotations
+
+import gc
+from typing import Protocol
+
+import torch
+
+from vl3train.engine.ranks import RunError
+
+MARGIN = 0.03
+"""Share of the device's memory that stays free, for what packs of changing lengths leave between them."""
+
+
+class DeviceMemory(Protocol):
+    """A device's counters, in bytes."""
+
+    def limit(self) -> int:
+        """What this process may hold: all that is not in use by others, less a margin."""
+        ...
+
+    def held(self) -> int:
+        """What tensors take now."""
+        ...
+
+    def peak(self) -> int:
+        """The most that tensors took since ``reset_peak``."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Begin a new peak."""
+        ...
+
+
+class CudaMemory:
+    """The counters of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def limit(self) -> int:  # noqa: D102 - as DeviceMemory says
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device) - int(MARGIN * total)
+
+    def held(self) -> int:  # noqa: D102
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:  # noqa: D102
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reset_peak(self) -> None:  # noqa: D102
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """The counters of a device; RunError where it has none."""
+    if device.type != "cuda":
+        raise RunError(
+            f"machine.memory=auto measures a GPU, and this run is on {device.type}: set machine.memory=given"
+        )
+    return CudaMemory(device)

@@ -1,0 +1,221 @@
+"""machine.memory=auto: what each level keeps is measured in the run itself, on the worst pack that it will meet.
+
+A dry run is a micro-batch whose loss counts zero times: it goes through the engine as every other, and leaves
+weights, gradients and random numbers as they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from vl3train.config.choices import Recompute
+from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Batch, Cursor
+from vl3train.data.fetch import OpenData
+from vl3train.data.worst_pack import blank_batch, worst_pack
+from vl3train.engine.device_memory import DeviceMemory, device_memory
+from vl3train.engine.ranks import RunError
+from vl3train.engine.zero import Zero
+from vl3train.model.activation_budget import ActivationBudget, level_scale
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.recomputation import Levels, pack_size, recompute_rates
+
+MOST_DRY_RUNS = 4
+"""Of those that look for a better budget after the first."""
+
+
+class Fitted(NamedTuple):
+    """What was found, and the dry run that showed it."""
+
+    budget: ActivationBudget
+    levels: Levels  # of the worst pack
+    peak_bytes: int
+    limit_bytes: int
+
+
+class DryRun(NamedTuple):
+    """Bytes of one micro-batch, the most over all ranks."""
+
+    kept_bytes: int  # more than before it, when its forward pass is done
+    peak_bytes: int
+
+
+def fit_run(
+    cfg: TrainConfig, engine: Zero, packed: PackedModel, data: OpenData, first: Cursor, last_step: int
+) -> str:
+    """Fit the activations of steps ``first.step`` to ``last_step`` into the device; what was chosen, in a line.
+
+    All ranks call it. Raises RunError on every rank where the worst pack does not fit.
+    """
+    memory, widths = device_memory(engine.rank.device), row_bytes(packed)
+    worst = worst_pack(
+        data.plan,
+        first,
+        last_step,
+        lambda patches, tokens: patches * sum(widths.vision) + tokens * sum(widths.language),
+    )
+    pack = worst.pack
+    name = f"the worst pack (step {worst.step}, {pack.num_patches:,} patches, {pack.num_tokens:,} tokens"
+    if worst.steps_scanned < worst.steps_left:
+        name += f"; {worst.steps_scanned:,} of {worst.steps_left:,} steps looked at"
+    keys = [data.index.key(row) for row in pack.samples[:5]]
+    batch = blank_batch(data, pack, cfg.machine.loss_chunk_tokens)
+    fitted = fit_memory(engine, packed, batch, memory, pack_name=f"{name}; samples {', '.join(keys)}, ...)")
+    peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
+    return f"memory: {peak:.1f} of {limit:.1f} GiB on {name}): {fitted.levels}"
+
+
+class RowBytes(NamedTuple):
+    """Bytes of a hidden row that each layer of a tower has to keep at least, one entry a layer."""
+
+    vision: tuple[int, ...]
+    language: tuple[int, ...]
+
+
+def row_bytes(packed: PackedModel) -> RowBytes:
+    """Of the model as it trains: a tower without a backward pass keeps nothing."""
+    config: Any = packed.model.config
+    rates, width = recompute_rates(packed.model), packed.model.dtype.itemsize
+    return RowBytes(
+        *(
+            (hidden * width * tower.has_backward,) * tower.num_layers
+            for tower, hidden in (
+                (rates.vision, config.vision_config.hidden_size),
+                (rates.language, config.text_config.hidden_size),
+            )
+        )
+    )
+
+
+def fit_memory(
+    engine: Zero, packed: PackedModel, batch: Batch, memory: DeviceMemory, *, pack_name: str
+) -> Fitted:
+    """Find the budget of activation memory, and let ``packed`` choose its levels by it from now on.
+
+    ``batch`` is the worst pack, ``pack_name`` says which it is. All ranks call it with the same. Raises RunError on
+    every rank where the pack does not fit even with every layer's input on the host.
+    """
+    fitting = Fitting(engine, packed, batch, memory, pack_name)
+    with torch.random.fork_rng([engine.rank.device] if engine.rank.device.type == "cuda" else []):
+        fitted = fitting.run()
+    if engine.zero_stage == 3:
+        # Computing a layer again gathers its weights from all ranks: all must do it in the same layers.
+        packed.choose_levels = lambda _: fitted.levels
+    else:
+        packed.choose_levels = fitted.budget.levels_of
+    return fitted
+
+
+class Fitting:
+    """Dry runs of one pack, and what follows from them."""
+
+    def __init__(
+        self, engine: Zero, packed: PackedModel, batch: Batch, memory: DeviceMemory, pack_name: str
+    ) -> None:
+        self.engine, self.packed, self.batch, self.memory = engine, packed, batch, memory
+        self.pack_name = pack_name
+        self.size = pack_size(batch)
+        self.rates = recompute_rates(packed.model)
+        self.row_bytes = row_bytes(packed)
+        self.out_of_memory = ""  # what the device said last
+
+    def run(self) -> Fitted:
+        """The largest budget that a dry run has shown to fit."""
+        start, first = self._start()
+        limit = self._limit()  # now that libraries have taken what they need
+        budget = ActivationBudget(total_bytes=0, vision_bytes=0, rates=self.rates, **self._kept(start, first))
+        vision, language = budget.kept_bytes(self.size, start)
+        # At no moment of a step is there more of a tower than all it keeps: what is left over may be kept too.
+        spare = limit - first.peak_bytes
+        budget = replace(budget, total_bytes=vision + language + spare, vision_bytes=vision + max(spare, 0))
+        found = Fitted(replace(budget, total_bytes=vision + language), start, first.peak_bytes, limit)
+        for _ in range(MOST_DRY_RUNS):
+            levels = budget.levels(self.size)
+            if levels == found.levels:
+                return found._replace(budget=budget)
+            used = sum(budget.kept_bytes(self.size, levels))
+            dry = self._dry_run(levels)
+            if dry is None:
+                budget = replace(
+                    budget, total_bytes=(used + sum(budget.kept_bytes(self.size, found.levels))) // 2
+                )
+                continue
+            if dry.peak_bytes <= limit:
+                found = Fitted(budget, levels, dry.peak_bytes, limit)
+            budget = replace(budget, total_bytes=used + limit - dry.peak_bytes)
+        return found
+
+    def _start(self) -> tuple[Levels, DryRun]:
+        """A dry run that keeps little: every layer's input, or not even that where inputs alone take much."""
+        inputs = self.size.patches * sum(self.row_bytes.vision) + self.size.tokens * sum(
+            self.row_bytes.language
+        )
+        # An engine whose backward pass ran out of memory may be left in disorder: better not to try.
+        much = inputs > (self._limit() - max(self.engine.rank.gather(self.memory.held()))) // 4
+        for level in (Recompute.offload,) if much else (Recompute.layer, Recompute.offload):
+            levels = self._all_at(level)
+            if (dry := self._dry_run(levels)) is not None:
+                return levels, dry
+        raise RunError(
+            f"machine.memory=auto: {self.pack_name} does not fit, though every layer computes everything again and "
+            f"its input waits on the host. Model and optimizer hold {self.memory.held() / 2**30:.1f} of the "
+            f"{self._limit() / 2**30:.1f} GiB that this process may use; then: {self.out_of_memory}\nLower "
+            "step.max_tokens or step.max_patches, spread the model over more GPUs with machine.zero_stage=2 or 3, or "
+            "train adapters (adapter=lora)."
+        )
+
+    def _kept(self, start: Levels, first: DryRun) -> dict[str, dict[Recompute, int]]:
+        """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
+        towers = zip(start._fields, (self.size.patches, self.size.tokens), strict=True)
+        kept: dict[str, dict[Recompute, int]] = {}
+        for tower, rows in towers:
+            least: int = getattr(self.row_bytes, tower)[0]
+            level_of_start: Recompute = getattr(start, tower)[0]
+            kept[f"{tower}_kept"] = bytes_by_level = {}
+            for level in level_scale(self.engine.zero_stage):
+                if level is Recompute.offload or not least:
+                    bytes_by_level[level] = 0
+                elif level is Recompute.layer:
+                    bytes_by_level[level] = least
+                else:
+                    one = (level, *getattr(start, tower)[1:])
+                    dry = self._dry_run(start._replace(**{tower: one}))
+                    if dry is None:
+                        continue  # a level of which not even one layer fits is none to choose
+                    more = -(-(dry.kept_bytes - first.kept_bytes) // rows)
+                    bytes_by_level[level] = more + (0 if level_of_start is Recompute.offload else least)
+        return kept
+
+    def _all_at(self, level: Recompute) -> Levels:
+        return Levels((level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers)
+
+    def _dry_run(self, levels: Levels) -> DryRun | None:
+        """One micro-batch; None where it did not fit on one of the ranks."""
+        self.packed.choose_levels = lambda _: levels
+        self.memory.reset_peak()
+        before, kept, problem = self.memory.held(), 0, ""
+        try:
+            loss = self.engine.forward(self.batch).loss_sum
+            kept = self.memory.held() - before
+            self.engine.backward(loss * 0)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        results = self.engine.rank.gather((problem, kept, self.memory.peak()))
+        if problems := [text for text, *_ in results if text]:
+            self.out_of_memory = problems[0]
+            return None
+        return DryRun(max(kept for _, kept, _ in results), max(peak for *_, peak in results))
+
+    def _limit(self) -> int:
+        """What every rank may hold, less what its optimizer will take in the first step."""
+        return min(self.engine.rank.gather(self.memory.limit() - self._states_to_come()))
+
+    def _states_to_come(self) -> int:
+        """Bytes of AdamW's states that are not there yet: ZeRO makes them at once, torch in the first step."""
+        if self.engine.zero_stage:
+            return 0
+        trained = [p for p in self.packed.parameters() if p.requires_grad]
+        return sum(2 * p.nbytes for p in trained if not self.engine.optimizer.state.get(p))

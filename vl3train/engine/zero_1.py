@@ -1,0 +1,90 @@
+"""ZeRO-1 in bfloat16: four acts of DeepSpeed's optimizer, each once over memory and without waiting for the device.
+
+deepspeed 0.19.8 casts each gradient to float32 before it adds it, copies all sums to bfloat16 and back to send them
+(on one GPU too, where nothing is sent), clips in a pass for each parameter and asks the host twice whether the norm
+is finite: 76 ms of a step of 2 830 on one H100 (benchmarks/log.md). Partition, masters, states, weights sent to all
+ranks and checkpoints stay DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+from vl3train.model.compiling import compiled
+
+
+def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
+    """Replace how ``optimizer`` sums gradients over micro-batches and ranks, and how it steps.
+
+    Sums are float32 from the first micro-batch to the update; ``clip`` is the largest L2 norm, 0 for any.
+    ``optimizer._global_grad_norm`` is a tensor then. A norm that is no number goes into the weights: the loop stops
+    the run there (engine/loop.py), before they are written anywhere.
+    """
+    flat_sums: list[Tensor] = optimizer.fp32_groups_gradients_flat
+    own_sums: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
+    ranks = dist.get_world_size(optimizer.dp_process_group)
+    add = compiled(_add, enabled=flat_sums[0].is_cuda)
+
+    @torch.no_grad()
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        del clear_lp_grads  # they are let go, which clears them
+        for number, group in enumerate(optimizer.bf16_groups):
+            filled: list[bool] = optimizer.fp32_groups_has_gradients[number]
+            for index, parameter in enumerate(group):
+                if parameter.grad is None:
+                    continue
+                total = optimizer.fp32_groups_gradients[number][index]
+                gradient = parameter.grad.reshape(-1)
+                add(total, gradient) if filled[index] else total.copy_(gradient)
+                parameter._hp_grad = total
+                filled[index] = True
+                parameter.grad = None
+
+    @torch.no_grad()
+    def reduce_gradients(**_: Any) -> None:
+        for number, filled in enumerate(optimizer.fp32_groups_has_gradients):
+            for index, has_gradient in enumerate(filled):
+                if not has_gradient:  # still the sum of the step before
+                    optimizer.fp32_groups_gradients[number][index].zero_()
+        if ranks > 1:
+            for flat, own in zip(flat_sums, own_sums, strict=True):
+                dist.reduce_scatter_tensor(own, flat, group=optimizer.dp_process_group)
+            torch._foreach_div_(own_sums, ranks)  # the mean, as in DeepSpeed's other stages
+
+    @torch.no_grad()
+    def step(closure: None = None) -> None:
+        assert closure is None, "DeepSpeed passes none"
+        optimizer.overflow = False
+        square = torch.stack(torch._foreach_norm(own_sums)).square().sum()
+        if ranks > 1:
+            dist.all_reduce(square, group=optimizer.dp_process_group)
+        norm = square.sqrt()
+        optimizer._global_grad_norm = norm
+        if clip > 0:
+            torch._foreach_mul_(own_sums, (clip / (norm + 1e-6)).clamp(max=1.0))
+        for master, gradient in zip(optimizer.fp32_groups_flat_partition, own_sums, strict=True):
+            master.grad = gradient
+        optimizer.optimizer.step()
+        optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer.update_lp_params()
+        optimizer.clear_hp_grads()
+
+    def clear_hp_grads() -> None:
+        # Not filled with zeros: the next step's first gradients are written over them.
+        for filled in optimizer.fp32_groups_has_gradients:
+            filled[:] = [False] * len(filled)
+
+    optimizer.update_hp_grads = update_hp_grads
+    optimizer.reduce_gradients = reduce_gradients
+    optimizer.step = step
+    optimizer.clear_hp_grads = clear_hp_grads
+
+
+def _add(total: Tensor, gradient: Tensor) -> None:
+    # Compiled because torch's own kernel for two number formats takes twice the time that the bytes need.
+    total.add_(gradient)

@@ -1,0 +1,120 @@
+"""Activation memory as a budget: the least that a pack's layers must compute again so that it fits."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from vl3train.config.choices import Recompute
+from vl3train.contracts.records import Batch
+from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork, pack_size
+
+OFFLOAD_WORK_A_BYTE = 18_000
+"""What a byte sent to the host and back counts beside operations done again: what a GPU at 500 TFLOP/s does while
+two bytes cross a PCIe link at 55 GB/s. So much more than any other level's price that it is taken last."""
+
+
+def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
+    """The levels that ``machine.memory=auto`` chooses from, dearest in memory first.
+
+    ZeRO-3's linear layers cannot be computed again in part.
+    """
+    if zero_stage == 3:
+        return (Recompute.nothing, Recompute.layer, Recompute.offload)
+    return (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBudget:
+    """Bytes that layers may keep for the backward pass, and what each level keeps and does again.
+
+    Each of ``vision_kept`` and ``language_kept`` gives the bytes that one layer keeps of a row at each level that
+    may be chosen, dearest in memory first; both have the same levels.
+    """
+
+    total_bytes: int
+    """Of both towers together: they are all there when the language model's backward pass begins."""
+    vision_bytes: int
+    """Of the encoder alone: in its own backward pass the gradients of the language model lie beside them."""
+    vision_kept: dict[Recompute, int]
+    language_kept: dict[Recompute, int]
+    rates: RecomputeRates
+
+    def levels(self, size: PackSize) -> Levels:
+        """The levels with the least work done again, counted in operations, whose bytes fit the budget.
+
+        Exact: layers of a tower are alike, so every count of layers at each level is looked at (4495 for 28 layers
+        at 4 levels), about a millisecond. Where nothing fits, the levels that keep least.
+        """
+        vision_bytes, vision_work = self._choices(
+            self.vision_kept, self.rates.vision, size.patches, size.patch_pairs
+        )
+        language_bytes, language_work = self._choices(
+            self.language_kept, self.rates.language, size.tokens, size.token_pairs
+        )
+        order = np.argsort(language_bytes, kind="stable")
+        # For each choice in the order of bytes: the first with the least work among it and those before it.
+        least_work = np.minimum.accumulate(language_work[order])
+        is_less = np.diff(least_work, prepend=least_work[0] + 1) < 0
+        best = np.maximum.accumulate(np.where(is_less, np.arange(len(order)), 0))
+        room = self.total_bytes - vision_bytes
+        last = np.searchsorted(language_bytes[order], room, side="right") - 1
+        fits = (last >= 0) & (vision_bytes <= self.vision_bytes)
+        if not fits.any():
+            return self.least_kept()
+        work = np.where(fits, vision_work + least_work[last], np.iinfo(np.int64).max)
+        chosen = int(np.argmin(work))
+        return Levels(
+            self._spread(self.vision_kept, self.rates.vision, chosen),
+            self._spread(self.language_kept, self.rates.language, int(order[best[last[chosen]]])),
+        )
+
+    def levels_of(self, batch: Batch) -> Levels:
+        """The same for one micro-batch, from the integers that it has on the host."""
+        return self.levels(pack_size(batch))
+
+    def least_kept(self) -> Levels:
+        """Every layer at the last level."""
+        return Levels(
+            (list(self.vision_kept)[-1],) * self.rates.vision.num_layers,
+            (list(self.language_kept)[-1],) * self.rates.language.num_layers,
+        )
+
+    def kept_bytes(self, size: PackSize, levels: Levels) -> tuple[int, int]:
+        """Bytes that the encoder and the language model keep of a pack at these levels."""
+        return (
+            size.patches * sum(self.vision_kept[level] for level in levels.vision),
+            size.tokens * sum(self.language_kept[level] for level in levels.language),
+        )
+
+    @staticmethod
+    def _choices(
+        kept: dict[Recompute, int], work: TowerWork, rows: int, pairs: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes and work of every way to spread a tower's layers over the levels, (n,) int64 each."""
+        counts = _counts(work.num_layers, len(kept))
+        again = [work.of(level, rows, pairs) for level in kept]
+        if Recompute.offload in kept:
+            again[list(kept).index(Recompute.offload)] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
+        return (
+            counts @ np.array([rows * size for size in kept.values()], np.int64),
+            counts @ np.array(again, np.int64),
+        )
+
+    @staticmethod
+    def _spread(kept: dict[Recompute, int], work: TowerWork, choice: int) -> tuple[Recompute, ...]:
+        # What keeps most comes last: it is freed first, and offloaded rows have the longest time for their way.
+        counts = _counts(work.num_layers, len(kept))[choice].tolist()
+        ordered = reversed(list(zip(kept, counts, strict=True)))
+        return tuple(itertools.chain.from_iterable((level,) * count for level, count in ordered))
+
+
+@functools.cache
+def _counts(num_layers: int, num_levels: int) -> np.ndarray:
+    """Every way to spread layers over levels, (n, num_levels) int64."""
+    bars = itertools.combinations(range(num_layers + num_levels - 1), num_levels - 1)
+    edges = np.array([(-1, *chosen, num_layers + num_levels - 1) for chosen in bars], np.int64)
+    return np.diff(edges, axis=1) - 1

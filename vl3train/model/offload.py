@@ -1,0 +1,104 @@
+"""Hidden rows that wait in the host's memory between the forward and the backward pass.
+
+A layer that computes everything again keeps its input alone. Sent to the host on a stream of its own while the layer
+runs, it is fetched one layer ahead in the backward pass, so that neither pass waits for more than the first transfer.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class HostRows:
+    """The inputs of one tower's layers in one forward pass, in the order of the layers."""
+
+    def __init__(self) -> None:
+        self._sent: list[_Sent] = []
+
+    def keep(self, rows: Tensor) -> AbstractContextManager[object]:
+        """Within it, ``rows`` go to the host where autograd would keep them; everything else stays where it is.
+
+        The same bits come back in the backward pass. ``rows`` themselves are freed with their last other user.
+        """
+        address, shape = rows.data_ptr(), rows.shape  # not the rows: the hooks outlive the forward pass
+        number: int | None = None
+
+        def pack(tensor: Tensor) -> Tensor | int:
+            nonlocal number
+            if tensor.data_ptr() != address or tensor.shape != shape:
+                return tensor
+            if number is None:
+                number = len(self._sent)
+                self._sent.append(_Sent(tensor.detach()))
+            return number
+
+        def unpack(kept: Tensor | int) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self._take(kept)
+
+        return saved_tensors_hooks(pack, unpack)
+
+    def _take(self, number: int) -> Tensor:
+        self._sent[number].fetch()
+        if number:
+            self._sent[number - 1].fetch()
+        return self._sent[number].take()
+
+
+class _Sent:
+    """One layer's input: on the host, and for a while on the device again."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._device = rows.device
+        cuda = rows.is_cuda
+        self._host = host_buffer(rows)
+        self._arrived: tuple[Tensor, torch.cuda.Event | None] | None = None
+        if not cuda:
+            self._host.copy_(rows)
+            return
+        side = _side_stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            self._host.copy_(rows, non_blocking=True)
+        rows.record_stream(side)
+
+    def fetch(self) -> None:
+        """Start the way back, if it has not begun."""
+        if self._arrived is not None:
+            return
+        # Memory of the main stream: the copy waits for what was queued there before, and so for its last user.
+        rows = torch.empty_like(self._host, device=self._device)
+        if self._device.type != "cuda":
+            self._arrived = rows.copy_(self._host), None
+            return
+        side = _side_stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            rows.copy_(self._host, non_blocking=True)
+            self._arrived = rows, side.record_event()
+        rows.record_stream(side)
+
+    def take(self) -> Tensor:
+        """The rows; the device waits for them, the host does not."""
+        assert self._arrived is not None
+        rows, event = self._arrived
+        self._arrived = None
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+        return rows
+
+
+def host_buffer(rows: Tensor) -> Tensor:
+    """Room for ``rows`` on the host, page-locked where a GPU is to copy without the host's help."""
+    return torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=rows.is_cuda)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _SIDE_STREAMS:
+        _SIDE_STREAMS[device] = torch.cuda.Stream(device)
+    return _SIDE_STREAMS[device]
