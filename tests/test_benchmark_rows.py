@@ -204,4 +204,7 @@ def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
     stock, packed = found
     assert differences(found, packed, stock)["first_50_steps"] < 1e-4
     assert found[packed][0] != found[packed][-1]
+    turned = replace(stock, turned=True)
+    found[turned] = stock_curve(turned, task, steps, rank)
+    assert 0 < differences(found, turned, stock)["first_50_steps"] < 1e-4
     assert task.steps(5, 8, seed=1)[0] != steps[0]
