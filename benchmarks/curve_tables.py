@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ class Curve:
     dtype: Dtype
     compiled: bool = False
     seed: int = 0
+    turned: bool = False  # the samples of each step from the last to the first: other rounding, nothing else
 
     @property
     def name(self) -> str:
         """What the tables call it."""
         who = "packed" if self.packed else "transformers"
-        return f"{who} {self.dtype.value}{' compiled' if self.compiled else ''}"
+        return f"{who} {self.dtype.value}{' compiled' if self.compiled else ''}{' turned' if self.turned else ''}"
 
 
 def reference_of(curve: Curve) -> Curve:
@@ -98,12 +99,7 @@ def figure_lines(found: dict[Curve, list[float]], rank: Rank) -> Iterator[dict[s
                 "aim": noise(found)["window"],
                 "note": f"{what}; from transformers in float32, same data",
             }
-        settings = {
-            "packed": curve.packed,
-            "dtype": curve.dtype.value,
-            "compiled": curve.compiled,
-            "seed": curve.seed,
-        }
+        settings = {**asdict(curve), "dtype": curve.dtype.value}
         yield {**line, "better": "lower", **origin, "settings": settings, "more": {"losses": losses}}
 
 

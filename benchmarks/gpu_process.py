@@ -25,7 +25,7 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
     context: Any = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []
-    for rank in range(row.ranks):
+    for rank in range(1 if row.way == "command" else row.ranks):  # the command starts its ranks itself
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=start, args=(child, name, row, rank, tiny, port, sender))
         process.start()

@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from benchmarks.kernel_kinds import UNMATCHED, kind_of, union_seconds
 
 WARM_UP_STEPS = 2
 TOP = 15
+SECONDS_TO_WRITE = 180.0
+"""More than a row has otherwise: a trace of a step is some hundred megabytes before it is packed."""
 GPU_EVENTS = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -53,20 +56,18 @@ def main() -> None:
 def profile_rows(names: Sequence[str], *, tiny_model: bool, folder: Path, packs: int = 2) -> None:
     """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason."""
     for name in names:
-        row = replace(ROWS[name], packs_a_step=packs)
-        row = replace(tiny(row), packs_a_step=packs) if tiny_model else row
+        row = tiny(ROWS[name]) if tiny_model else ROWS[name]
+        row = replace(row, packs_a_step=packs, max_seconds=row.max_seconds + SECONDS_TO_WRITE)
         if row.way == "command":
             print(f"{name}: the command runs in a process of its own, which is not profiled")
             continue
-        os.environ["PROFILE_FOLDER"] = str(folder)
-        found = in_own_processes(child, name, row, tiny_model)
+        found = in_own_processes(partial(child, folder), name, row, tiny_model)
         print(found["table"] if "table" in found else f"{name}: {found['failed']}", flush=True)
 
 
-def child(name: str, row: Row, rank: int, tiny_model: bool, pipe: Any) -> None:
+def child(folder: Path, name: str, row: Row, rank: int, tiny_model: bool, pipe: Any) -> None:
     """In a process of its own: profile, write, send the table."""
     device = torch.device("cpu") if tiny_model else torch.device("cuda", rank)
-    folder = Path(os.environ["PROFILE_FOLDER"])
     send(pipe, lambda: profile_row(name, row, rank, device, folder))
 
 

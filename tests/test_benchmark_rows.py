@@ -18,10 +18,12 @@ from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
 from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, measure, prepare, shares
+from benchmarks.gpu_model import build_model
 from benchmarks.gpu_rows import ROWS, tiny
+from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
 from benchmarks.kernel_kinds import kind_of, union_seconds
 from benchmarks.loss_curves import packed_curve, stock_curve
-from benchmarks.packs import TINY, draw_sample
+from benchmarks.packs import TINY, draw_packs, draw_sample
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig
 from vl3train.contracts.records import RenderSettings
@@ -46,6 +48,28 @@ def test_all_ways_train_the_same_samples_and_the_plain_loop_is_the_engine_withou
         assert first_losses(name, 1)[0] == pytest.approx(engine[0], abs=2e-3), name
     # Bit for bit, so that what is between their times is DeepSpeed's.
     assert first_losses("2b_plain_loop") == engine
+
+
+def test_samples_on_one_row_do_not_see_each_other():
+    """Nor does a frame another: transformers' own hidden states, packed and one sample at a time."""
+    hf_model = build_model("tiny", CPU, torch.float32).eval()
+    with torch.no_grad():  # weights as drawn attend to everything alike, and a leak would not show
+        for name, weight in hf_model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.mul_(8)
+    samples = [sample for pack in draw_packs(4, max_tokens=512, mix=TINY) for sample in pack]
+    assert {sample.key for sample in samples} == {"drawn/text", "drawn/image", "drawn/clip"}
+
+    def states(inputs):
+        inputs.pop("labels")
+        return hf_model.model(**inputs).last_hidden_state[0]
+
+    clip_id = TINY.video_pad_id
+    with torch.no_grad():
+        alone = torch.cat([states(padded_inputs([sample], CPU, clip_id)) for sample in samples])
+        set_varlen_attention(hf_model, CPU)
+        together = states(packed_inputs(samples, CPU, clip_id))
+    assert torch.allclose(alone, together, atol=1e-4)
 
 
 def test_figures_of_a_row():
@@ -180,4 +204,7 @@ def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
     stock, packed = found
     assert differences(found, packed, stock)["first_50_steps"] < 1e-4
     assert found[packed][0] != found[packed][-1]
+    turned = replace(stock, turned=True)
+    found[turned] = stock_curve(turned, task, steps, rank)
+    assert 0 < differences(found, turned, stock)["first_50_steps"] < 1e-4
     assert task.steps(5, 8, seed=1)[0] != steps[0]
