@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -130,6 +131,10 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
     return compiling.compiled(_run, enabled=compiled)
 
 
+_ARITHMETIC = {Recompute.offload: Recompute.layer, Recompute.wide_offload: Recompute.elementwise}
+"""Levels that differ from another only in where rows wait."""
+
+
 def run_layers(
     runner: Callable[..., Tensor],
     body: Layer,
@@ -142,9 +147,13 @@ def run_layers(
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
     host = HostRows()
     for layer, level in zip(layers, levels, strict=True):
-        # Outside of what is compiled, so that both share one graph.
-        offload = level is Recompute.offload
-        with host.keep(hidden) if offload else contextlib.nullcontext():
+        # Outside of what is compiled, so that levels with the same arithmetic share one graph.
+        where: AbstractContextManager[object] = contextlib.nullcontext()
+        if level is Recompute.offload:
+            where = host.keep_input(hidden)
+        elif level is Recompute.wide_offload:
+            where = host.keep_wide(hidden, layer)
+        with where:
             hidden = runner(
                 body,
                 layer,
@@ -154,7 +163,7 @@ def run_layers(
                 segments.lengths,
                 segments.max_seqlen,
                 segments.backend,
-                Recompute.layer.value if offload else level.value,
+                _ARITHMETIC.get(level, level).value,
             )
     return hidden
 
