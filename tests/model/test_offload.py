@@ -55,6 +55,9 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
     assert [ref() for ref in inputs] == [None] * 6, "an input is still on the device after the forward pass"
     assert {len(tower._sent) for tower in passes} == {3}, "one copy a layer, in each tower"
     loss.backward()
+    assert not any(sent._arrived for tower in passes for sent in tower._sent), (
+        "each is let go once it is used"
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, wanted[name]), name
 
