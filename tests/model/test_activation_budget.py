@@ -166,8 +166,9 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
 
 
 def test_layers_that_keep_most_come_last_and_words_say_how_many():
-    levels = budget(45 * 2**30, 45 * 2**30, *PUBLISHED).levels(PACK)
+    levels = budget(30 * 2**30, 30 * 2**30, *PUBLISHED).levels(PACK)
     order = [SCALE.index(level) for level in levels.language]
+    assert len(set(order)) > 1
     assert order == sorted(order, reverse=True)
     assert str(Levels((Recompute.mlp, Recompute.mlp), (Recompute.layer,))) == (
         "encoder 2 x mlp, language model 1 x layer"

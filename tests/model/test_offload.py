@@ -57,6 +57,9 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
         "one copy a layer, in each tower"
     )
     loss.backward()
+    assert not any(sent._arrived for tower in passes for sent in tower._sent), (
+        "each is let go once it is used"
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, wanted[name]), name
 
