@@ -24,6 +24,7 @@ from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.items import store_sample
 from vl3train.data.media import DecodeLimits
+from vl3train.data.patches import resize_and_patchify
 from vl3train.data.samples import measure_sample, render_sample
 from vl3train.data.tokens import ChatTokenizer
 
@@ -68,6 +69,9 @@ def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     torch.set_num_threads(1)
     keep_freed_memory()
+    # Compiled, or read from numba's cache, here once: the decode processes forked from this one have it then.
+    resize_and_patchify(np.zeros((57, 57, 3), np.uint8), grid=(4, 4), merge_size=2)
+    resize_and_patchify(np.zeros((56, 56, 3), np.uint8), grid=(4, 4), merge_size=2)
     tokenizer = ChatTokenizer.from_folder(tokenizer_dir)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
