@@ -31,11 +31,11 @@ from vl3train.data.index import (
     NoIndex,
     index_folder,
     read_manifest,
-    read_parts,
     shard_files,
 )
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
+from vl3train.data.parts import read_parts
 from vl3train.data.remote import address_of, local_files
 
 CHUNK_SAMPLES = 32

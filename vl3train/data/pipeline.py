@@ -103,14 +103,15 @@ def open_data(
     cache = None
     if cfg.data.remote_cache is not None:
         cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
-    index = open_index(sources, settings, limits, cache)
+    plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
+    index = open_index(sources, settings, limits, cache, plans)
     plan = Plan(
         index.sample_table(),
         cfg.run.seed,
         cfg.step,
         costs=dict(cfg.model.costs),
         order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
-        cache=Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder(),
+        cache=plans,
     )
     if not held_out and len(plan.dropped_samples) == index.num_samples:
         raise ValueError(
