@@ -66,3 +66,27 @@ def test_check_groups_faults_and_writes_nothing(tmp_path, capsys):
     assert main(words) == 0
     assert main(words[:-1]) == 1
     assert "--out" in capsys.readouterr().err
+
+
+def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, capsys):
+    good = json.dumps(
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    )
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join([good, '{"a"', good, "{,}", '{"b"']) + "\n")
+    assert main(["shards", str(file), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "5 records, 2 can be written, 3 cannot" in out
+    assert "records.jsonl:2: no JSON" in out
+    assert "records.jsonl:5: no JSON" in out
+    assert main(["shards", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "3 of 5 records cannot be used" in capsys.readouterr().err
+    assert main(["shards", str(file), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
+    assert "2 samples" in capsys.readouterr().out
+    for words in (["--check"], ["--out", str(tmp_path / "other")]):
+        gone = [str(tmp_path / name) for name in ("gone.jsonl", "lost.parquet")]
+        assert main(["shards", *gone, str(file), *words]) == 1
+        err = capsys.readouterr().err
+        assert "gone.jsonl: no such file or folder" in err
+        assert "lost.parquet: no such file or folder" in err
+        assert "hf:NAME" in err

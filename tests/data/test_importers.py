@@ -11,9 +11,10 @@ import pytest
 from tests.data.faults_fixture import clip, jpeg
 from vl3train.contracts.records import BadSample
 from vl3train.data import importers
-from vl3train.data.annotations import read_annotations, read_record
+from vl3train.data.annotations import read_record
 from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.shards import write_shards
+from vl3train.data.sources import read_annotations
 
 
 def talk(*turns):
@@ -58,9 +59,10 @@ def test_golden(tmp_path, name):
     path.write_text(json.dumps(record) + "\n" + json.dumps({"other": 1}) + "\n[1]\n")
     (_, good), *strange = read_annotations(f"{name}:{path}")
     assert read_record(good, where="w")[0] == expected
-    for where, bad in strange:
-        with pytest.raises(BadSample, match=rf"{where}.*no {name} record"):
-            read_record(bad, where=where)
+    assert len(strange) == 2
+    for _, bad in strange:
+        assert isinstance(bad, BadSample)
+        assert f"no {name} record" in str(bad)
 
 
 def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):

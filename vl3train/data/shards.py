@@ -13,9 +13,10 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from vl3train.contracts.records import BadSample
-from vl3train.data.annotations import MediaFile, read_annotations, read_record
+from vl3train.data.annotations import MediaFile, read_record
 from vl3train.data.conversation import Conversation
 from vl3train.data.members import CONVERSATION_PART
+from vl3train.data.sources import missing_sources, read_annotations
 
 REFUSED_FILE = "refused.jsonl"
 SIGNATURES = (
@@ -90,8 +91,10 @@ def check_annotations(
     """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
 
     Raises:
-        ValueError: there is no record.
+        ValueError: there is no record; files are missing, all of which are named.
     """
+    if missing := missing_sources(annotations):
+        raise ValueError("\n".join(missing))
     refused: list[Refusal] = []
     num_records = 0
     for where, found in _records(annotations, columns, media_root):
@@ -121,7 +124,7 @@ def write_shards(
     appears under its name only when it is complete. ``progress(what, records)`` is called after each record.
 
     Args:
-        annotations: files, or what ``annotations.read_annotations`` opens besides.
+        annotations: files, or what ``sources.read_annotations`` opens besides.
         columns: renames columns, see ``read_annotations``.
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
@@ -224,6 +227,8 @@ def _records(
     for path in annotations:
         for where, record in read_annotations(path, columns):
             try:
+                if isinstance(record, BadSample):
+                    raise record
                 if not isinstance(record, Mapping):
                     raise BadSample(f"a record is an object with keys, this is a {type(record).__name__}")
                 conversation, media = read_record(record, where=where)
