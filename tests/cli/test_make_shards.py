@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 
 import pytest
 
+from tests.data.faults_fixture import clip, jpeg
 from vl3train.cli import make_shards
 from vl3train.cli.main import main
 
@@ -90,3 +91,30 @@ def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, caps
         assert "gone.jsonl: no such file or folder" in err
         assert "lost.parquet: no such file or folder" in err
         assert "hf:NAME" in err
+
+
+def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    whole, film = jpeg(1), clip(tmp_path)
+    media = {
+        "a.jpg": whole,
+        "b.jpg": whole[: len(whole) // 2],
+        "c.mp4": film,
+        "d.mp4": film[: len(film) // 2],
+    }
+    records = []
+    for name, data in media.items():
+        (tmp_path / name).write_bytes(data)
+        records.append({"image" if name.endswith("jpg") else "video": name, "conversations": turns})
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"conversations": turns}]))
+    words = ["shards", str(file), "--media-root", str(tmp_path)]
+    assert main([*words, "--check"]) == 0  # the files are there
+    assert "5 records, 5 can be written" in capsys.readouterr().out
+    assert main([*words, "--check", "--decode"]) == 1
+    out = capsys.readouterr().out
+    assert "5 records, 3 can be written, 2 cannot" in out
+    assert "records.jsonl:2: b.jpg: image of" in out
+    assert "records.jsonl:4: d.mp4: clip" in out
+    assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-bad"]) == 0
+    assert "3 samples in 1 shards" in capsys.readouterr().out

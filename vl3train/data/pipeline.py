@@ -68,6 +68,7 @@ def open_data(
     tokenizer_dir: Path,
     held_out: bool,
     build: bool,
+    decode: bool = False,
     progress: Callable[[str, int, int], None] = lambda source, done, total: None,
 ) -> OpenData:
     """Open the recipe's training samples, or its held-out ones.
@@ -76,6 +77,7 @@ def open_data(
 
     Args:
         build: index what is not indexed yet; else that is an error.
+        decode: index by decoding every image and clip whole, what was indexed otherwise again.
         progress: called in the index pass with the source's name, samples done and samples in all.
 
     Raises:
@@ -99,6 +101,7 @@ def open_data(
                 num_workers=cfg.data.num_workers,
                 decode_seconds=cfg.data.decode_seconds,
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
+                decode=decode,
             )
     cache = None
     if cfg.data.remote_cache is not None:
