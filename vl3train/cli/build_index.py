@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="first write shards with the sampled frames in place of the clips, and FOLDER/recipe.yaml that names "
-        "them: decoding them is about 40 times cheaper",
+        "them: decoding them is about 60 times cheaper",
     )
 
     parser.add_argument(
