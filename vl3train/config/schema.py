@@ -154,8 +154,9 @@ class DataConfig:
     node reads few shards at a time. 0 shuffles all samples of a source."""
 
     plan_cache: str | None = None
-    """Folder on each node where plans of long epochs are kept for its processes (4 bytes a sample). Unset:
-    vl3train/plans in the user's folder for caches. May be deleted at any time."""
+    """Folder on each node where plans of long epochs (4 bytes a sample) and the rows of the index (about 200) are
+    kept for its processes. Unset: vl3train/plans in the user's folder for caches. May be deleted while no run uses
+    it."""
 
 
 @dataclass(kw_only=True, slots=True)
