@@ -150,7 +150,7 @@ class NormLinears(torch.autograd.Function):
         centred: bool,
         again: bool,
         turned: bool,
-        *linears: Tensor | None,
+        *linears: Any,
     ) -> tuple[Tensor, ...]:
         """(R, W) rows -> the rows, and (R, out) for each product.
 
@@ -174,7 +174,7 @@ class NormLinears(torch.autograd.Function):
     def backward(ctx: Any, residual_grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors, in their order."""
         rows, norm_weight, norm_bias, normed, *weights = ctx.saved_tensors
-        of_rows, of_in, of_past, of_norm_weight, of_norm_bias, _, _, _, _, *of_linears = ctx.needs_input_grad
+        _, of_in, of_past, of_norm_weight, of_norm_bias, _, _, _, _, *of_linears = ctx.needs_input_grad
         of_weights, of_biases = of_linears[: len(weights)], of_linears[len(weights) :]
         weight_sums, row_sums = of_norm_weight or of_norm_bias, of_in or of_past
         d_rows, made, sums = norm_backward(
@@ -227,4 +227,9 @@ class GeluLinear(torch.autograd.Function):
         wide, weight = ctx.saved_tensors
         _, of_in, of_weight, _ = ctx.needs_input_grad
         d_wide, activated, sums = gelu_backward(grad @ weight, wide)
-        return d_wide, sums.to(wide.dtype) if of_in else None, grad.t() @ activated if of_weight else None, None
+        return (
+            d_wide,
+            sums.to(wide.dtype) if of_in else None,
+            grad.t() @ activated if of_weight else None,
+            None,
+        )
