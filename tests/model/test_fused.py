@@ -181,6 +181,6 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_on_cuda_are_the_formulas(dtype):
-    """bfloat16: both round once, at the end, so they differ by one step of it at most."""
+    """bfloat16: both round once, at the end, so they differ by one step of it at most, 1/128 of a value."""
     sizes = [*SIZES, (9000, 1152), (5000, 1536)]
-    check_kernels("cuda", dtype, 1e-5 if dtype is torch.float32 else 2**-8, sizes)
+    check_kernels("cuda", dtype, 1e-5 if dtype is torch.float32 else 2**-7, sizes)

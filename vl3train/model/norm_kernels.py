@@ -14,6 +14,8 @@ from torch import Tensor
 
 PROGRAMS_PER_SM = 3
 """Programs of norm_backward that a multiprocessor holds at once: their running sums take its registers."""
+VALUES_PER_WARP = 256
+"""Of a row, in norm_backward: 8 a thread, which loads them at once, 16 bytes in bfloat16."""
 GELU_PROGRAMS_PER_SM = 4
 GELU_TILE = (16, 256)
 """Rows and columns that a program of gelu_backward takes at a time; 4304, the encoder's, fill 17 such columns."""
@@ -32,7 +34,6 @@ def norm_backward_kernel(
     normed_again: bool,
     weight_sums: bool,
     row_sums: bool,
-    programs_per_sm: int = PROGRAMS_PER_SM,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``vl3train::norm_backward``; a whole row is held in registers. Raises ValueError for over 3 gradients."""
     if not 1 <= len(grads) <= 3:
@@ -44,7 +45,7 @@ def norm_backward_kernel(
     d_rows = torch.empty_like(rows)
     normed = torch.empty_like(rows) if normed_again else rows.new_empty((0, width))
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
-    programs = min(num_rows, programs_per_sm * _multiprocessors(rows))
+    programs = min(num_rows, PROGRAMS_PER_SM * _multiprocessors(rows))
     partial_sums = rows.new_empty((num_sums, programs, width), dtype=torch.float32)
     block = triton.next_power_of_2(width)
     _norm_backward[(programs,)](
@@ -69,21 +70,19 @@ def norm_backward_kernel(
         WEIGHT_SUMS=weight_sums,
         ROW_SUMS=row_sums,
         BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),  # a thread loads 8 values at once, 16 bytes in bfloat16
+        num_warps=max(1, min(16, block // VALUES_PER_WARP)),
     )
     return d_rows, normed, partial_sums.sum(1)
 
 
-def gelu_backward_kernel(
-    grad: Tensor, wide: Tensor, programs_per_sm: int = GELU_PROGRAMS_PER_SM
-) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``vl3train::gelu_backward``: each program goes down its columns and keeps their sums."""
     num_rows, width = wide.shape
     grad, wide = grad.contiguous(), wide.contiguous()
     d_wide, activated = torch.empty_like(wide), torch.empty_like(wide)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
-    row_programs = max(1, programs_per_sm * _multiprocessors(wide) // column_blocks)
+    row_programs = max(1, GELU_PROGRAMS_PER_SM * _multiprocessors(wide) // column_blocks)
     row_programs = min(row_programs, triton.cdiv(num_rows, tile_rows))
     partial_sums = wide.new_empty((row_programs, width), dtype=torch.float32)
     _gelu_backward[(column_blocks, row_programs)](
