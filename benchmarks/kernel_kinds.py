@@ -14,7 +14,7 @@ KINDS: tuple[tuple[str, str], ...] = (
         "matrix products",
         r"gemm|nvjet|cutlass|cublas|splitk|triton_(tem|mm)|aten::(addmm|mm|bmm)$|xmma|convolution",
     ),
-    ("norms", r"layer_?norm|rms_?norm|gammabeta|triton_.*rsqrt"),
+    ("norms", r"layer_?norm|rms_?norm|norm_backward|gammabeta|triton_.*rsqrt"),
     ("compiled: activations", r"^triton_.*(gelu|tanh|silu|sigmoid)"),
     ("compiled: heads filled up", r"^triton_.*constant_pad"),
     ("compiled: rest", r"^triton_"),

@@ -28,8 +28,9 @@ DOORS = {
     "deepspeed": {"engine/zero.py", "engine/zero_1.py"},
     "peft": {"model/adapters.py"},
     "wandb": {"engine/track.py"},
-    "numba": {"data/balance.py"},
+    "numba": {"data/balance.py", "data/passes.py", "data/resampling.py"},
     "flash_attn": {"model/flash_attn_4.py"},
+    "triton": {"model/norm_kernels.py"},
     "torch.nn.attention.varlen": {"model/attention.py"},
 }
 

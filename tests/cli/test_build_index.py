@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from tests.cli.indexed import config_words
+from tests.data.faults_fixture import jpeg
 from tests.data.shards_fixture import make_recipe
 from vl3train.cli import build_index
 from vl3train.cli.build_index import tokenizer_source
+from vl3train.cli.main import main
 from vl3train.config.load import load_config
 from vl3train.data.pipeline import open_data
+from vl3train.data.shards import write_members
 from vl3train.model.conversion import build_processor
 
 
@@ -41,3 +48,42 @@ def test_a_faulty_config_is_refused(tmp_path):
     build_index.add_arguments(parser)
     with pytest.raises(ValueError, match="init_from"):
         build_index.main(parser.parse_args(["stage=2", "model=debug", f"data.root={tmp_path}"]))
+
+
+def test_a_truncated_picture_is_refused_with_decode_and_indexed_without(tmp_path, tiny_model_dir, capsys):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    text, whole = json.dumps({"conversations": turns}).encode(), jpeg(1)
+    (tmp_path / "pictures").mkdir()
+    pictures = {"a": whole, "b": whole[: len(whole) // 2], "c": whole}
+    members = [(key, {"json": text, "jpg": data}) for key, data in pictures.items()]
+    write_members(tmp_path / "pictures" / "0.tar", members)
+    recipe = {"name": "cut", "about": "", "sources": [{"name": "cut", "shards": "pictures"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = config_words(tmp_path, tiny_model_dir)
+    assert main(["index", *words]) == 0  # from its header it cannot be told
+    assert "cut: 3 samples" in capsys.readouterr().out
+    assert main(["index", *words, "--decode"]) == 0  # what was indexed otherwise is indexed again
+    out = capsys.readouterr().out
+    assert "cut: 2 samples" in out
+    assert "1 cannot be used" in out
+    assert "cut/0/b: image of" in out
+    (file,) = (tmp_path / "pictures").glob("index-*/0.tar.parquet")
+    statuses = pq.read_table(file)["status"].to_pylist()
+    assert [status == "ok" for status in statuses] == [True, False, True]
+    assert "Premature end of JPEG file" in statuses[1]
+    written = file.stat().st_mtime_ns
+    assert main(["index", *words]) == 0  # what was decoded is good for a run that does not ask for it
+    assert file.stat().st_mtime_ns == written
+
+
+def test_stored_frames_are_indexed_under_their_own_recipe(tmp_path, tiny_model_dir, capsys):
+    make_recipe(tmp_path)
+    words, frames = config_words(tmp_path, tiny_model_dir), tmp_path / "frames"
+    assert main(["index", *words, "--store-frames", str(frames)]) == 0
+    out = capsys.readouterr().out
+    assert f"train with data.recipe={frames / 'recipe.yaml'}" in out
+    assert "clips: 8 samples" in out
+    shards = sorted(path.relative_to(frames) for path in frames.rglob("*.tar"))
+    assert any(path.parts[1] == "held_out" for path in shards)
+    assert main(["plan", *words, f"data.recipe={frames / 'recipe.yaml'}"]) == 0  # indexed: nothing is missing
+    assert not list(tmp_path.glob("clips/**/index-*"))  # the clips themselves need no index

@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 
 import pytest
 
+from tests.data.faults_fixture import clip, jpeg
 from vl3train.cli import make_shards
 from vl3train.cli.main import main
 
@@ -66,3 +67,54 @@ def test_check_groups_faults_and_writes_nothing(tmp_path, capsys):
     assert main(words) == 0
     assert main(words[:-1]) == 1
     assert "--out" in capsys.readouterr().err
+
+
+def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, capsys):
+    good = json.dumps(
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    )
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join([good, '{"a"', good, "{,}", '{"b"']) + "\n")
+    assert main(["shards", str(file), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "5 records, 2 can be written, 3 cannot" in out
+    assert "records.jsonl:2: no JSON" in out
+    assert "records.jsonl:5: no JSON" in out
+    assert main(["shards", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "3 of 5 records cannot be used" in capsys.readouterr().err
+    assert main(["shards", str(file), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
+    assert "2 samples" in capsys.readouterr().out
+    for words in (["--check"], ["--out", str(tmp_path / "other")]):
+        gone = [str(tmp_path / name) for name in ("gone.jsonl", "lost.parquet")]
+        assert main(["shards", *gone, str(file), *words]) == 1
+        err = capsys.readouterr().err
+        assert "gone.jsonl: no such file or folder" in err
+        assert "lost.parquet: no such file or folder" in err
+        assert "hf:NAME" in err
+
+
+def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    whole, film = jpeg(1), clip(tmp_path)
+    media = {
+        "a.jpg": whole,
+        "b.jpg": whole[: len(whole) // 2],
+        "c.mp4": film,
+        "d.mp4": film[: len(film) // 2],
+    }
+    records = []
+    for name, data in media.items():
+        (tmp_path / name).write_bytes(data)
+        records.append({"image" if name.endswith("jpg") else "video": name, "conversations": turns})
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"conversations": turns}]))
+    words = ["shards", str(file), "--media-root", str(tmp_path)]
+    assert main([*words, "--check"]) == 0  # the files are there
+    assert "5 records, 5 can be written" in capsys.readouterr().out
+    assert main([*words, "--check", "--decode"]) == 1
+    out = capsys.readouterr().out
+    assert "5 records, 3 can be written, 2 cannot" in out
+    assert "records.jsonl:2: b.jpg: image of" in out
+    assert "records.jsonl:4: d.mp4: clip" in out
+    assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-bad"]) == 0
+    assert "3 samples in 1 shards" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from tests.cli.indexed import words
 from vl3train.cli.main import main
 from vl3train.cli.opened import opened
+from vl3train.cli.step_samples import decoding
 from vl3train.cli.verify import packed_model
-from vl3train.cli.verifying import check_decoding, check_labels, check_packed, check_splits
+from vl3train.cli.verifying import check_decoding, check_labels, check_splits
+from vl3train.cli.verifying_model import check_packed, check_stock, fitting
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.data.tokens import ChatTokenizer
 
@@ -21,7 +24,9 @@ __all__ = ["words"]
 def test_a_sound_run_may_start(words, capsys):
     assert main(["verify", *words, "--samples", "40"]) == 0
     out = capsys.readouterr().out
-    assert out.count("passed") == 4
+    assert out.count("passed") == 5
+    assert re.search(r"gradients of 6 weights by \d\.\de-\d\d", out)
+    assert "equals transformers: " in out
     assert "37 of 37 samples" in out
     assert "this run may start" in out
 
@@ -33,7 +38,8 @@ def made(words):
 
     with opened(Namespace(overrides=words, config=None, config_dir=None)) as (cfg, data):
         tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
-        _, samples = check_decoding(data, range(data.index.num_samples), tokenizer)
+        with decoding(data) as decoder:
+            _, samples = check_decoding(data, range(data.index.num_samples), decoder)
         yield data, tokenizer, samples, packed_model(cfg, data.tokenizer_dir)
 
 
@@ -51,14 +57,15 @@ def test_a_label_on_the_question_is_found(made):
 
 
 def test_a_damaged_sample_is_found(made, tmp_path):
-    data, tokenizer, _, _ = made
+    data, *_ = made
     shard = tmp_path / "shard.tar"
     content = bytearray(data.index.shards[0].read_bytes())
     offset = data.index.rows["part_offsets"][0].as_py()[-1]
     content[offset + 20] ^= 1
     shard.write_bytes(content)
     damaged = dataclasses.replace(data.index, shards=(shard, *data.index.shards[1:]))
-    verdict, good = check_decoding(dataclasses.replace(data, index=damaged), [0, 1], tokenizer)
+    with decoding(data) as decoder:
+        verdict, good = check_decoding(dataclasses.replace(data, index=damaged), [0, 1], decoder)
     assert not verdict.passed
     assert "crc32" in verdict.reasons[0]
     assert list(good) == [1]
@@ -75,14 +82,36 @@ def test_a_sample_that_comes_twice_is_found(made):
     assert verdict.reasons == ["1 samples come twice in an epoch, 1 never"]
 
 
-def test_attention_across_samples_is_found(made, monkeypatch):
+def test_a_sample_that_hangs_is_ended_at_the_limit(made):
+    """Behind the firewall: the limit is so short here that every sample hangs."""
+    data, *_ = made
+    with decoding(dataclasses.replace(data, decode_seconds=1e-6)) as decoder:
+        verdict, good = check_decoding(data, [0, 1], decoder)
+    assert not good
+    assert all("took longer than data.decode_seconds=1e-06 and was ended" in why for why in verdict.reasons)
+
+
+def shown(samples):
+    """One sample of each kind: images, a clip, text."""
+    kinds = {(len(one.grids), int(one.grids[0][0]) if len(one.grids) else 0): one for one in samples.values()}
+    return list(kinds.values())
+
+
+def test_attention_across_samples_is_found_by_losses_and_by_gradients(made, monkeypatch):
     """One segment for the whole row: the model then sees the samples before."""
     from vl3train.contracts.records import Batch
     from vl3train.data import batches
 
-    _, _, samples, model = made
-    chosen = list(samples.values())[:6]
-    assert check_packed(model, chosen, (4000, 9000)).passed
+    *_, samples, model = made
+    chosen = fitting([*shown(samples), *list(samples.values())[:6]], (4000, 9000))
+    assert {int(one.grids[0][0]) > 1 if len(one.grids) else None for one in chosen} == {True, False, None}
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    assert check_packed(model, chosen).passed
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+    assert not model.training
+    assert len(fitting(chosen, (len(chosen[0].input_ids), 9000))) == 1
+    alone = check_packed(model, chosen[:1])
+    assert alone.reasons == ["fewer than two samples fit a pack together: nothing to compare"]
 
     def one_segment(*args, **kwargs) -> Batch:
         batch = real(*args, **kwargs)
@@ -91,6 +120,24 @@ def test_attention_across_samples_is_found(made, monkeypatch):
 
     real = batches.collate
     monkeypatch.setattr(batches, "collate", one_segment)
-    verdict = check_packed(model, chosen, (4000, 9000))
+    verdict = check_packed(model, chosen)
     assert not verdict.passed
-    assert "packed" in verdict.reasons[0]
+    assert any(re.search(r"loss \S+ packed, \S+ alone", why) for why in verdict.reasons)
+    assert any("gradient of model.model.language_model" in why for why in verdict.reasons)
+
+
+def test_a_forward_that_is_not_transformers_is_found(made, monkeypatch):
+    """Patches of a clip are merged as if they were of an image, which packed and alone do alike."""
+    from vl3train.model import packed_forward
+
+    *_, samples, model = made
+    chosen = shown(samples)
+    assert check_stock(model, chosen).passed
+    real = packed_forward.merge_patches
+    monkeypatch.setattr(
+        packed_forward, "merge_patches", lambda hidden, by_merge: real(hidden.flip(0), by_merge)
+    )
+    assert check_packed(model, chosen[:1]).reasons[:-1] == []
+    verdict = check_stock(model, chosen)
+    assert not verdict.passed
+    assert "by transformers" in verdict.reasons[0]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.data.conftest import drawn_picture, picture_bytes
 from vl3train.contracts.records import BadSample
-from vl3train.data.annotations import MediaFile, read_annotations, read_record
+from vl3train.data.annotations import MediaFile, read_record
 from vl3train.data.conversation import Conversation, Image, Stream, Text, Turn, Video, read_conversation
 
 
@@ -172,63 +169,3 @@ def test_canonical_form_round_trip_and_renaming():
     for broken in (b"{", b"[]", b'{"turns": [{"role": "user", "content": [{"type": "x"}]}]}', b"\xff"):
         with pytest.raises(BadSample):
             read_conversation(broken)
-
-
-def test_json_and_jsonl_with_mixed_types(tmp_path):
-    records = [record("a", "b", image="x.jpg"), record("a", "b", image=["x.jpg", "y.jpg"]), record("a", "b")]
-    records[1]["id"] = "text"  # mixed types break datasets.load_dataset("json"), upstream's reader
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, records)))
-    assert [row for _, row in read_annotations(tmp_path / "a.json")] == records
-    found = list(read_annotations(tmp_path / "a.jsonl"))
-    assert [row for _, row in found] == records
-    assert [where.rpartition(":")[2] for where, _ in found] == ["1", "3", "5"]
-
-
-def test_invalid_files_name_the_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: no JSON"):
-        list(read_annotations(tmp_path / "a.jsonl"))
-    (tmp_path / "a.json").write_text('[\n{"a": 1},\n{"a" 2}]')
-    with pytest.raises(ValueError, match="line 3"):
-        list(read_annotations(tmp_path / "a.json"))
-    (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(ValueError, match="no list"):
-        list(read_annotations(tmp_path / "b.json"))
-
-
-def test_csv_with_column_mapping(tmp_path):
-    (tmp_path / "a.csv").write_text("img,q,a\nx.jpg,What?,A cat.\ny.jpg,Where?,Here.\n")
-    columns = {"img": "image", "q": "user", "a": "assistant"}
-    found = list(read_annotations(tmp_path / "a.csv", columns))
-    assert len(found) == 2
-    conversation, files = read_record(found[1][1], where=found[1][0])
-    assert files == (MediaFile("y.jpg", "image"),)
-    assert conversation.turns[0].content == (Image("0.jpg"), Text("Where?"))
-    with pytest.raises(ValueError, match="known meanings"):
-        next(read_annotations(tmp_path / "a.csv", {"q": "question"}))
-    with pytest.raises(ValueError, match=r"no column \['Q'\]"):
-        next(read_annotations(tmp_path / "a.csv", {"Q": "user"}))
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_parquet_with_pictures_inside(tmp_path, several):
-    import datasets
-
-    data = [picture_bytes(drawn_picture(20, 30, seed)) for seed in range(2)]
-    cells = [{"bytes": one, "path": None} for one in data]
-    feature = datasets.List(datasets.Image()) if several else datasets.Image()
-    features = datasets.Features(
-        {"image": feature, "question": datasets.Value("string"), "answer": datasets.Value("string")}
-    )
-    table = {
-        "image": [[cells[0], cells[1]], [cells[1]]] if several else cells,
-        "question": ["What?", "Where?"],
-        "answer": ["A.", "B."],
-    }
-    datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "a.parquet"))
-    columns = {"image": "image", "question": "user", "answer": "assistant"}
-    (where, row), _ = read_annotations(tmp_path / "a.parquet", columns)
-    conversation, files = read_record(row, where=where)
-    assert [file.data for file in files] == (data if several else data[:1])
-    assert conversation.turns[0].content[0] == Image("0.image")

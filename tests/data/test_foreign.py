@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
 from tests.data.conftest import LIMITS
 from tests.data.faults_fixture import clip, jpeg
@@ -15,7 +17,10 @@ from tests.data.test_samples import SETTINGS
 from vl3train.contracts.records import BadSample
 from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.foreign import open_conversation
+from vl3train.data.members import shard_samples
+from vl3train.data.parts import read_parts
 from vl3train.data.samples import measure_sample
+from vl3train.data.shards import write_members
 from vl3train.data.tokens import ChatTokenizer
 
 PNG, MP4 = b"png", b"mp4"
@@ -154,3 +159,35 @@ def test_no_json_can_do_more_than_be_refused(tokenizer, made_media, record):
     data = json.dumps(record).encode()
     with contextlib.suppress(BadSample):
         measure_sample(data, made_media, SETTINGS, tokenizer, LIMITS)
+
+
+def test_documents_are_refused_part_by_part_with_the_way_out(tmp_path, tokenizer):
+    """As pdfa-eng-wds and idl-wds come; beside them a page that was rendered is a sample like others."""
+    pages = json.dumps({"pages": [{"words": {"text": ["Dear"]}}, {"words": {"text": ["Sir"]}}]}).encode()
+    samples = {
+        "pdfa": {"json": pages, "pdf": b"%PDF-1.7"},
+        "idl": {"json": pages, "tif": tiff(2), "ocr": b"..."},
+        "scans": {"txt": b"Dear Sir", "tif": tiff(2)},
+        "scan": {"txt": b"Dear Sir", "tif": tiff(1)},
+        "rendered": {"txt": b"Dear Sir", "0.jpg": jpeg(), "pdf": b"%PDF-1.7"},
+    }
+    write_members(tmp_path / "0.tar", list(samples.items()))
+    said = {}
+    for sample in shard_samples(tmp_path / "0.tar"):
+        data = read_parts(tmp_path / "0.tar", sample.parts)
+        try:
+            if sample.fault:
+                raise BadSample(sample.fault)
+            measure_sample(data.pop("json", b""), data, SETTINGS, tokenizer, LIMITS)
+        except BadSample as error:
+            said[sample.key] = str(error)
+    assert list(said) == ["pdfa", "idl", "scans"]
+    assert said["pdfa"].startswith("member .pdf: documents are not opened; render each page")
+    assert said["idl"].startswith("a document: its .json holds the words of 2 pages")
+    assert said["scans"] == "a TIFF of 2 pages: write each page as a picture of its own"
+
+
+def tiff(pages):
+    page, file = Pillow.new("RGB", (60, 80), "white"), io.BytesIO()
+    page.save(file, "TIFF", save_all=True, append_images=[page] * (pages - 1))
+    return file.getvalue()

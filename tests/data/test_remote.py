@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -168,3 +169,76 @@ def test_a_list_with_two_shards_of_one_name_is_refused(tmp_path):
     (tmp_path / "shards.txt").write_text("s3://a/x.tar\ns3://b/x.tar\n")
     with pytest.raises(ValueError, match="same name"):
         remote.listed_shards(tmp_path)
+
+
+class Stalling(http.server.BaseHTTPRequestHandler):
+    """Answers the first requests with half of what was asked for, and then with nothing, for as long as it lives."""
+
+    stalls = 0
+    over = threading.Event()
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-9/10")
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(b"01234")
+        self.wfile.flush()
+        if type(self).stalls:
+            type(self).stalls -= 1
+            self.over.wait(60)
+            return
+        self.wfile.write(b"56789")
+
+
+@pytest.fixture
+def stalling():
+    pytest.importorskip("aiohttp")
+    handler = type("Handler", (Stalling,), {"over": threading.Event()})
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_address[1]}/a.tar", handler
+    handler.over.set()
+    served.shutdown()
+
+
+def test_a_connection_that_stalls_is_tried_again(stalling, monkeypatch):
+    url, handler = stalling
+    monkeypatch.setattr(remote, "TRY_SECONDS", 0.3)
+    handler.stalls = 2
+    began = time.monotonic()
+    assert read_range(url, 0, 10) == b"0123456789"
+    assert 0.6 < time.monotonic() - began < 10
+    assert handler.stalls == 0
+
+
+def test_one_that_always_stalls_is_an_error_that_says_so(stalling, monkeypatch):
+    url, handler = stalling
+    monkeypatch.setattr(remote, "TRY_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    handler.stalls = 9
+    with pytest.raises(RemoteError, match=r"after 3 tries: TimeoutError\('no answer within 0\.1 s'\)"):
+        read_range(url, 0, 10)
+    assert handler.stalls == 6
+
+
+def test_a_file_system_without_cancelling_is_left_behind(monkeypatch):
+    class Hanging(fsspec.AbstractFileSystem):
+        protocol = "hanging"
+
+        def cat_file(self, path, start=None, end=None, **kwargs):
+            if path.endswith("gone"):
+                raise FileNotFoundError(path)
+            return b"x" * (end - start) if path.endswith("fine") else threading.Event().wait(60)
+
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    monkeypatch.setattr(remote, "TRY_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    assert read_range("hanging://fine", 2, 5) == b"xxxxx"
+    with pytest.raises(RemoteError, match="no answer within"):
+        read_range("hanging://slow", 0, 5)
+    with pytest.raises(RemoteError, match="FileNotFoundError"):
+        read_range("hanging://gone", 0, 5)

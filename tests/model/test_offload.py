@@ -35,14 +35,14 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
     model, batch = tiny_model(layers=3), batch_of(mixed)
     wanted = gradients(model, batch, Recompute.layer, compiled=compiled)
     inputs, passes = [], []
-    keep = HostRows.keep
+    keep = HostRows.keep_input
 
     def watched(self, rows):
         inputs.append(weakref.ref(rows))
         passes.append(self)
         return keep(self, rows)
 
-    monkeypatch.setattr(HostRows, "keep", watched)
+    monkeypatch.setattr(HostRows, "keep_input", watched)
     packed = PackedModel(
         model,
         "reference",
@@ -53,10 +53,42 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
     model.zero_grad()
     loss = packed(batch).loss_sum
     assert [ref() for ref in inputs] == [None] * 6, "an input is still on the device after the forward pass"
-    assert {len(tower._sent) for tower in passes} == {3}, "one copy a layer, in each tower"
+    assert {tuple(map(len, tower._layers)) for tower in passes} == {(1, 1, 1)}, (
+        "one copy a layer, in each tower"
+    )
     loss.backward()
+    assert not any(sent._arrived for tower in passes for sent in tower._sent), (
+        "each is let go once it is used"
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, wanted[name]), name
+
+
+def test_wide_rows_wait_on_the_host_and_nothing_else_does(tiny_model, batch_of, mixed, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model, batch = tiny_model(layers=3), batch_of(mixed)
+    wanted = gradients(model, batch, Recompute.elementwise, compiled=True)
+    sent = []
+    keep = HostRows.keep_wide
+
+    def watched(self, rows, layer):
+        sent.append((self, rows.shape))
+        return keep(self, rows, layer)
+
+    monkeypatch.setattr(HostRows, "keep_wide", watched)
+    found = gradients(model, batch, Recompute.wide_offload, compiled=True)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, wanted[name]), name
+    config = model.config
+    widths = (config.vision_config.intermediate_size, config.text_config.intermediate_size)
+    for number, (tower, (rows, _)) in enumerate(sent):
+        language = number >= 3
+        kept = [tuple(one._host.shape) for one in tower._layers[number % 3]]
+        # fc1's result; gate's and up's.
+        assert kept == [(rows, widths[language])] * (1 + language), (number, kept)
 
 
 def test_rows_that_are_fetched_ahead_are_let_go_with_the_pass(tiny_model, batch_of, mixed):

@@ -20,12 +20,21 @@ from rich.text import Text
 
 from vl3train.cli.inspect_page import ShownPack, ShownSample, step_page
 from vl3train.cli.opened import opened, split_step
-from vl3train.cli.step_samples import Place, data_address, rendered, sample_pictures, step_places, text_pieces
+from vl3train.cli.step_samples import (
+    Place,
+    data_address,
+    decoding,
+    rendered,
+    sample_pictures,
+    step_places,
+    text_pieces,
+)
 from vl3train.config.load import add_config_arguments
 from vl3train.contracts.records import BadSample
 
 if TYPE_CHECKING:
     from vl3train.data.fetch import OpenData
+    from vl3train.data.firewall import Decoder
     from vl3train.data.tokens import ChatTokenizer
 
 TEXT_SHOWN = 300
@@ -54,7 +63,8 @@ def main(args: Namespace) -> int:
         tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
         cursor = data.plan.cursor_at(step)
         places = step_places(data.plan.step_packs(cursor), cfg.machine.dp_size)
-        packs = [shown_pack(data, tokenizer, place, places, args.samples) for place in places]
+        with decoding(data) as decoder:
+            packs = [shown_pack(data, tokenizer, decoder, place, places, args.samples) for place in places]
         title = f"{cfg.stage.name}, step {step}"
         facts = [
             f"virtual epoch {cursor.epoch}, step {cursor.step_in_epoch} of {data.plan.steps_in_epoch(cursor.epoch)} "
@@ -72,7 +82,7 @@ def main(args: Namespace) -> int:
 
 
 def shown_pack(
-    data: OpenData, tokenizer: ChatTokenizer, place: Place, places: list[Place], most: int
+    data: OpenData, tokenizer: ChatTokenizer, decoder: Decoder, place: Place, places: list[Place], most: int
 ) -> ShownPack:
     """A pack with its first samples rendered."""
     limits, pack = data.plan.step, place.pack
@@ -82,18 +92,18 @@ def shown_pack(
         token_fill=pack.num_tokens / limits.max_tokens,
         patch_fill=pack.num_patches / limits.max_patches,
         work=pack.cost / mean,
-        samples=[shown_sample(data, row, tokenizer) for row in pack.samples[:most]],
+        samples=[shown_sample(data, row, tokenizer, decoder) for row in pack.samples[:most]],
     )
 
 
-def shown_sample(data: OpenData, row: int, tokenizer: ChatTokenizer) -> ShownSample:
+def shown_sample(data: OpenData, row: int, tokenizer: ChatTokenizer, decoder: Decoder) -> ShownSample:
     """A sample with its pictures and text, or with the reason why it has none."""
     lengths = data.index.lengths(row)
     about = (
         f"{lengths.modality}: {lengths.num_tokens:,} tokens, {lengths.num_supervised_tokens:,} supervised, "
         f"{lengths.num_patches:,} patches, {lengths.num_visual_tokens:,} visual tokens"
     )
-    key, sample = data.index.key(row), rendered(data, row, tokenizer)
+    key, sample = data.index.key(row), rendered(data, row, decoder)
     if isinstance(sample, BadSample):
         return ShownSample(key=key, about=about, text=[], pictures=[], fault=str(sample))
     pictures = [[data_address(frame) for frame in item] for item in sample_pictures(sample)]

@@ -6,6 +6,7 @@ written. Media keep their bytes. Existing folders are never overwritten.
 
 examples:
   vl3train shards chat.jsonl --media-root /data/raw --check
+  vl3train shards chat.jsonl --media-root /data/raw --check --decode
   vl3train shards chat.jsonl --media-root /data/raw --out data/chat
   vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-bad
   vl3train shards qa.parquet --columns picture=image question=user answer=assistant --out data/qa
@@ -13,12 +14,17 @@ examples:
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from vl3train.data.looking import Looking
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,6 +46,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=_column,
         metavar="COLUMN=MEANING",
         help="what columns mean: image, video, system, user, assistant, conversations or messages",
+    )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="also decode every picture and begin every clip, so that a damaged one is refused now: "
+        "about 200 pictures of 1024x768 a second a core, in place of 17000 records",
     )
     parser.add_argument("--skip-bad", action="store_true", help="write the good records where some are bad")
     parser.add_argument(
@@ -85,6 +97,7 @@ def main(args: Namespace) -> int:
                 max_bytes=args.bytes_per_shard,
                 skip_bad=args.skip_bad,
                 progress=show,
+                looking=_looking(args),
             )
         except AnnotationProblems as problems:
             progress.stop()
@@ -103,16 +116,34 @@ def check(args: Namespace) -> int:
     """Print every kind of fault with its number and first examples; 1 where there is one. Nothing is written."""
     from vl3train.data.shards import check_annotations, describe_refused
 
-    num_records, refused = check_annotations(
-        args.annotations,
-        media_root=args.media_root,
-        columns=dict(args.columns) if args.columns else None,
-        progress=lambda what, count: None,
-    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    bars = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, console=console) as progress:
+        task = progress.add_task("checking", total=None)
+        num_records, refused = check_annotations(
+            args.annotations,
+            media_root=args.media_root,
+            columns=dict(args.columns) if args.columns else None,
+            progress=lambda what, count: progress.update(task, completed=count),
+            looking=_looking(args),
+        )
     print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} cannot")
     if refused:
         print("\n".join(describe_refused(refused)))
     return int(bool(refused))
+
+
+def _looking(args: Namespace) -> Looking | None:
+    """How media are decoded, with the limits of a run that sets none; one process for each core."""
+    from vl3train.config.schema import DataConfig
+    from vl3train.data.looking import Looking
+    from vl3train.data.media import DecodeLimits
+
+    if not args.decode:
+        return None
+    data = DataConfig()
+    limits = DecodeLimits(max_pixels=data.decode_max_pixels, max_seconds=data.decode_max_seconds)
+    return Looking(limits, data.decode_seconds, num_workers=os.cpu_count() or 1)
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -30,16 +30,17 @@ GPUS = {
     "4090": Gpu(165, 24),
 }
 
-UTILISATION = 0.22
-"""Share of the data sheet's TFLOP/s: 218 to 224 of 989 were measured with a packed step of the 2B on one H100
-(torch varlen attention, layers recomputed, recomputation not counted)."""
+UTILISATION = 0.39
+"""Share of the data sheet's TFLOP/s: 393 of 989 were measured with a packed step of the 2B on one H100 (layers
+compiled, MLPs recomputed, recomputation not counted): useful_tflops_2b of benchmarks/results/one_gpu.jsonl."""
 
-IMAGE_PATCHES_PER_CORE_SECOND = 540_000
-"""JPEG 1024 x 768 decoded, resized and patchified: 135 a second a core, 4015 patches each."""
-CLIP_FRAMES_PER_CORE_SECOND = 12
-"""H.264 720p at 25 frames a second, sampled at 1: 295 source frames a second a core."""
-STORED_FRAMES_PER_CORE_SECOND = 500
-"""Frames stored as JPEG in the shard (`vl3train index`), decoded, pruned and patchified."""
+IMAGE_PATCHES_PER_CORE_SECOND = 710_000
+"""JPEG 1024 x 768 decoded, resized and patchified: 178 a second a core, 4015 patches each. This and the next two are
+of benchmarks/results/decode.jsonl."""
+CLIP_FRAMES_PER_CORE_SECOND = 38
+"""H.264 720p at 25 frames a second, sampled at 1: 968 source frames a second a core."""
+STORED_FRAMES_PER_CORE_SECOND = 2500
+"""Frames stored as JPEG in the shard (`vl3train index --store-frames`), decoded, pruned and patchified."""
 
 
 class Shape(NamedTuple):
@@ -113,7 +114,7 @@ def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool
     if level is Recompute.nothing:
         return 9 * hidden + 3 * intermediate
     rows, wide = (5 * hidden, 2 * intermediate) if gated else (6 * hidden, intermediate)
-    return rows if level is Recompute.mlp else rows + wide
+    return rows if level in (Recompute.mlp, Recompute.wide_offload) else rows + wide
 
 
 def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
@@ -164,7 +165,7 @@ def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, 
     for name, tower, gated in (("vision", ENCODER, False), ("language", shape, True)):
         kept = {
             level: width * values_kept(level, tower.hidden, tower.intermediate, gated=gated)
-            for level in level_scale(cfg.machine.zero_stage)
+            for level in level_scale(cfg.machine.zero_stage, compiled=cfg.machine.compile_layers)
         }
         mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
         work = TowerWork(

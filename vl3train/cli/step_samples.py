@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,7 @@ from vl3train.data.tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from vl3train.data.fetch import OpenData
+    from vl3train.data.firewall import Decoder
 
 FRAMES_SHOWN = 8
 PICTURE_PIXELS = 320
@@ -49,25 +53,30 @@ def step_places(packs: list[Pack], dp_size: int) -> list[Place]:
     ]
 
 
-def rendered(data: OpenData, row: int, tokenizer: ChatTokenizer) -> RenderedSample | BadSample:
-    """A sample as its pack will hold it, or why it cannot be used."""
-    from vl3train.data.samples import render_sample
+@contextmanager
+def decoding(data: OpenData) -> Iterator[Decoder]:
+    """A decode process for ``rendered``, behind the firewall: a file that hangs or crashes it ends only that."""
+    from vl3train.data.firewall import Decoder, decode_server
 
+    with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
+        decoder = Decoder(address, data.decode_seconds, int(data.plan.table.num_patches.max(initial=0)))
+        try:
+            yield decoder
+        finally:
+            decoder.close()
+
+
+def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | BadSample:
+    """A sample as its pack will hold it, or why it cannot be used: within ``data.decode_seconds``."""
     index = data.index
     try:
         conversation, parts = index.read_sample(row)
-        return render_sample(
-            conversation,
-            parts,
-            data.settings,
-            tokenizer,
-            data.limits,
-            key=index.key(row),
-            source=index.source(row),
-            planned=index.lengths(row),
+        sample = decoder.render(
+            conversation, parts, index.lengths(row), key=index.key(row), source=index.source(row)
         )
     except BadSample as error:
         return error
+    return dataclasses.replace(sample, patches=sample.patches.copy())  # their memory is used again
 
 
 @dataclass(frozen=True, slots=True)

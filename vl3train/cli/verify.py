@@ -1,8 +1,9 @@
 """Try your own data and model before they cost anything, and say whether a run may start, with reasons.
 
-Decodes samples drawn at random, compares what is supervised with what the assistant says, shares a step out over
-every number of ranks, and runs the model once to see that samples score the same packed together and alone. The
-recipe must be indexed: `vl3train index`.
+Decodes samples drawn at random behind the firewall, compares what is supervised with what the assistant says, shares
+a step out over every number of ranks, and runs the model to see that samples have the same losses and gradients
+packed together and alone, and the losses that transformers' own forward gives them. The recipe must be indexed:
+`vl3train index`.
 
 examples:
   vl3train verify stage=1 model=debug data=demo machine=cpu
@@ -19,15 +20,16 @@ from rich.console import Console
 from rich.text import Text
 
 from vl3train.cli.opened import opened
+from vl3train.cli.step_samples import decoding
 from vl3train.cli.verifying import (
     REASONS_SHOWN,
     Verdict,
     check_decoding,
     check_labels,
-    check_packed,
     check_splits,
     drawn_rows,
 )
+from vl3train.cli.verifying_model import check_packed, check_stock, fitting
 from vl3train.config.choices import Device
 from vl3train.config.load import add_config_arguments
 from vl3train.config.schema import TrainConfig
@@ -61,14 +63,17 @@ def main(args: Namespace) -> int:
     with opened(args) as (cfg, data):
         tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
         rows = drawn_rows(data, args.samples, cfg.run.seed)
-        decoding, samples = check_decoding(data, rows, tokenizer)
-        tell(decoding)
+        with decoding(data) as decoder:
+            decoded, samples = check_decoding(data, rows, decoder)
+        tell(decoded)
         tell(check_labels(data, samples, tokenizer))
         tell(check_splits(data))
         if not args.no_model:
             limits = (cfg.step.max_tokens, cfg.step.max_patches)
+            chosen = fitting(list(samples.values())[:MODEL_SAMPLES], limits)
             model = packed_model(cfg, data.tokenizer_dir)
-            tell(check_packed(model, list(samples.values())[:MODEL_SAMPLES], limits))
+            tell(check_packed(model, chosen))
+            tell(check_stock(model, chosen))
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     verdict = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
     console.print(Text(verdict, style="bold red" if failed else "bold green"))

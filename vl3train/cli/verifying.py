@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from vl3train.data.tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from vl3train.data.fetch import OpenData
+    from vl3train.data.firewall import Decoder
 
 REASONS_SHOWN = 5
 
@@ -36,13 +37,13 @@ def drawn_rows(data: OpenData, count: int, seed: int) -> list[int]:
 
 
 def check_decoding(
-    data: OpenData, rows: Sequence[int], tokenizer: ChatTokenizer
+    data: OpenData, rows: Sequence[int], decoder: Decoder
 ) -> tuple[Verdict, dict[int, RenderedSample]]:
     """Whether samples can be read, decoded and rendered to the lengths that were indexed; and those, by row."""
     good: dict[int, RenderedSample] = {}
     reasons = []
     for row in rows:
-        sample = rendered(data, row, tokenizer)
+        sample = rendered(data, row, decoder)
         if isinstance(sample, BadSample):
             reasons.append(f"{data.index.key(row)}: {sample}")
         else:
@@ -102,49 +103,3 @@ def check_splits(data: OpenData) -> Verdict:
             reasons.append(f"{twice} samples come twice in an epoch, {never} never")
     found = f"{len(packs)} packs are shared out alike over {', '.join(map(str, worlds))} ranks"
     return Verdict("splits", not reasons, found, reasons)
-
-
-def check_packed(model: Any, samples: Sequence[RenderedSample], limits: tuple[int, int]) -> Verdict:
-    """Whether samples have the same loss packed together and each alone.
-
-    Args:
-        model: a PackedModel, on its device.
-        samples: rendered; as many as fit one pack are taken.
-        limits: tokens and patches of a pack.
-    """
-    import torch
-
-    from vl3train.data.batches import collate
-
-    chosen: list[RenderedSample] = []
-    tokens = patches = 0
-    for sample in samples:
-        if tokens + len(sample.input_ids) <= limits[0] and patches + len(sample.patches) <= limits[1]:
-            chosen.append(sample)
-            tokens, patches = tokens + len(sample.input_ids), patches + len(sample.patches)
-    device = next(model.parameters()).device
-    pack = Pack(samples=(), num_tokens=tokens, num_patches=patches, num_supervised_tokens=0, cost=0)
-
-    def losses(members: Sequence[RenderedSample]) -> list[float]:
-        batch = collate(members, pack, num_loss_chunks=1).to(device)
-        with torch.no_grad():
-            token_losses = model(batch).token_losses.double()
-        sums = torch.zeros(len(members), dtype=torch.float64, device=device)
-        return sums.index_add_(0, batch.supervised_segments, token_losses).tolist()
-
-    together = losses(chosen)
-    alone = [losses([sample])[0] for sample in chosen]
-    # Sums over a sample's tokens; kernels add in another order for another row.
-    allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 3e-2
-    apart = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(together, alone, strict=True)]
-    reasons = [
-        f"{sample.key}: loss {a:.5f} packed, {b:.5f} alone"
-        for sample, a, b, off in zip(chosen, together, alone, apart, strict=True)
-        if off > allowed
-    ]
-    found = (
-        f"{len(chosen)} samples, {tokens:,} tokens: losses differ by at most {max(apart, default=0.0):.1e}"
-    )
-    if len(chosen) < 2:
-        reasons.append("fewer than two samples fit a pack together: nothing to compare")
-    return Verdict("packed equals alone", not reasons, f"{found} ({allowed:g} allowed)", reasons)

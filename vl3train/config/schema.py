@@ -154,8 +154,9 @@ class DataConfig:
     node reads few shards at a time. 0 shuffles all samples of a source."""
 
     plan_cache: str | None = None
-    """Folder on each node where plans of long epochs are kept for its processes (4 bytes a sample). Unset:
-    vl3train/plans in the user's folder for caches. May be deleted at any time."""
+    """Folder on each node where plans of long epochs (4 bytes a sample) and the rows of the index (about 200) are
+    kept for its processes. Unset: vl3train/plans in the user's folder for caches. May be deleted while no run uses
+    it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -235,8 +236,9 @@ class MachineConfig:
 
     recompute_vision: Recompute = Recompute.layer
     """What each encoder layer computes again in the backward pass: nothing; elementwise (keeps the results of
-    matrix products and attention); mlp (as before, and the products that widen the row); layer (everything);
-    offload (everything, and its input waits in the host's memory)."""
+    matrix products and attention); wide_offload (as before, but the MLP's wide rows wait in the host's memory; needs
+    compile_layers); mlp (as elementwise, and the products that widen the row); layer (everything); offload
+    (everything, and its input waits in the host's memory)."""
 
     recompute_language: Recompute = Recompute.layer
     """The same for each language-model layer."""

@@ -6,17 +6,15 @@ streaming records. Nothing is guessed: what does not fit is refused with its rea
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from vl3train.contracts.records import BadSample
 from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
 from vl3train.data.conversation import Content, Conversation, Image, Stream, Text, Turn, Video
-from vl3train.data.importers import IMPORTERS
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -45,8 +43,6 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
     other turn are dropped, as it does too: they answer nothing.
     """
     try:
-        if "not_imported" in record:
-            raise BadSample(str(record["not_imported"]))
         reader = _Reader(record)
         turns = reader.read_stream() if record.get("stream") else reader.read_turns()
         if not any(turn.role == "assistant" for turn in turns):
@@ -194,95 +190,3 @@ def _refuse_reserved(text: str) -> None:
     for token in RESERVED_TOKENS:
         if token in text:
             raise BadSample(f"text holds {token}, which means structure; take it out or write it otherwise")
-
-
-def read_annotations(
-    source: str | Path, columns: dict[str, str] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of a file or data set, each with where it stands.
-
-    Args:
-        source: ``.json`` (one list), ``.jsonl``, or what ``datasets.load_dataset`` opens: ``.parquet``,
-            ``.csv``, a folder, or ``hf:NAME[:SPLIT]`` from the hub. With ``caption:`` or another name of
-            data/importers.py before it, records of that published form.
-        columns: What each column means: ``image``, ``video``, ``system``, ``user``, ``assistant``,
-            ``conversations``, ``messages``. Turns come in this order. None: the columns are named so already.
-
-    Raises:
-        ValueError: a line or file that cannot be parsed, with its number; an unknown meaning.
-    """
-    name, colon, path = str(source).partition(":")
-    if colon and name in IMPORTERS:
-        for where, row in read_annotations(path, columns):
-            yield where, _imported(name, row)
-        return
-    meanings = {"image", "video", "conversations", "messages", *ROLES.values()}
-    if columns and (unknown := sorted(set(columns.values()) - meanings)):
-        raise ValueError(f"columns mean {unknown}; known meanings: {sorted(meanings)}")
-    for where, row in _rows(str(source)):
-        yield where, row if columns is None else _mapped(row, columns, where)
-
-
-def _imported(name: str, row: Any) -> dict[str, Any]:
-    """A record of a published form; one that has another is left to ``read_record``, with the reason in it."""
-    try:
-        return IMPORTERS[name](row)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        return {"not_imported": f"no {name} record: {error!r}"}
-
-
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    if missing := [name for name in columns if name not in row]:
-        raise ValueError(f"{where}: no column {missing}; there are {sorted(row)}")
-    record: dict[str, Any] = {}
-    for name, meaning in columns.items():
-        if meaning in ROLES:
-            record.setdefault("messages", []).append({"role": meaning, "content": row[name]})
-        else:
-            record[meaning] = row[name]
-    return record
-
-
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if source.endswith(".jsonl"):
-        with open(source, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{source}:{number}", _parsed(line, f"{source}:{number}")
-    elif source.endswith(".json"):
-        records = _parsed(Path(source).read_text(encoding="utf-8"), source)
-        if not isinstance(records, list):
-            raise ValueError(f"{source}: holds no list of records; one record a line is called .jsonl")
-        yield from ((f"{source}[{number}]", record) for number, record in enumerate(records))
-    else:
-        yield from ((f"{source}[{number}]", row) for number, row in enumerate(_opened_dataset(source)))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: no JSON, line {error.lineno} column {error.colno}: {error.msg}"
-        ) from error
-
-
-def _opened_dataset(source: str) -> Any:
-    """Rows of what ``datasets`` opens, streamed; images stay files' bytes."""
-    import datasets
-
-    if source.startswith("hf:"):
-        name, _, split = source.removeprefix("hf:").partition(":")
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-    elif (builder := PurePath(source).suffix.removeprefix(".")) in ("parquet", "csv", "arrow"):
-        rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
-    else:
-        rows = datasets.load_dataset(source, split="train", streaming=True)
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, (datasets.Sequence, datasets.List)) and isinstance(
-            feature.feature, datasets.Image
-        ):
-            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return rows

@@ -22,8 +22,9 @@ import torch
 
 from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
-from vl3train.data.items import store_sample
+from vl3train.data.items import look_at, store_sample
 from vl3train.data.media import DecodeLimits
+from vl3train.data.patches import resize_and_patchify
 from vl3train.data.samples import measure_sample, render_sample
 from vl3train.data.tokens import ChatTokenizer
 
@@ -46,6 +47,8 @@ class Request:
     planned: SampleLengths | None = None  # to render by; None: measure it
     first_patch: int = 0  # where in the shared memory its patches go
     store: bool = False  # turn its clips into stored frames
+    decode: bool = False  # where it is measured: decode every image and clip whole
+    look: bool = False  # only decode its parts: they belong to no rendered sample
 
 
 def keep_freed_memory() -> None:
@@ -60,7 +63,11 @@ def keep_freed_memory() -> None:
 
 
 def serve(
-    address: str, parent: Connection, settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits
+    address: str,
+    parent: Connection,
+    settings: RenderSettings | None,
+    tokenizer_dir: Path | None,
+    limits: DecodeLimits,
 ) -> None:
     """Fork a decode process for each connection, until the parent is gone. One thread: forking is safe."""
     os.setpgid(0, 0)  # Ctrl-C is the parent's, and the group can be ended as one
@@ -68,7 +75,10 @@ def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     torch.set_num_threads(1)
     keep_freed_memory()
-    tokenizer = ChatTokenizer.from_folder(tokenizer_dir)
+    # Compiled, or read from numba's cache, here once: the decode processes forked from this one have it then.
+    resize_and_patchify(np.zeros((57, 57, 3), np.uint8), grid=(4, 4), merge_size=2)
+    resize_and_patchify(np.zeros((56, 56, 3), np.uint8), grid=(4, 4), merge_size=2)
+    tokenizer = None if tokenizer_dir is None else ChatTokenizer.from_folder(tokenizer_dir)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(256)
@@ -84,7 +94,10 @@ def serve(
 
 
 def _decode(
-    connected: socket.socket, settings: RenderSettings, tokenizer: ChatTokenizer, limits: DecodeLimits
+    connected: socket.socket,
+    settings: RenderSettings | None,
+    tokenizer: ChatTokenizer | None,
+    limits: DecodeLimits,
 ) -> None:
     """A decode process: answer requests until whoever asks is gone. Does not return."""
     status = 1
@@ -115,18 +128,25 @@ def _decode(
 def _answer(
     request: Request,
     space: np.ndarray,
-    settings: RenderSettings,
-    tokenizer: ChatTokenizer,
+    settings: RenderSettings | None,
+    tokenizer: ChatTokenizer | None,
     limits: DecodeLimits,
 ) -> tuple[dict[str, Any], bytes | None]:
     planned = request.planned
     try:
+        if request.look:
+            look_at(request.parts, limits)
+            return {}, None
+        assert settings is not None, "a server without settings is only asked to look"
+        assert tokenizer is not None, "as settings"
         if request.store:
             members = store_sample(request.conversation, request.parts, settings, limits)
             names, sizes = list(members), [len(data) for data in members.values()]
             return {"names": names, "sizes": sizes, "more": True}, b"".join(members.values())
         if planned is None:
-            lengths = measure_sample(request.conversation, request.parts, settings, tokenizer, limits)
+            lengths = measure_sample(
+                request.conversation, request.parts, settings, tokenizer, limits, decode=request.decode
+            )
             return dataclasses.asdict(lengths), None
         start = request.first_patch * PATCH_VALUES
         sample = render_sample(

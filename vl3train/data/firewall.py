@@ -38,7 +38,9 @@ LONGEST_FOLDER = 90
 class DecodeServer:
     """A running decode server, as the process that started it sees it. ``address`` is for everybody."""
 
-    def __init__(self, settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits) -> None:
+    def __init__(
+        self, settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
+    ) -> None:
         folder = tempfile.mkdtemp(prefix="vl3train-")  # of mode 700: nobody else connects
         if len(folder) > LONGEST_FOLDER:
             os.rmdir(folder)
@@ -70,8 +72,10 @@ def _end_server(ours: Connection, process: BaseProcess, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def decode_server(settings: RenderSettings, tokenizer_dir: Path, limits: DecodeLimits) -> Iterator[str]:
-    """The address of a decode server that runs as long as the ``with`` block."""
+def decode_server(
+    settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
+) -> Iterator[str]:
+    """The address of a decode server that runs as long as the ``with`` block; without settings it only looks."""
     server = DecodeServer(settings, tokenizer_dir, limits)
     try:
         yield server.address
@@ -96,13 +100,15 @@ class Decoder:
         self._connection: Connection | None = None
         self._pid = 0
 
-    def measure(self, conversation: bytes, parts: Mapping[str, bytes]) -> SampleLengths:
+    def measure(
+        self, conversation: bytes, parts: Mapping[str, bytes], *, decode: bool = False
+    ) -> SampleLengths:
         """``samples.measure_sample`` in the decode process.
 
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._ask(Request(conversation, parts, self._seconds))
+        answer, _ = self._ask(Request(conversation, parts, self._seconds, decode=decode))
         return SampleLengths(
             **{
                 **answer,
@@ -111,6 +117,14 @@ class Decoder:
                 "kept_tokens": tuple(answer["kept_tokens"]),
             }
         )
+
+    def look(self, parts: Mapping[str, bytes]) -> None:
+        """``items.look_at`` in the decode process.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        self._ask(Request(b"", parts, self._seconds, look=True))
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
         """``samples.store_sample`` in the decode process.

@@ -46,6 +46,11 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
         return read_conversation(data)
     if any(key in record for key in DIALOGUE_KEYS):
         return _dialogue(record, media)
+    if "pages" in record and not caption:
+        raise BadSample(
+            f"a document: its .json holds the words of {_length(record['pages'])} pages, and no conversation; "
+            "write a picture of each page with its text as KEY.txt"
+        )
     found = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
     if found is None and not caption:
         raise BadSample(
@@ -53,6 +58,10 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
             "and there is no .txt"
         )
     return _captioned(_decoded(caption) if caption else str(found), media)
+
+
+def _length(pages: Any) -> int:
+    return len(pages) if isinstance(pages, list) else 1
 
 
 def _captioned(caption: str, media: Collection[str]) -> Conversation:

@@ -77,12 +77,68 @@ def from_finevideo(record: Record) -> dict[str, Any]:
     return _talk({"video": {"bytes": clip, "path": ""} if isinstance(clip, bytes) else clip}, turns)
 
 
+def from_charades(record: Record) -> dict[str, Any]:
+    """A clip of a folder by its id, with descriptions, questions and times, as far as there are any: Charades.
+
+    Columns of Charades' csv are ``id``, ``descriptions`` (several, with ``;`` between them) and ``script``; of
+    Charades-STA ``id``, ``start``, ``end`` and ``sentence``; besides ``question`` and ``answer`` are read.
+
+    >>> row = {"id": "46GP8", "descriptions": "A person cooks.;Someone stirs.", "script": "A person cooks."}
+    >>> [turn["value"] for turn in from_charades(row)["conversations"]]
+    ['<video>\\nDescribe the video.', 'A person cooks.', 'Describe it in other words.', 'Someone stirs.']
+    >>> row = {"id": "AO8RW", "start": 0.0, "end": 6.9, "sentence": "a person puts a book on a shelf."}
+    >>> [turn["value"] for turn in from_charades(row)["conversations"]]
+    ['<video>\\nWhen does this happen: a person puts a book on a shelf.', '0.0-6.9 s']
+    """
+    said = [text.strip() for text in str(record.get("descriptions") or "").split(";") if text.strip()]
+    said = said or [str(record["script"]).strip()] if record.get("script") else said
+    asked = ["Describe the video.", *["Describe it in other words."] * (len(said) - 1)]
+    turns = list(zip(asked, said, strict=False))
+    if record.get("question") is not None:
+        turns.append((str(record["question"]), str(_first(record, ("answer", "answers"), "an answer"))))
+    if record.get("start") is not None:
+        sentence = _first(record, ("sentence", "query", "caption"), "a sentence for its times")
+        turns.append(_moment(sentence, record["start"], record["end"]))
+    return _about_clip(record, turns)
+
+
+def from_moments(record: Record) -> dict[str, Any]:
+    """A clip with sentences and the seconds from and to which each is true: ActivityNet Captions, YouCook2, ViTT.
+
+    >>> row = {"video": "v_1.mp4", "timestamps": [[0.3, 5.0], [5, 9.25]], "sentences": ["He runs.", "He falls."]}
+    >>> [turn["value"] for turn in from_moments(row)["conversations"]][1:]
+    ['0.3-5.0 s', 'When does this happen: He falls.', '5.0-9.2 s']
+    """
+    times = _first(record, ("timestamps", "segments", "times"), "times", whole=True)
+    sentences = _first(record, ("sentences", "captions"), "sentences", whole=True)
+    both = [json.loads(value) if isinstance(value, str) else value for value in (times, sentences)]
+    turns = [_moment(sentence, *span) for span, sentence in zip(*both, strict=True)]
+    return _about_clip(record, turns)
+
+
+def _moment(sentence: Any, start: Any, end: Any) -> tuple[str, str]:
+    """A question for a time and its answer in plain text, as VideoLLaMA3's stage 4 has it: "1.0-2.0 s"."""
+    return f"When does this happen: {str(sentence).strip()}", f"{float(start):.1f}-{float(end):.1f} s"
+
+
+def _about_clip(record: Record, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """Turns about a clip that is named by its file, or by an id in a folder of .mp4."""
+    if not turns:
+        raise KeyError("descriptions, a question or times: nothing is said of the clip")
+    clip = str(_first(record, ("video", "video_id", "id", "vid"), "a clip"))
+    first, *others = turns
+    name = clip if "." in clip.rpartition("/")[2] else f"{clip}.mp4"
+    return _talk({"video": name}, [(f"<video>\n{first[0]}", first[1]), *others])
+
+
 IMPORTERS: dict[str, Callable[[Record], dict[str, Any]]] = {
     "caption": from_caption,
     "question": from_question,
     "cauldron": from_cauldron,
     "synthdog": from_synthdog,
     "finevideo": from_finevideo,
+    "charades": from_charades,
+    "moments": from_moments,
 }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -19,14 +18,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.data.mapped_rows import (
+    MAPPED_FROM_SAMPLES,
+    columns,
+    for_the_plan,
+    map_rows,
+    refused_of,
+    rows_file,
+    write_rows,
+)
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CONVERSATION_PART, Part
+from vl3train.data.parts import read_parts
 from vl3train.data.plan import SampleTable
-from vl3train.data.remote import RangeCache, RemoteError, address_of, listed_shards, read_range
+from vl3train.data.remote import RangeCache, listed_shards
 
 MANIFEST = "manifest.json"
 USABLE = "ok"
@@ -122,6 +130,17 @@ class Index:
     """Source, suffix and number of members that are neither text nor media; they are never opened."""
     fingerprint: str
     cache: RangeCache | None = None  # of remote shards
+    file: Path | None = None
+    """Where ``rows`` are mapped from. Another process is sent this in place of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.file is None else {**self.__dict__, "rows": None, "refused": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["file"] is not None:
+            state["rows"] = map_rows(state["file"])
+            state["refused"] = refused_of(state["rows"])
+        self.__dict__.update(state)
 
     @property
     def num_samples(self) -> int:
@@ -174,14 +193,12 @@ class Index:
 
     def sample_table(self) -> SampleTable:
         """What the plan reads."""
-        names = ("num_tokens", "num_supervised_tokens", "num_patches", "num_patch_pairs")
         return SampleTable(
             sizes=self.sizes,
             weights=self.weights,
             fingerprint=self.fingerprint,
-            num_items=pc.list_value_length(self.rows["merge_sizes"]).to_numpy(),
-            shards=self.rows["shard"].to_numpy(),
-            **{name: self.rows[name].to_numpy() for name in names},
+            file=self.file,
+            **columns(self.rows),
         )
 
     def _row(self, row: int) -> dict[str, Any]:
@@ -189,41 +206,12 @@ class Index:
         return dict(values)
 
 
-def read_parts(shard: Path, parts: Sequence[Part], cache: RangeCache | None = None) -> dict[str, bytes]:
-    """The bytes of some parts, by name; of a remote shard with one request for all of them.
-
-    Raises:
-        BadSample: the file ends before them, or cannot be read.
-    """
-    if parts and (address := address_of(shard)) is not None:
-        first = min(part.offset for part in parts)
-        size = max(part.offset + part.size for part in parts) - first
-        try:
-            span = memoryview(read_range(address, first, size, cache))
-        except RemoteError as error:
-            raise BadSample(str(error)) from error
-        return {part.name: bytes(span[part.offset - first :][: part.size]) for part in parts}
-    try:
-        file = os.open(shard, os.O_RDONLY)
-    except OSError as error:
-        raise BadSample(f"{shard} cannot be opened: {error}") from error
-    try:
-        data = {part.name: os.pread(file, part.size, part.offset) for part in parts}
-    except OSError as error:
-        raise BadSample(f"{shard} cannot be read: {error}") from error
-    finally:
-        os.close(file)
-    for part in parts:
-        if len(data[part.name]) != part.size:
-            raise BadSample(f"part {part.name}: {shard} ends before it does")
-    return data
-
-
 def open_index(
     sources: Sequence[tuple[str, float, Path | None]],
     settings: RenderSettings,
     limits: DecodeLimits,
     cache: RangeCache | None = None,
+    folder: Path | None = None,
 ) -> Index:
     """The index of some sources, each a name, a weight and its folder of shards (None: it has no samples).
 
@@ -232,49 +220,67 @@ def open_index(
         settings: how samples are rendered.
         limits: what a file's header may say.
         cache: keeps what is read of remote shards.
+        folder: where the rows of a long index are kept for all processes of the node to map; None: each has them
+            in its own memory.
 
     Raises:
         NoIndex: one of them is missing or stale; every one is in the message.
     """
-    tables, shards, sizes, refused, contents, faults = [], [], [], [], [], []  # type: ignore[var-annotated]
+    shards, sizes, contents, faults, files = [], [], [], [], []
     unread: Counter[tuple[str, str]] = Counter()
-    for name, _, folder in sources:
+    for name, _, shard_folder in sources:
         sizes.append(0)
-        if folder is None:
+        if shard_folder is None:
             continue
         try:
-            manifest = read_manifest(folder, settings, limits)
+            manifest = read_manifest(shard_folder, settings, limits)
         except NoIndex as error:
             faults.append(str(error))
             continue
         for entry in manifest["shards"]:
-            table = pq.read_table(index_folder(folder, settings) / f"{entry['name']}.parquet")
-            usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
-            bad = table.filter(pa.array(~usable))
-            stem = Path(entry["name"]).stem
-            refused += [
-                (f"{name}/{stem}/{key}", reason)
-                for key, reason in zip(bad["key"].to_pylist(), bad["status"].to_pylist(), strict=True)
-            ]
-            good = table.filter(pa.array(usable))
-            number = pa.array(np.full(good.num_rows, len(shards), np.int32))
-            tables.append(good.append_column("shard", number).replace_schema_metadata(None))
-            sizes[-1] += good.num_rows
+            sizes[-1] += entry["samples"] - entry["refused"]
             unread.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
-            shards.append(folder / entry["name"])
+            shards.append(shard_folder / entry["name"])
+            files.append((name, index_folder(shard_folder, settings) / f"{entry['name']}.parquet"))
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
     if faults:
         raise NoIndex("\n".join(faults))
-    empty = SCHEMA.append(pa.field("shard", pa.int32())).empty_table()
-    identity = json.dumps([settings.fingerprint(), contents])
+    fingerprint = hashlib.sha256(json.dumps([settings.fingerprint(), contents]).encode()).hexdigest()[:16]
+    file = rows_file(folder, fingerprint) if folder and sum(sizes) >= MAPPED_FROM_SAMPLES else None
+    if file is None or not file.is_file():
+        rows, refused = _read_rows(files)
+        if file is not None:
+            write_rows(file, rows, refused)
+    if file is not None:
+        rows = map_rows(file)
     return Index(
         source_names=tuple(name for name, _, _ in sources),
         weights=tuple(weight for _, weight, _ in sources),
         sizes=tuple(sizes),
         shards=tuple(shards),
-        rows=(pa.concat_tables(tables) if tables else empty).combine_chunks(),
-        refused=tuple(refused),
+        rows=rows,
+        refused=tuple(refused) if file is None else refused_of(rows),
         unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        fingerprint=fingerprint,
         cache=cache,
+        file=file,
     )
+
+
+def _read_rows(files: Sequence[tuple[str, Path]]) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The usable rows of some parquet files, each with its source's name; key and reason of the others."""
+    tables, refused = [], []
+    for number, (name, path) in enumerate(files):
+        table = pq.read_table(path)
+        usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
+        bad = table.filter(pa.array(~usable))
+        stem = Path(path.stem).stem
+        refused += [
+            (f"{name}/{stem}/{key}", reason)
+            for key, reason in zip(bad["key"].to_pylist(), bad["status"].to_pylist(), strict=True)
+        ]
+        good = table.filter(pa.array(usable))
+        shard = pa.array(np.full(good.num_rows, number, np.int32))
+        tables.append(good.append_column("shard", shard).replace_schema_metadata(None))
+    empty = SCHEMA.append(pa.field("shard", pa.int32())).empty_table()
+    return for_the_plan(pa.concat_tables(tables) if tables else empty).combine_chunks(), refused

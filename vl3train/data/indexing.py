@@ -31,11 +31,11 @@ from vl3train.data.index import (
     NoIndex,
     index_folder,
     read_manifest,
-    read_parts,
     shard_files,
 )
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
+from vl3train.data.parts import read_parts
 from vl3train.data.remote import address_of, local_files
 
 CHUNK_SAMPLES = 32
@@ -62,6 +62,7 @@ def build_index(
     num_workers: int,
     decode_seconds: float,
     progress: Callable[[int, int], None],
+    decode: bool = False,
 ) -> Path:
     """Index a folder of shards and return the index folder; what is there and still fits is kept.
 
@@ -69,6 +70,7 @@ def build_index(
         num_workers: processes that decode; 0 is 1: nothing is decoded in this one.
         decode_seconds: wall-clock limit of one sample.
         progress: called with samples done and samples in all.
+        decode: decode every image and clip whole; an index made without is made again.
     """
     folder = index_folder(shards, settings)
     try:
@@ -76,10 +78,10 @@ def build_index(
     except NoIndex:
         pass
     else:
-        if all(_is_current(folder, shard, limits) for shard in shard_files(shards)):
+        if all(_is_current(folder, shard, limits, decode) for shard in shard_files(shards)):
             return folder
     folder.mkdir(exist_ok=True)
-    todo = [shard for shard in shard_files(shards) if not _is_current(folder, shard, limits)]
+    todo = [shard for shard in shard_files(shards) if not _is_current(folder, shard, limits, decode)]
     # Remote shards one after the other: each is fetched whole, as every sample of it is read.
     groups = [
         [shard for shard in todo if shard.is_file()],
@@ -92,13 +94,23 @@ def build_index(
             with local_files(group, folder) as files:
                 samples = {shard: shard_samples(file) for shard, file in files.items()}
                 total += sum(map(len, samples.values()))
-                for rows in _group_rows(samples, files, max(1, num_workers), address, decode_seconds):
+                asked = _Asked(address, decode_seconds, decode)
+                for rows in _group_rows(samples, files, max(1, num_workers), asked):
                     done += len(rows.rows)
                     progress(done, total)
                     if rows.complete is not None:
-                        _write_rows(folder, rows.shard, rows.complete, limits)
+                        _write_rows(folder, rows.shard, rows.complete, limits, decode)
     _write_manifest(folder, shard_files(shards), settings, limits)
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Of decode processes: their server's address, a sample's time limit, whether all is decoded."""
+
+    address: str
+    seconds: float
+    decode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +126,7 @@ def _group_rows(
     samples: dict[Path, list[ShardSample]],
     files: dict[Path, Path],
     num_threads: int,
-    address: str,
-    decode_seconds: float,
+    asked: _Asked,
 ) -> Iterator[_Rows]:
     for shard in [shard for shard, members in samples.items() if not members]:
         yield _Rows(shard, [], [])
@@ -126,25 +137,21 @@ def _group_rows(
     ]
     collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
     if chunks:
-        measured = _measured(
-            [chunk for _, chunk in chunks], min(num_threads, len(chunks)), address, decode_seconds
-        )
+        measured = _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), asked)
         for (shard, _), rows in zip(chunks, measured, strict=True):
             collected[shard] += rows
             whole = len(collected[shard]) == len(samples[shard])
             yield _Rows(shard, rows, collected.pop(shard) if whole else None)
 
 
-def _measured(
-    chunks: Sequence[_Chunk], num_threads: int, address: str, decode_seconds: float
-) -> Iterator[list[dict[str, Any]]]:
+def _measured(chunks: Sequence[_Chunk], num_threads: int, asked: _Asked) -> Iterator[list[dict[str, Any]]]:
     """The rows of every chunk, in order. A thread reads, and waits for a decode process of its own."""
     own = threading.local()
 
     def measure(chunk: _Chunk) -> list[dict[str, Any]]:
         if not hasattr(own, "decoder"):
-            own.decoder = Decoder(address, decode_seconds)
-        return [_measure(chunk.shard, sample, own.decoder) for sample in chunk.samples]
+            own.decoder = Decoder(asked.address, asked.seconds)
+        return [_measure(chunk.shard, sample, own.decoder, asked.decode) for sample in chunk.samples]
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
     try:
@@ -153,7 +160,7 @@ def _measured(
         pool.shutdown(wait=False, cancel_futures=True)  # those at work end with the decode server
 
 
-def _measure(shard: Path, sample: ShardSample, decoder: Decoder) -> dict[str, Any]:
+def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> dict[str, Any]:
     """The row of one sample, whatever becomes of it."""
     row: dict[str, Any] = {"key": sample.key, "status": USABLE}
     lengths = SampleLengths(
@@ -176,7 +183,7 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder) -> dict[str, An
                 raise BadSample(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
         data = read_parts(shard, sample.parts)
         row["part_crc32s"] = [zlib.crc32(data[part.name]) for part in sample.parts]
-        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data)
+        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data, decode=decode)
     except BadSample as error:
         row["status"] = str(error)
     except Exception as error:
@@ -208,16 +215,20 @@ def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limits": dataclasses.asdict(limits)}
 
 
-def _is_current(folder: Path, shard: Path, limits: DecodeLimits) -> bool:
+def _is_current(folder: Path, shard: Path, limits: DecodeLimits, decode: bool) -> bool:
     path = folder / f"{shard.name}.parquet"
     if not path.is_file():
         return False
-    return bool(json.loads(pq.read_schema(path).metadata[FACTS]) == _facts(shard, limits))
+    facts = json.loads(pq.read_schema(path).metadata[FACTS])
+    decoded = facts.pop("decoded", False)
+    return bool(facts == _facts(shard, limits)) and (decoded or not decode)
 
 
-def _write_rows(folder: Path, shard: Path, rows: list[dict[str, Any]], limits: DecodeLimits) -> None:
+def _write_rows(
+    folder: Path, shard: Path, rows: list[dict[str, Any]], limits: DecodeLimits, decode: bool
+) -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
-    facts = {FACTS: json.dumps(_facts(shard, limits)).encode()}
+    facts = {FACTS: json.dumps({**_facts(shard, limits), "decoded": decode}).encode()}
     path = folder / f"{shard.name}.parquet"
     pq.write_table(table.replace_schema_metadata(facts), path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

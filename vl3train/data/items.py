@@ -23,7 +23,7 @@ from vl3train.data.media import (
     plan_clip,
     read_frames,
 )
-from vl3train.data.members import CONVERSATION_PART
+from vl3train.data.members import CLIP_SUFFIXES, CONVERSATION_PART
 from vl3train.data.patches import resize, resize_and_patchify
 from vl3train.data.stored import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
 
@@ -179,3 +179,20 @@ def store_sample(
         return {CONVERSATION_PART: rename_parts(conversation, names).to_json(), **members}
 
     return by_packets_else_exact(store)
+
+
+def look_at(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
+    """Decode images whole, and of clips the first frame; how many follow is read from their packets.
+
+    Raises:
+        BadSample: one of them is damaged or over the limits.
+    """
+    whole = {"fps": 1.0, "min_frames": 1, "max_frames": 1}
+    for name, data in parts.items():
+        try:
+            if name.rpartition(".")[2] in CLIP_SUFFIXES:
+                plan_clip(data, **whole, limits=limits)  # type: ignore[arg-type]
+            else:
+                decode_image(data, limits)
+        except BadSample as error:
+            raise BadSample(f"{name}: {error}") from error

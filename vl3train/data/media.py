@@ -119,6 +119,8 @@ def _opened_image(data: bytes, limits: DecodeLimits) -> Iterator[Image.Image]:
                     f"image of {width}x{height} = {width * height} pixels is over "
                     f"data.decode_max_pixels={limits.max_pixels}; shrink it or raise the limit"
                 )
+            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
+                raise BadSample(f"a TIFF of {pages} pages: write each page as a picture of its own")
             yield image
     except BadSample:
         raise
@@ -256,10 +258,8 @@ def _opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputConta
             stream.thread_type = "NONE"  # one decoding process for each core is faster than threads in each
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > limits.max_pixels:
-                limit = f"data.decode_max_pixels={limits.max_pixels}"
-                raise BadSample(
-                    f"clip of {width}x{height} pixels is over {limit}; shrink it or raise the limit"
-                )
+                limit = f"data.decode_max_pixels={limits.max_pixels}; shrink it or raise the limit"
+                raise BadSample(f"clip of {width}x{height} pixels is over {limit}")
             if container.duration and container.duration / av.time_base > limits.max_seconds:
                 raise BadSample(_too_long(container.duration / av.time_base, limits))
             yield container, stream

@@ -21,6 +21,7 @@ CONVERSATION_PART = "json"
 CAPTION_PART = "txt"
 IMAGE_SUFFIXES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "image"}
 CLIP_SUFFIXES = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "wmv", "ogv", "video"}
+DOCUMENT_SUFFIXES = {"pdf", "djvu", "ps", "eps", "xps", "docx"}
 MEDIA_PART = re.compile(
     r"(?:[a-z_-]*\d+\.)?(?:" + "|".join(sorted(IMAGE_SUFFIXES | CLIP_SUFFIXES)) + r")|\d+\.[a-z0-9]+"
 )
@@ -69,6 +70,12 @@ class _Members:
             return f"its members are not adjacent: others come again at byte {self.apart_at}"
         if twice := sorted({name for name in names if names.count(name) > 1}):
             return f"member .{twice[0]} comes twice"
+        papers = [name for name in self.unread if name.rpartition(".")[2] in DOCUMENT_SUFFIXES]
+        if papers and not any(MEDIA_PART.fullmatch(name) for name in names):
+            return (
+                f"member .{papers[0]}: documents are not opened; render each page to a picture, KEY.0.jpg, KEY.1.jpg "
+                "and so on, and write the text into KEY.txt"
+            )
         if not {CONVERSATION_PART, CAPTION_PART} & set(names):
             return f"no .json or .txt member: the conversation is missing; there is {[*names, *self.unread]}"
         return None

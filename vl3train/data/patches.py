@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vl3train.contracts.tokens import PATCH_SIZE, PATCH_VALUES
+from vl3train.data.resampling import cut_into_patches, resample_into_patches, resampling
 
 PRUNE_THRESHOLD = 0.1
 """Mean difference of a visual token's pixels in [-1, 1], times 255: 0.05 of a grey level (upstream's
@@ -35,7 +36,7 @@ def resize(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def resize_and_patchify(
     picture: np.ndarray, *, grid: tuple[int, int], merge_size: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Resize, then cut into patches.
+    """Resize, then cut into patches; in one pass where the size changes little, as that of most images does.
 
     Args:
         picture: (h, w, 3) or (t, h, w, 3) uint8.
@@ -47,20 +48,19 @@ def resize_and_patchify(
         (t * grid_h * grid_w, 588) uint8 in merge-block order: frame, block row, block column, row in
         the block, column in the block; the values of a patch by channel, row, column.
     """
-    frames = resize(picture.reshape(-1, *picture.shape[-3:]), grid)
-    row = np.dtype(
-        ("V", 3 * PATCH_SIZE)
-    )  # of one patch; moved as one thing, a fifth faster than byte by byte
-    rows = np.ascontiguousarray(frames).reshape(
-        -1,
-        *(grid[0] // merge_size, merge_size, PATCH_SIZE),
-        *(grid[1] // merge_size, merge_size, row.itemsize),
-    )
-    rows = np.ascontiguousarray(rows.view(row)[..., 0].transpose(0, 1, 4, 2, 5, 3))
+    frames = picture.reshape(-1, *picture.shape[-3:])
     if out is None:
         out = np.empty((len(frames) * grid[0] * grid[1], PATCH_VALUES), np.uint8)
     assert out.flags.c_contiguous, "or else reshape would copy, and the copy be filled"
-    out.reshape(-1, 3, PATCH_SIZE**2)[...] = rows.view(np.uint8).reshape(-1, PATCH_SIZE**2, 3).swapaxes(1, 2)
+    rows = resampling(frames.shape[1], grid[0] * PATCH_SIZE)
+    columns = resampling(frames.shape[2], grid[1] * PATCH_SIZE)
+    for frame, patches in zip(frames, out.reshape(len(frames), -1, PATCH_VALUES), strict=True):
+        if frame.shape[:2] == (grid[0] * PATCH_SIZE, grid[1] * PATCH_SIZE):
+            cut_into_patches(frame, merge_size, patches)
+        elif rows and columns and columns.long_runs:
+            resample_into_patches(frame, rows, columns, merge_size, patches)
+        else:
+            cut_into_patches(resize(frame[None], grid)[0], merge_size, patches)
     return out
 
 

@@ -68,6 +68,7 @@ def open_data(
     tokenizer_dir: Path,
     held_out: bool,
     build: bool,
+    decode: bool = False,
     progress: Callable[[str, int, int], None] = lambda source, done, total: None,
 ) -> OpenData:
     """Open the recipe's training samples, or its held-out ones.
@@ -76,6 +77,7 @@ def open_data(
 
     Args:
         build: index what is not indexed yet; else that is an error.
+        decode: index by decoding every image and clip whole, what was indexed otherwise again.
         progress: called in the index pass with the source's name, samples done and samples in all.
 
     Raises:
@@ -99,18 +101,20 @@ def open_data(
                 num_workers=cfg.data.num_workers,
                 decode_seconds=cfg.data.decode_seconds,
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
+                decode=decode,
             )
     cache = None
     if cfg.data.remote_cache is not None:
         cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
-    index = open_index(sources, settings, limits, cache)
+    plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
+    index = open_index(sources, settings, limits, cache, plans)
     plan = Plan(
         index.sample_table(),
         cfg.run.seed,
         cfg.step,
         costs=dict(cfg.model.costs),
         order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
-        cache=Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder(),
+        cache=plans,
     )
     if not held_out and len(plan.dropped_samples) == index.num_samples:
         raise ValueError(

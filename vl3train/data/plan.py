@@ -7,6 +7,7 @@ repeated, and any rank, worker or resumed run that asks for a step gets the same
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from vl3train.config.schema import ModelConfig, StepConfig
 from vl3train.contracts.records import Cursor, Pack
 from vl3train.data import plan_cache
 from vl3train.data.balance import SHARE, cut_epoch, pack_step
+from vl3train.data.mapped_rows import columns, map_rows
 from vl3train.data.order import OrderRules, epoch_counts, epoch_order
 from vl3train.data.packing import aims_of, caps_of, cost_numbers, mean_pack
 
@@ -46,6 +48,21 @@ class SampleTable:
     shards: np.ndarray | None = (
         None  # (n,) integers: the shard each sample lies in, for OrderRules.block_shards
     )
+    file: Path | None = None
+    """Where the arrays are mapped from (mapped_rows.py). Another process is sent this in place of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.file is not None:
+            return _mapped_table, (self.sizes, self.weights, self.fingerprint, self.file)
+        fields = dataclasses.fields(self)
+        return functools.partial(SampleTable, **{one.name: getattr(self, one.name) for one in fields}), ()
+
+
+def _mapped_table(
+    sizes: tuple[int, ...], weights: tuple[float, ...], fingerprint: str, file: Path
+) -> SampleTable:
+    arrays = columns(map_rows(file))
+    return SampleTable(sizes=sizes, weights=weights, fingerprint=fingerprint, file=file, **arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,38 +89,44 @@ class Plan:
     """Samples larger than a whole pack, as rows of the table. They are in no step; the caller says so."""
 
     def __post_init__(self) -> None:
-        table, step = self.table, self.step
-        caps = caps_of(step)
-        items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
-        fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
-        self.dropped_samples = tuple(np.flatnonzero(~fits).tolist())
-        self._rows = np.flatnonzero(fits) if self.dropped_samples else None
-        if len(fits):
-            self._items = np.broadcast_to(items, len(fits)).astype(np.int32)
-        else:
-            self._items = np.zeros(0, np.int32)
-        ends = np.cumsum(table.sizes)
-        self._sizes = [int(fits[end - size : end].sum()) for end, size in zip(ends, table.sizes, strict=True)]
+        fits = self._read_table()
+        ends = np.cumsum(self.table.sizes)
+        self._sizes = [
+            int(fits[end - size : end].sum()) for end, size in zip(ends, self.table.sizes, strict=True)
+        ]
         self._numbers = cost_numbers(self.costs)
-        self._arrays = (
-            _as(table.num_tokens, np.int32),
-            _as(table.num_patches, np.int32),
-            self._items,
-            _as(table.num_patch_pairs, np.int64),
-        )
         most = [int(values.max(initial=0)) for values in self._arrays]
         squares = (most[0], most[0] ** 2, most[1], most[3])
         if sum(int(cost) * size for cost, size in zip(self._numbers, squares, strict=True)) >= 2**63 // SHARE:
             raise ValueError(
                 f"model.costs={self.costs}: work is counted in 64 bits; take a larger unit for all four"
             )
-        self._means = mean_pack(self._sums(fits), int(fits.sum()), self._numbers, step)
+        self._means = mean_pack(self._sums(fits), int(fits.sum()), self._numbers, self.step)
         self._epochs: dict[int, _Epoch] = {}
         self._num_steps: dict[int, int] = {}
 
+    def _read_table(self) -> np.ndarray:
+        """The columns for the compiled code, and which samples fit a pack, (n,) bool."""
+        table, caps = self.table, caps_of(self.step)
+        items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
+        fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
+        self.dropped_samples = tuple(np.flatnonzero(~fits).tolist())
+        self._arrays = (
+            _as(table.num_tokens, np.int32),
+            _as(table.num_patches, np.int32),
+            _as(items if len(items) == len(fits) else np.zeros(len(fits)), np.int32),
+            _as(table.num_patch_pairs, np.int64),
+        )
+        return np.asarray(fits)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Without the planned epochs: a process that is sent a plan maps or makes them itself."""
-        return {**self.__dict__, "_epochs": {}}
+        """Without what is made again: a process that is sent a plan maps or plans the epochs itself."""
+        state = {key: value for key, value in self.__dict__.items() if key != "dropped_samples"}
+        return {**state, "_epochs": {}, "_arrays": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read_table()
 
     @property
     def fingerprint(self) -> str:
@@ -239,16 +262,21 @@ class Plan:
     def _cut(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Order and bounds of an epoch."""
         shards = self.table.shards
+        rows = None
+        if self.dropped_samples:
+            fits = np.ones(len(self._arrays[0]), bool)
+            fits[list(self.dropped_samples)] = False
+            rows = np.flatnonzero(fits)
         order = epoch_order(
             self._sizes,
             self.table.weights,
             seed=self.seed,
             epoch=number,
             rules=self.order,
-            shards=shards if self._rows is None or shards is None else shards[self._rows],
+            shards=shards if rows is None or shards is None else shards[rows],
         )
-        if self._rows is not None:
-            order = self._rows[order].astype(order.dtype)
+        if rows is not None:
+            order = rows[order].astype(order.dtype)
         step = self.step
         most = len(order) if step.max_samples is None else step.max_samples
         found: tuple[np.ndarray, np.ndarray] = cut_epoch(

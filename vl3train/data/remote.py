@@ -11,8 +11,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import queue
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from typing import Any
 SHARD_LIST = "shards.txt"
 ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
 """Waits double, and are drawn anew by each reader: many that failed together shall not come back together."""
+TRY_SECONDS, SLOWEST_BYTES_A_SECOND = 30.0, 1_000_000
+"""A try ends after so long, and longer by what it asks for at this rate: a connection that stalls says nothing, and
+fsspec's own limit for HTTP is five minutes."""
 FETCH_BYTES = 16 * 2**20
 HOPELESS = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)
 """Errors that another try does not mend."""
@@ -104,7 +109,10 @@ def read_range(url: str, offset: int, size: int, cache: RangeCache | None = None
 
     def read() -> bytes:
         system, path = _opened(url)
-        data: bytes = system.cat_file(path, start=offset, end=offset + size) if size else b""
+        if not size:
+            return b""
+        seconds = TRY_SECONDS + size / SLOWEST_BYTES_A_SECOND
+        data: bytes = _within(seconds, system, "cat_file", path, start=offset, end=offset + size)
         if len(data) != size:
             raise OSError(f"{len(data)} bytes came, {size} were asked for")
         return data
@@ -124,7 +132,7 @@ def remote_size(url: str) -> int:
 
     def ask() -> int:
         system, path = _opened(url)
-        return int(system.size(path))
+        return int(_within(TRY_SECONDS, system, "size", path))
 
     return int(_tried(ask, url))
 
@@ -164,6 +172,36 @@ def _opened(url: str) -> tuple[Any, str]:
 
     system, path = fsspec.core.url_to_fs(url)  # fsspec keeps one file system for each process
     return system, path
+
+
+def _within(seconds: float, system: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of a file system, ended after so many seconds.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    import fsspec
+
+    try:
+        if system.async_impl:  # HTTP, S3, GCS, Azure: the request is cancelled
+            method = getattr(system, f"_{name}")
+            return fsspec.asyn.sync(system.loop, method, *args, timeout=seconds, **kwargs)
+        answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+        def call() -> None:
+            try:
+                answers.put((True, getattr(system, name)(*args, **kwargs)))
+            except Exception as error:
+                answers.put((False, error))
+
+        # It cannot be cancelled; a daemon that hangs keeps neither this thread nor the process.
+        threading.Thread(target=call, daemon=True).start()
+        fine, answer = answers.get(timeout=seconds)
+    except (TimeoutError, queue.Empty) as error:
+        raise TimeoutError(f"no answer within {seconds:.1f} s") from error
+    if not fine:
+        raise answer
+    return answer
 
 
 def _tried(action: Any, what: str) -> Any:

@@ -11,7 +11,7 @@ from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.foreign import open_conversation
 from vl3train.data.items import Item, by_packets_else_exact, lay_out, patch_space, write_patches
-from vl3train.data.media import DecodeLimits
+from vl3train.data.media import DecodeLimits, decode_image
 from vl3train.data.patches import prune_mask, prune_to_count
 from vl3train.data.tokens import ChatTokenizer, ItemTokens, render_conversation
 
@@ -22,11 +22,17 @@ def measure_sample(
     settings: RenderSettings,
     tokenizer: ChatTokenizer,
     limits: DecodeLimits,
+    *,
+    decode: bool = False,
 ) -> SampleLengths:
     """What the plan needs to know. Images give their header only; clips are decoded where frames are pruned.
 
+    Args:
+        decode: decode every image and clip whole: damage behind a header is found now, not in the run.
+
     Raises:
-        BadSample: it cannot be rendered. Damage behind an image's header shows only in ``render_sample``.
+        BadSample: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
+            ``render_sample``.
     """
     conversation = open_conversation(conversation_bytes, parts)
 
@@ -34,9 +40,13 @@ def measure_sample(
         items = lay_out(conversation, parts, settings, limits, exact)
         masks = []
         for item in items:
-            if settings.prune_frames and item.grid[0] > 1:
+            pruned = settings.prune_frames and item.grid[0] > 1
+            if decode and item.clip is None:
+                decode_image(item.data, limits)
+            if pruned or (decode and item.clip is not None):
                 patches = patch_space([item])
                 write_patches(item, limits, patches)
+            if pruned:
                 masks.append(prune_mask(patches, item.grid, item.merge_size))
             else:
                 masks.append(np.ones(item.num_tokens, bool))

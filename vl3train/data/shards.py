@@ -13,9 +13,11 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from vl3train.contracts.records import BadSample
-from vl3train.data.annotations import MediaFile, read_annotations, read_record
+from vl3train.data.annotations import MediaFile, read_record
 from vl3train.data.conversation import Conversation
+from vl3train.data.looking import Looking, looked_at
 from vl3train.data.members import CONVERSATION_PART
+from vl3train.data.sources import missing_sources, read_annotations
 
 REFUSED_FILE = "refused.jsonl"
 SIGNATURES = (
@@ -86,15 +88,21 @@ def check_annotations(
     media_root: Path,
     columns: dict[str, str] | None,
     progress: Callable[[str, int], None],
+    looking: Looking | None = None,
 ) -> tuple[int, list[Refusal]]:
     """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
 
+    With ``looking`` media are decoded, too.
+
     Raises:
-        ValueError: there is no record.
+        ValueError: there is no record; files are missing, all of which are named.
     """
+    if missing := missing_sources(annotations):
+        raise ValueError("\n".join(missing))
     refused: list[Refusal] = []
     num_records = 0
-    for where, found in _records(annotations, columns, media_root):
+    records = _records(annotations, columns, media_root)
+    for where, found in records if looking is None else looked_at(records, media_root, looking):
         num_records += 1
         if isinstance(found, str):
             refused.append(Refusal(where, found))
@@ -114,6 +122,7 @@ def write_shards(
     max_bytes: int,
     skip_bad: bool,
     progress: Callable[[str, int], None],
+    looking: Looking | None = None,
 ) -> ShardReport:
     """Check every record, then write the good ones as ``out_dir/shard-000000.tar`` and so on.
 
@@ -121,11 +130,12 @@ def write_shards(
     appears under its name only when it is complete. ``progress(what, records)`` is called after each record.
 
     Args:
-        annotations: files, or what ``annotations.read_annotations`` opens besides.
+        annotations: files, or what ``sources.read_annotations`` opens besides.
         columns: renames columns, see ``read_annotations``.
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
         skip_bad: write the good records where some are bad; the bad ones are listed in refused.jsonl.
+        looking: decode the media of every record first; None: whether their files are there is all that is asked.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
@@ -134,7 +144,7 @@ def write_shards(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
     num_records, refused = check_annotations(
-        annotations, media_root=media_root, columns=columns, progress=progress
+        annotations, media_root=media_root, columns=columns, progress=progress, looking=looking
     )
     if (refused and not skip_bad) or len(refused) == num_records:
         raise AnnotationProblems(refused, num_records)
@@ -143,7 +153,12 @@ def write_shards(
     if partial.exists():  # of a run that was killed; nobody else writes this name
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    good = (found for _, found in _records(annotations, columns, media_root) if not isinstance(found, str))
+    bad = {refusal.where for refusal in refused}
+    good = (
+        found
+        for where, found in _records(annotations, columns, media_root)
+        if not isinstance(found, str) and where not in bad
+    )
     num_written = num_shards = 0
     while True:
         shard = partial / f"shard-{num_shards:06d}.tar"
@@ -224,6 +239,8 @@ def _records(
     for path in annotations:
         for where, record in read_annotations(path, columns):
             try:
+                if isinstance(record, BadSample):
+                    raise record
                 if not isinstance(record, Mapping):
                     raise BadSample(f"a record is an object with keys, this is a {type(record).__name__}")
                 conversation, media = read_record(record, where=where)

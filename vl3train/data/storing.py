@@ -17,9 +17,10 @@ import yaml
 
 from vl3train.contracts.records import BadSample, RenderSettings
 from vl3train.data.firewall import Decoder, decode_server
-from vl3train.data.index import read_parts, shard_files
+from vl3train.data.index import shard_files
 from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CONVERSATION_PART, ShardSample, shard_samples
+from vl3train.data.parts import read_parts
 from vl3train.data.recipe import Recipe
 from vl3train.data.remote import SHARD_LIST, local_files
 from vl3train.data.shards import REFUSED_FILE, write_members

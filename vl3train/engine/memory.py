@@ -171,23 +171,27 @@ class Fitting:
     def _kept(self, start: Levels, first: DryRun) -> dict[str, dict[Recompute, int]]:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
         towers = zip(start._fields, (self.size.patches, self.size.tokens), strict=True)
+        scale = level_scale(self.engine.zero_stage, compiled=self.packed.compile_layers)
         kept: dict[str, dict[Recompute, int]] = {}
         for tower, rows in towers:
             least: int = getattr(self.row_bytes, tower)[0]
             level_of_start: Recompute = getattr(start, tower)[0]
-            kept[f"{tower}_kept"] = bytes_by_level = {}
-            for level in level_scale(self.engine.zero_stage):
+            found: dict[Recompute, int] = {}
+            for level in scale:
                 if level is Recompute.offload or not least:
-                    bytes_by_level[level] = 0
+                    found[level] = 0
                 elif level is Recompute.layer:
-                    bytes_by_level[level] = least
-                else:
+                    found[level] = least
+                elif level is not Recompute.wide_offload:  # its rows leave the device in their own time
                     one = (level, *getattr(start, tower)[1:])
                     dry = self._dry_run(start._replace(**{tower: one}))
                     if dry is None:
                         continue  # a level of which not even one layer fits is none to choose
                     more = -(-(dry.kept_bytes - first.kept_bytes) // rows)
-                    bytes_by_level[level] = more + (0 if level_of_start is Recompute.offload else least)
+                    found[level] = more + (0 if level_of_start is Recompute.offload else least)
+            if Recompute.wide_offload in scale and {Recompute.elementwise, Recompute.mlp} <= found.keys():
+                found[Recompute.wide_offload] = found[Recompute.mlp]
+            kept[f"{tower}_kept"] = {level: found[level] for level in scale if level in found}
         return kept
 
     def _all_at(self, level: Recompute) -> Levels:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.activations import GELUTanh
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
 
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.attention import Segments, attend
+from vl3train.model.fused import GeluLinear, NormLinears
 from vl3train.model.offload import HostRows
 
 Layer = Callable[..., Tensor]
@@ -34,15 +37,38 @@ def encoder_layer(
     """VideoLlama3VisionEncoderLayer: attention within each frame, then the MLP."""
     attention = layer.self_attn
     heads = (attention.num_heads, attention.head_dim)
-    normed_PC = layer.layer_norm1(hidden_PC)
-    q, k, v = (
-        linear(normed_PC).unflatten(-1, heads)
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    hidden_PC, *qkv = _norm_linears(layer.layer_norm1, linears, hidden_PC)
+    q, k, v = (x.unflatten(-1, heads) for x in qkv)
     q, k = apply_rotary_pos_emb_vision(q, k, cos_PD, sin_PD)
-    out = attend(q, k, v, segments, causal=False, scale=attention.scaling)
-    hidden_PC = hidden_PC + attention.out_proj(out.flatten(-2))
-    return hidden_PC + _mlp(layer.mlp, layer.layer_norm2(hidden_PC), mlp_again)
+    out_PC = attend(q, k, v, segments, causal=False, scale=attention.scaling).flatten(-2)
+    project, mlp = attention.out_proj, layer.mlp
+    if not _plain(layer.layer_norm2, project, mlp.fc1, mlp.fc2) or type(mlp.activation_fn) is not GELUTanh:
+        hidden_PC = hidden_PC + project(out_PC)
+        return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
+    hidden_PC = hidden_PC + F.linear(out_PC, project.weight, project.bias.detach())
+    return _maybe_again(functools.partial(_encoder_mlp, layer, mlp_again), hidden_PC, mlp_again)
+
+
+def _encoder_mlp(layer: Any, again: bool, hidden_PC: Tensor) -> Tensor:
+    """LayerNorm, VideoLlama3VisionMLP and the residual; the biases whose gradient another pass sums go there."""
+    fc1, fc2, norm = layer.mlp.fc1, layer.mlp.fc2, layer.layer_norm2
+    # cuBLAS has a better kernel for the turned gradient of fc1: 0.64 ms against 0.86 for 49 152 rows from 1152 to
+    # 4304 wide (H100).
+    hidden_PC, wide_PI = NormLinears.apply(
+        hidden_PC,
+        layer.self_attn.out_proj.bias,
+        fc2.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        True,
+        again,
+        True,
+        fc1.weight,
+        fc1.bias.detach(),
+    )
+    return hidden_PC + GeluLinear.apply(wide_PI, fc1.bias, fc2.weight, fc2.bias.detach())
 
 
 def decoder_layer(
@@ -50,52 +76,45 @@ def decoder_layer(
 ) -> Tensor:
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
     attention = layer.self_attn
-    normed_TH = layer.input_layernorm(hidden_TH)
-    q, k, v = (
-        linear(normed_TH).unflatten(-1, (-1, attention.head_dim))
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    hidden_TH, *qkv = _norm_linears(layer.input_layernorm, linears, hidden_TH)
+    q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv)
     q, k = apply_rotary_pos_emb(q, k, cos_TD, sin_TD)
     out = attend(q, k, v, segments, causal=True, scale=attention.scaling)
     hidden_TH = hidden_TH + attention.o_proj(out.flatten(-2))
-    return hidden_TH + _mlp(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
+    if not _plain(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj):
+        return hidden_TH + _maybe_again(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
+    return _maybe_again(functools.partial(_decoder_mlp, layer, mlp_again), hidden_TH, mlp_again)
 
 
-def _mlp(mlp: Any, normed: Tensor, again: bool) -> Tensor:
-    body = mlp
-    if torch.compiler.is_compiling() and type(getattr(mlp, "fc1", None)) is nn.Linear:
-        body = functools.partial(_encoder_mlp, mlp)
-    return checkpoint(body, normed, use_reentrant=False) if again else body(normed)
+def _decoder_mlp(layer: Any, again: bool, hidden_TH: Tensor) -> Tensor:
+    """RMSNorm, Qwen2MLP and the residual."""
+    mlp = layer.mlp
+    linears = (mlp.gate_proj, mlp.up_proj)
+    hidden_TH, gate_TI, up_TI = _norm_linears(layer.post_attention_layernorm, linears, hidden_TH, again)
+    return hidden_TH + mlp.down_proj(mlp.act_fn(gate_TI) * up_TI)
 
 
-def _encoder_mlp(mlp: Any, normed_PC: Tensor) -> Tensor:
-    """VideoLlama3VisionMLP, with fc1's weight gradient as the product of the transposed shape."""
-    wide_PI = WideLinear.apply(normed_PC, mlp.fc1.weight, mlp.fc1.bias)
-    return mlp.fc2(mlp.activation_fn(wide_PI))
+def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, again: bool) -> Tensor:
+    return checkpoint(body, rows, use_reentrant=False) if again else body(rows)
 
 
-class WideLinear(torch.autograd.Function):
-    """``F.linear`` that widens its rows: the gradient of its weight is computed as (in, out) and turned around.
+def _norm_linears(norm: Any, linears: Sequence[Any], rows: Tensor, again: bool = False) -> tuple[Tensor, ...]:
+    """The rows for the residual, and what each of ``linears`` makes of the normed rows."""
+    if not _plain(norm, *linears):
+        normed = norm(rows)
+        return rows, *(linear(normed) for linear in linears)
+    centred = type(norm) is nn.LayerNorm
+    eps = norm.eps if centred else norm.variance_epsilon
+    bias = norm.bias if centred else None
+    parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
+    return NormLinears.apply(rows, None, None, norm.weight, bias, eps, centred, again, False, *parameters)
 
-    cuBLAS has a better kernel for that shape: 0.64 ms against 0.86 for 49 152 rows from 1152 to 4304 wide (H100).
-    """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(P, in), (out, in), (out,) -> (P, out)."""
-        ctx.save_for_backward(rows, weight)
-        return F.linear(rows, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of rows, weight and bias."""
-        rows, weight = ctx.saved_tensors
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            grad @ weight if needs_rows else None,
-            (rows.t() @ grad).t() if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-        )
+def _plain(*modules: nn.Module) -> bool:
+    """Whether these are compiled, and no more than their weights: adapters, for one, are further classes."""
+    plain = nn.Linear, nn.LayerNorm, Qwen2RMSNorm
+    return torch.compiler.is_compiling() and all(type(module) in plain for module in modules)
 
 
 def _run(
@@ -130,6 +149,10 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
     return compiling.compiled(_run, enabled=compiled)
 
 
+_ARITHMETIC = {Recompute.offload: Recompute.layer, Recompute.wide_offload: Recompute.elementwise}
+"""Levels that differ from another only in where rows wait."""
+
+
 def run_layers(
     runner: Callable[..., Tensor],
     body: Layer,
@@ -142,9 +165,13 @@ def run_layers(
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
     host = HostRows()
     for layer, level in zip(layers, levels, strict=True):
-        # Outside of what is compiled, so that both share one graph.
-        offload = level is Recompute.offload
-        with host.keep(hidden) if offload else contextlib.nullcontext():
+        # Outside of what is compiled, so that levels with the same arithmetic share one graph.
+        where: AbstractContextManager[object] = contextlib.nullcontext()
+        if level is Recompute.offload:
+            where = host.keep_input(hidden)
+        elif level is Recompute.wide_offload:
+            where = host.keep_wide(hidden, layer)
+        with where:
             hidden = runner(
                 body,
                 layer,
@@ -154,7 +181,7 @@ def run_layers(
                 segments.lengths,
                 segments.max_seqlen,
                 segments.backend,
-                Recompute.layer.value if offload else level.value,
+                _ARITHMETIC.get(level, level).value,
             )
     return hidden
 

@@ -1,57 +1,74 @@
-"""Hidden rows that wait in the host's memory between the forward and the backward pass.
+"""Rows that wait in the host's memory between the forward and the backward pass.
 
-A layer that computes everything again keeps its input alone. Sent to the host on a stream of its own while the layer
-runs, it is fetched one layer ahead in the backward pass, so that neither pass waits for more than the first transfer.
+Sent to the host on a stream of its own while layers go on computing, they are fetched one layer ahead in the backward
+pass, so that neither pass waits for more than the first transfer where the link keeps up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 _SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class HostRows:
-    """The inputs of one tower's layers in one forward pass, in the order of the layers."""
+    """What one tower's layers sent to the host in one forward pass, in the order of the layers."""
 
     def __init__(self) -> None:
-        self._sent: list[_Sent] = []
+        self._layers: list[list[_Sent]] = []
 
-    def keep(self, rows: Tensor) -> AbstractContextManager[object]:
+    def keep_input(self, rows: Tensor) -> AbstractContextManager[object]:
         """Within it, ``rows`` go to the host where autograd would keep them; everything else stays where it is.
 
         The same bits come back in the backward pass. ``rows`` themselves are freed with their last other user.
         """
         address, shape = rows.data_ptr(), rows.shape  # not the rows: the hooks outlive the forward pass
-        number: int | None = None
+        return self._keep(lambda tensor: tensor.data_ptr() == address and tensor.shape == shape)
+
+    def keep_wide(self, rows: Tensor, layer: nn.Module) -> AbstractContextManager[object]:
+        """The same for what ``layer`` keeps that is wider than ``rows``, its input (T, width)."""
+        num_rows, width = rows.shape
+        weights = {parameter.data_ptr() for parameter in layer.parameters()}
+
+        def is_wide(tensor: Tensor) -> bool:
+            wide = tensor.dim() == 2 and tensor.shape[0] == num_rows and tensor.shape[1] > width
+            return wide and tensor.data_ptr() not in weights
+
+        return self._keep(is_wide)
+
+    def _keep(self, goes: Callable[[Tensor], bool]) -> AbstractContextManager[object]:
+        number = len(self._layers)
+        sent: list[_Sent] = []
+        places: dict[int, int] = {}
+        self._layers.append(sent)
 
         def pack(tensor: Tensor) -> Tensor | int:
-            nonlocal number
-            if tensor.data_ptr() != address or tensor.shape != shape:
+            if not goes(tensor):
                 return tensor
-            if number is None:
-                number = len(self._sent)
-                self._sent.append(_Sent(tensor.detach()))
-            return number
+            address = tensor.data_ptr()
+            if address not in places:  # a tensor may be kept for two operations
+                places[address] = len(sent)
+                sent.append(_Sent(tensor.detach()))
+            return places[address]
 
         def unpack(kept: Tensor | int) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._take(kept)
+            return kept if isinstance(kept, Tensor) else self._take(number, kept)
 
         return saved_tensors_hooks(pack, unpack)
 
-    def _take(self, number: int) -> Tensor:
-        self._sent[number].fetch()
-        if number:
-            self._sent[number - 1].fetch()
-        return self._sent[number].take()
+    def _take(self, number: int, place: int) -> Tensor:
+        for sent in (*self._layers[number], *(self._layers[number - 1] if number else ())):
+            sent.fetch()
+        return self._layers[number][place].take()
 
 
 class _Sent:
-    """One layer's input: on the host, and for a while on the device again."""
+    """Rows of one layer: on the host, and for a while on the device again."""
 
     def __init__(self, rows: Tensor) -> None:
         self._device = rows.device

@@ -60,6 +60,7 @@ class PackedModel(nn.Module):
         )
         self.choose_levels: Callable[[Batch], Levels] = lambda _: given
         self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
+        self.compile_layers = compile_layers
         self._run_layer = layer_runner(compiled=compile_layers)
         self._score = compiled(score_logits, enabled=compile_layers)
         self._norm = compiled(_last_norm, enabled=compile_layers)

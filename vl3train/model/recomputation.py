@@ -16,6 +16,7 @@ from vl3train.contracts.records import Batch
 from vl3train.model.trainable import part_of
 
 ALL_AGAIN = (Recompute.layer, Recompute.offload)
+NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise, Recompute.wide_offload)
 
 
 class Levels(NamedTuple):
@@ -67,7 +68,7 @@ class TowerWork:
 
     def of(self, level: Recompute, rows: int, pairs: int) -> int:
         """Operations that one layer at this level does again."""
-        if not self.has_backward or level in (Recompute.nothing, Recompute.elementwise):
+        if not self.has_backward or level in NOTHING_AGAIN:
             return 0
         if level is Recompute.mlp:
             return self.mlp_row * rows

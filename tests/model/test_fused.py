@@ -1,0 +1,186 @@
+"""Gradients of norm and GELU in one pass: against autograd in float64, the kernels against the same in torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vl3train.config.choices import Recompute
+from vl3train.model import fused
+from vl3train.model.fused import gelu_backward, norm_backward, plain_gelu_backward, plain_norm_backward
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import part_of, set_trainable
+
+EPS = 1e-6
+SIZES = [(1, 64), (7, 1152), (300, 64), (7, 1536), (5, 3584)]
+CASES = [
+    # gradients, centred, bias, residual, normed again, sums of weights, sums of rows
+    (1, True, True, True, True, True, True),
+    (3, True, True, True, True, True, False),
+    (2, False, False, True, True, True, False),
+    (3, False, False, True, False, False, False),
+    (1, True, False, False, True, True, True),
+    (2, False, True, False, True, True, True),
+]
+
+
+def norm_arguments(num_rows, width, case, device="cpu", dtype=torch.float32):
+    """Rows far from centred, weights far from 1."""
+    num_grads, centred, bias, residual, again, weight_sums, row_sums = case
+    torch.manual_seed(num_rows + width)
+    rows, *others = torch.randn(5, num_rows, width, device=device)
+    rows = (rows * (1 + others[3]) + 1.5).to(dtype)
+    weight, bias_W = torch.randn(2, width, device=device)
+    return (
+        [grad.to(dtype) for grad in others[:num_grads]],
+        rows,
+        (weight + 1).to(dtype),
+        bias_W.to(dtype) if bias else None,
+        EPS,
+        others[3].to(dtype) if residual else None,
+        centred,
+        again,
+        weight_sums,
+        row_sums,
+    )
+
+
+def norm_oracle(grads, rows, weight, bias, eps, residual_grad, centred, again, weight_sums, row_sums):
+    """The same from torch's own norms and autograd, in float64."""
+    rows, weight = rows.double().requires_grad_(), weight.double().requires_grad_()
+    inputs = [rows, weight]
+    if bias is not None:
+        bias = bias.double().requires_grad_()
+        inputs.append(bias)
+    if centred:
+        normed = F.layer_norm(rows, weight.shape, weight, bias, eps)
+    else:
+        normed = F.rms_norm(rows, weight.shape, weight, eps) + (0 if bias is None else bias)
+    d_rows, *d_parameters = torch.autograd.grad(normed, inputs, sum(grad.double() for grad in grads))
+    sums = d_parameters if weight_sums else []
+    if residual_grad is not None:
+        d_rows = d_rows + residual_grad.double()
+    if row_sums:
+        sums = [*sums, d_rows.sum(0)] + ([] if residual_grad is None else [residual_grad.double().sum(0)])
+    none = torch.empty(0, rows.shape[1])
+    return d_rows, normed.detach() if again else none, torch.stack(sums) if sums else none
+
+
+def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
+    torch.manual_seed(num_rows)
+    grad, wide = torch.randn(2, num_rows, width, device=device)
+    return grad.to(dtype), (4 * wide).to(dtype)
+
+
+def assert_close(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        if one.numel():
+            worst = (one.double() - other.double()).abs().max() / other.double().abs().max()
+            assert worst < tolerance, f"differs by {worst:.1e} of the largest value"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_is_that_of_autograd(size, case):
+    arguments = norm_arguments(*size, case)
+    assert_close(norm_backward(*arguments), norm_oracle(*arguments), 2e-6)
+
+
+def test_gelu_is_that_of_autograd():
+    grad, wide = gelu_arguments(300, 70)
+    wide_64 = wide.double().requires_grad_()
+    activated = F.gelu(wide_64, approximate="tanh")
+    (d_wide,) = torch.autograd.grad(activated, wide_64, grad.double())
+    assert_close(gelu_backward(grad, wide), (d_wide, activated.detach(), d_wide.sum(0)), 2e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_said_of_the_ops_shapes_is_so(case):
+    """torch.compile believes register_fake, for any number of rows."""
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(norm_backward, norm_arguments(7, 64, case), test_utils=checks)
+    torch.library.opcheck(gelu_backward, gelu_arguments(7, 64), test_utils=checks)
+
+
+def check_kernels(device, dtype, tolerance, sizes):
+    from vl3train.model.norm_kernels import gelu_backward_kernel, norm_backward_kernel
+
+    for size in sizes:
+        for case in CASES:
+            arguments = norm_arguments(*size, case, device, dtype)
+            assert_close(norm_backward_kernel(*arguments), plain_norm_backward(*arguments), tolerance)
+    for size in ((1, 64), (37, 300), (7, 4304)):
+        arguments = gelu_arguments(*size, device, dtype)
+        assert_close(gelu_backward_kernel(*arguments), plain_gelu_backward(*arguments), tolerance)
+
+
+def test_kernels_interpreted_are_the_formulas():
+    """In a process of its own: triton reads the variable when it is imported."""
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    code = (
+        "import torch; from tests.model.test_fused import SIZES, check_kernels;"
+        "check_kernels('cpu', torch.float32, 2e-6, SIZES)"
+    )
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Adapted(nn.Linear):
+    """No plain Linear, so to be called as a module, like one with an adapter."""
+
+
+@pytest.mark.parametrize(
+    ("trained", "recompute", "adapted", "norms", "gelus"),
+    [
+        # a layer has two norms; where the MLP of the encoder is called as a module, its norm goes with it
+        (["vision_encoder", "projector"], Recompute.mlp, False, 8, 2),
+        (["vision_encoder", "projector", "language_model"], Recompute.nothing, True, 6, 0),
+        (["language_model"], Recompute.nothing, False, 4, 0),
+    ],
+    ids=["stage 1", "adapted", "frozen encoder"],
+)
+def test_compiled_layers_take_them_and_give_the_same_gradients(
+    tiny_model, batch_of, mixed, stock_gradients, monkeypatch, trained, recompute, adapted, norms, gelus
+):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model()
+    _, stock = stock_gradients(model, mixed)
+    set_trainable(model, trained)
+    if adapted:
+        for layer in model.model.vision_model.encoder.layers:
+            layer.self_attn.out_proj.__class__ = Adapted
+    packed = PackedModel(
+        model, "reference", recompute_vision=recompute, recompute_language=recompute, compile_layers=True
+    ).train()
+    ran = []
+    for op in (plain_norm_backward, plain_gelu_backward):
+        monkeypatch.setattr(fused, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
+    packed(batch_of(mixed)).loss_sum.backward()
+    assert (ran.count(plain_norm_backward), ran.count(plain_gelu_backward)) == (norms, gelus)
+    expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_on_cuda_are_the_formulas(dtype):
+    """bfloat16: both round once, at the end, so they differ by one step of it at most, 1/128 of a value."""
+    sizes = [*SIZES, (9000, 1152), (5000, 1536)]
+    check_kernels("cuda", dtype, 1e-5 if dtype is torch.float32 else 2**-7, sizes)

@@ -1,0 +1,212 @@
+"""The loops of resampling.py, compiled: along rows, along columns, into patches. Pictures are flat arrays here.
+
+What they work on has fixed distances (STRIDE) and unsigned indices, so that the compiler makes vector instructions
+of the inner loops. No slices in them either: each would count references, which costs as much as the work.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from vl3train.contracts.tokens import PATCH_SIZE
+
+TAPS = 5
+"""Most weights of a value that are not zero: bicubic has 4 pixels, and one more where it shrinks."""
+
+STRIP = 518
+"""Most columns made at a time, whole patches: what is worked on stays in the nearest cache."""
+
+STRIDE = 720
+"""Between the channels of a strip: room for its source columns, STRIP * 1.3 and the edges. Known to the compiler,
+which then sees that they never overlap."""
+
+EDGE = 8
+"""Zeros beside a line, where weights are zero too."""
+
+U = np.uint64
+"""Of indices: unsigned ones are not asked whether they count from the end, which vector instructions cannot."""
+
+S1, S2, S3, S4 = U(STRIDE), U(2 * STRIDE), U(3 * STRIDE), U(4 * STRIDE)
+HALF, LOW, HIGH = np.float32(0.5), np.float32(0), np.float32(255)
+
+
+@njit(cache=True, nogil=True)
+def _strip(width):
+    """How many columns are made at a time: strips of about one width, none of a few columns."""
+    num_strips = -(-width // STRIP)
+    return -(-width // (PATCH_SIZE * num_strips)) * PATCH_SIZE
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def resample(
+    pixels, height, width, row_starts, row_weights, row_taps, starts, weights, taps, merge_size, out
+):
+    """Both passes and the cut, strip after strip.
+
+    Args:
+        pixels: (height * width * 3,) uint8, RGB.
+        height: of the picture.
+        width: likewise.
+        row_starts: ``resampling.Resampling`` of the rows, as the next two.
+        row_weights: likewise.
+        row_taps: likewise.
+        starts: that of the columns, as the next two.
+        weights: likewise.
+        taps: likewise.
+        merge_size: see patches.py.
+        out: (patches * 294,) uint16, the patches' bytes two by two.
+    """
+    line = np.zeros(3 * STRIDE, np.float32)
+    ring = np.empty(8 * 3 * STRIDE, np.float32)  # the last 8 rows, at the new width
+    made = np.empty(3 * STRIDE, np.uint8)
+    halves = made.view(np.uint16)
+    strip_weights = np.zeros(TAPS * STRIDE, np.float32)
+    moves = np.empty(STRIP + 1, np.int64)
+    sources = np.empty(STRIP + 1, np.int64)
+    strip = _strip(len(starts))
+    for left in range(0, len(starts), strip):
+        columns = min(strip, len(starts) - left)
+        near = max(starts[left], 0)
+        far = min(starts[left + columns - 1] + TAPS, width)
+        num_runs = 0
+        for x in range(columns):
+            if x == 0 or starts[left + x] != starts[left + x - 1] + 1:
+                moves[num_runs], sources[num_runs] = x, starts[left + x] - near + EDGE
+                num_runs += 1
+            for k in range(TAPS):
+                strip_weights[k * STRIDE + x] = weights[k, left + x]
+        moves[num_runs] = columns
+        line[:] = 0
+        num_done = 0
+        for y in range(len(row_starts)):
+            start = row_starts[y]
+            while num_done < min(start + TAPS, height):
+                _spread(pixels, U(3 * (num_done * width + near)), line, U(EDGE), U(far - near))
+                for run in range(num_runs):
+                    x = moves[run]
+                    place, num = U((num_done & 7) * 3 * STRIDE + x), U(moves[run + 1] - x)
+                    if taps == 4:
+                        _along_rows_4(line, U(sources[run]), strip_weights, U(x), ring, place, num)
+                    else:
+                        _along_rows_5(line, U(sources[run]), strip_weights, U(x), ring, place, num)
+                num_done += 1
+            if row_taps == 4:
+                _along_columns_4(ring, start, height, row_weights, y, made, U(columns))
+            else:
+                _along_columns_5(ring, start, height, row_weights, y, made, U(columns))
+            _cut(halves, columns, left, len(starts), y, merge_size, out)
+
+
+@njit(cache=True, nogil=True)
+def cut_whole(pixels, height, width, merge_size, out):
+    """As ``resample``, of a picture that has its size: whole patches."""
+    made = np.empty(3 * STRIDE, np.uint8)
+    halves = made.view(np.uint16)
+    strip = _strip(width)
+    for left in range(0, width, strip):
+        columns = min(strip, width - left)
+        for y in range(height):
+            _spread(pixels, U(3 * (y * width + left)), made, U(0), U(columns))
+            _cut(halves, columns, left, width, y, merge_size, out)
+
+
+@njit(cache=True, nogil=True)
+def _spread(pixels, start, line, place, num):
+    """RGBRGB... into three channels."""
+    for x in range(num):
+        line[place + x] = pixels[start + U(3) * x]
+        line[place + x + S1] = pixels[start + U(3) * x + U(1)]
+        line[place + x + S2] = pixels[start + U(3) * x + U(2)]
+
+
+@njit(cache=True, nogil=True)
+def _cut(halves, columns, left, width, y, merge_size, out):
+    """One row of a strip, its channels one after the other, into the patches that it crosses."""
+    row, line = y // PATCH_SIZE, y % PATCH_SIZE
+    first = row // merge_size * merge_size * (width // PATCH_SIZE) + row % merge_size * merge_size
+    for column in range(columns // PATCH_SIZE):
+        place = left // PATCH_SIZE + column
+        patch = first + place // merge_size * merge_size**2 + place % merge_size
+        for channel in range(3):
+            i = U((channel * STRIDE + column * PATCH_SIZE) // 2)
+            a, b, c, d = halves[i], halves[i + U(1)], halves[i + U(2)], halves[i + U(3)]
+            e, f, g = halves[i + U(4)], halves[i + U(5)], halves[i + U(6)]
+            i = U(((patch * 3 + channel) * PATCH_SIZE + line) * (PATCH_SIZE // 2))
+            out[i], out[i + U(1)], out[i + U(2)], out[i + U(3)] = a, b, c, d
+            out[i + U(4)], out[i + U(5)], out[i + U(6)] = e, f, g
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _rounded(value):
+    """What torch's integers do: half up, then into a byte. Cut off, not floored: below zero it is zero either way."""
+    return np.int32(min(max(value, LOW), HIGH))
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _along_rows_4(line, source, weights, first, out, place, num):
+    """``num`` values of each channel, by 4 weights that the channels share."""
+    for x in range(num):
+        j = first + x
+        w0, w1, w2, w3 = weights[j], weights[j + S1], weights[j + S2], weights[j + S3]
+        i = source + x
+        red = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        i += S1
+        green = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        i += S1
+        blue = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        out[place + x] = _rounded(red)
+        out[place + x + S1] = _rounded(green)
+        out[place + x + S2] = _rounded(blue)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _along_rows_5(line, source, weights, first, out, place, num):
+    """As ``_along_rows_4`` by 5."""
+    for x in range(num):
+        j = first + x
+        w0, w1, w2, w3, w4 = weights[j], weights[j + S1], weights[j + S2], weights[j + S3], weights[j + S4]
+        i = source + x
+        red = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        red += w4 * line[i + U(4)]
+        i += S1
+        green = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        green += w4 * line[i + U(4)]
+        i += S1
+        blue = HALF + w0 * line[i] + w1 * line[i + U(1)] + w2 * line[i + U(2)] + w3 * line[i + U(3)]
+        blue += w4 * line[i + U(4)]
+        out[place + x] = _rounded(red)
+        out[place + x + S1] = _rounded(green)
+        out[place + x + S2] = _rounded(blue)
+
+
+@njit(cache=True, nogil=True)
+def _in_ring(row, height):
+    """Where a row stands; outside of the picture, where weights are zero, the nearest."""
+    return U((min(max(row, 0), height - 1) & 7) * 3 * STRIDE)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _along_columns_4(ring, start, height, weights, y, out, columns):
+    """A row of each channel out of 4 rows."""
+    a, b = _in_ring(start, height), _in_ring(start + 1, height)
+    c, d = _in_ring(start + 2, height), _in_ring(start + 3, height)
+    w0, w1, w2, w3 = weights[0, y], weights[1, y], weights[2, y], weights[3, y]
+    for channel in range(3):
+        i = U(channel) * S1
+        for x in range(i, i + columns):
+            value = HALF + w0 * ring[a + x] + w1 * ring[b + x] + w2 * ring[c + x] + w3 * ring[d + x]
+            out[x] = _rounded(value)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _along_columns_5(ring, start, height, weights, y, out, columns):
+    """As ``_along_columns_4`` out of 5."""
+    a, b = _in_ring(start, height), _in_ring(start + 1, height)
+    c, d, e = _in_ring(start + 2, height), _in_ring(start + 3, height), _in_ring(start + 4, height)
+    w0, w1, w2, w3, w4 = weights[0, y], weights[1, y], weights[2, y], weights[3, y], weights[4, y]
+    for channel in range(3):
+        i = U(channel) * S1
+        for x in range(i, i + columns):
+            value = HALF + w0 * ring[a + x] + w1 * ring[b + x] + w2 * ring[c + x] + w3 * ring[d + x]
+            out[x] = _rounded(value + w4 * ring[e + x])
