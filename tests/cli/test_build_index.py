@@ -85,5 +85,6 @@ def test_stored_frames_are_indexed_under_their_own_recipe(tmp_path, tiny_model_d
     assert "clips: 8 samples" in out
     shards = sorted(path.relative_to(frames) for path in frames.rglob("*.tar"))
     assert any(path.parts[1] == "held_out" for path in shards)
-    assert main(["plan", *words, f"data.recipe={frames / 'recipe.yaml'}"]) == 0  # indexed: nothing is missing
+    words = [*words, f"data.recipe={frames / 'recipe.yaml'}", "--picture", str(tmp_path / "plan.png")]
+    assert main(["plan", *words]) == 0  # indexed: nothing is missing
     assert not list(tmp_path.glob("clips/**/index-*"))  # the clips themselves need no index

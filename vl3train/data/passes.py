@@ -59,7 +59,7 @@ def resample(
     """
     line = np.zeros(3 * STRIDE, np.float32)
     ring = np.empty(8 * 3 * STRIDE, np.float32)  # the last 8 rows, at the new width
-    made = np.empty(3 * STRIDE, np.uint8)
+    made = np.empty(2 * 3 * STRIDE, np.uint8)
     halves = made.view(np.uint16)
     strip_weights = np.zeros(TAPS * STRIDE, np.float32)
     moves = np.empty(STRIP + 1, np.int64)
@@ -79,9 +79,12 @@ def resample(
         moves[num_runs] = columns
         line[:] = 0
         num_done = 0
-        for y in range(len(row_starts)):
+        y = 0
+        while y < len(row_starts):
             start = row_starts[y]
-            while num_done < min(start + TAPS, height):
+            # Two rows of neighbouring places share three of four rows that they are made of.
+            two = row_taps == 4 and y + 1 < len(row_starts) and row_starts[y + 1] == start + 1
+            while num_done < min(start + TAPS + two, height):
                 _spread(pixels, U(3 * (num_done * width + near)), line, U(EDGE), U(far - near))
                 for run in range(num_runs):
                     x = moves[run]
@@ -91,11 +94,14 @@ def resample(
                     else:
                         _along_rows_5(line, U(sources[run]), strip_weights, U(x), ring, place, num)
                 num_done += 1
-            if row_taps == 4:
-                _along_columns_4(ring, start, height, row_weights, y, made, U(columns))
+            if two:
+                _two_along_columns_4(ring, start, height, row_weights, y, made, U(columns))
             else:
                 _along_columns_5(ring, start, height, row_weights, y, made, U(columns))
-            _cut(halves, columns, left, len(starts), y, merge_size, out)
+            _cut(halves, 0, columns, left, len(starts), y, merge_size, out)
+            if two:
+                _cut(halves, 1, columns, left, len(starts), y + 1, merge_size, out)
+            y += 1 + two
 
 
 @njit(cache=True, nogil=True)
@@ -108,7 +114,7 @@ def cut_whole(pixels, height, width, merge_size, out):
         columns = min(strip, width - left)
         for y in range(height):
             _spread(pixels, U(3 * (y * width + left)), made, U(0), U(columns))
-            _cut(halves, columns, left, width, y, merge_size, out)
+            _cut(halves, 0, columns, left, width, y, merge_size, out)
 
 
 @njit(cache=True, nogil=True)
@@ -121,20 +127,25 @@ def _spread(pixels, start, line, place, num):
 
 
 @njit(cache=True, nogil=True)
-def _cut(halves, columns, left, width, y, merge_size, out):
-    """One row of a strip, its channels one after the other, into the patches that it crosses."""
+def _cut(halves, which, columns, left, width, y, merge_size, out):
+    """One row of a strip, the first or second one made, into the patches that it crosses."""
     row, line = y // PATCH_SIZE, y % PATCH_SIZE
     first = row // merge_size * merge_size * (width // PATCH_SIZE) + row % merge_size * merge_size
     for column in range(columns // PATCH_SIZE):
         place = left // PATCH_SIZE + column
         patch = first + place // merge_size * merge_size**2 + place % merge_size
         for channel in range(3):
-            i = U((channel * STRIDE + column * PATCH_SIZE) // 2)
+            i = U(((3 * which + channel) * STRIDE + column * PATCH_SIZE) // 2)
             a, b, c, d = halves[i], halves[i + U(1)], halves[i + U(2)], halves[i + U(3)]
-            e, f, g = halves[i + U(4)], halves[i + U(5)], halves[i + U(6)]
+            e, f, g, h = halves[i + U(4)], halves[i + U(5)], halves[i + U(6)], halves[i + U(7)]
             i = U(((patch * 3 + channel) * PATCH_SIZE + line) * (PATCH_SIZE // 2))
-            out[i], out[i + U(1)], out[i + U(2)], out[i + U(3)] = a, b, c, d
-            out[i + U(4)], out[i + U(5)], out[i + U(6)] = e, f, g
+            # 16 bytes are one move where 14 are three. The next line, whose first two they are, comes later.
+            if line < PATCH_SIZE - 1:
+                out[i], out[i + U(1)], out[i + U(2)], out[i + U(3)] = a, b, c, d
+                out[i + U(4)], out[i + U(5)], out[i + U(6)], out[i + U(7)] = e, f, g, h
+            else:
+                out[i], out[i + U(1)], out[i + U(2)], out[i + U(3)] = a, b, c, d
+                out[i + U(4)], out[i + U(5)], out[i + U(6)] = e, f, g
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -187,21 +198,24 @@ def _in_ring(row, height):
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def _along_columns_4(ring, start, height, weights, y, out, columns):
-    """A row of each channel out of 4 rows."""
+def _two_along_columns_4(ring, start, height, weights, y, out, columns):
+    """Two rows of each channel, each out of 4 rows."""
     a, b = _in_ring(start, height), _in_ring(start + 1, height)
-    c, d = _in_ring(start + 2, height), _in_ring(start + 3, height)
+    c, d, e = _in_ring(start + 2, height), _in_ring(start + 3, height), _in_ring(start + 4, height)
     w0, w1, w2, w3 = weights[0, y], weights[1, y], weights[2, y], weights[3, y]
+    v0, v1, v2, v3 = weights[0, y + 1], weights[1, y + 1], weights[2, y + 1], weights[3, y + 1]
     for channel in range(3):
         i = U(channel) * S1
         for x in range(i, i + columns):
-            value = HALF + w0 * ring[a + x] + w1 * ring[b + x] + w2 * ring[c + x] + w3 * ring[d + x]
-            out[x] = _rounded(value)
+            first = HALF + w0 * ring[a + x] + w1 * ring[b + x] + w2 * ring[c + x] + w3 * ring[d + x]
+            second = HALF + v0 * ring[b + x] + v1 * ring[c + x] + v2 * ring[d + x] + v3 * ring[e + x]
+            out[x] = _rounded(first)
+            out[x + S3] = _rounded(second)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def _along_columns_5(ring, start, height, weights, y, out, columns):
-    """As ``_along_columns_4`` out of 5."""
+    """A row of each channel out of 5 rows."""
     a, b = _in_ring(start, height), _in_ring(start + 1, height)
     c, d, e = _in_ring(start + 2, height), _in_ring(start + 3, height), _in_ring(start + 4, height)
     w0, w1, w2, w3, w4 = weights[0, y], weights[1, y], weights[2, y], weights[3, y], weights[4, y]
