@@ -1,7 +1,7 @@
 """Gradients of norm and GELU: vl3train's kernels against what torch.compile makes of the same formulas. Needs a GPU.
 
     python -m benchmarks.norm_kernels             # a Markdown table
-    python -m benchmarks.norm_kernels --sweep     # and how many programs a multiprocessor, how many values a warp
+    python -m benchmarks.norm_kernels --sweep     # and other launch settings
 
 The formulas are vl3train.model.fused's plain ones, compiled as layers are. GB/s counts each tensor of rows once.
 """
@@ -28,8 +28,11 @@ NORMS = {
     "7B, before q k v": (16_384, 3584, 3, False, False),
 }
 GELU = "encoder, GELU", (49_152, 4304)
-SWEPT_NORM = {"PROGRAMS_PER_SM": (1, 2, 3, 4, 6, 8), "VALUES_PER_WARP": (128, 256, 512)}
-SWEPT_GELU = {"GELU_PROGRAMS_PER_SM": (2, 4, 6, 8, 16), "GELU_TILE": ((8, 256), (16, 256), (8, 512))}
+SWEPT_NORM = {
+    "WARPS_PER_SM": tuple(dict.fromkeys(range(5), warps) for warps in (16, 24, 32, 48)),
+    "STAGES": (1, 2, 3, 4),
+}
+SWEPT_GELU = {"GELU_PROGRAMS_PER_SM": (3, 4, 6, 8), "STAGES": (1, 2, 3)}
 
 
 def norm_arguments(
@@ -72,7 +75,10 @@ def sweep(
         for b in second:
             setattr(norm_kernels, one, a)
             setattr(norm_kernels, other, b)
-            print(f"  {name}: {one}={a} {other}={b}: {milliseconds(kernel, arguments):.4f} ms", flush=True)
+            shown = next(iter(a.values())) if isinstance(a, dict) else a
+            print(
+                f"  {name}: {one}={shown} {other}={b}: {milliseconds(kernel, arguments):.4f} ms", flush=True
+            )
     for constant, value in zip((one, other), kept, strict=True):
         setattr(norm_kernels, constant, value)
 
