@@ -80,11 +80,13 @@ def norm_backward_kernel(
     return d_rows, normed, partial_sums.sum(1)
 
 
-def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     """As ``vl3train::gelu_backward``: each program goes down its columns and keeps their sums."""
     num_rows, width = wide.shape
-    grad, wide = grad.contiguous(), wide.contiguous()
-    d_wide, activated = torch.empty_like(wide), torch.empty_like(wide)
+    wide = wide.contiguous()
+    if not grad.is_contiguous():
+        raise ValueError("gelu_backward works in place and takes its gradient in whole rows only")
+    activated = torch.empty_like(wide)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
     row_programs = max(1, GELU_PROGRAMS_PER_SM * _multiprocessors(wide) // column_blocks)
@@ -93,7 +95,6 @@ def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Te
     _gelu_backward[(column_blocks, row_programs)](
         grad,
         wide,
-        d_wide,
         activated,
         partial_sums,
         num_rows,
@@ -103,7 +104,7 @@ def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Te
         STAGES=STAGES,
         num_warps=8,
     )
-    return d_wide, activated, partial_sums.sum(0)
+    return activated, partial_sums.sum(0)
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -202,7 +203,6 @@ def _norm_backward(
 def _gelu_backward(
     grads,
     wides,
-    d_wide,
     activated,
     partial_sums,
     num_rows,
@@ -229,6 +229,6 @@ def _gelu_backward(
         slope = share + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         d = grad * slope
         sums += d
-        tl.store(d_wide + at, d, mask=mask)
+        tl.store(grads + at, d, mask=mask)
         tl.store(activated + at, x * share, mask=mask)
     tl.store(partial_sums + program * width + columns, tl.sum(sums, axis=0), mask=inside)
