@@ -1,7 +1,7 @@
 """Gradients of norm and GELU: vl3train's kernels against what torch.compile makes of the same formulas. Needs a GPU.
 
     python -m benchmarks.norm_kernels             # a Markdown table
-    python -m benchmarks.norm_kernels --sweep     # and how many programs a multiprocessor, how many values a warp
+    python -m benchmarks.norm_kernels --sweep     # and other launch settings
 
 The formulas are vl3train.model.fused's plain ones, compiled as layers are. GB/s counts each tensor of rows once.
 """
@@ -9,6 +9,7 @@ The formulas are vl3train.model.fused's plain ones, compiled as layers are. GB/s
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,11 @@ NORMS = {
     "7B, before q k v": (16_384, 3584, 3, False, False),
 }
 GELU = "encoder, GELU", (49_152, 4304)
-SWEPT_NORM = {"PROGRAMS_PER_SM": (1, 2, 3, 4, 6, 8), "VALUES_PER_WARP": (128, 256, 512)}
-SWEPT_GELU = {"GELU_PROGRAMS_PER_SM": (2, 4, 6, 8, 16), "GELU_TILE": ((8, 256), (16, 256), (8, 512))}
+SWEPT_NORM = {
+    "WARPS_PER_SM": tuple(dict.fromkeys(range(5), warps) for warps in (16, 24, 32, 48)),
+    "STAGES": (1, 2, 3, 4),
+}
+SWEPT_GELU = {"GELU_PROGRAMS_PER_SM": (3, 4, 6, 8), "STAGES": (1, 2, 3)}
 
 
 def norm_arguments(
@@ -59,6 +63,7 @@ def worst(found: Any, expected: Any) -> float:
     return max(
         float((one.float() - other.float()).abs().max() / other.float().abs().max())
         for one, other in zip(found, expected, strict=True)
+        if isinstance(one, torch.Tensor)
     )
 
 
@@ -72,7 +77,10 @@ def sweep(
         for b in second:
             setattr(norm_kernels, one, a)
             setattr(norm_kernels, other, b)
-            print(f"  {name}: {one}={a} {other}={b}: {milliseconds(kernel, arguments):.4f} ms", flush=True)
+            shown = next(iter(a.values())) if isinstance(a, dict) else a
+            print(
+                f"  {name}: {one}={shown} {other}={b}: {milliseconds(kernel, arguments):.4f} ms", flush=True
+            )
     for constant, value in zip((one, other), kept, strict=True):
         setattr(norm_kernels, constant, value)
 
@@ -99,7 +107,8 @@ def main() -> None:
         else:
             arguments = tuple(torch.randn(2, num_rows, width, device="cuda").bfloat16())
         by_torch = compiled(plain, enabled=True)
-        difference = worst(kernel(*arguments), plain(*arguments))
+        copies = copy.deepcopy(arguments)  # GELU works in place
+        difference = worst((*kernel(*arguments), arguments[0]), (*plain(*copies), copies[0]))
         gigabytes = num_tensors * num_rows * width * 2 / 1e9
         times = [milliseconds(function, arguments) for function in (by_torch, kernel)]
         cells = " | ".join(f"{time:.4f} | {gigabytes / time * 1e3:.0f}" for time in times)

@@ -99,7 +99,8 @@ def test_gelu_is_that_of_autograd():
     wide_64 = wide.double().requires_grad_()
     activated = F.gelu(wide_64, approximate="tanh")
     (d_wide,) = torch.autograd.grad(activated, wide_64, grad.double())
-    assert_close(gelu_backward(grad, wide), (d_wide, activated.detach(), d_wide.sum(0)), 2e-6)
+    found = gelu_backward(grad, wide)
+    assert_close((grad, *found), (d_wide, activated.detach(), d_wide.sum(0)), 2e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -110,24 +111,27 @@ def test_what_is_said_of_the_ops_shapes_is_so(case):
     torch.library.opcheck(gelu_backward, gelu_arguments(7, 64), test_utils=checks)
 
 
-def check_kernels(device, dtype, tolerance, sizes):
+def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
     from vl3train.model.norm_kernels import gelu_backward_kernel, norm_backward_kernel
 
     for size in sizes:
-        for case in CASES:
+        for case in cases:
             arguments = norm_arguments(*size, case, device, dtype)
             assert_close(norm_backward_kernel(*arguments), plain_norm_backward(*arguments), tolerance)
     for size in ((1, 64), (37, 300), (7, 4304)):
-        arguments = gelu_arguments(*size, device, dtype)
-        assert_close(gelu_backward_kernel(*arguments), plain_gelu_backward(*arguments), tolerance)
+        grad, wide = gelu_arguments(*size, device, dtype)
+        same = grad.clone()
+        found, expected = gelu_backward_kernel(grad, wide), plain_gelu_backward(same, wide)
+        assert_close((grad, *found), (same, *expected), tolerance)
 
 
 def test_kernels_interpreted_are_the_formulas():
     """In a process of its own: triton reads the variable when it is imported."""
     pytest.importorskip("triton", reason="triton comes with torch for CUDA")
     code = (
-        "import torch; from tests.model.test_fused import SIZES, check_kernels;"
-        "check_kernels('cpu', torch.float32, 2e-6, SIZES)"
+        "import torch; from tests.model.test_fused import CASES, SIZES, check_kernels;"
+        "check_kernels('cpu', torch.float32, 2e-6, SIZES[:2] + SIZES[3:]);"
+        "check_kernels('cpu', torch.float32, 2e-6, SIZES[2:3], CASES[:2])"
     )
     environment = dict(os.environ, TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -106,11 +106,12 @@ def plain_norm_backward(
     return d_rows.to(rows.dtype), normed.to(rows.dtype), stacked
 
 
-@torch.library.custom_op("vl3train::gelu_backward", mutates_args=())
-def gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of (R, W) ``wide`` where ``grad`` is that of its GELU (the tanh formula), in float32.
+@torch.library.custom_op("vl3train::gelu_backward", mutates_args=("grad",))
+def gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """From ``grad``, the gradient of the GELU (tanh formula, in float32) of (R, W) ``wide``, that of ``wide`` in place.
 
-    Gives d_wide, GELU(wide) again, both (R, W), and the (W,) float32 column sums of d_wide.
+    Rows as wide as these are what a layer's backward has least room for. Gives GELU(wide) again, (R, W), and the
+    (W,) float32 column sums of the new gradient.
     """
     if wide.is_cuda:
         from vl3train.model.norm_kernels import gelu_backward_kernel
@@ -120,16 +121,16 @@ def gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @gelu_backward.register_fake
-def _(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums = wide.new_empty((wide.shape[1],), dtype=torch.float32)
-    return wide.new_empty(wide.shape), wide.new_empty(wide.shape), sums
+def _(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    return wide.new_empty(wide.shape), wide.new_empty((wide.shape[1],), dtype=torch.float32)
 
 
-def plain_gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     """``gelu_backward`` in torch's own ops."""
     x = wide.float()
     d_wide = torch.ops.aten.gelu_backward(grad.float(), x, approximate="tanh")
-    return d_wide.to(wide.dtype), F.gelu(x, approximate="tanh").to(wide.dtype), d_wide.sum(0)
+    grad.copy_(d_wide)
+    return F.gelu(x, approximate="tanh").to(wide.dtype), d_wide.sum(0)
 
 
 class NormLinears(torch.autograd.Function):
@@ -226,7 +227,8 @@ class GeluLinear(torch.autograd.Function):
         """Gradients of ``wide``, ``bias_in`` and ``weight``."""
         wide, weight = ctx.saved_tensors
         _, of_in, of_weight, _ = ctx.needs_input_grad
-        d_wide, activated, sums = gelu_backward(grad @ weight, wide)
+        d_wide = grad @ weight
+        activated, sums = gelu_backward(d_wide, wide)
         return (
             d_wide,
             sums.to(wide.dtype) if of_in else None,

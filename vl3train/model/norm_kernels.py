@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS_PER_SM = 3
-"""Programs of norm_backward that a multiprocessor holds at once: their running sums take its registers."""
 VALUES_PER_WARP = 256
 """Of a row, in norm_backward: 8 a thread, which loads them at once, 16 bytes in bfloat16."""
+WARPS_PER_SM = {0: 32, 1: 32, 2: 24, 3: 16, 4: 16}
+"""Warps of norm_backward that a multiprocessor holds at once, by the number of running sums: more would wait for the
+others to end. triton 3.8 gives a thread 60 registers for one sum, 80 for two, 116 for four (for sm_90), of 65 536."""
+STAGES = 3
+"""Rows, or tiles, of which two are on their way while the third is worked on."""
 GELU_PROGRAMS_PER_SM = 4
-GELU_TILE = (16, 256)
+GELU_TILE = (8, 256)
 """Rows and columns that a program of gelu_backward takes at a time; 4304, the encoder's, fill 17 such columns."""
 _INTERPRETED_PROGRAMS = 3
 """Where there is no GPU (TRITON_INTERPRET=1): few, so that each still takes several rows."""
@@ -45,9 +48,10 @@ def norm_backward_kernel(
     d_rows = torch.empty_like(rows)
     normed = torch.empty_like(rows) if normed_again else rows.new_empty((0, width))
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
-    programs = min(num_rows, PROGRAMS_PER_SM * _multiprocessors(rows))
-    partial_sums = rows.new_empty((num_sums, programs, width), dtype=torch.float32)
     block = triton.next_power_of_2(width)
+    num_warps = max(1, min(16, block // VALUES_PER_WARP))
+    programs = min(num_rows, WARPS_PER_SM[num_sums] // num_warps * _multiprocessors(rows))
+    partial_sums = rows.new_empty((num_sums, programs, width), dtype=torch.float32)
     _norm_backward[(programs,)](
         g0,
         g1,
@@ -70,16 +74,19 @@ def norm_backward_kernel(
         WEIGHT_SUMS=weight_sums,
         ROW_SUMS=row_sums,
         BLOCK=block,
-        num_warps=max(1, min(16, block // VALUES_PER_WARP)),
+        STAGES=STAGES,
+        num_warps=num_warps,
     )
     return d_rows, normed, partial_sums.sum(1)
 
 
-def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     """As ``vl3train::gelu_backward``: each program goes down its columns and keeps their sums."""
     num_rows, width = wide.shape
-    grad, wide = grad.contiguous(), wide.contiguous()
-    d_wide, activated = torch.empty_like(wide), torch.empty_like(wide)
+    wide = wide.contiguous()
+    if not grad.is_contiguous():
+        raise ValueError("gelu_backward works in place and takes its gradient in whole rows only")
+    activated = torch.empty_like(wide)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
     row_programs = max(1, GELU_PROGRAMS_PER_SM * _multiprocessors(wide) // column_blocks)
@@ -88,16 +95,16 @@ def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Te
     _gelu_backward[(column_blocks, row_programs)](
         grad,
         wide,
-        d_wide,
         activated,
         partial_sums,
         num_rows,
         width,
         ROWS=tile_rows,
         COLUMNS=tile_columns,
+        STAGES=STAGES,
         num_warps=8,
     )
-    return d_wide, activated, partial_sums.sum(0)
+    return activated, partial_sums.sum(0)
 
 
 def _multiprocessors(tensor: Tensor) -> int:
@@ -129,6 +136,7 @@ def _norm_backward(
     WEIGHT_SUMS: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -141,7 +149,7 @@ def _norm_backward(
     bias_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     residual_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, num_rows, programs):
+    for row in tl.range(program, num_rows, programs, num_stages=STAGES):
         at = tl.cast(row, tl.int64) * width + columns
         x = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(g0 + at, mask=inside, other=0.0).to(tl.float32)
@@ -193,7 +201,15 @@ def _norm_backward(
 
 @triton.jit
 def _gelu_backward(
-    grads, wides, d_wide, activated, partial_sums, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    grads,
+    wides,
+    activated,
+    partial_sums,
+    num_rows,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # The first axis runs fastest: programs side by side read whole rows.
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -201,7 +217,7 @@ def _gelu_backward(
     programs = tl.num_programs(1)
     inside = columns < width
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(program * ROWS, num_rows, programs * ROWS):
+    for first in tl.range(program * ROWS, num_rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * width + columns[None, :]
         mask = (row < num_rows)[:, None] & inside[None, :]
@@ -213,6 +229,6 @@ def _gelu_backward(
         slope = share + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         d = grad * slope
         sums += d
-        tl.store(d_wide + at, d, mask=mask)
+        tl.store(grads + at, d, mask=mask)
         tl.store(activated + at, x * share, mask=mask)
     tl.store(partial_sums + program * width + columns, tl.sum(sums, axis=0), mask=inside)
