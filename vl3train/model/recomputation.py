@@ -15,7 +15,6 @@ from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.trainable import part_of
 
-ALL_AGAIN = (Recompute.layer, Recompute.offload)
 NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise, Recompute.wide_offload)
 
 
