@@ -23,6 +23,11 @@ def gradients(model, batch, level, *, compiled=False):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def nothing_arrived(passes):
+    """Whether the device has let go of all that it fetched in the backward pass."""
+    return not any(one._arrived for host in passes for layer in host._layers for one in layer)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
     tiny_model, batch_of, mixed, monkeypatch, compiled
@@ -57,9 +62,7 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
         "one copy a layer, in each tower"
     )
     loss.backward()
-    assert not any(sent._arrived for tower in passes for sent in tower._sent), (
-        "each is let go once it is used"
-    )
+    assert nothing_arrived(passes)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, wanted[name]), name
 
@@ -89,6 +92,7 @@ def test_wide_rows_wait_on_the_host_and_nothing_else_does(tiny_model, batch_of, 
         kept = [tuple(one._host.shape) for one in tower._layers[number % 3]]
         # fc1's result; gate's and up's.
         assert kept == [(rows, widths[language])] * (1 + language), (number, kept)
+    assert nothing_arrived(tower for tower, _ in sent)
 
 
 def test_rows_that_are_fetched_ahead_are_let_go_with_the_pass(tiny_model, batch_of, mixed):

@@ -62,9 +62,11 @@ class HostRows:
         return saved_tensors_hooks(pack, unpack)
 
     def _take(self, number: int, place: int) -> Tensor:
-        for sent in (*self._layers[number], *(self._layers[number - 1] if number else ())):
+        wanted = self._layers[number][place]
+        ahead = (*self._layers[number], *(self._layers[number - 1] if number else ()))
+        for sent in (wanted, *(sent for sent in ahead if not sent.was_taken)):
             sent.fetch()
-        return self._layers[number][place].take()
+        return wanted.take()
 
 
 class _Sent:
@@ -75,6 +77,7 @@ class _Sent:
         cuda = rows.is_cuda
         self._host = host_buffer(rows)
         self._arrived: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.was_taken = False  # nobody waits for it then, unless it is asked for again
         if not cuda:
             self._host.copy_(rows)
             return
@@ -104,7 +107,7 @@ class _Sent:
         """The rows; the device waits for them, the host does not."""
         assert self._arrived is not None
         rows, event = self._arrived
-        self._arrived = None
+        self._arrived, self.was_taken = None, True
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
         return rows
