@@ -189,6 +189,8 @@ class Fitting:
                         continue  # a level of which not even one layer fits is none to choose
                     more = -(-(dry.kept_bytes - first.kept_bytes) // rows)
                     found[level] = more + (0 if level_of_start is Recompute.offload else least)
+            if least and found.get(Recompute.mlp, 0) >= found.get(Recompute.elementwise, 0):
+                found.pop(Recompute.mlp, None)  # a level that keeps no less is none to choose either
             if Recompute.wide_offload in scale and {Recompute.elementwise, Recompute.mlp} <= found.keys():
                 found[Recompute.wide_offload] = found[Recompute.mlp]
             kept[f"{tower}_kept"] = {level: found[level] for level in scale if level in found}

@@ -23,27 +23,39 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
-from vl3train.model.attention import Segments, attend
+from vl3train.model.attention import TORCH_VERSION, Segments, attend
 from vl3train.model.fused import GeluLinear, NormLinears
 from vl3train.model.offload import HostRows
 
 Layer = Callable[..., Tensor]
-"""(layer, hidden rows, cos, sin, segments, whether the MLP is computed again) -> hidden rows."""
+"""(layer, hidden rows, cos, sin, segments, whether the MLP is computed again, whether the passes of model/fused.py may
+serve) -> hidden rows."""
+
+FUSED_ONES_ARE_REPEATED = TORCH_VERSION >= (2, 13)
+"""torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again, all 48 KB
+of a token's MLP; 2.14 does as it is asked. There layers that compute again take the plain modules."""
 
 
 def encoder_layer(
-    layer: Any, hidden_PC: Tensor, cos_PD: Tensor, sin_PD: Tensor, segments: Segments, mlp_again: bool = False
+    layer: Any,
+    hidden_PC: Tensor,
+    cos_PD: Tensor,
+    sin_PD: Tensor,
+    segments: Segments,
+    mlp_again: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """VideoLlama3VisionEncoderLayer: attention within each frame, then the MLP."""
     attention = layer.self_attn
     heads = (attention.num_heads, attention.head_dim)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    hidden_PC, *qkv = _norm_linears(layer.layer_norm1, linears, hidden_PC)
+    hidden_PC, *qkv = _norm_linears(layer.layer_norm1, linears, hidden_PC, fused)
     q, k, v = (x.unflatten(-1, heads) for x in qkv)
     q, k = apply_rotary_pos_emb_vision(q, k, cos_PD, sin_PD)
     out_PC = attend(q, k, v, segments, causal=False, scale=attention.scaling).flatten(-2)
     project, mlp = attention.out_proj, layer.mlp
-    if not _plain(layer.layer_norm2, project, mlp.fc1, mlp.fc2) or type(mlp.activation_fn) is not GELUTanh:
+    plain = _plain(layer.layer_norm2, project, mlp.fc1, mlp.fc2) and type(mlp.activation_fn) is GELUTanh
+    if not (fused and plain):
         hidden_PC = hidden_PC + project(out_PC)
         return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
     hidden_PC = hidden_PC + F.linear(out_PC, project.weight, project.bias.detach())
@@ -72,17 +84,23 @@ def _encoder_mlp(layer: Any, again: bool, hidden_PC: Tensor) -> Tensor:
 
 
 def decoder_layer(
-    layer: Any, hidden_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, segments: Segments, mlp_again: bool = False
+    layer: Any,
+    hidden_TH: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    segments: Segments,
+    mlp_again: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
     attention = layer.self_attn
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    hidden_TH, *qkv = _norm_linears(layer.input_layernorm, linears, hidden_TH)
+    hidden_TH, *qkv = _norm_linears(layer.input_layernorm, linears, hidden_TH, fused)
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv)
     q, k = apply_rotary_pos_emb(q, k, cos_TD, sin_TD)
     out = attend(q, k, v, segments, causal=True, scale=attention.scaling)
     hidden_TH = hidden_TH + attention.o_proj(out.flatten(-2))
-    if not _plain(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj):
+    if not (fused and _plain(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)):
         return hidden_TH + _maybe_again(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
     return _maybe_again(functools.partial(_decoder_mlp, layer, mlp_again), hidden_TH, mlp_again)
 
@@ -91,7 +109,7 @@ def _decoder_mlp(layer: Any, again: bool, hidden_TH: Tensor) -> Tensor:
     """RMSNorm, Qwen2MLP and the residual."""
     mlp = layer.mlp
     linears = (mlp.gate_proj, mlp.up_proj)
-    hidden_TH, gate_TI, up_TI = _norm_linears(layer.post_attention_layernorm, linears, hidden_TH, again)
+    hidden_TH, gate_TI, up_TI = _norm_linears(layer.post_attention_layernorm, linears, hidden_TH, True, again)
     return hidden_TH + mlp.down_proj(mlp.act_fn(gate_TI) * up_TI)
 
 
@@ -99,9 +117,11 @@ def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, again: bool) ->
     return checkpoint(body, rows, use_reentrant=False) if again else body(rows)
 
 
-def _norm_linears(norm: Any, linears: Sequence[Any], rows: Tensor, again: bool = False) -> tuple[Tensor, ...]:
+def _norm_linears(
+    norm: Any, linears: Sequence[Any], rows: Tensor, fused: bool, again: bool = False
+) -> tuple[Tensor, ...]:
     """The rows for the residual, and what each of ``linears`` makes of the normed rows."""
-    if not _plain(norm, *linears):
+    if not (fused and _plain(norm, *linears)):
         normed = norm(rows)
         return rows, *(linear(normed) for linear in linears)
     centred = type(norm) is nn.LayerNorm
@@ -132,11 +152,12 @@ def _run(
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
     inputs = (layer, hidden, cos, sin, segments)
+    fused = FUSED_ONES_ARE_REPEATED or recompute in ("nothing", "elementwise")
     if recompute == "layer":
-        return checkpoint(body, *inputs, use_reentrant=False)
+        return checkpoint(body, *inputs, False, fused, use_reentrant=False)
     if recompute == "nothing" or torch.compiler.is_compiling():
         # The compiler keeps results of products and attention and computes the elementwise rest again.
-        return body(*inputs, recompute == "mlp")
+        return body(*inputs, recompute == "mlp", fused)
     contexts = _KEEP_PRODUCTS if recompute == "elementwise" else _KEEP_NARROW_PRODUCTS
     return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 
