@@ -36,7 +36,10 @@ def train_step(
     The loss is the sum over every supervised token of the global batch divided by their number, known from the
     plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
     """
-    totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=engine.rank.device)
+    device = engine.rank.device
+    skipped = sum(batch.num_skipped_samples for batch in micro_batches)
+    totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
+    totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
         output = engine.forward(batch)
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
@@ -45,8 +48,6 @@ def train_step(
             engine.finish_micro_batch()
     grad_norm = engine.step()
 
-    totals[0] = sum(batch.num_skipped_samples for batch in micro_batches)
-    totals[1] = stop_requested
     # One wait for the device, here: norm and sums come over together.
     norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=totals.device)
     *sums, grad_norm = torch.cat([engine.sum_over_ranks(totals), norm.reshape(1)]).tolist()
@@ -64,13 +65,16 @@ def train_step(
     )
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host, there; from pageable memory the host would wait for the whole backward pass."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 def losses_by_source(token_losses_U: Tensor, batch: Batch, num_sources: int) -> Tensor:
     """Sums of the token losses of each source, then numbers of their tokens: (2 * num_sources,) float64."""
     device = token_losses_U.device
     source_of_segment_S = torch.tensor(batch.segment_sources).clamp(min=0)
-    if device.type == "cuda":  # from pageable memory the copy would wait for the whole backward pass
-        source_of_segment_S = source_of_segment_S.pin_memory().to(device, non_blocking=True)
-    source_U = source_of_segment_S[batch.supervised_segments.to(device)]
+    source_U = to_device(source_of_segment_S[batch.supervised_segments], device)
     result = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
     result[:num_sources].index_add_(0, source_U, token_losses_U.double())
     result[num_sources:].index_add_(0, source_U, torch.ones_like(token_losses_U, dtype=torch.float64))
