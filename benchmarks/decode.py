@@ -14,8 +14,6 @@ import io
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +29,10 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from vl3train.config.schema import DataConfig
+from benchmarks.data_wait import waited_shares
+from benchmarks.drawn_media import encode_jpeg, pictures, write_clip
+from benchmarks.figures import machine
+from vl3train.config.data_options import DataConfig
 from vl3train.contracts.records import RenderSettings
 from vl3train.contracts.tokens import CHAT_TEMPLATE
 from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
@@ -60,10 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-            "images": lambda: measure_images(out, args.images, 20 if args.quick else 100),
+            "images": lambda: measure_images(out, args.images, 60 if args.quick else 450),
             "video": lambda: measure_video(out, 4 if args.quick else 20),
             "faults": lambda: count_faults(out),
-            "wait": lambda: measure_wait(out, 8 if args.quick else 30),
+            "wait": lambda: measure_wait(out, 30),
         }
         if args.quick:
             args.skip.append("wait")
@@ -71,6 +72,13 @@ def main() -> None:
             if name not in args.skip:
                 for figure in measure():
                     print(json.dumps({**figure, "machine": machine(), "versions": versions()}), flush=True)
+
+
+def measure_wait(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
+    """Of a training of the debug model: share of its steps spent waiting for data, the first two left out."""
+    shares = waited_shares(folder, steps)
+    share = float(np.mean(shares[2:]))
+    yield figure("data_wait_share", share, "1", better="lower", steps=steps, first=shares[0])
 
 
 def figure(name: str, value: float, unit: str, better: str = "higher", **more: Any) -> dict[str, Any]:
@@ -118,41 +126,42 @@ def measure_images(folder: Path, photographs: Path | None, count: int) -> Iterat
     expected = theirs(jpegs[0])["pixel_values"]
     ours(jpegs[0])
     assert torch.equal((torch.from_numpy(space) / 127.5 - 1).round(decimals=3), expected.round(decimals=3))
-    as_shipped = 0.0
-    for number in range(count):
-        begin = time.process_time()
-        theirs(jpegs[number % len(jpegs)])
-        as_shipped += time.process_time() - begin
-    keep_freed_memory()  # our decode processes do; from here on the peer has it too
-    taken: dict[str, float] = {"ours": 0.0, "theirs": 0.0}
-    for number in range(count):  # by turns, so that both meet the same load
-        for name, make in (("ours", ours), ("theirs", theirs)):
-            begin = time.process_time()
-            make(jpegs[number % len(jpegs)])
-            taken[name] += time.process_time() - begin
-    begin = time.process_time()
-    for number in range(count):  # without turns, as behind the firewall: what that costs is the difference
-        ours(jpegs[number % len(jpegs)])
-    alone = time.process_time() - begin
-    about = {"patches": planned.num_patches, "jpeg_bytes": len(jpegs[0])}
+
+    a_turn = 30  # so many, that caches are warm
+    turns = count // a_turn
+
+    def spent(make: Callable[[bytes], Any], process: Callable[[], float] = time.process_time) -> float:
+        begin = process()
+        for index in range(a_turn):
+            make(jpegs[index % len(jpegs)])
+        return process() - begin
+
+    taken: dict[str, list[float]] = {name: [] for name in ("as shipped", "walled", "our malloc", "ours")}
     with decode_server(settings, folder, LIMITS) as address:
         decoder = Decoder(address, 60.0, planned.num_patches)
-        decoder.render(text, {"0.jpg": jpegs[0]}, planned, key="", source=0)
-        begin = time.process_time() + cpu_seconds(decoder._pid)
-        started = time.perf_counter()
-        for number in range(count):
-            decoder.render(text, {"0.jpg": jpegs[number % len(jpegs)]}, planned, key="", source=0)
-        wall = time.perf_counter() - started
-        walled = time.process_time() + cpu_seconds(decoder._pid) - begin
-    yield figure(
-        "images_per_second_core", count / walled, "1/s", behind="firewall", wall=count / wall, **about
-    )
-    yield figure("images_per_second_core_unwalled", count / taken["ours"], "1/s", **about)
-    yield figure(
-        "images_per_second_core_hf", count / taken["theirs"], "1/s", peer="VideoLlama3Processor", **about
-    )
-    yield figure("images_vs_hf_ratio", taken["theirs"] / walled, "1", **about)
-    overhead = (walled - alone) / count * 1000
+
+        def walled(jpeg: bytes) -> None:
+            decoder.render(text, {"0.jpg": jpeg}, planned, key="", source=0)
+
+        spent(walled)  # the first ones touch memory for the first time
+        for _ in range(turns):  # by turns, so that both meet the same load
+            taken["as shipped"].append(spent(theirs))
+            taken["walled"].append(spent(walled, lambda: time.process_time() + cpu_seconds(decoder._pid)))
+    keep_freed_memory()  # our decode processes do; from here on the peer has it too
+    for _ in range(turns):
+        taken["our malloc"].append(spent(theirs))
+        taken["ours"].append(spent(ours))
+    rates = {name: a_turn / float(np.median(seconds)) for name, seconds in taken.items()}
+    about = {"patches": planned.num_patches, "jpeg_bytes": len(jpegs[0]), "median_of": turns}
+    yield figure("images_per_second_core", rates["walled"], "1/s", behind="firewall", **about)
+    yield figure("images_per_second_core_unwalled", rates["ours"], "1/s", **about)
+    peer = "VideoLlama3Processor"
+    yield figure("images_per_second_core_hf", rates["as shipped"], "1/s", peer=peer, **about)
+    yield figure("images_per_second_core_hf_our_malloc", rates["our malloc"], "1/s", peer=peer, **about)
+    yield figure("images_vs_hf_ratio", rates["walled"] / rates["as shipped"], "1", **about)
+    yield figure("images_vs_hf_ratio_our_malloc", rates["walled"] / rates["our malloc"], "1", **about)
+    yield figure("images_vs_hf_ratio_unwalled", rates["ours"] / rates["our malloc"], "1", **about)
+    overhead = 1000 / rates["walled"] - 1000 / rates["ours"]
     yield figure("firewall_overhead_per_image", overhead, "ms of process time", better="lower")
 
 
@@ -241,42 +250,6 @@ def count_faults(folder: Path) -> Iterator[dict[str, Any]]:
     yield figure("faults_accounted", sum(one.accounted for one in outcomes), "1")
 
 
-def measure_wait(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
-    """The debug model's stage 3 on the demo, two ranks with two workers each: share of the steps spent waiting."""
-    demo, run = folder / "demo", folder / "run"
-    command = [sys.executable, "-m", "vl3train.cli.main"]
-    subprocess.run([*command, "demo", str(demo), "--samples-scale", "0.05"], check=True, stdout=sys.stderr)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "vl3train.train",
-    ]
-    options = [
-        "stage=1",
-        "model=debug",
-        "data=demo",
-        "machine=cpu",
-        f"data.root={demo}",
-        "data.num_workers=2",
-    ]
-    options += [
-        "machine.dp_size=2",
-        f"run.output_dir={run}",
-        f"run.num_steps={steps}",
-        "run.evaluate_at_end=false",
-    ]
-    subprocess.run([*torchrun, *options], check=True, stdout=sys.stderr)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    shares = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
-    yield figure(
-        "data_wait_share", float(np.mean(shares[2:])), "1", better="lower", steps=steps, first=shares[0]
-    )
-
-
 def render_settings(tokenizer: ChatTokenizer, fps: float = DATA.fps) -> RenderSettings:
     """The published numbers."""
     return RenderSettings(
@@ -295,59 +268,10 @@ def render_settings(tokenizer: ChatTokenizer, fps: float = DATA.fps) -> RenderSe
     )
 
 
-def pictures(photographs: Path | None, count: int) -> list[np.ndarray]:
-    """(768, 1024, 3) uint8."""
-    if photographs is None:
-        return [noise(768, 1024, seed) for seed in range(count)]
-    files = sorted(path for path in photographs.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-    return [np.asarray(PillowImage.open(path).convert("RGB").resize((1024, 768))) for path in files[:count]]
-
-
-def noise(height: int, width: int, seed: int) -> np.ndarray:
-    """Noise whose amplitude falls as 1/f, as that of photographs does."""
-    random = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width)
-    spectrum = np.fft.rfft2(random.standard_normal((3, height, width))) / np.maximum(frequency, 1.0) ** 1.5
-    waves = np.fft.irfft2(spectrum, (height, width))
-    grey = waves.mean(axis=0, keepdims=True)
-    mixed = grey * 2 + waves * 0.5
-    mixed = (mixed - mixed.mean()) / mixed.std()
-    return np.ascontiguousarray(np.clip(mixed * 52 + 120, 0, 255).astype(np.uint8).transpose(1, 2, 0))
-
-
-def encode_jpeg(picture: np.ndarray) -> bytes:
-    """Quality 90, 4:2:0."""
-    buffer = io.BytesIO()
-    PillowImage.fromarray(picture).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def write_clip(path: Path, seconds: int, rate: int) -> None:
-    """1280x720 of a picture that drifts, with grain; x264 medium, keyframes at most 250 frames apart."""
-    scene, random = noise(800, 1600, 1), np.random.default_rng(2)
-    grain = random.integers(-4, 5, (8, 720, 1280, 1))
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("h264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
-        stream.options = {"crf": "26"}
-        for number in range(seconds * rate):
-            left, top = number * 2 % 320, number % 80
-            frame = scene[top : top + 720, left : left + 1280] + grain[number % 8]
-            array = np.clip(frame, 0, 255).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-        container.mux(stream.encode())
-
-
 def cpu_seconds(pid: int) -> float:
     """User and system time of another process (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def machine() -> str:
-    """Processor and number of cores."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].partition(': ')[2] if names else platform.processor()} x {os.cpu_count()}"
 
 
 def versions() -> dict[str, str]:

@@ -130,8 +130,18 @@ def test_one_death_is_forgiven(address, picture):
 
 
 def test_our_own_bugs_are_no_bad_samples(address, decoder, picture):
-    with pytest.raises(RuntimeError, match="AttributeError"):
-        decoder.measure(PICTURE, None)
+    with pytest.raises(RuntimeError, match=r"(?s)in the decode process.*TypeError"):
+        decoder.measure(17, picture)
+
+
+def test_a_sample_larger_than_the_shared_memory_and_the_next_one(decoder, picture):
+    """Also as the first of all, and after a decode process died."""
+    before = decoder.measure(PICTURE, picture)
+    large = {"0.jpg": picture["0.jpg"] + bytes(5 * 2**20), "9.jpg": bytes(100)}
+    for _ in range(2):
+        assert decoder.measure(PICTURE, large) == before
+        assert decoder.measure(PICTURE, picture) == before
+        os.kill(decoder._pid, signal.SIGKILL)
 
 
 def test_nothing_is_left_when_the_server_ends(tokenizer_dir, picture):
@@ -167,7 +177,7 @@ def test_an_orphan_that_hangs_is_ended_by_the_kernel(hanging, picture):
     decoder = Decoder(hanging, 0.2)
     decoder._connect()
     pid = decoder._pid
-    decoder._connection.send(decoding.Request(b"HANG", picture, 0.2))
+    decoder._connection.send(decoding.Request(b"HANG", decoder._put(picture), 0.2))
     decoder.close()  # as if its worker had been killed
     time.sleep(0.3)
     os.kill(pid, 0)

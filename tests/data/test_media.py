@@ -14,7 +14,8 @@ from transformers.image_utils import load_image
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_moving
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import BadSample
-from vl3train.data.media import DecodeLimits, decode_clip, decode_image, image_size
+from vl3train.data.images import decode_image, image_header
+from vl3train.data.media import DecodeLimits, decode_clip
 
 SAMPLING = {"fps": 2.0, "min_frames": 1, "max_frames": 180, "limits": LIMITS}
 
@@ -49,7 +50,8 @@ def test_any_colour_mode_becomes_what_transformers_sees(mode):
 def test_other_formats(form):
     data = picture_bytes(drawn_picture(31, 44), form)
     np.testing.assert_array_equal(decode_image(data, LIMITS), as_transformers_loads(data))
-    assert image_size(data, LIMITS) == (31, 44)
+    header = image_header(data, LIMITS)
+    assert (header.height, header.width) == (31, 44)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -60,7 +62,8 @@ def test_exif_orientation_is_applied_to_size_and_pixels(orientation, form):
     data = picture_bytes(drawn_picture(30, 50), form, exif=exif.tobytes())
     decoded = decode_image(data, LIMITS)
     np.testing.assert_array_equal(decoded, as_transformers_loads(data))
-    assert decoded.shape[:2] == image_size(data, LIMITS)
+    header = image_header(data, LIMITS)
+    assert decoded.shape[:2] == (header.height, header.width)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])

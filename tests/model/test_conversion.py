@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 
-from vl3train.config.schema import DataConfig
+from vl3train.config.data_options import DataConfig
 from vl3train.contracts.tokens import CHAT_TEMPLATE, IMAGE_PAD, UPSTREAM_ADDED_TOKENS, VIDEO_PAD
 from vl3train.model.conversion import (
     WrongExport,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl3train.config.schema import DataConfig
+from vl3train.config.data_options import DataConfig
 from vl3train.contracts.geometry import time_text, token_budget_pixels
 from vl3train.contracts.records import BadSample
 from vl3train.contracts.tokens import IMAGE_PAD, VIDEO_PAD
@@ -175,7 +175,7 @@ class Asker:
         return {"shortest_edge": shortest, "longest_edge": longest}
 
     def _picture(self, path: Path) -> Any:
-        from vl3train.data.media import decode_image
+        from vl3train.data.images import decode_image
 
         return decode_image(path.read_bytes(), self._limits())
 

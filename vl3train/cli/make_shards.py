@@ -135,7 +135,7 @@ def check(args: Namespace) -> int:
 
 def _looking(args: Namespace) -> Looking | None:
     """How media are decoded, with the limits of a run that sets none; one process for each core."""
-    from vl3train.config.schema import DataConfig
+    from vl3train.config.data_options import DataConfig
     from vl3train.data.looking import Looking
     from vl3train.data.media import DecodeLimits
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vl3train.config.schema import DataConfig
-from vl3train.data.media import IMAGE_FORMATS, DecodeLimits, decode_clip, decode_image
+from vl3train.config.data_options import DataConfig
+from vl3train.data.images import IMAGE_FORMATS, decode_image
+from vl3train.data.media import DecodeLimits, decode_clip
 
 if TYPE_CHECKING:
     import numpy as np

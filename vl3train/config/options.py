@@ -8,7 +8,6 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from vl3train.config import schema
 from vl3train.config.schema import TrainConfig
 
 GROUPS = ("stage", "model", "data", "machine", "adapter", "tracking")
@@ -16,7 +15,7 @@ SECTIONS = {section.name: section.default_factory for section in fields(TrainCon
 OPTIONS: dict[str, Any] = {
     f"{name}.{option}": hint
     for name, cls in SECTIONS.items()
-    for option, hint in typing.get_type_hints(cls, vars(schema)).items()
+    for option, hint in typing.get_type_hints(cls).items()
 }
 """Type of every option, by its full name."""
 

@@ -75,15 +75,15 @@ class Conversation:
         return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
 
 
-def read_conversation(data: bytes) -> Conversation:
-    """A conversation from its canonical form.
+def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:
+    """A conversation from its canonical form, as bytes or as they were parsed.
 
     Raises:
         BadSample: it is not that form.
     """
     try:
         turns = []
-        for turn in json.loads(data)["turns"]:
+        for turn in (json.loads(data) if isinstance(data, bytes) else data)["turns"]:
             content = tuple(
                 CONTENT_TYPES[fields["type"]](**{key: fields[key] for key in fields if key != "type"})
                 for fields in turn["content"]
@@ -97,7 +97,8 @@ def read_conversation(data: bytes) -> Conversation:
 
 
 def _wrong_value(content: Content) -> str | None:
-    for key, value in asdict(content).items():
+    for key in content.__slots__:
+        value = getattr(content, key)
         if key in ("text", "part") and not isinstance(value, str):
             return f"{key}={value!r} is no text"
         if key in ("start", "end", "until") and not (

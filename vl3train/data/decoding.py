@@ -13,6 +13,7 @@ import socket
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.items import look_at, store_sample
 from vl3train.data.media import DecodeLimits
 from vl3train.data.patches import resize_and_patchify
+from vl3train.data.resampling import use_whole_vectors
 from vl3train.data.samples import measure_sample, render_sample
 from vl3train.data.tokens import ChatTokenizer
 
@@ -42,7 +44,7 @@ class Request:
     """What a decode process is asked; pickled on its way there, never on its way back."""
 
     conversation: bytes
-    parts: Mapping[str, bytes]
+    sizes: dict[str, int]  # of its parts, which stand one after the other in shared memory
     seconds: float
     planned: SampleLengths | None = None  # to render by; None: measure it
     first_patch: int = 0  # where in the shared memory its patches go
@@ -75,6 +77,7 @@ def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     torch.set_num_threads(1)
     keep_freed_memory()
+    use_whole_vectors()
     # Compiled, or read from numba's cache, here once: the decode processes forked from this one have it then.
     resize_and_patchify(np.zeros((57, 57, 3), np.uint8), grid=(4, 4), merge_size=2)
     resize_and_patchify(np.zeros((56, 56, 3), np.uint8), grid=(4, 4), merge_size=2)
@@ -104,15 +107,19 @@ def _decode(
     try:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
             score.write(OUT_OF_MEMORY_FIRST)
-        _, (memory,), _, _ = socket.recv_fds(connected, 1, 1)
+        _, (memory, inbox), _, _ = socket.recv_fds(connected, 1, 2)
         space = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
+        received = mmap.mmap(inbox, 0)
         connection = Connection(connected.detach())
         connection.send_bytes(str(os.getpid()).encode())
         while True:
             request = connection.recv()
             # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
             signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
-            answer, arrays = _answer(request, space, settings, tokenizer, limits)
+            if sum(request.sizes.values()) > len(received):
+                received = mmap.mmap(inbox, 0)
+            parts = _taken_apart(received, request.sizes)
+            answer, arrays = _answer(request, parts, space, settings, tokenizer, limits)
             connection.send_bytes(json.dumps(answer).encode())
             if arrays is not None:
                 connection.send_bytes(arrays)
@@ -125,8 +132,14 @@ def _decode(
         os._exit(status)  # not through what the server would do at its end
 
 
+def _taken_apart(received: mmap.mmap, sizes: Mapping[str, int]) -> dict[str, bytes]:
+    ends = accumulate(sizes.values())
+    return {name: received[end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
 def _answer(
     request: Request,
+    parts: Mapping[str, bytes],
     space: np.ndarray,
     settings: RenderSettings | None,
     tokenizer: ChatTokenizer | None,
@@ -135,23 +148,23 @@ def _answer(
     planned = request.planned
     try:
         if request.look:
-            look_at(request.parts, limits)
+            look_at(parts, limits)
             return {}, None
         assert settings is not None, "a server without settings is only asked to look"
         assert tokenizer is not None, "as settings"
         if request.store:
-            members = store_sample(request.conversation, request.parts, settings, limits)
+            members = store_sample(request.conversation, parts, settings, limits)
             names, sizes = list(members), [len(data) for data in members.values()]
             return {"names": names, "sizes": sizes, "more": True}, b"".join(members.values())
         if planned is None:
             lengths = measure_sample(
-                request.conversation, request.parts, settings, tokenizer, limits, decode=request.decode
+                request.conversation, parts, settings, tokenizer, limits, decode=request.decode
             )
             return dataclasses.asdict(lengths), None
         start = request.first_patch * PATCH_VALUES
         sample = render_sample(
             request.conversation,
-            request.parts,
+            parts,
             settings,
             tokenizer,
             limits,

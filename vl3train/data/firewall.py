@@ -35,6 +35,10 @@ LONGEST_FOLDER = 90
 """The path of a socket may have 104 bytes (108 on Linux); a queue's TMPDIR may be longer."""
 
 
+INBOX_BYTES = 2**20
+"""Shared memory for a sample's media, to begin with; it grows to the largest sample."""
+
+
 class DecodeServer:
     """A running decode server, as the process that started it sees it. ``address`` is for everybody."""
 
@@ -97,6 +101,8 @@ class Decoder:
         self._address, self._seconds = address, seconds
         self._memory = _nameless_file(max(1, num_patches * PATCH_VALUES))
         self._space = np.frombuffer(mmap.mmap(self._memory.fileno(), 0), np.uint8)
+        self._inbox_file = _nameless_file(INBOX_BYTES)
+        self._inbox = mmap.mmap(self._inbox_file.fileno(), 0)
         self._connection: Connection | None = None
         self._pid = 0
 
@@ -108,7 +114,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._ask(Request(conversation, parts, self._seconds, decode=decode))
+        answer, _ = self._ask(parts, conversation, decode=decode)
         return SampleLengths(
             **{
                 **answer,
@@ -124,7 +130,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        self._ask(Request(b"", parts, self._seconds, look=True))
+        self._ask(parts, b"", look=True)
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
         """``samples.store_sample`` in the decode process.
@@ -132,7 +138,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._ask(Request(conversation, parts, self._seconds, store=True))
+        answer, content = self._ask(parts, conversation, store=True)
         ends = np.cumsum(answer["sizes"]).tolist()
         return {
             name: content[end - size : end]
@@ -157,7 +163,7 @@ class Decoder:
         Raises:
             BadSample: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._ask(Request(conversation, parts, self._seconds, planned, first_patch))
+        answer, content = self._ask(parts, conversation, planned=planned, first_patch=first_patch)
         ints = np.frombuffer(content, np.int64)
         num_tokens, num_placed = planned.num_tokens, planned.num_visual_tokens
         num_merged = sum(
@@ -185,7 +191,10 @@ class Decoder:
             self._connection.close()
             self._connection = None
 
-    def _ask(self, request: Request) -> tuple[dict[str, Any], bytes]:
+    def _ask(
+        self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
+    ) -> tuple[dict[str, Any], bytes]:
+        request = Request(conversation, self._put(parts), self._seconds, **more)
         try:
             answer, content = self._exchange(request)
         except (EOFError, OSError):  # a decode process may be ended for what another process did to memory
@@ -200,6 +209,18 @@ class Decoder:
         if "bug" in answer:
             raise RuntimeError(f"in the decode process:\n{answer['bug']}")
         return answer, content
+
+    def _put(self, parts: Mapping[str, bytes]) -> dict[str, int]:
+        """Media go through shared memory: a socket would copy them four times, and wake both sides for each piece."""
+        sizes = {name: len(data) for name, data in parts.items()}
+        if (total := sum(sizes.values())) > len(self._inbox):
+            os.ftruncate(self._inbox_file.fileno(), total)
+            self._inbox = mmap.mmap(self._inbox_file.fileno(), 0)
+        start = 0
+        for data in parts.values():
+            self._inbox[start : start + len(data)] = data
+            start += len(data)
+        return sizes
 
     def _exchange(self, request: Request) -> tuple[dict[str, Any], bytes]:
         if self._connection is None:
@@ -221,7 +242,7 @@ class Decoder:
                 raise RuntimeError(
                     "the decode server is gone: the run is ending, or it was killed"
                 ) from error
-            socket.send_fds(connected, [b"m"], [self._memory.fileno()])
+            socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._inbox_file.fileno()])
             self._connection = Connection(connected.detach())
         self._pid = int(self._connection.recv_bytes())
 

@@ -43,7 +43,7 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
     if not isinstance(record, dict):
         raise BadSample(f"the .json member holds no object but a {type(record).__name__}")
     if "turns" in record:
-        return read_conversation(data)
+        return read_conversation(record)
     if any(key in record for key in DIALOGUE_KEYS):
         return _dialogue(record, media)
     if "pages" in record and not caption:

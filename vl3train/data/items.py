@@ -14,15 +14,8 @@ from vl3train.contracts.records import BadSample, RenderSettings
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
 from vl3train.data.foreign import open_conversation
-from vl3train.data.media import (
-    ClipPlan,
-    DecodeLimits,
-    UnexpectedFrames,
-    decode_image,
-    image_size,
-    plan_clip,
-    read_frames,
-)
+from vl3train.data.images import ImageHeader, decode_image, image_header
+from vl3train.data.media import ClipPlan, DecodeLimits, UnexpectedFrames, plan_clip, read_frames
 from vl3train.data.members import CLIP_SUFFIXES, CONVERSATION_PART
 from vl3train.data.patches import resize, resize_and_patchify
 from vl3train.data.stored import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
@@ -37,7 +30,8 @@ class Item:
     data: bytes
     grid: tuple[int, int, int]  # patches along time, height, width
     merge_size: int
-    clip: ClipPlan | None  # None: an image
+    clip: ClipPlan | None  # None: an image, which has a
+    header: ImageHeader | None
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -82,8 +76,10 @@ def lay_out(
     items = []
     for content, clip in zip(contents, clips, strict=True):
         data = parts[content.part]
+        header = None
         if clip is None:
-            num_frames, (height, width) = 1, image_size(data, limits)
+            header = image_header(data, limits)
+            num_frames, height, width = 1, header.height, header.width
             merge_size = settings.image_merge_size
             least, most = settings.image_min_pixels, settings.image_max_pixels
         else:
@@ -99,7 +95,7 @@ def lay_out(
             )
         except ValueError as error:
             raise BadSample(f"{content.part}: {error}") from error
-        items.append(Item(data, (num_frames, *grid), merge_size, clip))
+        items.append(Item(data, (num_frames, *grid), merge_size, clip, header))
     return items
 
 
@@ -140,7 +136,7 @@ def write_patches(item: Item, limits: DecodeLimits, out: np.ndarray) -> None:
     """Fill (P, 588) uint8. Frames are shrunk one by one: a long clip is never in memory at its own size."""
     grid = item.grid[1:]
     if item.clip is None:
-        picture = decode_image(item.data, limits)
+        picture = decode_image(item.data, limits, item.header)
         resize_and_patchify(picture, grid=grid, merge_size=item.merge_size, out=out)
         return
     frames = out.reshape(item.grid[0], -1, PATCH_VALUES)

@@ -1,13 +1,12 @@
-"""Images and clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises BadSample.
+"""Clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises BadSample.
 
-What is read may come from anywhere. So the containers are named (no playlist, no PostScript), the header is
-checked against the limits before anything is decoded, and a damaged file is refused as a whole.
+What is read may come from anywhere. So the containers are named (no playlist), the header is checked against the
+limits before anything is decoded, and a damaged file is refused as a whole. Images: images.py.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,36 +15,17 @@ from typing import cast
 
 import av
 import numpy as np
-import simplejpeg
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from PIL import Image
 
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import BadSample
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 CLIP_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mpegvideo"
 """No format that opens other files or addresses (hls, concat, dash)."""
 
 ONE_PACKET_ONE_FRAME = {"h264", "hevc", "libdav1d", "av1", "mjpeg"}
 """Codecs whose frames can be counted undecoded; VP8 and packed MPEG-4 have packets that show nothing."""
-
-EXIF_ORIENTATION = 274
-TURN = {  # the same table as PIL.ImageOps.exif_transpose
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-PILLOW_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, struct.error),
-    Image.DecompressionBombError,
-)
-"""What Pillow's parsers raise on damaged files; it promises no single class."""
 
 
 @dataclass(frozen=True)
@@ -78,58 +58,6 @@ class ClipPlan:
     picked: tuple[int, ...]  # (t,) frame numbers in order of presentation
     window: tuple[int, int]  # frame numbers from the first one inside start and end to behind the last
     pts: tuple[int, ...] | None  # of every frame; None where the file's own are missing or disordered
-
-
-def image_size(data: bytes, limits: DecodeLimits) -> tuple[int, int]:
-    """Height and width as the picture is shown (EXIF orientation applied), from the header alone."""
-    with _opened_image(data, limits) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
-
-
-def decode_image(data: bytes, limits: DecodeLimits) -> np.ndarray:
-    """(height, width, 3) uint8 RGB, as transformers' ``load_image`` makes it; a truncated file is refused.
-
-    Transparency is dropped and 16 bits are clipped, as Pillow's ``convert("RGB")`` does. JPEG goes through
-    simplejpeg: 2.7 times as fast, the same bits as Pillow's decoder, and strict about damage.
-    """
-    with _opened_image(data, limits) as image:
-        turn = TURN.get(_orientation(image))
-        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-            try:
-                pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
-                if turn is None:
-                    return pixels
-                image = Image.fromarray(pixels)
-            except ValueError as error:
-                if "subsampling" not in str(error):
-                    raise
-                # TurboJPEG's interface names six chroma layouts; Pillow reads the others.
-        picture = image.convert("RGB")
-        return np.asarray(picture if turn is None else picture.transpose(turn))
-
-
-@contextmanager
-def _opened_image(data: bytes, limits: DecodeLimits) -> Iterator[Image.Image]:
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise BadSample(
-                    f"image of {width}x{height} = {width * height} pixels is over "
-                    f"data.decode_max_pixels={limits.max_pixels}; shrink it or raise the limit"
-                )
-            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
-                raise BadSample(f"a TIFF of {pages} pages: write each page as a picture of its own")
-            yield image
-    except BadSample:
-        raise
-    except PILLOW_ERRORS as error:
-        raise BadSample(f"image of {len(data)} bytes cannot be read: {error}") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(EXIF_ORIENTATION, 1))
 
 
 def decode_clip(

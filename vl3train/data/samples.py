@@ -10,8 +10,9 @@ import numpy as np
 from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.foreign import open_conversation
+from vl3train.data.images import decode_image
 from vl3train.data.items import Item, by_packets_else_exact, lay_out, patch_space, write_patches
-from vl3train.data.media import DecodeLimits, decode_image
+from vl3train.data.media import DecodeLimits
 from vl3train.data.patches import prune_mask, prune_to_count
 from vl3train.data.tokens import ChatTokenizer, ItemTokens, render_conversation
 
@@ -42,7 +43,7 @@ def measure_sample(
         for item in items:
             pruned = settings.prune_frames and item.grid[0] > 1
             if decode and item.clip is None:
-                decode_image(item.data, limits)
+                decode_image(item.data, limits, item.header)
             if pruned or (decode and item.clip is not None):
                 patches = patch_space([item])
                 write_patches(item, limits, patches)

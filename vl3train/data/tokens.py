@@ -31,6 +31,11 @@ from vl3train.data.conversation import Conversation, Image, Stream, Text, Turn, 
 TOKENIZER_FILE = "tokenizer.json"
 
 
+SHORT, MOST_SHORT = 24, 10_000
+"""Headers, line ends and times of frames come again and again: so many texts of at most so many characters are
+remembered."""
+
+
 class ChatTokenizer:
     """A Qwen2 or Qwen2.5 tokenizer with the tokens that VideoLLaMA3 needs, without transformers."""
 
@@ -40,6 +45,7 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<|im_end|>" in words is words
+        self._short: dict[str, tuple[int, ...]] = {}
         self.special_ids = {
             token: self._id(token)
             for token in (IM_START, IM_END, IMAGE_PAD, VIDEO_PAD, STREAM_START, STREAM_END)
@@ -79,7 +85,12 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; the names of special tokens in it are plain text too."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = self._short.get(text)
+        if ids is None:
+            ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            if len(text) <= SHORT and len(self._short) < MOST_SHORT:
+                self._short[text] = ids
+        return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""

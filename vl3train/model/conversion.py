@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vl3train.config.data_options import DataConfig
 from vl3train.config.paths import MODEL_TYPES, is_run_folder, latest_checkpoint, model_type, resolve_weights
-from vl3train.config.schema import DataConfig
 from vl3train.contracts.tokens import (
     CHAT_TEMPLATE,
     END_OF_TEXT,

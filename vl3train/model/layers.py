@@ -54,7 +54,10 @@ def encoder_layer(
     q, k = apply_rotary_pos_emb_vision(q, k, cos_PD, sin_PD)
     out_PC = attend(q, k, v, segments, causal=False, scale=attention.scaling).flatten(-2)
     project, mlp = attention.out_proj, layer.mlp
-    plain = _plain(layer.layer_norm2, project, mlp.fc1, mlp.fc2) and type(mlp.activation_fn) is GELUTanh
+    plain = (
+        _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
+        and type(mlp.activation_fn) is GELUTanh
+    )
     if not (fused and plain):
         hidden_PC = hidden_PC + project(out_PC)
         return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
@@ -100,7 +103,9 @@ def decoder_layer(
     q, k = apply_rotary_pos_emb(q, k, cos_TD, sin_TD)
     out = attend(q, k, v, segments, causal=True, scale=attention.scaling)
     hidden_TH = hidden_TH + attention.o_proj(out.flatten(-2))
-    if not (fused and _plain(layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)):
+    if not (
+        fused and _plain(hidden_TH, layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
+    ):
         return hidden_TH + _maybe_again(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
     return _maybe_again(functools.partial(_decoder_mlp, layer, mlp_again), hidden_TH, mlp_again)
 
@@ -121,7 +126,7 @@ def _norm_linears(
     norm: Any, linears: Sequence[Any], rows: Tensor, fused: bool, again: bool = False
 ) -> tuple[Tensor, ...]:
     """The rows for the residual, and what each of ``linears`` makes of the normed rows."""
-    if not (fused and _plain(norm, *linears)):
+    if not (fused and _plain(rows, norm, *linears)):
         normed = norm(rows)
         return rows, *(linear(normed) for linear in linears)
     centred = type(norm) is nn.LayerNorm
@@ -131,10 +136,15 @@ def _norm_linears(
     return NormLinears.apply(rows, None, None, norm.weight, bias, eps, centred, again, False, *parameters)
 
 
-def _plain(*modules: nn.Module) -> bool:
-    """Whether these are compiled, and no more than their weights: adapters, for one, are further classes."""
+def _plain(rows: Tensor, *modules: nn.Module) -> bool:
+    """Whether these are compiled, have a backward pass, and are no more than their weights: adapters are not."""
     plain = nn.Linear, nn.LayerNorm, Qwen2RMSNorm
-    return torch.compiler.is_compiling() and all(type(module) in plain for module in modules)
+    # Of a Function without a gradient, torch's tracer guesses by the number of arguments whether it takes a context.
+    return (
+        torch.compiler.is_compiling()
+        and rows.requires_grad
+        and all(type(module) in plain for module in modules)
+    )
 
 
 def _run(
