@@ -177,7 +177,7 @@ def test_an_orphan_that_hangs_is_ended_by_the_kernel(hanging, picture):
     decoder = Decoder(hanging, 0.2)
     decoder._connect()
     pid = decoder._pid
-    decoder._connection.send(decoding.Request(b"HANG", decoder._put(picture), 0.2))
+    decoder._connection.send(decoding.Request(b"HANG", decoder._mailbox.put(picture), 0.2))
     decoder.close()  # as if its worker had been killed
     time.sleep(0.3)
     os.kill(pid, 0)

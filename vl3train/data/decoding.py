@@ -39,12 +39,44 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * 2**20
 
 
+class Mailbox:
+    """Memory that two processes share, for the bytes that go with what they tell each other.
+
+    A socket would copy them four times, and wake both sides for each piece. Whoever has more to put makes it larger.
+    """
+
+    def __init__(self, number: int) -> None:
+        """``number``: of an open file of some bytes; it stays open."""
+        self._number = number
+        self._memory = mmap.mmap(number, 0)
+
+    def put(self, parts: Mapping[str, bytes]) -> dict[str, int]:
+        """Put them in one after the other; their sizes are what ``take`` wants."""
+        sizes = {name: len(data) for name, data in parts.items()}
+        if (total := sum(sizes.values())) > len(self._memory):
+            os.ftruncate(self._number, total)
+            self._memory = mmap.mmap(self._number, 0)
+        for data, end in zip(parts.values(), accumulate(sizes.values()), strict=True):
+            self._memory[end - len(data) : end] = data
+        return sizes
+
+    def take(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        """What the other side has put."""
+        if sum(sizes.values()) > len(self._memory):
+            self._memory = mmap.mmap(self._number, 0)
+        ends = accumulate(sizes.values())
+        return {
+            name: self._memory[end - size : end]
+            for (name, size), end in zip(sizes.items(), ends, strict=True)
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a decode process is asked; pickled on its way there, never on its way back."""
 
     conversation: bytes
-    sizes: dict[str, int]  # of its parts, which stand one after the other in shared memory
+    sizes: dict[str, int]  # of its parts, which stand one after the other in the mailbox
     seconds: float
     planned: SampleLengths | None = None  # to render by; None: measure it
     first_patch: int = 0  # where in the shared memory its patches go
@@ -107,22 +139,19 @@ def _decode(
     try:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
             score.write(OUT_OF_MEMORY_FIRST)
-        _, (memory, inbox), _, _ = socket.recv_fds(connected, 1, 2)
+        _, (memory, mail), _, _ = socket.recv_fds(connected, 1, 2)
         space = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
-        received = mmap.mmap(inbox, 0)
+        mailbox = Mailbox(mail)
         connection = Connection(connected.detach())
         connection.send_bytes(str(os.getpid()).encode())
         while True:
             request = connection.recv()
             # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
             signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
-            if sum(request.sizes.values()) > len(received):
-                received = mmap.mmap(inbox, 0)
-            parts = _taken_apart(received, request.sizes)
-            answer, arrays = _answer(request, parts, space, settings, tokenizer, limits)
+            parts = mailbox.take(request.sizes)
+            answer, content = _answer(request, parts, space, settings, tokenizer, limits)
+            answer["content"] = mailbox.put({"": content})[""]
             connection.send_bytes(json.dumps(answer).encode())
-            if arrays is not None:
-                connection.send_bytes(arrays)
             signal.setitimer(signal.ITIMER_REAL, 0)
     except (EOFError, ConnectionError):
         status = 0
@@ -132,11 +161,6 @@ def _decode(
         os._exit(status)  # not through what the server would do at its end
 
 
-def _taken_apart(received: mmap.mmap, sizes: Mapping[str, int]) -> dict[str, bytes]:
-    ends = accumulate(sizes.values())
-    return {name: received[end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
-
-
 def _answer(
     request: Request,
     parts: Mapping[str, bytes],
@@ -144,23 +168,23 @@ def _answer(
     settings: RenderSettings | None,
     tokenizer: ChatTokenizer | None,
     limits: DecodeLimits,
-) -> tuple[dict[str, Any], bytes | None]:
+) -> tuple[dict[str, Any], bytes]:
     planned = request.planned
     try:
         if request.look:
             look_at(parts, limits)
-            return {}, None
+            return {}, b""
         assert settings is not None, "a server without settings is only asked to look"
         assert tokenizer is not None, "as settings"
         if request.store:
             members = store_sample(request.conversation, parts, settings, limits)
             names, sizes = list(members), [len(data) for data in members.values()]
-            return {"names": names, "sizes": sizes, "more": True}, b"".join(members.values())
+            return {"names": names, "sizes": sizes}, b"".join(members.values())
         if planned is None:
             lengths = measure_sample(
                 request.conversation, parts, settings, tokenizer, limits, decode=request.decode
             )
-            return dataclasses.asdict(lengths), None
+            return dataclasses.asdict(lengths), b""
         start = request.first_patch * PATCH_VALUES
         sample = render_sample(
             request.conversation,
@@ -174,8 +198,8 @@ def _answer(
             space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
         )
     except BadSample as error:
-        return {"bad": str(error)}, None
+        return {"bad": str(error)}, b""
     except Exception:
-        return {"bug": traceback.format_exc()}, None
+        return {"bug": traceback.format_exc()}, b""
     arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)
-    return {"more": True}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()
+    return {}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()

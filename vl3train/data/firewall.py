@@ -27,7 +27,7 @@ import numpy as np
 
 from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
-from vl3train.data.decoding import Request, serve
+from vl3train.data.decoding import Mailbox, Request, serve
 from vl3train.data.media import DecodeLimits
 from vl3train.data.processes import clean_processes
 
@@ -35,8 +35,8 @@ LONGEST_FOLDER = 90
 """The path of a socket may have 104 bytes (108 on Linux); a queue's TMPDIR may be longer."""
 
 
-INBOX_BYTES = 2**20
-"""Shared memory for a sample's media, to begin with; it grows to the largest sample."""
+MAILBOX_BYTES = 2**20
+"""To begin with; it grows to the largest sample."""
 
 
 class DecodeServer:
@@ -101,8 +101,8 @@ class Decoder:
         self._address, self._seconds = address, seconds
         self._memory = _nameless_file(max(1, num_patches * PATCH_VALUES))
         self._space = np.frombuffer(mmap.mmap(self._memory.fileno(), 0), np.uint8)
-        self._inbox_file = _nameless_file(INBOX_BYTES)
-        self._inbox = mmap.mmap(self._inbox_file.fileno(), 0)
+        self._mail = _nameless_file(MAILBOX_BYTES)
+        self._mailbox = Mailbox(self._mail.fileno())
         self._connection: Connection | None = None
         self._pid = 0
 
@@ -194,13 +194,12 @@ class Decoder:
     def _ask(
         self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
     ) -> tuple[dict[str, Any], bytes]:
-        request = Request(conversation, self._put(parts), self._seconds, **more)
         try:
-            answer, content = self._exchange(request)
+            answer, content = self._exchange(parts, conversation, **more)
         except (EOFError, OSError):  # a decode process may be ended for what another process did to memory
             self.close()
             try:
-                answer, content = self._exchange(request)
+                answer, content = self._exchange(parts, conversation, **more)
             except (EOFError, OSError):
                 self.close()
                 raise BadSample("the decode process died of it twice: a crash, or out of memory") from None
@@ -210,29 +209,19 @@ class Decoder:
             raise RuntimeError(f"in the decode process:\n{answer['bug']}")
         return answer, content
 
-    def _put(self, parts: Mapping[str, bytes]) -> dict[str, int]:
-        """Media go through shared memory: a socket would copy them four times, and wake both sides for each piece."""
-        sizes = {name: len(data) for name, data in parts.items()}
-        if (total := sum(sizes.values())) > len(self._inbox):
-            os.ftruncate(self._inbox_file.fileno(), total)
-            self._inbox = mmap.mmap(self._inbox_file.fileno(), 0)
-        start = 0
-        for data in parts.values():
-            self._inbox[start : start + len(data)] = data
-            start += len(data)
-        return sizes
-
-    def _exchange(self, request: Request) -> tuple[dict[str, Any], bytes]:
+    def _exchange(
+        self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
+    ) -> tuple[dict[str, Any], bytes]:
         if self._connection is None:
             self._connect()
         assert self._connection is not None
-        self._connection.send(request)
+        self._connection.send(Request(conversation, self._mailbox.put(parts), self._seconds, **more))
         if not self._connection.poll(self._seconds):
             os.kill(self._pid, signal.SIGKILL)
             self.close()
             raise BadSample(f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended")
         answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return answer, self._connection.recv_bytes() if answer.pop("more", False) else b""
+        return answer, self._mailbox.take({"": answer.pop("content")})[""]
 
     def _connect(self) -> None:
         with socket.socket(socket.AF_UNIX) as connected:
@@ -242,7 +231,7 @@ class Decoder:
                 raise RuntimeError(
                     "the decode server is gone: the run is ending, or it was killed"
                 ) from error
-            socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._inbox_file.fileno()])
+            socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._mail.fileno()])
             self._connection = Connection(connected.detach())
         self._pid = int(self._connection.recv_bytes())
 
