@@ -34,12 +34,12 @@ UTILISATION = 0.39
 """Share of the data sheet's TFLOP/s: 393 of 989 were measured with a packed step of the 2B on one H100 (layers
 compiled, MLPs recomputed, recomputation not counted): useful_tflops_2b of benchmarks/results/one_gpu.jsonl."""
 
-IMAGE_PATCHES_PER_CORE_SECOND = 650_000
-"""JPEG 1024 x 768 decoded, resized and patchified: 163 a second a core, 4015 patches each. This and the next two are
+IMAGE_PATCHES_PER_CORE_SECOND = 720_000
+"""JPEG 1024 x 768 decoded, resized and patchified: 180 a second a core, 4015 patches each. This and the next two are
 of benchmarks/results/decode.jsonl."""
-CLIP_FRAMES_PER_CORE_SECOND = 39
-"""H.264 720p at 25 frames a second, sampled at 1: 994 source frames a second a core."""
-STORED_FRAMES_PER_CORE_SECOND = 2500
+CLIP_FRAMES_PER_CORE_SECOND = 41
+"""H.264 720p at 25 frames a second, sampled at 1: 1029 source frames a second a core."""
+STORED_FRAMES_PER_CORE_SECOND = 2900
 """Frames stored as JPEG in the shard (`vl3train index --store-frames`), decoded, pruned and patchified."""
 
 
