@@ -68,6 +68,12 @@ def test_the_problem_names_value_and_way_out(workplace: Path):
     assert text == "step.global_packs=12: does not divide over machine.dp_size=8 ranks; take 8 or 16"
 
 
+def test_states_that_are_rounded_are_partitioned(workplace: Path):
+    words = ["stage=1", "machine.zero_stage=0", "machine.dtype=float32"]
+    assert keys(*words) == []
+    assert keys(*words, "optim.state_dtype=bfloat16") == ["optim.state_dtype"]
+
+
 def test_five_mistakes_are_five_problems(workplace: Path):
     assert keys(
         "stage=2", "step.global_packs=7", "optim.beta1=1", "machine.zero_stage=0", "data.root=elsewhere"

@@ -85,8 +85,16 @@ def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
     assert len(figures(stage1)) == 4
 
 
-def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path):
-    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+@pytest.mark.parametrize(
+    "optim", [[], ["optim.state_dtype=bfloat16"]], ids=["float32 states", "bfloat16 states"]
+)
+def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path, optim):
+    words = [
+        *demo_words,
+        "stage=3",
+        f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}",
+        *optim,
+    ]
     straight = run([*words, f"run.output_dir={tmp_path / 'straight'}", "run.num_steps=5"])
     stopped = [*words, f"run.output_dir={tmp_path / 'stopped'}", "run.num_steps=5"]
     run([*stopped, "run.stop_after_steps=3"])

@@ -153,6 +153,10 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.zero_stage", 0, what, "use machine.zero_stage=1 or machine.dtype=float32")
         )
+    if machine.zero_stage == 0 and cfg.optim.state_dtype is Dtype.bfloat16:
+        what = "each rank would round the same states another way, and the ranks' weights would part"
+        way_out = "use machine.zero_stage=1, 2 or 3, or float32"
+        found.append(Problem("optim.state_dtype", show(cfg.optim.state_dtype), what, way_out))
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
         in_part = level in (Recompute.elementwise, Recompute.mlp)

@@ -130,6 +130,10 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
 
+    state_dtype: Dtype = Dtype.float32
+    """AdamW's two means: float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, rounded at random so that
+    small changes are not lost (needs zero_stage 1 or more)."""
+
     schedule: Schedule = Schedule.cosine
     """cosine falls to min_lr_fraction at the last step; constant stays."""
 
@@ -157,7 +161,7 @@ class MachineConfig:
     """DeepSpeed ZeRO: 0 nothing is partitioned, 1 optimizer states, 2 gradients too, 3 weights too."""
 
     dtype: Dtype = Dtype.bfloat16
-    """Weights and activations; masters and optimizer states are float32 always."""
+    """Weights and activations; masters are float32 always, the optimizer's states as optim.state_dtype says."""
 
     attention: Attention = Attention.auto
     """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""

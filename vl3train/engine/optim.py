@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vl3train.config.choices import Schedule
-from vl3train.config.schema import OptimConfig
+from vl3train.config.choices import Dtype, Schedule
+from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.engine.rounded_adamw import RoundedAdamW
 
 
 def rate_factor(step: int, num_steps: int, optim: OptimConfig) -> float:
@@ -33,16 +34,37 @@ def rate_factor(step: int, num_steps: int, optim: OptimConfig) -> float:
 
 def build_optimizer(
     groups: Sequence[dict[str, Any]], optim: OptimConfig, device: torch.device
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over one group for each part; the kernel is fused on GPUs.
 
     Each group keeps its peak rate as ``peak_lr``, from which ``set_rates`` makes every step's rate.
     """
     for group in groups:
         group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(
-        list(groups), betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=device.type == "cuda"
+    betas, on_gpu = (optim.beta1, optim.beta2), device.type == "cuda"
+    if optim.state_dtype is Dtype.bfloat16:
+        return RoundedAdamW(groups, betas=betas, eps=optim.eps, compile_update=on_gpu)
+    return torch.optim.AdamW(list(groups), betas=betas, eps=optim.eps, fused=on_gpu)
+
+
+def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig) -> str:
+    """What masters and states take on each rank, in words.
+
+    >>> optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2))
+    'optimizer: 4.0 GiB for AdamW's states in float32 and 2.0 GiB for float32 masters on each of 2 ranks'
+    """
+    ranks = machine.dp_size if machine.zero_stage else 1
+    states, masters = (size * num_trained / ranks / 2**30 for size in (state_bytes(optim), 4))
+    kept = f" and {masters:.1f} GiB for float32 masters" if machine.dtype is Dtype.bfloat16 else ""
+    return (
+        f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value}{kept} "
+        f"on each of {machine.dp_size} ranks"
     )
+
+
+def state_bytes(optim: OptimConfig) -> int:
+    """Of AdamW's two means, for each trained parameter."""
+    return 4 if optim.state_dtype is Dtype.bfloat16 else 8
 
 
 def set_rates(optimizer: Any, factor: float) -> dict[str, float]:

@@ -31,7 +31,7 @@ from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_
 from vl3train.engine.console import Console, truncate_metrics
 from vl3train.engine.memory import fit_run
 from vl3train.engine.meter import Meter, make_meter
-from vl3train.engine.optim import build_optimizer
+from vl3train.engine.optim import build_optimizer, optimizer_cost
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
@@ -163,6 +163,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     for part, (trained, total) in counts.items():
         rate = f"rate {({**full, **low_rank})[part]:g}" if trained else "frozen"
         console.message(f"{part}: {trained:,} of {total:,} parameters trained, {rate}")
+    num_trained = sum(trained for trained, _ in counts.values())
+    console.message(optimizer_cost(num_trained, cfg.optim, cfg.machine))
     console.message(f"attention: {attention.name} ({attention.reason})")
     for text in data_remarks(data):
         console.message(text)
@@ -253,5 +255,6 @@ def run_identity(
             "machine.dp_size": rank.dp_size,
             "machine.zero_stage": cfg.machine.zero_stage,
             "machine.dtype": cfg.machine.dtype.value,
+            "optim.state_dtype": cfg.optim.state_dtype.value,
         },
     }
