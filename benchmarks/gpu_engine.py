@@ -42,15 +42,16 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
     )
     trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
     groups = parameter_groups(hf_model, trained, 0.0)
+    optim = OptimConfig(state_dtype=Dtype(row.state_dtype))
     rank = join(machine)
     if row.way == "plain_loop":
-        engine: Any = PlainEngine(packed, groups, OptimConfig(), rank)
+        engine: Any = PlainEngine(packed, groups, optim, rank)
     else:
         engine = Zero(
             packed,
-            build_optimizer(groups, OptimConfig(), device),
+            build_optimizer(groups, optim, device),
             machine=machine,
-            optim=OptimConfig(),
+            optim=optim,
             num_micro_batches=row.packs_a_step,
             rank=rank,
             save_frozen=not row.lora,

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one timed step a row; nothing is kept")
     parser.add_argument("--tiny", action="store_true", help="two-layer models on the CPU; nothing is kept")
     parser.add_argument("--profile", action="store_true", help="then benchmarks.profile on each row")
-    parser.add_argument("--set", nargs="*", default=[], help="change every row: key=value")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=setting,
+        metavar="KEY=VALUE",
+        help="change every row, as in --set memory=given recompute_vision=mlp steps=3",
+    )
     parser.add_argument("--tag", default="", help="put behind every row's name")
     args = parser.parse_args()
     if args.list:
@@ -116,9 +123,19 @@ def changed(row: Row, args: argparse.Namespace) -> Row:
     """The row with what the command line asks for."""
     row = quick(row) if args.quick else row
     row = tiny(row) if args.tiny else row
-    return replace(
-        row, **{key: json.loads(value) for key, value in (text.split("=", 1) for text in args.set)}
-    )
+    return replace(row, **dict(args.set))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A field of a row and its new value, out of ``key=value``; text as it is, all else as JSON."""
+    key, _, value = text.partition("=")
+    known = {one.name: one.type for one in fields(Row)}
+    if key not in known:
+        raise argparse.ArgumentTypeError(f"rows have no {key!r}; they have {', '.join(known)}")
+    try:
+        return key, value if known[key] == "str" else json.loads(value)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{key} takes {known[key]}, not {value!r}") from error
 
 
 def run_row(name: str, row: Row, tiny_model: bool) -> dict[str, Any]:

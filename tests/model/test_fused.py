@@ -15,6 +15,7 @@ from torch import nn
 from vl3train.config.choices import Recompute
 from vl3train.model import fused
 from vl3train.model.fused import gelu_backward, norm_backward, plain_gelu_backward, plain_norm_backward
+from vl3train.model.layers import FUSED_ONES_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import part_of, set_trainable
 
@@ -127,7 +128,9 @@ def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
 
 def test_kernels_interpreted_are_the_formulas():
     """In a process of its own: triton reads the variable when it is imported."""
-    pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    if triton.__version__.startswith("3.6"):
+        pytest.skip("the interpreter of triton 3.6 cannot count a loop with numpy 2.4's arrays")
     code = (
         "import torch; from tests.model.test_fused import CASES, SIZES, check_kernels;"
         "check_kernels('cpu', torch.float32, 2e-6, SIZES[:2] + SIZES[3:]);"
@@ -172,6 +175,8 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     for op in (plain_norm_backward, plain_gelu_backward):
         monkeypatch.setattr(fused, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
     packed(batch_of(mixed)).loss_sum.backward()
+    if recompute is Recompute.mlp and not FUSED_ONES_ARE_REPEATED:
+        norms = gelus = 0
     assert (ran.count(plain_norm_backward), ran.count(plain_gelu_backward)) == (norms, gelus)
     expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
