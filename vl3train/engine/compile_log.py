@@ -20,8 +20,8 @@ class Compiles:
 
     ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
     call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
-    (torch's own counter "unique_graphs"). ``reasons`` has a line for each: function, seconds, and, where an earlier
-    graph of it did not fit, the first guard that failed.
+    (torch's own counter "unique_graphs"). ``reasons`` has a line for each: function, seconds, and the first guard that
+    failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others.
     """
 
     seconds: float = 0.0
