@@ -20,6 +20,7 @@ from benchmarks.gpu_rows import Row
 from benchmarks.gpu_stock import stock_step
 from benchmarks.packs import draw_packs, pack_batch
 from vl3train.contracts.records import Batch, RenderedSample
+from vl3train.engine.compile_log import take_compiles
 from vl3train.engine.meter import measure_product
 from vl3train.model.flops import FlopRates, flop_rates
 
@@ -98,7 +99,8 @@ def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, A
     """Train the row's steps and return its figures; the first step warms up and is not counted."""
     step, work = prepare(row, rank, device)
     seconds, flops, tokens, patches = [], 0, 0, 0
-    warm_up = graphs = loss = 0.0
+    warm_up = loss = 0.0
+    recompiles = 0
     for number in range(row.steps):
         of_step = work.steps[number % work.num_steps]
         wait_for_all(device)
@@ -106,13 +108,12 @@ def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, A
         loss = step(work.data(number), of_step["supervised"])
         wait_for_all(device)
         took = time.perf_counter() - started
-        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        print(
-            f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, graphs {compiled}", flush=True
-        )
+        compiles = take_compiles()
+        print(f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}", flush=True)
         if number == 0:
-            warm_up, graphs = took, compiled
+            warm_up = took
             continue
+        recompiles += compiles.graphs
         seconds.append(took)
         flops, tokens, patches = (
             flops + of_step["flops"],
@@ -130,7 +131,7 @@ def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, A
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "warm_up_seconds": warm_up,
-        "recompiles": compiled - graphs,
+        "recompiles": recompiles,
         "step_seconds": seconds,
         "loss": loss,
     }

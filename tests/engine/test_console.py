@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import vl3train.engine.console as module
-from vl3train.engine.console import Console, truncate_metrics
+from vl3train.engine.console import Console, figures_text, truncate_metrics
 
 SCRIPT = """
 import os, sys
@@ -155,3 +155,8 @@ def test_a_foreign_line_is_refused_and_the_file_left_alone(tmp_path):
     with pytest.raises(ValueError, match="line 2 is not a line of figures"):
         truncate_metrics(path, 1)
     assert path.read_text() == '{"step": 0}\nhello\n{"step": 1}\n'
+
+
+def test_seconds_of_compilation_stand_in_the_line_only_where_something_was_compiled():
+    assert "compiled 40.1 s" in figures_text(figures(0, compile_seconds=40.12))
+    assert figures_text(figures(1, compile_seconds=0.0)) == figures_text(figures(1))

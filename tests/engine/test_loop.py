@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -106,6 +107,32 @@ def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1,
         "step_00000004",
         "step_00000005",
     ]
+
+
+def test_layers_that_are_not_compiled_take_no_time_to_compile(stage1):
+    assert {line[4:] for line in figures(stage1, "compile_seconds", "recompiles")} == {("0.0", "0")}
+
+
+def test_a_step_says_what_it_compiled_and_why(demo_words, tmp_path, monkeypatch, capsys):
+    """Traced as on a GPU, without kernels. The reference attention reads lengths: each pack compiles anew."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "machine.compile_layers=true"]
+    run([*words, "step.global_packs=1", "run.num_steps=2", "run.evaluate_at_end=false"])
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["recompiles"] > second["recompiles"] > 0
+    assert all(0 < line["compile_seconds"] < line["step_seconds"] for line in (first, second))
+    told = capsys.readouterr().out.splitlines()
+    start = told.index(f"step 2: {second['recompiles']} graphs compiled in {second['compile_seconds']:.1f} s")
+    reasons = told[start + 1 : start + 1 + second["recompiles"]]
+    assert all(line.startswith("  _run (layers.py:") for line in reasons)
+    assert "size mismatch at index 0" in reasons[0]
+    of_steps = [line for line in told if " step " in line and "loss" in line]
+    for line, text in zip((first, second), of_steps, strict=True):
+        assert f"compiled {line['compile_seconds']:.1f} s" in text
+    assert not any(line.startswith("step 1:") for line in told), "the first step is known to compile"
 
 
 def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):

@@ -174,6 +174,7 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("fill", "fill {:.0%}", figures.get("fill")),
         ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
         ("seconds", "{:.2f} s/step", figures.get("step_seconds")),
+        ("compiled", "compiled {:.1f} s", figures.get("compile_seconds") or None),
         ("left", "left {}", None if seconds_left is None else clock(seconds_left)),
         ("memory", "{:.1f} GiB", figures.get("memory_gib")),
         ("skipped", "skipped {}", figures.get("skipped_samples") or None),

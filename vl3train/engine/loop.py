@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
+from vl3train.engine.compile_log import Compiles, take_compiles
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.optim import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
@@ -24,6 +25,7 @@ from vl3train.engine.step import StepResult, train_step
 def train(cfg: TrainConfig, rank: Rank) -> None:
     """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
     run = start_run(cfg, rank)
+    tell_compiles(run, "before the first step", take_compiles())
     stop = StopRequest()
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
@@ -40,7 +42,7 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
         dp_size=rank.dp_size,
         ledger_path=run.folder / f"ledger.rank{rank.index}.jsonl",
     )
-    saved_step = run.cursor.step
+    saved_step = first_step = run.cursor.step
     for waited_seconds, started, step_batches in timed(steps):
         step = step_batches.cursor.step
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
@@ -51,11 +53,15 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
             num_sources=len(run.source_names),
             stop_requested=stop.requested,
         )
+        compiles = take_compiles()
         refuse_non_finite(run, step_batches, result)
         run.bad_samples.count(step, step_batches.num_samples, result.num_skipped_samples)
         done = step + 1
+        if step > first_step:
+            tell_compiles(run, f"step {done}", compiles, compiles.reasons)
         if done % cfg.run.log_steps == 0 or done == last_step:
-            log_step(run, step_batches, result, rates, waited_seconds, time.perf_counter() - started)
+            step_seconds = time.perf_counter() - started
+            log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
         run.cursor = run.data.plan.advance(step_batches.cursor)
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
             save_run(run)
@@ -91,6 +97,7 @@ def log_step(
     step_batches: StepBatches,
     result: StepResult,
     rates: dict[str, float],
+    compiles: Compiles,
     waited_seconds: float,
     step_seconds: float,
 ) -> None:
@@ -112,6 +119,8 @@ def log_step(
         "tokens_per_second": step_batches.num_tokens / step_seconds,
         "patches_per_second": step_batches.num_patches / step_seconds,
         "data_wait_fraction": waited_seconds / step_seconds,
+        "compile_seconds": compiles.seconds,
+        "recompiles": compiles.graphs,
         "memory_gib": memory,
         **run.meter.figures(
             step_batches.batches,
@@ -123,6 +132,12 @@ def log_step(
     run.tracker.log(figures, step_batches.cursor.step)
 
 
+def tell_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
+    """A line on the console, and one below it for each of ``reasons``; nothing where nothing was compiled."""
+    if compiles.seconds:
+        run.console.message("\n  ".join([f"{when}: {compiles}", *reasons]))
+
+
 def evaluate_run(run: Run, *, step: int, when: str) -> None:
     """Held-out figures of each source, to console, evaluations.jsonl and tracker."""
     if run.held_out is None:
@@ -132,6 +147,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
     run.engine.train(True)
+    tell_compiles(run, "held-out samples", take_compiles())
     if not run.rank.is_first:
         return
     record_evaluation(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
+from torch._dynamo.utils import set_compilation_metrics_limit
 from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
@@ -41,4 +42,6 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     dynamo_config.recompile_limit = 32
     dynamo_config.fail_on_recompile_limit_hit = True
     V.set_choices_handler(_Choices())
+    # engine/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
+    set_compilation_metrics_limit(1024)
     return torch.compile(function, dynamic=True)

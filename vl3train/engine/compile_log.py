@@ -1,0 +1,90 @@
+"""What torch.compile did since one last asked, from the records that torch itself keeps of it.
+
+torch has callbacks for the start and end of a compilation (``torch._dynamo.on_compile_start``), but they name neither
+function nor reason. Its records do, for nothing: torch 2.11 and 2.14 write one at the end of each compilation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch._dynamo.utils import CompilationMetrics, clear_compilation_metrics, get_compilation_metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiles:
+    """The compilations of some stretch of time.
+
+    ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
+    call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
+    (torch's own counter "unique_graphs"). ``reasons`` has a line for each: function, seconds, and the first guard that
+    failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others.
+    """
+
+    seconds: float = 0.0
+    graphs: int = 0
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """As the console tells it, without reasons.
+
+        >>> str(Compiles(seconds=3.21, graphs=1)), str(Compiles(seconds=40.0, graphs=8))
+        ('1 graph compiled in 3.2 s', '8 graphs compiled in 40.0 s')
+        """
+        return f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled in {self.seconds:.1f} s"
+
+
+def take_compiles() -> Compiles:
+    """Everything that this process compiled since the last call; torch forgets it. 0.1 us where that is nothing."""
+    records = get_compilation_metrics()
+    if not records:
+        return Compiles()
+    clear_compilation_metrics()
+    return Compiles(
+        seconds=sum(map(_seconds, records)),
+        graphs=sum(map(_is_graph, records)),
+        reasons=_reasons(records),
+    )
+
+
+def _seconds(record: CompilationMetrics) -> float:
+    return (record.duration_us or 0) / 1e6
+
+
+def _is_graph(record: CompilationMetrics) -> bool:
+    """Whether this is a graph: not a backward graph, the trials of its kernels, or code that computes nothing."""
+    return bool(record.is_forward and not record.is_runtime and record.graph_op_count)
+
+
+def _reasons(records: Sequence[CompilationMetrics]) -> tuple[str, ...]:
+    """A line for each graph with the seconds of all that it took, which share its ``compile_id``."""
+    by_id: dict[str | None, list[CompilationMetrics]] = {}
+    for record in records:
+        by_id.setdefault(record.compile_id, []).append(record)
+    lines = []
+    for compile_id, of_graph in by_id.items():
+        seconds = sum(map(_seconds, of_graph))
+        forward = next((record for record in of_graph if record.co_name), None)
+        if forward is None:  # its forward graph was compiled earlier
+            lines.append(f"rest of graph {compile_id}, {seconds:.1f} s")
+            continue
+        name = f"{forward.co_name} ({Path(forward.co_filename or '').name}:{forward.co_firstlineno})"
+        lines.append(f"{name}, {seconds:.1f} s: {_why(forward.recompile_reason)}")
+    return tuple(lines)
+
+
+def _why(reason: str | None) -> str:
+    """torch's reason in one line, without the graph's number before it and the stack after it.
+
+    >>> _why("0/1: tensor 'x' requires_grad mismatch. expected requires_grad=1")
+    "tensor 'x' requires_grad mismatch. expected requires_grad=1"
+    >>> _why("0/0: flag == True      # return y  # layers.py:7 in f\\nUser stack trace:\\n ...")
+    'flag == True # return y # layers.py:7 in f'
+    """
+    if reason is None:
+        return "its first graph"
+    first_line = reason.partition("\n")[0]
+    return re.sub(r"^\S+/\d+: ", "", " ".join(first_line.split()))
