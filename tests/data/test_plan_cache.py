@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -60,3 +62,28 @@ def test_orders_of_old_epochs_go_and_their_step_counts_stay(tmp_path, monkeypatc
 def test_the_folder_for_caches_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert plan_cache.default_folder() == tmp_path / "vl3train" / "plans"
+
+
+def test_what_nobody_used_for_long_goes_and_nothing_else(tmp_path):
+    data = table([60], seed=5)
+    Plan(data, 0, step_config(), cache=tmp_path).steps_in_epoch(0)
+    (order,) = tmp_path.glob("*/epoch-0.order.npy")
+    names = [
+        "index-0123.arrow",
+        "index-4567.arrow",
+        f"{order.parent.name}/epoch-1.bounds.npy",
+        "index-8.7.partial",
+    ]
+    notes = tmp_path / "notes.txt"
+    old = [tmp_path / name for name in names]
+    for file in (*old, notes):
+        file.touch()
+    long_ago = time.time() - (plan_cache.UNUSED_DAYS + 1) * 86_400
+    for file in (*old, notes, order):
+        os.utime(file, (long_ago, long_ago))
+    plan_cache.mark_used(old[1])
+    Plan(data, 0, step_config(), cache=tmp_path).epoch_rows(0)  # maps the order
+    plan_cache.delete_unused(tmp_path)
+    assert [file.exists() for file in old] == [False, True, False, False]
+    assert order.exists()
+    assert notes.exists(), "not ours"

@@ -74,4 +74,4 @@ class DataConfig:
     plan_cache: str | None = None
     """Folder on each node where plans of long epochs (4 bytes a sample) and the rows of the index (about 200) are
     kept for its processes. Unset: vl3train/plans in the user's folder for caches. May be deleted while no run uses
-    it."""
+    it; what no run has used for 90 days is deleted when a run starts."""

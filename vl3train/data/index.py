@@ -34,6 +34,7 @@ from vl3train.data.media import DecodeLimits
 from vl3train.data.members import CONVERSATION_PART, Part
 from vl3train.data.parts import read_parts
 from vl3train.data.plan import SampleTable
+from vl3train.data.plan_cache import mark_used
 from vl3train.data.remote import RangeCache, listed_shards
 
 MANIFEST = "manifest.json"
@@ -252,6 +253,7 @@ def open_index(
         if file is not None:
             write_rows(file, rows, refused)
     if file is not None:
+        mark_used(file)
         rows = map_rows(file)
     return Index(
         source_names=tuple(name for name, _, _ in sources),

@@ -18,7 +18,7 @@ from vl3train.data.indexing import build_index
 from vl3train.data.media import DecodeLimits
 from vl3train.data.order import OrderRules
 from vl3train.data.plan import Plan
-from vl3train.data.plan_cache import default_folder
+from vl3train.data.plan_cache import default_folder, delete_unused
 from vl3train.data.recipe import load_recipe, recipe_problems
 from vl3train.data.remote import RangeCache
 from vl3train.data.storing import store_recipe
@@ -107,6 +107,7 @@ def open_data(
     if cfg.data.remote_cache is not None:
         cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
     plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
+    delete_unused(plans)
     index = open_index(sources, settings, limits, cache, plans)
     plan = Plan(
         index.sample_table(),

@@ -1,15 +1,39 @@
 """Planned epochs on disk, for all processes of a node to map into memory instead of planning them again.
 
 ``FOLDER/<plan fingerprint>/epoch-N.order.npy`` and ``epoch-N.bounds.npy``. A file appears under its name only when
-it is whole; two processes that write the same one write the same bytes. Everything here may be deleted.
+it is whole; two processes that write the same one write the same bytes. Everything here may be deleted; what no run
+has used for ``UNUSED_DAYS`` is, at the start of a run, the rows of indexes (mapped_rows.py) with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+
+UNUSED_DAYS = 90
+OURS = ("index-*.arrow", "*/epoch-*.npy", "*.partial", "*/*.partial")
+
+
+def delete_unused(folder: Path) -> None:
+    """Delete what was not used for long: another index or another recipe makes other files, 2 GB for 10 M samples."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    for file in list(chain.from_iterable(folder.glob(pattern) for pattern in OURS)):
+        try:
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+        except (FileNotFoundError, PermissionError):
+            continue  # another process of the run was first, or it is somebody else's
+
+
+def mark_used(file: Path) -> None:
+    """Its time of change is when it was last used: the time of reading is not kept on every file system."""
+    with contextlib.suppress(PermissionError):  # somebody else's folder, theirs to clean
+        os.utime(file)
 
 
 def default_folder() -> Path:
@@ -55,6 +79,7 @@ def _file(folder: Path, epoch: int, what: str) -> Path:
 def _mapped(file: Path) -> np.ndarray | None:
     try:
         found = np.load(file, mmap_mode="r")
+        mark_used(file)
     except FileNotFoundError:
         return None
     return found if len(found) else None
