@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.cli.check import check_config
+from vl3train.engine import run as run_module
 from vl3train.engine.loop import train
 from vl3train.engine.ranks import RunError, join
 
@@ -120,6 +121,11 @@ def test_a_step_says_what_it_compiled_and_why(demo_words, tmp_path, monkeypatch,
     )
     torch._dynamo.reset()
     words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "machine.compile_layers=true"]
+    with pytest.raises(
+        RunError, match=r"compiled anew until torch gives up; set machine\.compile_layers=false"
+    ):
+        run(words)
+    monkeypatch.setattr(run_module, "compiled_anew", lambda _: None)
     run([*words, "step.global_packs=1", "run.num_steps=2", "run.evaluate_at_end=false"])
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["recompiles"] > second["recompiles"] > 0
