@@ -74,6 +74,15 @@ def test_states_that_are_rounded_are_partitioned(workplace: Path):
     assert keys(*words, "optim.state_dtype=bfloat16") == ["optim.state_dtype"]
 
 
+def test_weights_without_masters_name_all_that_they_need(workplace: Path):
+    no_masters = "optim.master_dtype=bfloat16"
+    assert keys("stage=1", no_masters, "optim.state_dtype=bfloat16") == []
+    text = only_problem("stage=1", no_masters, "machine.zero_stage=2", "machine.dtype=float32")
+    way_out = "set machine.dtype=bfloat16 and machine.zero_stage=1 and optim.state_dtype=bfloat16"
+    assert text.startswith("optim.master_dtype=bfloat16: ")
+    assert text.endswith(way_out)
+
+
 def test_five_mistakes_are_five_problems(workplace: Path):
     assert keys(
         "stage=2", "step.global_packs=7", "optim.beta1=1", "machine.zero_stage=0", "data.root=elsewhere"

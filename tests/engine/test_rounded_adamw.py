@@ -136,5 +136,18 @@ def test_the_cost_is_told():
     )
     alone = MachineConfig(zero_stage=0, dtype=Dtype.float32)
     assert optimizer_cost(2**30, OptimConfig(), alone) == (
-        "optimizer: 8.0 GiB for AdamW's states in float32 on each of 1 ranks"
+        "optimizer: 8.0 GiB for AdamW's states in float32 and none for masters on each of 1 ranks"
     )
+
+
+def test_weights_without_masters_move_by_less_than_they_can_show():
+    """Steps of a hundredth of what bfloat16 can show at 1, all in one direction: on average the weights follow."""
+    torch.manual_seed(6)
+    parameter = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+    parameter.grad_dtype = torch.float32
+    optimizer = optimizer_of(parameter, Dtype.bfloat16, weight_decay=0.0, lr=2**-7 / 100)
+    for _ in range(150):
+        parameter.grad = torch.ones(4000)
+        optimizer.step()
+    assert parameter.dtype == torch.bfloat16
+    assert 1 - parameter.detach().float().mean() == pytest.approx(150 * 2**-7 / 100, rel=0.05)

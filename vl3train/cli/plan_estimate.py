@@ -10,7 +10,7 @@ from vl3train.config.choices import Dtype, Memory, Recompute
 from vl3train.config.rules import full_rates
 from vl3train.config.schema import TrainConfig
 from vl3train.engine.device_memory import MARGIN
-from vl3train.engine.optim import state_bytes
+from vl3train.engine.optim import master_bytes, state_bytes
 from vl3train.model.activation_budget import ActivationBudget, level_scale
 from vl3train.model.recomputation import PackSize, RecomputeRates, TowerWork
 
@@ -141,7 +141,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     parts = {
         "weights": split(parameters * width, 3),
         "gradients": split(trained * 4, 2),
-        "masters and AdamW": split(trained * (4 + state_bytes(cfg.optim)), 1),
+        "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + state_bytes(cfg.optim)), 1),
         "activations": float(max(inner, encoder_inner)),  # of one layer at work
         "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
     }

@@ -157,6 +157,18 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         what = "each rank would round the same states another way, and the ranks' weights would part"
         way_out = "use machine.zero_stage=1, 2 or 3, or float32"
         found.append(Problem("optim.state_dtype", show(cfg.optim.state_dtype), what, way_out))
+    if cfg.optim.master_dtype is Dtype.bfloat16:
+        needed = {
+            "machine.dtype=bfloat16": machine.dtype is Dtype.bfloat16,
+            "machine.zero_stage=1": machine.zero_stage == 1,
+            "optim.state_dtype=bfloat16": cfg.optim.state_dtype is Dtype.bfloat16,
+        }
+        if lacking := [words for words, is_so in needed.items() if not is_so]:
+            what, way_out = (
+                "weights without masters are updated by one way only",
+                f"set {' and '.join(lacking)}",
+            )
+            found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
         in_part = level in (Recompute.elementwise, Recompute.mlp)

@@ -134,6 +134,10 @@ class OptimConfig:
     """AdamW's two means: float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, rounded at random so that
     small changes are not lost (needs zero_stage 1 or more)."""
 
+    master_dtype: Dtype = Dtype.float32
+    """Under machine.dtype=bfloat16: float32 keeps masters of the trained weights, 4 bytes each; bfloat16 keeps none and
+    rounds the weights themselves at random (needs zero_stage=1 and state_dtype=bfloat16)."""
+
     schedule: Schedule = Schedule.cosine
     """cosine falls to min_lr_fraction at the last step; constant stays."""
 
@@ -161,7 +165,7 @@ class MachineConfig:
     """DeepSpeed ZeRO: 0 nothing is partitioned, 1 optimizer states, 2 gradients too, 3 weights too."""
 
     dtype: Dtype = Dtype.bfloat16
-    """Weights and activations; masters are float32 always, the optimizer's states as optim.state_dtype says."""
+    """Weights and activations; masters and the optimizer's states are float32 unless optim says otherwise."""
 
     attention: Attention = Attention.auto
     """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""

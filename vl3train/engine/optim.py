@@ -51,13 +51,15 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
     """What masters and states take on each rank, in words.
 
     >>> optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2))
-    'optimizer: 4.0 GiB for AdamW's states in float32 and 2.0 GiB for float32 masters on each of 2 ranks'
+    "optimizer: 4.0 GiB for AdamW's states in float32 and 2.0 GiB for float32 masters on each of 2 ranks"
     """
     ranks = machine.dp_size if machine.zero_stage else 1
-    states, masters = (size * num_trained / ranks / 2**30 for size in (state_bytes(optim), 4))
-    kept = f" and {masters:.1f} GiB for float32 masters" if machine.dtype is Dtype.bfloat16 else ""
+    states, masters = (
+        size * num_trained / ranks / 2**30 for size in (state_bytes(optim), master_bytes(optim, machine))
+    )
+    kept = f"{masters:.1f} GiB for float32 masters" if masters else "none for masters"
     return (
-        f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value}{kept} "
+        f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value} and {kept} "
         f"on each of {machine.dp_size} ranks"
     )
 
@@ -65,6 +67,11 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
 def state_bytes(optim: OptimConfig) -> int:
     """Of AdamW's two means, for each trained parameter."""
     return 4 if optim.state_dtype is Dtype.bfloat16 else 8
+
+
+def master_bytes(optim: OptimConfig, machine: MachineConfig) -> int:
+    """Of the weight that is updated, for each trained parameter, beside the one that is computed with."""
+    return 4 if machine.dtype is Dtype.bfloat16 and optim.master_dtype is Dtype.float32 else 0
 
 
 def set_rates(optimizer: Any, factor: float) -> dict[str, float]:

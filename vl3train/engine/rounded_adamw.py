@@ -1,9 +1,9 @@
-"""AdamW whose two means are kept in bfloat16: 4 bytes a parameter in place of 8.
+"""AdamW whose two means are kept in bfloat16: 4 bytes a parameter in place of 8; and weights without masters.
 
 bfloat16 keeps 8 bits of a number. The mean of squares changes by a thousandth a step (beta2 = 0.999), which rounding to
 the nearest would lose, step after step: the mean would stand still at half its true value. Rounded up or down at
-random, by how near each is, the mean is right on average (as in arXiv:2010.06192, for weights). The arithmetic is
-float32, and so are the weights that are updated: DeepSpeed's masters.
+random, by how near each is, the mean is right on average. The same goes for weights in bfloat16 that have no float32
+masters (arXiv:2010.06192, section 4): a rate of 1e-5 moves few of them by half a step. The arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _update(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, v
     new_mean = mean.float() * beta1 + grad * (1 - beta1)
     new_square = square.float() * beta2 + grad * grad * (1 - beta2)
     new = parameter.float() * decay - rate * new_mean / (new_square.sqrt() / corrected + eps)
-    parameter.copy_(new)
+    parameter.copy_(new if parameter.dtype == torch.float32 else rounded_at_random(new))
     mean.copy_(rounded_at_random(new_mean))
     square.copy_(rounded_at_random(new_square))
 

@@ -267,5 +267,6 @@ def run_identity(
             "machine.zero_stage": cfg.machine.zero_stage,
             "machine.dtype": cfg.machine.dtype.value,
             "optim.state_dtype": cfg.optim.state_dtype.value,
+            "optim.master_dtype": cfg.optim.master_dtype.value,
         },
     }

@@ -22,7 +22,7 @@ from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.ranks import Rank
-from vl3train.engine.zero_1 import keep_float32_sums
+from vl3train.engine.zero_1 import drop_masters, keep_float32_sums
 
 # On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -62,6 +62,8 @@ class Zero:
         )
         if isinstance(self.optimizer, BF16_Optimizer):
             keep_float32_sums(self.optimizer, clip=optim.max_grad_norm)
+            if optim.master_dtype is Dtype.bfloat16:
+                drop_masters(self.optimizer)
 
     def forward(self, batch: Batch) -> Any:
         """The model's output for one micro-batch on this rank's device."""

@@ -85,6 +85,26 @@ def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
     optimizer.clear_hp_grads = clear_hp_grads
 
 
+@torch.no_grad()
+def drop_masters(optimizer: BF16_Optimizer) -> None:
+    """Let the optimizer update this rank's share of the bfloat16 weights themselves; frees 4 bytes a parameter.
+
+    It must round at random (engine/rounded_adamw.py): most updates are smaller than half a step of bfloat16.
+    """
+    rank = dist.get_rank(optimizer.dp_process_group)
+    groups = zip(
+        optimizer.fp32_groups_flat_partition,
+        optimizer.bf16_partitioned_groups,
+        optimizer.bf16_groups,
+        strict=True,
+    )
+    for master, partitions, parameters in groups:
+        master.data = partitions[rank]
+        master.grad_dtype = torch.float32
+        for parameter in parameters:
+            parameter._hp_mapping = None  # it has a view of the float32 master; its readers ask for None
+
+
 def _add(total: Tensor, gradient: Tensor) -> None:
     # Compiled because torch's own kernel for two number formats takes twice the time that the bytes need.
     total.add_(gradient)
