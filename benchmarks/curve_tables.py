@@ -27,14 +27,16 @@ class Curve:
     packed: bool
     dtype: Dtype
     compiled: bool = False
+    rounded: bool = False  # no float32 masters, AdamW's states in bfloat16: rounded at random
     seed: int = 0
     turned: bool = False  # the samples of each step from the last to the first: other rounding, nothing else
 
     @property
     def name(self) -> str:
         """What the tables call it."""
-        who = "packed" if self.packed else "transformers"
-        return f"{who} {self.dtype.value}{' compiled' if self.compiled else ''}{' turned' if self.turned else ''}"
+        how = {"compiled": self.compiled, "rounded": self.rounded, "turned": self.turned}
+        words = ["packed" if self.packed else "transformers", self.dtype.value]
+        return " ".join([*words, *(word for word, is_so in how.items() if is_so)])
 
 
 def reference_of(curve: Curve) -> Curve:
@@ -131,9 +133,8 @@ def markdown(found: dict[Curve, list[float]]) -> str:
         "|---|---|---|---:|---:|---:|---:|",
     ]
     pairs = [(c, reference_of(c)) for c in found if c != reference_of(c)]
-    pairs += [
-        (c, replace(c, packed=False, compiled=False)) for c in found if c.packed and c.dtype is Dtype.bfloat16
-    ]
+    in_bfloat16 = [c for c in found if c.packed and c.dtype is Dtype.bfloat16]
+    pairs += [(c, Curve(packed=False, dtype=c.dtype, seed=c.seed, turned=c.turned)) for c in in_bfloat16]
     for curve, other in pairs:
         cells = " | ".join(f"{x:.2g}" for x in differences(found, curve, other).values())
         lines.append(f"| {curve.name} | {other.name} | seed {curve.seed} | {cells} |")

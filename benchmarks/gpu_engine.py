@@ -42,7 +42,8 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
     )
     trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
     groups = parameter_groups(hf_model, trained, 0.0)
-    optim = OptimConfig(state_dtype=Dtype(row.state_dtype))
+    kept = Dtype(row.optimizer_dtype)
+    optim = OptimConfig(state_dtype=kept, master_dtype=kept)
     rank = join(machine)
     if row.way == "plain_loop":
         engine: Any = PlainEngine(packed, groups, optim, rank)

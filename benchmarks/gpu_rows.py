@@ -29,7 +29,7 @@ class Row:
     max_tokens: int = 16384
     lora: bool = False
     lora_dropout: float = 0.0
-    state_dtype: str = "float32"  # of AdamW's means
+    optimizer_dtype: str = "float32"  # of AdamW's means and of what it updates
     zero_stage: int = 1
     ranks: int = 1  # processes, a GPU each
     liger: bool = False  # ways of transformers: liger's kernels in the language model, its fused loss
@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {
         figures={"tflops": "useful_tflops_7b_train_command"},
     ),
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
-    "2b_bfloat16_states": Row(state_dtype="bfloat16"),
+    "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
     "2b_eager": Row(compile_layers=False, memory="given"),
     "2b_torch_varlen": Row(attention="torch_varlen"),
     "2b_recompute_layer": Row(memory="given"),

@@ -52,6 +52,7 @@ def curves(cuda: bool) -> list[Curve]:
         for dtype in (Dtype.float32, Dtype.bfloat16)
         for packed in (False, True)
     ]
+    found.append(Curve(packed=True, dtype=Dtype.bfloat16, rounded=True))
     again = found if cuda else found[:1]  # a CPU is slow
     if cuda:
         found.append(Curve(packed=True, dtype=Dtype.bfloat16, compiled=True))
@@ -105,7 +106,8 @@ def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]]
     hf_model = task.model(dtype, rank.device)
     attention = choose_attention("auto", rank.device, head_dims(hf_model), dtype)
     print(f"{curve.name}: attention {attention.name}", flush=True)
-    optim = OptimConfig()
+    kept = Dtype.bfloat16 if curve.rounded else Dtype.float32
+    optim = OptimConfig(state_dtype=kept, master_dtype=kept)
     engine = Zero(
         PackedModel(hf_model, attention.name, compile_layers=curve.compiled),
         build_optimizer(parameter_groups(hf_model, RATES, 0.0), optim, rank.device),
