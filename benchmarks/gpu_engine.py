@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups
 
 RATE = 1e-6
+say = functools.partial(print, flush=True)
 Step = Callable[[list[Any], int], float]
 """(what one step is made of, supervised tokens of all ranks) -> loss."""
 
@@ -66,7 +68,8 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
                 len(batch.pixel_values) * sum(widths.vision) + batch.num_planned_tokens * sum(widths.language)
             ),
         )
-        fitted = fit_memory(engine, packed, worst, device_memory(device), pack_name="the worst pack")
+        memory = device_memory(device)
+        fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack", say=say)
         peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
         print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.levels}", flush=True)
 

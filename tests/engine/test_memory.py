@@ -91,7 +91,7 @@ def peak_of(engine, batch):
 
 def fitted_in(small, batch, device_bytes, margin_bytes=0):
     with counted(small[0], batch, device_bytes, margin_bytes) as memory:
-        return fit_memory(*small, batch, memory, pack_name="the worst pack")
+        return fit_memory(*small, batch, memory, pack_name="the worst pack", say=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +188,10 @@ def test_a_frozen_encoder_keeps_nothing_and_costs_nothing(rank):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="machine.device=auto would take the GPU")
 def test_a_run_with_auto_gives_the_losses_of_one_without(demo_words, tmp_path, monkeypatch, capsys):
-    def fit_counted(engine, packed, batch, memory, *, pack_name):
+    def fit_counted(engine, packed, batch, memory, *, pack_name, say):
         assert memory is None
         with counted(engine, batch, ROOMY) as memory:
-            return fit_memory(engine, packed, batch, memory, pack_name=pack_name)
+            return fit_memory(engine, packed, batch, memory, pack_name=pack_name, say=say)
 
     monkeypatch.setattr(memory_module, "device_memory", lambda device: None)
     monkeypatch.setattr(memory_module, "fit_memory", fit_counted)
@@ -206,6 +206,7 @@ def test_a_run_with_auto_gives_the_losses_of_one_without(demo_words, tmp_path, m
         assert (given["loss"], given["grad_norm"]) == (auto["loss"], auto["grad_norm"])
         assert 0 < given["recompute_fraction"] == auto["recompute_fraction"] < 1, "of the logits alone"
     said = capsys.readouterr().out
+    assert re.search(r"memory: tried encoder \d x layer, language model \d x layer: \d.* GiB, \d.* s", said)
     assert re.search(
         r"memory: \d.* GiB on the worst pack \(step [01], [\d,]+ patches, [\d,]+ tokens\): encoder \d x elem",
         said,
@@ -281,7 +282,7 @@ def test_on_a_gpu_real_packs_stay_within_the_limit(monkeypatch, compile_layers):
         peaks[level] = memory.peak()
     limit = (2 * peaks[Recompute.elementwise] + 3 * peaks[Recompute.offload]) // 5
     monkeypatch.setattr(type(memory), "limit", lambda self: limit)
-    fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack")
+    fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack", say=lambda _: None)
     assert len(set(fitted.levels.vision + fitted.levels.language)) > 1
     for other in (worst, pack(64, 300), pack(8, 3000)):
         memory.reset_peak()

@@ -6,6 +6,8 @@ weights, gradients and random numbers as they were.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -44,9 +46,15 @@ class DryRun(NamedTuple):
 
 
 def fit_run(
-    cfg: TrainConfig, engine: Zero, packed: PackedModel, data: OpenData, first: Cursor, last_step: int
-) -> str:
-    """Fit the activations of steps ``first.step`` to ``last_step`` into the device; what was chosen, in a line.
+    cfg: TrainConfig,
+    engine: Zero,
+    packed: PackedModel,
+    data: OpenData,
+    first: Cursor,
+    last_step: int,
+    say: Callable[[str], None],
+) -> None:
+    """Fit the activations of steps ``first.step`` to ``last_step`` into the device; say what is tried and chosen.
 
     All ranks call it. Raises RunError on every rank where the worst pack does not fit.
     """
@@ -63,9 +71,10 @@ def fit_run(
         name += f"; {worst.steps_scanned:,} of {worst.steps_left:,} steps looked at"
     keys = [data.index.key(row) for row in pack.samples[:5]]
     batch = blank_batch(data, pack, cfg.machine.loss_chunk_tokens)
-    fitted = fit_memory(engine, packed, batch, memory, pack_name=f"{name}; samples {', '.join(keys)}, ...)")
+    pack_name = f"{name}; samples {', '.join(keys)}, ...)"
+    fitted = fit_memory(engine, packed, batch, memory, pack_name=pack_name, say=say)
     peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
-    return f"memory: {peak:.1f} of {limit:.1f} GiB on {name}): {fitted.levels}"
+    say(f"memory: {peak:.1f} of {limit:.1f} GiB on {name}): {fitted.levels}")
 
 
 class RowBytes(NamedTuple):
@@ -91,14 +100,21 @@ def row_bytes(packed: PackedModel) -> RowBytes:
 
 
 def fit_memory(
-    engine: Zero, packed: PackedModel, batch: Batch, memory: DeviceMemory, *, pack_name: str
+    engine: Zero,
+    packed: PackedModel,
+    batch: Batch,
+    memory: DeviceMemory,
+    *,
+    pack_name: str,
+    say: Callable[[str], None],
 ) -> Fitted:
     """Find the budget of activation memory, and let ``packed`` choose its levels by it from now on.
 
-    ``batch`` is the worst pack, ``pack_name`` says which it is. All ranks call it with the same. Raises RunError on
+    ``batch`` is the worst pack, ``pack_name`` says which it is; ``say`` gets a line for each dry run: most compile
+    something, which takes seconds. All ranks call it with the same. Raises RunError on
     every rank where the pack does not fit even with every layer's input on the host.
     """
-    fitting = Fitting(engine, packed, batch, memory, pack_name)
+    fitting = Fitting(engine, packed, batch, memory, pack_name, say)
     with torch.random.fork_rng([engine.rank.device] if engine.rank.device.type == "cuda" else []):
         fitted = fitting.run()
     if engine.zero_stage == 3:
@@ -113,10 +129,16 @@ class Fitting:
     """Dry runs of one pack, and what follows from them."""
 
     def __init__(
-        self, engine: Zero, packed: PackedModel, batch: Batch, memory: DeviceMemory, pack_name: str
+        self,
+        engine: Zero,
+        packed: PackedModel,
+        batch: Batch,
+        memory: DeviceMemory,
+        pack_name: str,
+        say: Callable[[str], None],
     ) -> None:
         self.engine, self.packed, self.batch, self.memory = engine, packed, batch, memory
-        self.pack_name = pack_name
+        self.pack_name, self.say = pack_name, say
         self.size = pack_size(batch)
         self.rates = recompute_rates(packed.model)
         self.row_bytes = row_bytes(packed)
@@ -202,6 +224,7 @@ class Fitting:
     def _dry_run(self, levels: Levels) -> DryRun | None:
         """One micro-batch; None where it did not fit on one of the ranks."""
         self.packed.choose_levels = lambda _: levels
+        started = time.perf_counter()
         self.memory.reset_peak()
         before, kept, problem = self.memory.held(), 0, ""
         try:
@@ -213,8 +236,10 @@ class Fitting:
         results = self.engine.rank.gather((problem, kept, self.memory.peak()))
         if problems := [text for text, *_ in results if text]:
             self.out_of_memory = problems[0]
-            return None
-        return DryRun(max(kept for _, kept, _ in results), max(peak for *_, peak in results))
+        dry = DryRun(max(kept for _, kept, _ in results), max(peak for *_, peak in results))
+        found = "does not fit" if problems else f"{dry.peak_bytes / 2**30:.1f} GiB"
+        self.say(f"memory: tried {levels}: {found}, {time.perf_counter() - started:.1f} s")
+        return None if problems else dry
 
     def _limit(self) -> int:
         """What every rank may hold, less what its optimizer will take in the first step."""

@@ -173,7 +173,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
     if cfg.machine.memory is Memory.auto:
-        console.message(fit_run(cfg, engine, packed, data, cursor, num_steps))
+        fit_run(cfg, engine, packed, data, cursor, num_steps, console.message)
     console.start(first_step=cursor.step, total_steps=num_steps)
     tracker = Tracker(cfg.tracking, folder, as_plain(cfg), step=cursor.step, enabled=rank.is_first)
 
