@@ -75,10 +75,12 @@ def states_to_come(packed):
 
 
 def counted(engine, batch, device_bytes, margin_bytes=0):
-    """A device that holds the model, its gradients so far and the batch."""
+    """A device that holds the model, masters, gradients so far and the batch."""
     weights = list(engine.engine.module.parameters())
     there = [*weights, *engine.engine.module.buffers(), *batch._tensors().values()]
     there += [weight.grad for weight in weights if weight.grad is not None]
+    for name in ("fp32_groups_flat_partition", "fp32_groups_gradients_flat"):  # of ZeRO-1 in bfloat16
+        there += getattr(engine.optimizer, name, [])
     return CountedMemory(device_bytes, margin_bytes, there=there)
 
 

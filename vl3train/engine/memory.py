@@ -243,11 +243,4 @@ class Fitting:
 
     def _limit(self) -> int:
         """What every rank may hold, less what its optimizer will take in the first step."""
-        return min(self.engine.rank.gather(self.memory.limit() - self._states_to_come()))
-
-    def _states_to_come(self) -> int:
-        """Bytes of AdamW's states that are not there yet: ZeRO makes them at once, torch in the first step."""
-        if self.engine.zero_stage:
-            return 0
-        trained = [p for p in self.packed.parameters() if p.requires_grad]
-        return sum(2 * p.nbytes for p in trained if not self.engine.optimizer.state.get(p))
+        return min(self.engine.rank.gather(self.memory.limit() - self.engine.states_to_come()))

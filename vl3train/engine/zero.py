@@ -21,6 +21,7 @@ from torch import Tensor
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
+from vl3train.engine.optim import state_bytes
 from vl3train.engine.ranks import Rank
 from vl3train.engine.zero_1 import drop_masters, keep_float32_sums
 
@@ -54,6 +55,7 @@ class Zero:
         self.rank = rank
         self.save_frozen = save_frozen
         self.zero_stage = machine.zero_stage
+        self.state_bytes = state_bytes(optim)  # of AdamW, for each parameter of this rank's share
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -83,6 +85,19 @@ class Zero:
             return norm
         self.engine.step()
         return self.engine.get_global_grad_norm()
+
+    def states_to_come(self) -> int:
+        """Bytes that AdamW's states will take on this rank, where no step has made them yet.
+
+        torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
+        """
+        if any(getattr(self.optimizer, "optimizer", self.optimizer).state.values()):
+            return 0
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        size = sum(
+            getattr(p, "ds_numel", p.numel()) for p in trained
+        )  # ds_numel: whole, where ZeRO-3 has cut it
+        return -(-size // (self.rank.dp_size if self.zero_stage else 1)) * self.state_bytes
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks, in place."""
