@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vl3train.config.choices import Recompute
-from vl3train.model.activation_budget import (
-    FORWARD_WORK_A_BYTE,
-    OFFLOAD_WORK_A_BYTE,
-    WIDE_OFFLOAD_WORK_A_BYTE,
-    ActivationBudget,
-    level_scale,
-)
+from vl3train.model.activation_budget import OFFLOAD_WORK_A_BYTE, ActivationBudget, level_scale
 from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork
 
-SCALE = level_scale(1, compiled=False)
-COMPILED_SCALE = level_scale(1, compiled=True)
+SCALE = level_scale(1)
 
 
 def tower(layers, mlp, layer, pair, trains=True):
     return TowerWork(
         num_layers=layers, mlp_row=mlp, layer_row=mlp + layer, layer_pair=pair, has_backward=trains
     )
-
-
-def with_wide(kept):
-    """Bytes by level of compiled layers: wide rows on the host leave as much as mlp."""
-    by_level = dict(zip(SCALE, kept, strict=True))
-    return {level: by_level.get(level, by_level[Recompute.mlp]) for level in COMPILED_SCALE}
-
-
-def sent(kept, rows):
-    return rows * (kept[Recompute.elementwise] - kept[Recompute.mlp])
 
 
 def budget(total, vision_bytes, vision_kept, language_kept, vision, language):
@@ -60,21 +42,12 @@ def price(budget, size, levels):
     ):
         moved = tower_levels.count(Recompute.offload) * rows * kept[Recompute.layer]
         work += OFFLOAD_WORK_A_BYTE * moved
-        wide = tower_levels.count(Recompute.wide_offload)
-        work += WIDE_OFFLOAD_WORK_A_BYTE * wide * sent(kept, rows)
     return work
 
 
 def fits(budget, size, levels):
     vision, language = budget.kept_bytes(size, levels)
-    in_time = True
-    for tower_levels, kept, work, rows, pairs in (
-        (levels.vision, budget.vision_kept, budget.rates.vision, size.patches, size.patch_pairs),
-        (levels.language, budget.language_kept, budget.rates.language, size.tokens, size.token_pairs),
-    ):
-        room = work.num_layers * work.of(Recompute.layer, rows, pairs) // FORWARD_WORK_A_BYTE
-        in_time &= tower_levels.count(Recompute.wide_offload) * sent(kept, rows) <= room
-    return in_time and vision <= budget.vision_bytes and vision + language <= budget.total_bytes
+    return vision <= budget.vision_bytes and vision + language <= budget.total_bytes
 
 
 kept = st.lists(st.integers(0, 60), min_size=3, max_size=3).map(
@@ -95,40 +68,6 @@ def test_no_choice_of_levels_that_fits_does_less_again(
     assert fits(found, size, chosen)
     best = min(price(found, size, levels) for levels in everything if fits(found, size, levels))
     assert price(found, size, chosen) == best
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 8000), st.integers(0, 6000), kept, kept, works, works, sizes, st.integers(1, 5_000))
-def test_no_choice_does_less_again_where_wide_rows_may_wait_on_the_host(
-    total, vision_bytes, vision_kept, language_kept, vision, language, size, scale
-):
-    """``scale`` makes the forward pass long enough for some of the rows to be sent, or for all, or none."""
-    towers = [tower(n, *(scale * x for x in w)) for n, w in ((3, vision), (2, language))]
-    found = replace(
-        budget(total, vision_bytes, vision_kept, language_kept, *towers),
-        vision_kept=with_wide(vision_kept),
-        language_kept=with_wide(language_kept),
-    )
-    chosen = found.levels(size)
-    everything = [
-        Levels(vision, language)
-        for vision in itertools.combinations_with_replacement(COMPILED_SCALE, 3)
-        for language in itertools.combinations_with_replacement(COMPILED_SCALE, 2)
-    ]
-    assert fits(found, size, chosen)
-    best = min(price(found, size, levels) for levels in everything if fits(found, size, levels))
-    assert price(found, size, chosen) == best
-
-
-def test_layers_whose_wide_rows_are_sent_lie_apart():
-    found = budget(47 * 2**30, 47 * 2**30, *PUBLISHED)
-    found = replace(found, vision_kept=with_wide(PUBLISHED[0]), language_kept=with_wide(PUBLISHED[1]))
-    levels = found.levels(PACK).language
-    places = [place for place, level in enumerate(levels) if level is Recompute.wide_offload]
-    assert len(places) > 1
-    gaps = {b - a for a, b in itertools.pairwise(places)}
-    assert max(gaps) - min(gaps) <= 1, "evenly"
-    assert len(levels) == 28
 
 
 # Bytes a row and operations of the published 2B in bfloat16.

@@ -67,34 +67,6 @@ def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
         assert torch.equal(parameter.grad, wanted[name]), name
 
 
-def test_wide_rows_wait_on_the_host_and_nothing_else_does(tiny_model, batch_of, mixed, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    model, batch = tiny_model(layers=3), batch_of(mixed)
-    wanted = gradients(model, batch, Recompute.elementwise, compiled=True)
-    sent = []
-    keep = HostRows.keep_wide
-
-    def watched(self, rows, layer):
-        sent.append((self, rows.shape))
-        return keep(self, rows, layer)
-
-    monkeypatch.setattr(HostRows, "keep_wide", watched)
-    found = gradients(model, batch, Recompute.wide_offload, compiled=True)
-    for name, gradient in found.items():
-        assert torch.equal(gradient, wanted[name]), name
-    config = model.config
-    widths = (config.vision_config.intermediate_size, config.text_config.intermediate_size)
-    for number, (tower, (rows, _)) in enumerate(sent):
-        language = number >= 3
-        kept = [tuple(one._host.shape) for one in tower._layers[number % 3]]
-        # fc1's result; gate's and up's.
-        assert kept == [(rows, widths[language])] * (1 + language), (number, kept)
-    assert nothing_arrived(tower for tower, _ in sent)
-
-
 def test_rows_that_are_fetched_ahead_are_let_go_with_the_pass(tiny_model, batch_of, mixed):
     """A second backward pass over the same graph finds them on the host again."""
     model, batch = tiny_model(), batch_of(mixed)

@@ -13,7 +13,7 @@ from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels, pack_size, recompute_rates
 from vl3train.model.trainable import set_trainable
 
-NOTHING, ELEMENTWISE, WIDE_OFFLOAD, MLP, LAYER, OFFLOAD = Recompute
+NOTHING, ELEMENTWISE, MLP, LAYER, OFFLOAD = Recompute
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,7 @@ def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool
     if level is Recompute.nothing:
         return 9 * hidden + 3 * intermediate
     rows, wide = (5 * hidden, 2 * intermediate) if gated else (6 * hidden, intermediate)
-    return rows if level in (Recompute.mlp, Recompute.wide_offload) else rows + wide
+    return rows if level is Recompute.mlp else rows + wide
 
 
 def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
@@ -166,7 +166,7 @@ def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, 
     for name, tower, gated in (("vision", ENCODER, False), ("language", shape, True)):
         kept = {
             level: width * values_kept(level, tower.hidden, tower.intermediate, gated=gated)
-            for level in level_scale(cfg.machine.zero_stage, compiled=cfg.machine.compile_layers)
+            for level in level_scale(cfg.machine.zero_stage)
         }
         mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
         work = TowerWork(

@@ -27,13 +27,11 @@ class Recompute(Enum):
 
     Bytes a layer keeps for each row of width H with an MLP of width I (bfloat16): nothing about 2 (9 H + 3 I),
     elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H,
-    wide_offload as much as mlp: what elementwise keeps beyond it waits in the host's memory. offload none: what
-    ``layer`` keeps waits there.
+    offload none: what ``layer`` keeps waits in the host's memory.
     """
 
     nothing = "nothing"
     elementwise = "elementwise"
-    wide_offload = "wide_offload"
     mlp = "mlp"
     layer = "layer"
     offload = "offload"

@@ -175,11 +175,6 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         if machine.zero_stage == 3 and machine.memory is Memory.given and in_part:
             what = "ZeRO-3's linear layers cannot be computed again in part"
             found.append(Problem(f"machine.{key}", show(level), what, "use layer or nothing"))
-        if level is Recompute.wide_offload and not machine.compile_layers:
-            what = "only compiled layers let go of their wide rows"
-            found.append(
-                Problem(f"machine.{key}", show(level), what, "set machine.compile_layers=true, or use mlp")
-            )
     if machine.memory is Memory.auto and machine.device is Device.cpu:
         what = "measures a GPU, and machine.device=cpu"
         found.append(Problem("machine.memory", show(machine.memory), what, "use given"))

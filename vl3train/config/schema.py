@@ -176,9 +176,8 @@ class MachineConfig:
 
     recompute_vision: Recompute = Recompute.layer
     """What each encoder layer computes again in the backward pass: nothing; elementwise (keeps the results of
-    matrix products and attention); wide_offload (as before, but the MLP's wide rows wait in the host's memory; needs
-    compile_layers); mlp (as elementwise, and the products that widen the row); layer (everything); offload
-    (everything, and its input waits in the host's memory)."""
+    matrix products and attention); mlp (as elementwise, and the products that widen the row); layer (everything);
+    offload (everything, and its input waits in the host's memory)."""
 
     recompute_language: Recompute = Recompute.layer
     """The same for each language-model layer."""

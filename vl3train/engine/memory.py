@@ -193,7 +193,7 @@ class Fitting:
     def _kept(self, start: Levels, first: DryRun) -> dict[str, dict[Recompute, int]]:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
         towers = zip(start._fields, (self.size.patches, self.size.tokens), strict=True)
-        scale = level_scale(self.engine.zero_stage, compiled=self.packed.compile_layers)
+        scale = level_scale(self.engine.zero_stage)
         kept: dict[str, dict[Recompute, int]] = {}
         for tower, rows in towers:
             least: int = getattr(self.row_bytes, tower)[0]
@@ -204,7 +204,7 @@ class Fitting:
                     found[level] = 0
                 elif level is Recompute.layer:
                     found[level] = least
-                elif level is not Recompute.wide_offload:  # its rows leave the device in their own time
+                else:
                     one = (level, *getattr(start, tower)[1:])
                     dry = self._dry_run(start._replace(**{tower: one}))
                     if dry is None:
@@ -213,8 +213,6 @@ class Fitting:
                     found[level] = more + (0 if level_of_start is Recompute.offload else least)
             if least and found.get(Recompute.mlp, 0) >= found.get(Recompute.elementwise, 0):
                 found.pop(Recompute.mlp, None)  # a level that keeps no less is none to choose either
-            if Recompute.wide_offload in scale and {Recompute.elementwise, Recompute.mlp} <= found.keys():
-                found[Recompute.wide_offload] = found[Recompute.mlp]
             kept[f"{tower}_kept"] = {level: found[level] for level in scale if level in found}
         return kept
 

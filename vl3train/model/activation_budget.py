@@ -17,26 +17,14 @@ OFFLOAD_WORK_A_BYTE = 18_000
 two bytes cross a PCIe link at 55 GB/s. So much more than any other level's price that it is taken last."""
 
 
-WIDE_OFFLOAD_WORK_A_BYTE = 200
-"""The same for wide rows, which are sent only as far as the link keeps up with the forward pass (next line): they
-cost next to nothing then, but nothing is better. Computing them again counts 1 500 (2B) to 3 600 (7B)."""
-
-FORWARD_WORK_A_BYTE = 10_000
-"""Operations of a tower's forward pass during which one byte surely crosses the link: 500 TFLOP/s over 50 GB/s."""
-
-NEVER = np.iinfo(np.int64).max // 4
-
-
-def level_scale(zero_stage: int, *, compiled: bool) -> tuple[Recompute, ...]:
+def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
     """The levels that ``machine.memory=auto`` chooses from, dearest in memory first.
 
-    ZeRO-3's linear layers cannot be computed again in part; what a layer that is not compiled keeps of its products
-    cannot be sent away.
+    ZeRO-3's linear layers cannot be computed again in part.
     """
     if zero_stage == 3:
         return (Recompute.nothing, Recompute.layer, Recompute.offload)
-    wide = (Recompute.wide_offload,) if compiled else ()
-    return (Recompute.elementwise, *wide, Recompute.mlp, Recompute.layer, Recompute.offload)
+    return (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,24 +99,14 @@ class ActivationBudget:
         again = {level: work.of(level, rows, pairs) for level in kept}
         if Recompute.offload in kept:
             again[Recompute.offload] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
-        kept_bytes = counts @ np.array([rows * size for size in kept.values()], np.int64)
-        if Recompute.wide_offload in kept:
-            sent = rows * (kept[Recompute.elementwise] - kept[Recompute.wide_offload])
-            again[Recompute.wide_offload] += WIDE_OFFLOAD_WORK_A_BYTE * sent
-            room = work.num_layers * work.of(Recompute.layer, rows, pairs) // FORWARD_WORK_A_BYTE
-            kept_bytes[counts[:, list(kept).index(Recompute.wide_offload)] * sent > room] = NEVER
-        return kept_bytes, counts @ np.array(list(again.values()), np.int64)
+        kept_bytes = np.array([rows * size for size in kept.values()], np.int64)
+        return counts @ kept_bytes, counts @ np.array(list(again.values()), np.int64)
 
     @staticmethod
     def _spread(kept: dict[Recompute, int], work: TowerWork, choice: int) -> tuple[Recompute, ...]:
         # What keeps most comes last: it is freed first, and offloaded rows have the longest time for their way.
         counts = dict(zip(kept, _counts(work.num_layers, len(kept))[choice].tolist(), strict=True))
-        apart = counts.pop(Recompute.wide_offload, 0)
-        ordered = [level for level in reversed(counts) for _ in range(counts[level])]
-        # Wide rows take longer to send than a layer takes to compute: the link needs layers in between.
-        for number in range(apart):
-            ordered.insert((2 * number + 1) * work.num_layers // (2 * apart), Recompute.wide_offload)
-        return tuple(ordered)
+        return tuple(level for level in reversed(counts) for _ in range(counts[level]))
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -180,10 +179,6 @@ def layer_runner(*, compiled: bool) -> Callable[..., Tensor]:
     return compiling.compiled(_run, enabled=compiled)
 
 
-_ARITHMETIC = {Recompute.offload: Recompute.layer, Recompute.wide_offload: Recompute.elementwise}
-"""Levels that differ from another only in where rows wait."""
-
-
 def run_layers(
     runner: Callable[..., Tensor],
     body: Layer,
@@ -196,13 +191,9 @@ def run_layers(
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
     host = HostRows()
     for layer, level in zip(layers, levels, strict=True):
-        # Outside of what is compiled, so that levels with the same arithmetic share one graph.
-        where: AbstractContextManager[object] = contextlib.nullcontext()
-        if level is Recompute.offload:
-            where = host.keep_input(hidden)
-        elif level is Recompute.wide_offload:
-            where = host.keep_wide(hidden, layer)
-        with where:
+        # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
+        offload = level is Recompute.offload
+        with host.keep_input(hidden) if offload else contextlib.nullcontext():
             hidden = runner(
                 body,
                 layer,
@@ -212,7 +203,7 @@ def run_layers(
                 segments.lengths,
                 segments.max_seqlen,
                 segments.backend,
-                _ARITHMETIC.get(level, level).value,
+                (Recompute.layer if offload else level).value,
             )
     return hidden
 

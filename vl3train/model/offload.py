@@ -6,11 +6,10 @@ pass, so that neither pass waits for more than the first transfer where the link
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
@@ -28,44 +27,28 @@ class HostRows:
         The same bits come back in the backward pass. ``rows`` themselves are freed with their last other user.
         """
         address, shape = rows.data_ptr(), rows.shape  # not the rows: the hooks outlive the forward pass
-        return self._keep(lambda tensor: tensor.data_ptr() == address and tensor.shape == shape)
-
-    def keep_wide(self, rows: Tensor, layer: nn.Module) -> AbstractContextManager[object]:
-        """The same for what ``layer`` keeps that is wider than ``rows``, its input (T, width)."""
-        num_rows, width = rows.shape
-        weights = {parameter.data_ptr() for parameter in layer.parameters()}
-
-        def is_wide(tensor: Tensor) -> bool:
-            wide = tensor.dim() == 2 and tensor.shape[0] == num_rows and tensor.shape[1] > width
-            return wide and tensor.data_ptr() not in weights
-
-        return self._keep(is_wide)
-
-    def _keep(self, goes: Callable[[Tensor], bool]) -> AbstractContextManager[object]:
         number = len(self._layers)
-        sent: list[_Sent] = []
-        places: dict[int, int] = {}
-        self._layers.append(sent)
+        layer: list[_Sent] = []  # one at most: rows may be kept for two operations
+        self._layers.append(layer)
 
         def pack(tensor: Tensor) -> Tensor | int:
-            if not goes(tensor):
+            if tensor.data_ptr() != address or tensor.shape != shape:
                 return tensor
-            address = tensor.data_ptr()
-            if address not in places:  # a tensor may be kept for two operations
-                places[address] = len(sent)
-                sent.append(_Sent(tensor.detach()))
-            return places[address]
+            if not layer:
+                layer.append(_Sent(tensor.detach()))
+            return number
 
         def unpack(kept: Tensor | int) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._take(number, kept)
+            return kept if isinstance(kept, Tensor) else self._take(kept)
 
         return saved_tensors_hooks(pack, unpack)
 
-    def _take(self, number: int, place: int) -> Tensor:
-        wanted = self._layers[number][place]
-        ahead = (*self._layers[number], *(self._layers[number - 1] if number else ()))
-        for sent in (wanted, *(sent for sent in ahead if not sent.was_taken)):
-            sent.fetch()
+    def _take(self, number: int) -> Tensor:
+        wanted = self._layers[number][0]
+        wanted.fetch()
+        for sent in self._layers[number - 1] if number else ():
+            if not sent.was_taken:
+                sent.fetch()
         return wanted.take()
 
 

@@ -15,7 +15,7 @@ from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.trainable import part_of
 
-NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise, Recompute.wide_offload)
+NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise)
 
 
 class Levels(NamedTuple):
