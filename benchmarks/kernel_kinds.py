@@ -27,7 +27,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     (
         "activations and elementwise",
         r"element|vectorized|unrolled|gelu|silu|swiglu|sigmoid|rope|rotary|normal_"
-        r"|aten::(add|mul|sub|div|neg|pow|tanh|cos|sin|exp|where|clamp|eq|ne|lt|ge|arange|_local_scalar)",
+        r"|_rotate|aten::(add|mul|sub|div|neg|pow|tanh|cos|sin|exp|where|clamp|eq|ne|lt|ge|arange|_local_scalar)",
     ),
     (
         "bookkeeping on the host",

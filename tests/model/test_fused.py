@@ -11,11 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from vl3train.config.choices import Recompute
 from vl3train.model import fused
-from vl3train.model.fused import gelu_backward, norm_backward, plain_gelu_backward, plain_norm_backward
-from vl3train.model.layers import FUSED_ONES_ARE_REPEATED
+from vl3train.model.fused import (
+    gelu_backward,
+    linear_again,
+    norm_backward,
+    plain_gelu_backward,
+    plain_norm_backward,
+    plain_rotate,
+    rotate,
+)
+from vl3train.model.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import part_of, set_trainable
 
@@ -80,6 +89,24 @@ def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
     return grad.to(dtype), (4 * wide).to(dtype)
 
 
+def rotate_arguments(num_rows, heads, rotated, head_dim, backward, device="cpu", dtype=torch.float32):
+    """Rows of ``heads`` heads, and tables of angles whose halves are equal, as transformers makes them."""
+    torch.manual_seed(num_rows)
+    rows = torch.randn(num_rows, heads * head_dim, device=device).to(dtype)
+    angles = (9 * torch.randn(num_rows, head_dim // 2, device=device)).repeat(1, 2)
+    return rows, angles.cos(), angles.sin(), rotated, backward
+
+
+ROTATED = [(1, 3, 2, 16, True), (37, 6, 4, 72, True), (37, 6, 4, 72, False), (300, 8, 7, 64, True)]
+
+
+def rotated_by_transformers(rows, cos, sin, num_rotated):
+    heads = rows.unflatten(1, (-1, cos.shape[1]))
+    turning, still = heads[:, :num_rotated], heads[:, num_rotated:]
+    turned, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
+    return torch.cat((turned, still), 1).flatten(1)
+
+
 def assert_close(found, expected, tolerance):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
@@ -104,17 +131,41 @@ def test_gelu_is_that_of_autograd():
     assert_close((grad, *found), (d_wide, activated.detach(), d_wide.sum(0)), 2e-6)
 
 
+@pytest.mark.parametrize("case", ROTATED, ids=str)
+def test_rows_turn_as_transformers_turns_them_and_back_as_autograd_does(case):
+    rows, cos, sin, num_rotated, backward = rotate_arguments(*case)
+    given = rows.double().requires_grad_()
+    expected = rotated_by_transformers(given, cos.double(), sin.double(), num_rotated)
+    if not backward:
+        assert rotate(rows, cos, sin, num_rotated, False).numel() == 0
+        assert_close([rows], [expected.detach()], 2e-6)
+        return
+    (wanted,) = torch.autograd.grad(expected, given, rows.double())
+    sums = rotate(rows, cos, sin, num_rotated, True)
+    assert_close((rows, sums), (wanted, wanted.sum(0)), 2e-6)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_said_of_the_ops_shapes_is_so(case):
     """torch.compile believes register_fake, for any number of rows."""
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(norm_backward, norm_arguments(7, 64, case), test_utils=checks)
     torch.library.opcheck(gelu_backward, gelu_arguments(7, 64), test_utils=checks)
+    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[1]), test_utils=checks)
+    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[2]), test_utils=checks)
+    rows, weight = torch.randn(5, 8), torch.randn(12, 8)
+    torch.library.opcheck(linear_again, (rows, weight, torch.randn(12), rows), test_utils=checks)
 
 
 def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
     from vl3train.model.norm_kernels import gelu_backward_kernel, norm_backward_kernel
+    from vl3train.model.rotate_kernel import rotate_kernel
 
+    for case in ROTATED:
+        arguments = rotate_arguments(*case, device, dtype)
+        same = arguments[0].clone()
+        found, expected = rotate_kernel(*arguments), plain_rotate(same, *arguments[1:])
+        assert_close((arguments[0], found), (same, expected), tolerance)
     for size in sizes:
         for case in cases:
             arguments = norm_arguments(*size, case, device, dtype)
@@ -175,7 +226,7 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     for op in (plain_norm_backward, plain_gelu_backward):
         monkeypatch.setattr(fused, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
     packed(batch_of(mixed)).loss_sum.backward()
-    if recompute is Recompute.mlp and not FUSED_ONES_ARE_REPEATED:
+    if recompute is Recompute.layer and not FUNCTIONS_ARE_REPEATED:
         norms = gelus = 0
     assert (ran.count(plain_norm_backward), ran.count(plain_gelu_backward)) == (norms, gelus)
     expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
@@ -184,6 +235,33 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     for name, grad in expected.items():
         worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch):
+    """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model, batch = tiny_model(), batch_of(mixed)
+    widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    wide = {}
+    for level in (Recompute.elementwise, Recompute.mlp):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            if tensor.dim() == 2 and tensor.shape[1] in widths and tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.shape
+            return tensor
+
+        packed = PackedModel(
+            model, "reference", recompute_vision=level, recompute_language=level, compile_layers=True
+        ).train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed(batch).loss_sum.backward()
+        wide[level] = len(kept)
+    assert wide == {Recompute.elementwise: 2 + 2 * 2, Recompute.mlp: 0}, "of two layers in each tower"
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ def test_nothing_right_is_refused(gpu, config):
 def test_the_reference_is_right_by_float64_and_a_broken_one_is_not(config, monkeypatch):
     cpu = torch.device("cpu")
     assert kernel_problem("reference", config, cpu, torch.float32) is None
-    original = attention._reference
-    monkeypatch.setattr(attention, "_reference", lambda q, k, v, *rest: original(q * 1.1, k, v, *rest))
+    original = attention.reference
+    monkeypatch.setattr(attention, "reference", lambda q, k, v, *rest: original(q * 1.1, k, v, *rest))
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 16, "causal": True}
     assert not check_kernel("reference", cpu, **shape, dtype=torch.float32).is_right

@@ -28,7 +28,7 @@ def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
     flat_sums: list[Tensor] = optimizer.fp32_groups_gradients_flat
     own_sums: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
     ranks = dist.get_world_size(optimizer.dp_process_group)
-    add = compiled(_add, enabled=flat_sums[0].is_cuda)
+    add, put = (compiled(act, enabled=flat_sums[0].is_cuda) for act in (_add, _put))
 
     @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
@@ -40,7 +40,7 @@ def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
                     continue
                 total = optimizer.fp32_groups_gradients[number][index]
                 gradient = parameter.grad.reshape(-1)
-                add(total, gradient) if filled[index] else total.copy_(gradient)
+                (add if filled[index] else put)(total, gradient)
                 parameter._hp_grad = total
                 filled[index] = True
                 parameter.grad = None
@@ -105,6 +105,10 @@ def drop_masters(optimizer: BF16_Optimizer) -> None:
             parameter._hp_mapping = None  # it has a view of the float32 master; its readers ask for None
 
 
+# Compiled because torch's own kernels for two number formats take up to twice the time that the bytes need.
 def _add(total: Tensor, gradient: Tensor) -> None:
-    # Compiled because torch's own kernel for two number formats takes twice the time that the bytes need.
     total.add_(gradient)
+
+
+def _put(total: Tensor, gradient: Tensor) -> None:
+    total.copy_(gradient)

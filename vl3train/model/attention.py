@@ -159,7 +159,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
     """``varlen_attention`` without its checks, for layers that torch.compile traces: see make_segments."""
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     if segments.backend == "reference":
-        return _reference(q, k, v, segments.lengths, causal, scale)
+        return reference(q, k, v, segments.lengths, causal, scale)
     if segments.backend == "flash_attn_4":
         return _kernel("flash_attn_4")(q, k, v, cu_seqlens, max_seqlen, causal, scale)[0]
     kernel = _kernel(segments.backend)
@@ -180,7 +180,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
     )
 
 
-def _reference(
+def reference(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, scale: float
 ) -> Tensor:
     """torch's own attention, one call for each run of neighbours of equal length (frames mostly are)."""

@@ -43,11 +43,13 @@ def mend(kernel: Any) -> None:
 mend(FlashAttentionBackwardSm90)
 
 
-@torch.library.custom_op("vl3train::flash_attn_4", mutates_args=())
-def flash_attn_4(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each segment: (T, H, D), and the log-sum-exp of each row (H, T) float32."""
+    """Attention within each segment: (T, H, D), and the log-sum-exp of each row (H, T) float32.
+
+    ``q``, ``k`` and ``v`` may be views, as long as the values of a head lie side by side.
+    """
     out, log_sum_exp, *_ = interface._flash_attn_fwd(
         q,
         k,
@@ -61,6 +63,47 @@ def flash_attn_4(
         return_lse=True,
     )
     return out, log_sum_exp
+
+
+def attend_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of ``q``, ``k`` and ``v`` into ``results``, which may be views as well."""
+    interface._flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        d_out,
+        log_sum_exp,
+        scale,
+        causal,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        dq=results[0],
+        dk=results[1],
+        dv=results[2],
+    )
+
+
+@torch.library.custom_op("vl3train::flash_attn_4", mutates_args=())
+def flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As ``attend``."""
+    return attend(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
 @flash_attn_4.register_fake
@@ -82,21 +125,10 @@ def flash_attn_4_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
-    d_q, d_k, d_v = interface._flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        d_out.contiguous(),
-        log_sum_exp,
-        scale,
-        causal,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-    )
-    return d_q, d_k, d_v
+    results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    given = q, k, v, out, log_sum_exp, cu_seqlens, max_seqlen, causal, scale
+    attend_backward(d_out.contiguous(), *given, results)
+    return results
 
 
 @flash_attn_4_backward.register_fake

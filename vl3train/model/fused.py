@@ -1,17 +1,12 @@
-"""Norm and GELU with the products that read them, their gradients in as few passes over memory as they need.
+"""The passes over memory that torch.compile does not make by itself, as ops; model/fused_layers.py uses them.
 
-torch.compile fuses the forward by itself. In the backward it reads each row of a norm twice, writes the normed rows
-in a pass of their own and sums each bias's gradient in another. Only compiled layers of plain modules come here
-(model/layers.py). R rows, W values a row.
-
-A bias is *handed over* where its gradient falls off as column sums of a pass that reads the rows anyway: the product
-takes it detached, and the function whose kernel sums those columns takes it for its gradient alone.
+In a backward pass the compiler reads each row of a norm twice, writes the normed rows in a pass of their own and sums
+each bias's gradient in another; it cannot rotate a part of a row where it lies. R rows, W values a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,105 +128,51 @@ def plain_gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(x, approximate="tanh").to(wide.dtype), d_wide.sum(0)
 
 
-class NormLinears(torch.autograd.Function):
-    """A norm and the products that read it; the rows come out as they are, for the residual.
+@torch.library.custom_op("vl3train::rotate", mutates_args=("rows",))
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
+    """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, all heads as wide as the tables (R, D).
 
-    So the residual's gradient comes back here too, and everything is added up in the norm's one pass.
+    Both halves of a row of ``cos`` and ``sin`` are equal, as transformers makes them; the arithmetic is float32.
+    ``backward`` rotates a gradient back, and gives the (W,) float32 column sums of what comes out, the heads that do
+    not turn among them; else the result is empty.
     """
+    if rows.is_cuda:
+        from vl3train.model.rotate_kernel import rotate_kernel
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        bias_in: Tensor | None,
-        bias_past: Tensor | None,
-        norm_weight: Tensor,
-        norm_bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        again: bool,
-        turned: bool,
-        *linears: Any,
-    ) -> tuple[Tensor, ...]:
-        """(R, W) rows -> the rows, and (R, out) for each product.
-
-        ``linears`` are the weights (out, W), then as many biases or None. Handed over are ``bias_in``, which was
-        added to every row, and ``bias_past``, which will be added to every row that comes out. ``again`` says that
-        this runs once more in the backward pass: the normed rows are at hand there, and not made by the kernel.
-        ``turned`` computes the weights' gradients as (W, out) and turns them around.
-        """
-        weights, biases = linears[: len(linears) // 2], linears[len(linears) // 2 :]
-        if centred:
-            normed = F.layer_norm(rows, norm_weight.shape, norm_weight, norm_bias, eps)
-        else:
-            x = rows.float()
-            normed = norm_weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(rows.dtype)
-        ctx.save_for_backward(rows, norm_weight, norm_bias, normed if again else None, *weights)
-        ctx.eps, ctx.centred, ctx.again, ctx.turned = eps, centred, again, turned
-        outputs = [F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        return rows.view_as(rows), *outputs
-
-    @staticmethod
-    def backward(ctx: Any, residual_grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors, in their order."""
-        rows, norm_weight, norm_bias, normed, *weights = ctx.saved_tensors
-        _, of_in, of_past, of_norm_weight, of_norm_bias, _, _, _, _, *of_linears = ctx.needs_input_grad
-        of_weights, of_biases = of_linears[: len(weights)], of_linears[len(weights) :]
-        weight_sums, row_sums = of_norm_weight or of_norm_bias, of_in or of_past
-        d_rows, made, sums = norm_backward(
-            [grad @ weight for grad, weight in zip(grads, weights, strict=True)],
-            rows,
-            norm_weight,
-            norm_bias,
-            ctx.eps,
-            residual_grad,
-            ctx.centred,
-            any(of_weights) and not ctx.again,
-            weight_sums,
-            row_sums,
-        )
-        normed = normed if ctx.again else made
-        d_norm_weight = sums[0].to(norm_weight.dtype) if of_norm_weight else None
-        d_norm_bias = sums[1].to(norm_weight.dtype) if of_norm_bias else None
-        d_in = sums[-2].to(rows.dtype) if of_in else None
-        d_past = sums[-1].to(rows.dtype) if of_past else None
-        d_weights = [
-            _weight_grad(normed, grad, ctx.turned) if wanted else None
-            for grad, wanted in zip(grads, of_weights, strict=True)
-        ]
-        d_biases = [grad.sum(0) if wanted else None for grad, wanted in zip(grads, of_biases, strict=True)]
-        constants = None, None, None, None
-        return d_rows, d_in, d_past, d_norm_weight, d_norm_bias, *constants, *d_weights, *d_biases
+        return rotate_kernel(rows, cos, sin, num_rotated, backward)
+    return plain_rotate(rows, cos, sin, num_rotated, backward)
 
 
-def _weight_grad(inputs: Tensor, grad: Tensor, turned: bool) -> Tensor:
-    """(out, in) gradient of the weight of a product, from its inputs (R, in) and its outputs' gradient (R, out)."""
-    return (inputs.t() @ grad).t() if turned else grad.t() @ inputs
+@rotate.register_fake
+def _(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
+    return rows.new_empty((rows.shape[1] if backward else 0,), dtype=torch.float32)
 
 
-class GeluLinear(torch.autograd.Function):
-    """GELU and the product that reads it: only the rows before GELU are kept."""
+def plain_rotate(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
+    """``rotate`` in torch's own ops."""
+    half = cos.shape[1] // 2
+    heads = rows.view(len(rows), -1, 2, half)
+    turned = heads[:, :num_rotated].float()
+    c, s = cos[:, None, :half].float(), sin[:, None, :half].float() * (-1 if backward else 1)
+    one, other = turned.unbind(2)
+    turned = torch.stack((one * c - other * s, other * c + one * s), 2)
+    heads[:, :num_rotated] = turned.to(rows.dtype)
+    if not backward:
+        return rows.new_empty((0,), dtype=torch.float32)
+    still = heads[:, num_rotated:].float()
+    return torch.cat((turned.sum(0).flatten(), still.sum(0).flatten()))
 
-    @staticmethod
-    def forward(ctx: Any, wide: Tensor, bias_in: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        """(R, in), (in,), (out, in), (out,) -> (R, out).
 
-        Handed over is ``bias_in``, which was added to every row of ``wide``; ``bias`` comes detached, handed over to
-        what reads the residual.
-        """
-        ctx.save_for_backward(wide, weight)
-        return F.linear(F.gelu(wide, approximate="tanh"), weight, bias)
+@torch.library.custom_op("vl3train::linear_again", mutates_args=())
+def linear_again(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
+    """F.linear once more, in the backward pass: never before ``after``, the gradient that asks for it.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``wide``, ``bias_in`` and ``weight``."""
-        wide, weight = ctx.saved_tensors
-        _, of_in, of_weight, _ = ctx.needs_input_grad
-        d_wide = grad @ weight
-        activated, sums = gelu_backward(d_wide, wide)
-        return (
-            d_wide,
-            sums.to(wide.dtype) if of_in else None,
-            grad.t() @ activated if of_weight else None,
-            None,
-        )
+    An op of its own, because the compiler would see that the product is that of the forward pass, and keep it.
+    """
+    del after
+    return F.linear(rows, weight, bias)
+
+
+@linear_again.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))

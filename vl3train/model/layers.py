@@ -16,23 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.activations import GELUTanh
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
 
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.attention import TORCH_VERSION, Segments, attend
-from vl3train.model.fused import GeluLinear, NormLinears
+from vl3train.model.fused_layers import GeluMlp, NormAttention, NormLinears, SwigluMlp
 from vl3train.model.offload import HostRows
+from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, segments, whether the MLP is computed again, whether the passes of model/fused.py may
 serve) -> hidden rows."""
 
-FUSED_ONES_ARE_REPEATED = TORCH_VERSION >= (2, 13)
-"""torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again, all 48 KB
-of a token's MLP; 2.14 does as it is asked. There layers that compute again take the plain modules."""
+FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
+"""torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does
+as it is asked. There layers that compute everything again take the plain modules."""
 
 
 def encoder_layer(
@@ -45,44 +46,25 @@ def encoder_layer(
     fused: bool = False,
 ) -> Tensor:
     """VideoLlama3VisionEncoderLayer: attention within each frame, then the MLP."""
-    attention = layer.self_attn
-    heads = (attention.num_heads, attention.head_dim)
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    hidden_PC, *qkv = _norm_linears(layer.layer_norm1, linears, hidden_PC, fused)
-    q, k, v = (x.unflatten(-1, heads) for x in qkv)
-    q, k = apply_rotary_pos_emb_vision(q, k, cos_PD, sin_PD)
-    out_PC = attend(q, k, v, segments, causal=False, scale=attention.scaling).flatten(-2)
-    project, mlp = attention.out_proj, layer.mlp
-    plain = (
-        _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
-        and type(mlp.activation_fn) is GELUTanh
+    attention, mlp = layer.self_attn, layer.mlp
+    hidden_PC, out_PC = _attention(
+        layer.layer_norm1,
+        attention,
+        hidden_PC,
+        (cos_PD, sin_PD),
+        segments,
+        apply_rotary_pos_emb_vision,
+        fused,
     )
-    if not (fused and plain):
+    project = attention.out_proj
+    plain = _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
+    if not (fused and plain and type(mlp.activation_fn) is GELUTanh):
         hidden_PC = hidden_PC + project(out_PC)
         return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
     hidden_PC = hidden_PC + F.linear(out_PC, project.weight, project.bias.detach())
-    return _maybe_again(functools.partial(_encoder_mlp, layer, mlp_again), hidden_PC, mlp_again)
-
-
-def _encoder_mlp(layer: Any, again: bool, hidden_PC: Tensor) -> Tensor:
-    """LayerNorm, VideoLlama3VisionMLP and the residual; the biases whose gradient another pass sums go there."""
-    fc1, fc2, norm = layer.mlp.fc1, layer.mlp.fc2, layer.layer_norm2
-    # cuBLAS has a better kernel for the turned gradient of fc1: 0.64 ms against 0.86 for 49 152 rows from 1152 to
-    # 4304 wide (H100).
-    hidden_PC, wide_PI = NormLinears.apply(
-        hidden_PC,
-        layer.self_attn.out_proj.bias,
-        fc2.bias,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        True,
-        again,
-        True,
-        fc1.weight,
-        fc1.bias.detach(),
-    )
-    return hidden_PC + GeluLinear.apply(wide_PI, fc1.bias, fc2.weight, fc2.bias.detach())
+    norm, fc1, fc2 = layer.layer_norm2, mlp.fc1, mlp.fc2
+    weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return GeluMlp.apply(hidden_PC, project.bias, norm.weight, norm.bias, norm.eps, mlp_again, *weights)
 
 
 def decoder_layer(
@@ -95,44 +77,57 @@ def decoder_layer(
     fused: bool = False,
 ) -> Tensor:
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
-    attention = layer.self_attn
+    attention, mlp = layer.self_attn, layer.mlp
+    hidden_TH, out_TH = _attention(
+        layer.input_layernorm, attention, hidden_TH, (cos_TD, sin_TD), segments, apply_rotary_pos_emb, fused
+    )
+    hidden_TH = hidden_TH + attention.o_proj(out_TH)
+    norm = layer.post_attention_layernorm
+    plain = _plain(hidden_TH, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not (fused and plain and type(mlp.act_fn) is SiLUActivation):
+        return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
+    weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, *weights)
+
+
+def _attention(
+    norm: Any,
+    attention: Any,
+    rows: Tensor,
+    rope: tuple[Tensor, Tensor],
+    segments: Segments,
+    rotate: Callable[..., tuple[Tensor, Tensor]],
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """The rows for the residual, and what attention makes of them, the heads side by side."""
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    hidden_TH, *qkv = _norm_linears(layer.input_layernorm, linears, hidden_TH, fused)
+    causal, scale = attention.is_causal, attention.scaling
+    plain = fused and _plain(rows, norm, *linears)
+    centred = type(norm) is nn.LayerNorm
+    of_norm = (norm.weight, norm.bias, norm.eps) if centred else (norm.weight, None, norm.variance_epsilon)
+    parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
+    if plain and segments.backend in SERVED:
+        of_attention = (
+            segments.cu_seqlens,
+            attention.head_dim,
+            segments.max_seqlen,
+            segments.backend,
+            causal,
+            scale,
+        )
+        return NormAttention.apply(rows, *of_norm, *rope, *of_attention, *parameters)
+    if plain:
+        rows, *qkv = NormLinears.apply(rows, *of_norm, *parameters)
+    else:
+        normed = norm(rows)
+        qkv = [linear(normed) for linear in linears]
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv)
-    q, k = apply_rotary_pos_emb(q, k, cos_TD, sin_TD)
-    out = attend(q, k, v, segments, causal=True, scale=attention.scaling)
-    hidden_TH = hidden_TH + attention.o_proj(out.flatten(-2))
-    if not (
-        fused and _plain(hidden_TH, layer.post_attention_layernorm, layer.mlp.gate_proj, layer.mlp.up_proj)
-    ):
-        return hidden_TH + _maybe_again(layer.mlp, layer.post_attention_layernorm(hidden_TH), mlp_again)
-    return _maybe_again(functools.partial(_decoder_mlp, layer, mlp_again), hidden_TH, mlp_again)
-
-
-def _decoder_mlp(layer: Any, again: bool, hidden_TH: Tensor) -> Tensor:
-    """RMSNorm, Qwen2MLP and the residual."""
-    mlp = layer.mlp
-    linears = (mlp.gate_proj, mlp.up_proj)
-    hidden_TH, gate_TI, up_TI = _norm_linears(layer.post_attention_layernorm, linears, hidden_TH, True, again)
-    return hidden_TH + mlp.down_proj(mlp.act_fn(gate_TI) * up_TI)
+    q, k = rotate(q, k, *rope)
+    return rows, attend(q, k, v, segments, causal=causal, scale=scale).flatten(-2)
 
 
 def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, again: bool) -> Tensor:
     return checkpoint(body, rows, use_reentrant=False) if again else body(rows)
-
-
-def _norm_linears(
-    norm: Any, linears: Sequence[Any], rows: Tensor, fused: bool, again: bool = False
-) -> tuple[Tensor, ...]:
-    """The rows for the residual, and what each of ``linears`` makes of the normed rows."""
-    if not (fused and _plain(rows, norm, *linears)):
-        normed = norm(rows)
-        return rows, *(linear(normed) for linear in linears)
-    centred = type(norm) is nn.LayerNorm
-    eps = norm.eps if centred else norm.variance_epsilon
-    bias = norm.bias if centred else None
-    parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
-    return NormLinears.apply(rows, None, None, norm.weight, bias, eps, centred, again, False, *parameters)
 
 
 def _plain(rows: Tensor, *modules: nn.Module) -> bool:
@@ -161,7 +156,7 @@ def _run(
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
     inputs = (layer, hidden, cos, sin, segments)
-    fused = FUSED_ONES_ARE_REPEATED or recompute in ("nothing", "elementwise")
+    fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
         return checkpoint(body, *inputs, False, fused, use_reentrant=False)
     if recompute == "nothing" or torch.compiler.is_compiling():

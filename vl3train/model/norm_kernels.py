@@ -50,7 +50,7 @@ def norm_backward_kernel(
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
     block = triton.next_power_of_2(width)
     num_warps = max(1, min(16, block // VALUES_PER_WARP))
-    programs = min(num_rows, WARPS_PER_SM[num_sums] // num_warps * _multiprocessors(rows))
+    programs = min(num_rows, WARPS_PER_SM[num_sums] // num_warps * multiprocessors(rows))
     partial_sums = rows.new_empty((num_sums, programs, width), dtype=torch.float32)
     _norm_backward[(programs,)](
         g0,
@@ -89,7 +89,7 @@ def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     activated = torch.empty_like(wide)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
-    row_programs = max(1, GELU_PROGRAMS_PER_SM * _multiprocessors(wide) // column_blocks)
+    row_programs = max(1, GELU_PROGRAMS_PER_SM * multiprocessors(wide) // column_blocks)
     row_programs = min(row_programs, triton.cdiv(num_rows, tile_rows))
     partial_sums = wide.new_empty((row_programs, width), dtype=torch.float32)
     _gelu_backward[(column_blocks, row_programs)](
@@ -107,7 +107,8 @@ def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     return activated, partial_sums.sum(0)
 
 
-def _multiprocessors(tensor: Tensor) -> int:
+def multiprocessors(tensor: Tensor) -> int:
+    """How many a GPU has; programs are counted by them."""
     if not tensor.is_cuda:
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -85,10 +85,9 @@ class PackedModel(nn.Module):
     def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute]) -> Tensor:
         """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""
         vision = self.model.model.vision_model
-        embeddings = vision.embeddings
-        hidden_PC = embeddings(
-            self._scale_pixels(batch.pixel_values, embeddings.patch_embedding.weight.dtype)
-        )
+        # Not through vision.embeddings, which adds a view alone: compiled layers would take the first for another kind.
+        embedding = vision.embeddings.patch_embedding
+        hidden_PC = embedding(self._scale_pixels(batch.pixel_values, embedding.weight.dtype))
         rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
         segments = make_segments(
             batch.vision_cu_seqlens, batch.frame_lengths, hidden_PC.shape[0], self.attention
@@ -129,8 +128,8 @@ class PatchProduct(nn.Conv2d):
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(P, channels, side, side) -> (P, C, 1, 1)."""
-        return F.linear(pixels.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        """(P, values of a patch), in any shape -> (P, C)."""
+        return F.linear(pixels.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def _scale_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
