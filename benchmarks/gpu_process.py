@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -33,9 +34,12 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
         processes.append(process)
         pipes.append(receiver)
     found: dict[str, Any] = {"failed": "interrupted"}
+    # `timeout` and job managers end a command with SIGTERM: the children, groups of their own, would hold the GPU on.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     try:
         found = collect(pipes, row.max_seconds)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in processes:
             if "failed" not in found:
                 process.join(SECONDS_TO_LEAVE)

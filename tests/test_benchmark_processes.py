@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +59,28 @@ def test_every_row_names_a_way_and_can_be_made_small():
         assert quick(row).steps == 2
     names = [name for row in ROWS.values() for name in row.figures.values()]
     assert len(names) == len(set(names))
+
+
+def sleeps(name, row, rank, tiny, pipe):
+    Path(name).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_a_command_that_is_ended_ends_its_processes(tmp_path):
+    note = tmp_path / "pid"
+    code = (
+        "from benchmarks.gpu_process import in_own_processes; from benchmarks.gpu_rows import Row;"
+        "from tests.test_benchmark_processes import sleeps;"
+        f"in_own_processes(sleeps, {str(note)!r}, Row(), True)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    try:
+        while not (note.exists() and note.read_text()):
+            assert command.poll() is None, command.communicate()[1]
+            time.sleep(0.05)
+        command.terminate()
+        assert b"ended by SIGTERM" in command.communicate(timeout=30)[1]
+    finally:
+        command.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
