@@ -129,6 +129,16 @@ def test_memory_is_near_what_was_measured(workplace):
     )
 
 
+def test_states_on_the_host_take_no_memory_of_the_gpu(workplace):
+    words = ["stage=3", "model=2b", "stage.init_from=checkpoint", "machine.dp_size=2"]
+    there, away = (
+        rank_memory(load_config([*words, f"machine.states_on_host={on_host}"]), GPUS["h100"])[0]
+        for on_host in ("false", "true")
+    )
+    assert away.pop("masters and AdamW") == pytest.approx(there.pop("masters and AdamW") / 3)
+    assert away == there
+
+
 @pytest.mark.parametrize(
     ("gpu", "words"),
     [

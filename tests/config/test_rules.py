@@ -83,6 +83,15 @@ def test_weights_without_masters_name_all_that_they_need(workplace: Path):
     assert text.endswith(way_out)
 
 
+def test_states_on_the_host_name_all_that_they_need(workplace: Path):
+    on_host = "machine.states_on_host=true"
+    assert keys("stage=1", on_host) == []
+    text = only_problem("stage=1", on_host, "machine.zero_stage=2", "optim.state_dtype=bfloat16")
+    assert text.startswith("machine.states_on_host=true: ")
+    assert text.endswith("set machine.zero_stage=1 and optim.state_dtype=float32, or this to false")
+    assert keys("stage=1", on_host, "machine.dtype=float32") == ["machine.states_on_host"]
+
+
 def test_five_mistakes_are_five_problems(workplace: Path):
     assert keys(
         "stage=2", "step.global_packs=7", "optim.beta1=1", "machine.zero_stage=0", "data.root=elsewhere"

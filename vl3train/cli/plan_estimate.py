@@ -133,6 +133,8 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     trained = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
     tokens, patches = cfg.step.max_tokens, cfg.step.max_patches
 
+    states = 0 if machine.states_on_host else state_bytes(cfg.optim)
+
     def split(size: float, from_stage: int) -> float:
         return size / ranks if machine.zero_stage >= from_stage else size
 
@@ -141,7 +143,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     parts = {
         "weights": split(parameters * width, 3),
         "gradients": split(trained * 4, 2),
-        "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + state_bytes(cfg.optim)), 1),
+        "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + states), 1),
         "activations": float(max(inner, encoder_inner)),  # of one layer at work
         "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
     }

@@ -169,6 +169,16 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
                 f"set {' and '.join(lacking)}",
             )
             found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
+    if machine.states_on_host:
+        needed = {
+            "machine.dtype=bfloat16": machine.dtype is Dtype.bfloat16,
+            "machine.zero_stage=1": machine.zero_stage == 1,
+            "optim.state_dtype=float32": cfg.optim.state_dtype is Dtype.float32,
+        }
+        if lacking := [words for words, is_so in needed.items() if not is_so]:
+            what = "states wait on the host under float32 masters that ZeRO-1 has cut, and nowhere else"
+            way_out = f"set {' and '.join(lacking)}, or this to false"
+            found.append(Problem("machine.states_on_host", True, what, way_out))
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
         in_part = level in (Recompute.elementwise, Recompute.mlp)

@@ -182,6 +182,11 @@ class MachineConfig:
     recompute_language: Recompute = Recompute.layer
     """The same for each language-model layer."""
 
+    states_on_host: bool = False
+    """AdamW's two means wait in the host's page-locked memory, 8 bytes for each trained parameter, and cross the link
+    twice a step: activations may use that memory of the GPU (docs/memory.md). Needs zero_stage=1, dtype=bfloat16 and
+    optim.state_dtype=float32; best with memory=auto."""
+
     compile_layers: bool = False
     """torch.compile each layer: half a minute at the start, then far fewer kernels. Not with zero_stage=3."""
 

@@ -10,6 +10,7 @@ import torch
 
 from vl3train.config.choices import Dtype, Schedule
 from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.rounded_adamw import RoundedAdamW
 
 
@@ -33,7 +34,11 @@ def rate_factor(step: int, num_steps: int, optim: OptimConfig) -> float:
 
 
 def build_optimizer(
-    groups: Sequence[dict[str, Any]], optim: OptimConfig, device: torch.device
+    groups: Sequence[dict[str, Any]],
+    optim: OptimConfig,
+    device: torch.device,
+    *,
+    states_on_host: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW over one group for each part; the kernel is fused on GPUs.
 
@@ -44,6 +49,8 @@ def build_optimizer(
     betas, on_gpu = (optim.beta1, optim.beta2), device.type == "cuda"
     if optim.state_dtype is Dtype.bfloat16:
         return RoundedAdamW(groups, betas=betas, eps=optim.eps, compile_update=on_gpu)
+    if states_on_host:
+        return HostAdamW(groups, betas=betas, eps=optim.eps, fused=on_gpu)
     return torch.optim.AdamW(list(groups), betas=betas, eps=optim.eps, fused=on_gpu)
 
 
@@ -58,8 +65,9 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
         size * num_trained / ranks / 2**30 for size in (state_bytes(optim), master_bytes(optim, machine))
     )
     kept = f"{masters:.1f} GiB for float32 masters" if masters else "none for masters"
+    where = " in the host's memory" if machine.states_on_host else ""
     return (
-        f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value} and {kept} "
+        f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value}{where} and {kept} "
         f"on each of {machine.dp_size} ranks"
     )
 

@@ -136,7 +136,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     )
     engine = Zero(
         packed,
-        build_optimizer(groups, cfg.optim, rank.device),
+        build_optimizer(groups, cfg.optim, rank.device, states_on_host=cfg.machine.states_on_host),
         machine=cfg.machine,
         optim=cfg.optim,
         num_micro_batches=cfg.step.global_packs // rank.dp_size,
