@@ -32,7 +32,12 @@ Step = Callable[[list[Any], int], float]
 
 def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]) -> Step:
     """One step through vl3train's train_step, on batches; ``batches`` are all that will come, of all ranks."""
-    machine = MachineConfig(dtype=Dtype.bfloat16, zero_stage=row.zero_stage, device=Device(device.type))
+    machine = MachineConfig(
+        dtype=Dtype.bfloat16,
+        zero_stage=row.zero_stage,
+        device=Device(device.type),
+        states_on_host=row.states_on_host,
+    )
     attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
     print(f"attention: {attention.name} ({attention.reason})", flush=True)
     packed = PackedModel(
@@ -52,7 +57,7 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
     else:
         engine = Zero(
             packed,
-            build_optimizer(groups, optim, device),
+            build_optimizer(groups, optim, device, states_on_host=machine.states_on_host),
             machine=machine,
             optim=optim,
             num_micro_batches=row.packs_a_step,
@@ -107,12 +112,13 @@ class PlainEngine:
         """As Zero.train."""
         self.model.train(training)
 
-    def forward(self, batch: Batch) -> Any:
+    def forward(self, batch: Batch, *, first: bool = False) -> Any:
         """As Zero.forward."""
-        return self.model(batch.to(self.rank.device))
+        return self.model(batch.to(self.rank.device), first=first)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of ``loss``, added to the step's sums and let go."""
+    def backward(self, loss: Tensor, *, last: bool = False) -> None:
+        """Gradients of ``loss``, added to the step's sums and let go; nothing has to come back for the ``last``."""
+        del last
         loss.backward()
         for total, weight in zip(self.sums, self.weights, strict=True):
             if weight.grad is not None and self.begun:

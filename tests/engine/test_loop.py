@@ -87,13 +87,14 @@ def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
     assert len(figures(stage1)) == 4
 
 
+ON_HOST = ["machine.dtype=bfloat16", "machine.states_on_host=true"]
 NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.master_dtype=bfloat16"]
 
 
 @pytest.mark.parametrize(
     "optim",
-    [[], ["optim.state_dtype=bfloat16"], NO_MASTERS],
-    ids=["float32 states", "bfloat16 states", "no masters"],
+    [[], ["optim.state_dtype=bfloat16"], NO_MASTERS, ON_HOST],
+    ids=["float32 states", "bfloat16 states", "no masters", "states on the host"],
 )
 def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path, optim):
     words = [

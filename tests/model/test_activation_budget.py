@@ -104,6 +104,24 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
     assert (less.vision + less.language).count(Recompute.offload) == 1
 
 
+@pytest.mark.parametrize("wanted", [0, 7, 60])
+@pytest.mark.parametrize("gib", [3, 8, 20, 50])
+def test_what_others_take_is_spared_down_to_every_layers_input(gib, wanted):
+    vision_gib = gib * 3 // 4
+    found = budget(gib * 2**30, vision_gib * 2**30, *PUBLISHED)
+    spared, levels = found.can_spare(PACK, wanted * 2**30), found.levels(PACK, others=wanted * 2**30)
+    inputs = found.kept_bytes(PACK, Levels((Recompute.layer,) * 27, (Recompute.layer,) * 28))
+    rest = budget(gib * 2**30 - spared, vision_gib * 2**30 - spared, *PUBLISHED)
+    assert levels == rest.levels(PACK)
+    assert fits(rest, PACK, levels)
+    if fits(found, PACK, Levels((Recompute.layer,) * 27, (Recompute.layer,) * 28)):
+        assert Recompute.offload not in levels.vision + levels.language
+        left = min(gib * 2**30 - sum(inputs), vision_gib * 2**30 - inputs[0])
+        assert spared == min(wanted * 2**30, left)
+    else:
+        assert spared == 0
+
+
 def test_layers_that_keep_most_come_last_and_words_say_how_many():
     levels = budget(30 * 2**30, 30 * 2**30, *PUBLISHED).levels(PACK)
     order = [SCALE.index(level) for level in levels.language]

@@ -124,7 +124,10 @@ def log_step(
         "memory_gib": memory,
         **run.meter.figures(
             step_batches.batches,
-            [run.packed.choose_levels(batch) for batch in step_batches.batches],
+            [
+                run.packed.levels_of(batch, first=number == 0)
+                for number, batch in enumerate(step_batches.batches)
+            ],
             step_seconds,
         ),
     }

@@ -6,6 +6,7 @@ weights, gradients and random numbers as they were.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,6 +123,12 @@ def fit_memory(
         packed.choose_levels = lambda _: fitted.levels
     else:
         packed.choose_levels = fitted.budget.levels_of
+    if engine.host_adamw is not None:
+        # When a step begins, the means of the step before are still on their way to the host. All of them, so that
+        # levels, and with them the last bits of compiled layers, do not depend on how fast they leave.
+        leaving = engine.host_adamw.num_bytes()
+        engine.hold_back = lambda batch: fitted.budget.can_spare(pack_size(batch), leaving)
+        packed.choose_first_levels = functools.partial(fitted.budget.levels_of, others=leaving)
     return fitted
 
 

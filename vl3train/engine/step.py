@@ -41,10 +41,11 @@ def train_step(
     totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
     totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
-        output = engine.forward(batch)
-        engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
+        first, last = position == 0, position == len(micro_batches) - 1
+        output = engine.forward(batch, first=first)
+        engine.backward(output.loss_sum / max(num_supervised_tokens, 1), last=last)
         totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
-        if position < len(micro_batches) - 1:
+        if not last:
             engine.finish_micro_batch()
     grad_norm = engine.step()
 

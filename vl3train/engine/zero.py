@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from torch import Tensor
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
+from vl3train.engine.device_memory import CudaMemory, DeviceMemory
+from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.optim import state_bytes
 from vl3train.engine.ranks import Rank
 from vl3train.engine.zero_1 import drop_masters, keep_float32_sums
+from vl3train.model.packed_forward import PackedModel
 
 # On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -41,7 +45,7 @@ class Zero:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PackedModel,
         optimizer: torch.optim.Optimizer,
         *,
         machine: MachineConfig,
@@ -66,14 +70,35 @@ class Zero:
             keep_float32_sums(self.optimizer, clip=optim.max_grad_norm)
             if optim.master_dtype is Dtype.bfloat16:
                 drop_masters(self.optimizer)
+        self.host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
+        self.memory: DeviceMemory | None = CudaMemory(rank.device) if rank.device.type == "cuda" else None
+        self.hold_back: Callable[[Batch], int] | None = None
+        """Bytes of the means that may still be leaving the device when a step begins; None for all of them."""
+        self._most_held = 0  # while the last backward pass of a step runs with the means on the host
+        if self.host_adamw is not None:
+            model.on_layer_backward = self._bring_means
 
-    def forward(self, batch: Batch) -> Any:
-        """The model's output for one micro-batch on this rank's device."""
-        return self.engine(batch.to(self.rank.device))
+    def forward(self, batch: Batch, *, first: bool = False) -> Any:
+        """The model's output for one micro-batch on this rank's device; ``first`` says that it begins a step."""
+        if first and self.host_adamw is not None and self.hold_back is not None:
+            self.host_adamw.wait(max_bytes_left=self.hold_back(batch))
+        return self.engine(batch.to(self.rank.device), first=first)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
+    def backward(self, loss: Tensor, *, last: bool = False) -> None:
+        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks.
+
+        ``last`` says that the step's update comes next: means that wait on the host come back as layers free memory.
+        """
+        if last and self.host_adamw is not None and self.memory is not None:
+            self._most_held = self.memory.held()
         self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
+        self._most_held = 0
+
+    def _bring_means(self) -> None:
+        if self._most_held:
+            assert self.host_adamw is not None, "nobody else asks to be called after each layer"
+            assert self.memory is not None, "it has counted what was held"
+            self.host_adamw.bring(self._most_held - self.memory.held())
 
     def step(self) -> float | Tensor:
         """Clip and update once the last micro-batch is in; returns the L2 norm of the gradients before clipping."""
@@ -87,11 +112,13 @@ class Zero:
         return self.engine.get_global_grad_norm()
 
     def states_to_come(self) -> int:
-        """Bytes that AdamW's states will take on this rank, where no step has made them yet.
+        """Bytes that AdamW's states will take on this rank's device, where no step has made them yet.
 
         torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
         """
-        if any(getattr(self.optimizer, "optimizer", self.optimizer).state.values()):
+        if self.host_adamw is not None or any(
+            getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+        ):
             return 0
         trained = [p for p in self.engine.module.parameters() if p.requires_grad]
         size = sum(

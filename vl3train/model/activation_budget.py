@@ -43,8 +43,10 @@ class ActivationBudget:
     language_kept: dict[Recompute, int]
     rates: RecomputeRates
 
-    def levels(self, size: PackSize) -> Levels:
+    def levels(self, size: PackSize, *, others: int = 0) -> Levels:
         """The levels with the least work done again, counted in operations, whose bytes fit the budget.
+
+        ``others`` take bytes of the budget too: as many as the pack can spare.
 
         Exact: layers of a tower are alike, so every count of layers at each level is looked at (4495 for 28 layers
         at 4 levels), about a millisecond. Where nothing fits, the levels that keep least.
@@ -60,9 +62,10 @@ class ActivationBudget:
         least_work = np.minimum.accumulate(language_work[order])
         is_less = np.diff(least_work, prepend=least_work[0] + 1) < 0
         best = np.maximum.accumulate(np.where(is_less, np.arange(len(order)), 0))
-        room = self.total_bytes - vision_bytes
+        spared = self.can_spare(size, others)
+        room = self.total_bytes - spared - vision_bytes
         last = np.searchsorted(language_bytes[order], room, side="right") - 1
-        fits = (last >= 0) & (vision_bytes <= self.vision_bytes)
+        fits = (last >= 0) & (vision_bytes <= self.vision_bytes - spared)
         if not fits.any():
             return self.least_kept()
         work = np.where(fits, vision_work + least_work[last], np.iinfo(np.int64).max)
@@ -72,16 +75,22 @@ class ActivationBudget:
             self._spread(self.language_kept, self.rates.language, int(order[best[last[chosen]]])),
         )
 
-    def levels_of(self, batch: Batch) -> Levels:
+    def levels_of(self, batch: Batch, *, others: int = 0) -> Levels:
         """The same for one micro-batch, from the integers that it has on the host."""
-        return self.levels(pack_size(batch))
+        return self.levels(pack_size(batch), others=others)
+
+    def can_spare(self, size: PackSize, wanted: int) -> int:
+        """Of ``wanted`` bytes, those that a pack can do without: it keeps every layer's input at least.
+
+        Not less, since they are wanted for what is on its way to the host: inputs would have to queue behind it.
+        """
+        vision, language = self.kept_bytes(size, self._all_at(Recompute.layer))
+        room = min(self.total_bytes - vision - language, self.vision_bytes - vision)
+        return max(0, min(wanted, room))
 
     def least_kept(self) -> Levels:
         """Every layer at the last level."""
-        return Levels(
-            (list(self.vision_kept)[-1],) * self.rates.vision.num_layers,
-            (list(self.language_kept)[-1],) * self.rates.language.num_layers,
-        )
+        return self._all_at(list(self.vision_kept)[-1])
 
     def kept_bytes(self, size: PackSize, levels: Levels) -> tuple[int, int]:
         """Bytes that the encoder and the language model keep of a pack at these levels."""
@@ -89,6 +98,9 @@ class ActivationBudget:
             size.patches * sum(self.vision_kept[level] for level in levels.vision),
             size.tokens * sum(self.language_kept[level] for level in levels.language),
         )
+
+    def _all_at(self, level: Recompute) -> Levels:
+        return Levels((level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers)
 
     @staticmethod
     def _choices(

@@ -182,11 +182,17 @@ def run_layers(
     rope: tuple[Tensor, Tensor],
     segments: Segments,
     levels: Sequence[Recompute],
+    on_backward: Callable[[], None] | None = None,
 ) -> Tensor:
-    """All layers of a tower, one after the other, each recomputing in the backward pass what its level says."""
+    """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
+
+    ``on_backward`` is called in the backward pass after each layer, when what the layer kept is freed.
+    """
     host = HostRows()
     for layer, level in zip(layers, levels, strict=True):
         # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
+        if on_backward is not None and hidden.requires_grad:
+            hidden.register_hook(lambda _: on_backward())
         offload = level is Recompute.offload
         with host.keep_input(hidden) if offload else contextlib.nullcontext():
             hidden = runner(

@@ -38,7 +38,8 @@ class PackedModel(nn.Module):
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
     ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
     the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_levels`` is set to
-    something else (engine/memory.py does); ``compile_layers`` fuses them.
+    something else (engine/memory.py does), or ``choose_first_levels`` for the first micro-batch of a step;
+    ``compile_layers`` fuses them. ``on_layer_backward`` is called in the backward pass after each layer.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class PackedModel(nn.Module):
             (recompute_language,) * len(hf_model.model.language_model.layers),
         )
         self.choose_levels: Callable[[Batch], Levels] = lambda _: given
+        self.choose_first_levels: Callable[[Batch], Levels] | None = None
+        self.on_layer_backward: Callable[[], None] | None = None
         self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
         self.compile_layers = compile_layers
         self._run_layer = layer_runner(compiled=compile_layers)
@@ -67,9 +70,14 @@ class PackedModel(nn.Module):
         self._scale_pixels = compiled(_scale_pixels, enabled=compile_layers)
         hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchProduct
 
-    def forward(self, batch: Batch) -> PackedOutput:
-        """Loss of one micro-batch, by the sum over its supervised tokens."""
-        levels = self.choose_levels(batch) if self.training else self._nothing
+    def levels_of(self, batch: Batch, *, first: bool) -> Levels:
+        """What each layer computes again in training; ``first`` of a step."""
+        choose = self.choose_first_levels if first else None
+        return (choose or self.choose_levels)(batch)
+
+    def forward(self, batch: Batch, *, first: bool = False) -> PackedOutput:
+        """Loss of one micro-batch, the ``first`` of a step or not, by the sum over its supervised tokens."""
+        levels = self.levels_of(batch, first=first) if self.training else self._nothing
         inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
         hidden_TH = self._language_states(batch, inputs_TH, levels.language)
         loss_sum, token_losses_U, correct_U = supervised_loss(
@@ -93,7 +101,14 @@ class PackedModel(nn.Module):
             batch.vision_cu_seqlens, batch.frame_lengths, hidden_PC.shape[0], self.attention
         )
         hidden_PC = run_layers(
-            self._run_layer, encoder_layer, vision.encoder.layers, hidden_PC, rope, segments, levels
+            self._run_layer,
+            encoder_layer,
+            vision.encoder.layers,
+            hidden_PC,
+            rope,
+            segments,
+            levels,
+            self.on_layer_backward,
         )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
         rows_NC = merged_MC.index_select(0, batch.kept) if batch.kept.shape[0] else merged_MC[:1]
@@ -116,7 +131,14 @@ class PackedModel(nn.Module):
         rope = cos_1TD.squeeze(0), sin_1TD.squeeze(0)
         segments = make_segments(batch.cu_seqlens, batch.segment_lengths, inputs_TH.shape[0], self.attention)
         hidden_TH = run_layers(
-            self._run_layer, decoder_layer, language_model.layers, inputs_TH, rope, segments, levels
+            self._run_layer,
+            decoder_layer,
+            language_model.layers,
+            inputs_TH,
+            rope,
+            segments,
+            levels,
+            self.on_layer_backward,
         )
         return self._norm(language_model.norm, hidden_TH)
 

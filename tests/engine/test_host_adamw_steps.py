@@ -1,0 +1,144 @@
+"""AdamW with its means on the host under real DeepSpeed: the same run to the bit, and when its means come back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+from tests.engine.test_memory import ROOMY, counted, pack
+from tests.model.conftest import make_model
+from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.engine import host_adamw
+from vl3train.engine.host_adamw import HostAdamW
+from vl3train.engine.optim import build_optimizer
+from vl3train.engine.ranks import join
+from vl3train.engine.rounded_adamw import MEANS
+from vl3train.engine.step import train_step
+from vl3train.engine.zero import Zero
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import parameter_groups
+
+
+@pytest.fixture(scope="module")
+def rank():
+    return join(MachineConfig())
+
+
+@functools.cache
+def start_model():
+    torch.manual_seed(7)
+    return make_model(layers=4).to(torch.bfloat16)
+
+
+BATCHES = ((1, 300), (3, 20), (2, 100))
+
+
+def engine_of(rank, states_on_host, num_micro_batches=3):
+    """Two groups, ZeRO-1 in bfloat16."""
+    model, optim = copy.deepcopy(start_model()), OptimConfig()
+    groups = parameter_groups(model, {"vision_encoder": 1e-3, "projector": 1e-2, "language_model": 2e-3}, 0.1)
+    engine = Zero(
+        PackedModel(model, "reference"),
+        build_optimizer(groups, optim, rank.device, states_on_host=states_on_host),
+        machine=MachineConfig(states_on_host=states_on_host),
+        optim=optim,
+        num_micro_batches=num_micro_batches,
+        rank=rank,
+    )
+    engine.train(True)
+    return engine
+
+
+def train(engine, steps):
+    batches = [pack(*size) for size in BATCHES][-engine.engine.gradient_accumulation_steps() :]
+    for step in steps:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] / (1 + step)
+        train_step(engine, batches, num_supervised_tokens=40, num_sources=1, stop_requested=False)
+
+
+def outcome(engine):
+    """Weights, masters and means."""
+    found = dict(engine.full_state_dict(engine.engine.module.model))
+    for number, master in enumerate(engine.optimizer.fp32_groups_flat_partition):
+        found[f"master {number}"] = master.detach().clone()
+        state = engine.optimizer.state[master]
+        found |= {f"{name} {number}": state[name].clone() for name in ("step", *MEANS)}
+    return found
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(rank):
+    """Four steps with the means on the device."""
+    engine = engine_of(rank, False)
+    train(engine, range(4))
+    return outcome(engine)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 5000)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["begun on the device", "begun on the host"])
+@pytest.mark.parametrize("then", [False, True], ids=["resumed on the device", "resumed on the host"])
+def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_means_lie(
+    rank, straight, tmp_path, small_pieces, first, then
+):
+    engine = engine_of(rank, first)
+    train(engine, range(2))
+    engine.save(tmp_path)
+    train(engine, range(2, 4))
+    assert_equal(outcome(engine), straight)
+    resumed = engine_of(rank, then)
+    resumed.load(tmp_path)
+    train(resumed, range(2, 4))
+    assert_equal(outcome(resumed), straight)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
+    rank, straight, small_pieces, monkeypatch, num_micro_batches
+):
+    engine = engine_of(rank, True, num_micro_batches)
+    optimizer, calls, starts = engine.host_adamw, [], []
+    bring, backward = HostAdamW.bring, Zero.backward
+    with counted(engine, pack(*BATCHES[0]), ROOMY) as memory:
+        engine.memory = memory
+
+        def watched_backward(self, loss, *, last=False):
+            starts.append(memory.held())
+            backward(self, loss, last=last)
+
+        def watched_bring(self, max_bytes):
+            bring(self, max_bytes)
+            calls.append((len(starts), memory.held(), sum(piece.is_there for piece in self._all_pieces())))
+
+        monkeypatch.setattr(Zero, "backward", watched_backward)
+        monkeypatch.setattr(HostAdamW, "bring", watched_bring)
+        train(engine, range(1))
+        assert [there for *_, there in calls] == [0] * 8, "before the first update there are none"
+        calls.clear()
+        train(engine, range(1, 4))
+    if num_micro_batches == 3:
+        assert_equal(outcome(engine), straight)
+    assert len(calls) == 3 * 8, "once a layer"
+    for step in range(3):
+        of_step = calls[8 * step : 8 * step + 8]
+        assert {number for number, *_ in of_step} == {(step + 2) * num_micro_batches}, (
+            "in the last of its step"
+        )
+        assert max(held for _, held, _ in of_step) <= starts[of_step[0][0] - 1]
+        there = [there for *_, there in of_step]
+        assert there == sorted(there)
+        assert there[-1] > there[0], "the room of later layers is used too"
+        assert there[-1] > len(list(optimizer._all_pieces())) // 8
