@@ -30,6 +30,7 @@ class Row:
     lora: bool = False
     lora_dropout: float = 0.0
     optimizer_dtype: str = "float32"  # of AdamW's means and of what it updates
+    states_on_host: bool = False  # AdamW's means, between updates
     zero_stage: int = 1
     ranks: int = 1  # processes, a GPU each
     liger: bool = False  # ways of transformers: liger's kernels in the language model, its fused loss
@@ -101,6 +102,8 @@ ROWS: dict[str, Row] = {
     ),
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
     "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
+    "2b_states_on_host": Row(states_on_host=True),
+    "7b_one_gpu": Row(model="7b", states_on_host=True, max_seconds=420),  # needs 139 GiB
     "2b_eager": Row(compile_layers=False, memory="given"),
     "2b_torch_varlen": Row(attention="torch_varlen"),
     "2b_recompute_layer": Row(memory="given"),
