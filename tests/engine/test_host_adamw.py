@@ -118,6 +118,18 @@ def test_a_step_takes_no_more_memory_than_what_was_brought_and_three_pieces(monk
         assert len(made) == rooms
 
 
+def test_a_room_too_small_is_not_taken_again(monkeypatch):
+    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 100)
+    found = []
+    for states_on_host in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(size)) for size in (5, 1, 700)]
+        optimizer = optimizer_of(parameters, states_on_host)
+        go_on([parameters[0], torch.zeros(1), *parameters[1:]], optimizer, range(2, 5))
+        found.append(torch.cat([parameter.detach() for parameter in parameters]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("saved_on_host", [False, True])
 @pytest.mark.parametrize("loaded_on_host", [False, True])
 def test_a_state_goes_from_either_optimizer_into_either(monkeypatch, saved_on_host, loaded_on_host):
