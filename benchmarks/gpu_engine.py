@@ -18,6 +18,7 @@ from vl3train.engine.memory import fit_memory, row_bytes
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
+from vl3train.engine.transfer import Transfer
 from vl3train.engine.zero import Zero
 from vl3train.model.attention import choose_attention
 from vl3train.model.compiling import compiled
@@ -97,6 +98,7 @@ class PlainEngine:
         if rank.dp_size > 1:
             raise ValueError("the plain loop is for one rank")
         self.rank, self.model, self.max_norm = rank, model, optim.max_grad_norm
+        self.transfer = Transfer(rank.device)
         self.weights: list[Tensor] = [weight for group in groups for weight in group["params"]]
         for group in groups:
             group["params"] = [torch.nn.Parameter(weight.detach().float()) for weight in group["params"]]
@@ -114,7 +116,11 @@ class PlainEngine:
 
     def forward(self, batch: Batch, *, first: bool = False) -> Any:
         """As Zero.forward."""
-        return self.model(batch.to(self.rank.device), first=first)
+        return self.model(self.transfer.take(batch), first=first)
+
+    def send(self, batch: Batch) -> None:
+        """As Zero.send."""
+        self.transfer.send(batch)
 
     def backward(self, loss: Tensor, *, last: bool = False) -> None:
         """Gradients of ``loss``, added to the step's sums and let go; nothing has to come back for the ``last``."""

@@ -77,7 +77,7 @@ def states_to_come(packed):
 def counted(engine, batch, device_bytes, margin_bytes=0):
     """A device that holds the model, masters, gradients so far and the batch."""
     weights = list(engine.engine.module.parameters())
-    there = [*weights, *engine.engine.module.buffers(), *batch._tensors().values()]
+    there = [*weights, *engine.engine.module.buffers(), *batch.tensors().values()]
     there += [weight.grad for weight in weights if weight.grad is not None]
     for name in ("fp32_groups_flat_partition", "fp32_groups_gradients_flat"):  # of ZeRO-1 in bfloat16
         there += getattr(engine.optimizer, name, [])

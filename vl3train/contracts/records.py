@@ -134,16 +134,17 @@ class Batch:
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()
         }
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; DataLoader calls it by this name."""
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
         return dataclasses.replace(self, **pinned)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What of it lies on a device, by field."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if hasattr(value, "pin_memory")}
 

@@ -26,6 +26,7 @@ from vl3train.engine.device_memory import CudaMemory, DeviceMemory
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.optim import state_bytes
 from vl3train.engine.ranks import Rank
+from vl3train.engine.transfer import Transfer
 from vl3train.engine.zero_1 import drop_masters, keep_float32_sums
 from vl3train.model.packed_forward import PackedModel
 
@@ -70,6 +71,7 @@ class Zero:
             keep_float32_sums(self.optimizer, clip=optim.max_grad_norm)
             if optim.master_dtype is Dtype.bfloat16:
                 drop_masters(self.optimizer)
+        self._transfer = Transfer(rank.device)
         self.host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
         self.memory: DeviceMemory | None = CudaMemory(rank.device) if rank.device.type == "cuda" else None
         self.hold_back: Callable[[Batch], int] | None = None
@@ -78,11 +80,15 @@ class Zero:
         if self.host_adamw is not None:
             model.on_layer_backward = self._bring_means
 
+    def send(self, batch: Batch) -> None:
+        """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""
+        self._transfer.send(batch)
+
     def forward(self, batch: Batch, *, first: bool = False) -> Any:
         """The model's output for one micro-batch on this rank's device; ``first`` says that it begins a step."""
         if first and self.host_adamw is not None and self.hold_back is not None:
             self.host_adamw.wait(max_bytes_left=self.hold_back(batch))
-        return self.engine(batch.to(self.rank.device), first=first)
+        return self.engine(self._transfer.take(batch), first=first)
 
     def backward(self, loss: Tensor, *, last: bool = False) -> None:
         """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks.
