@@ -1,6 +1,6 @@
 """Loss curves of 200 steps: packs under the engine against transformers' own forward, one sample at a time.
 
-    python -m benchmarks.loss_curves            # on a CPU bfloat16 once, and nothing compiled
+    python -m benchmarks.loss_curves            # on a CPU the second order of the data for the reference alone
     python -m benchmarks.loss_curves --tiny     # a few steps; nothing is kept
 
 Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
@@ -45,8 +45,8 @@ SAMPLES_A_STEP = 8
 PACKS_A_STEP = 2
 
 
-def curves(cuda: bool) -> list[Curve]:
-    """All that this machine can draw; the reference first."""
+def curves(*, cuda: bool, tiny: bool) -> list[Curve]:
+    """All that this machine can draw, the reference first; compiled layers need a compiler, on a CPU one for C++."""
     found = [
         Curve(packed=packed, dtype=dtype)
         for dtype in (Dtype.float32, Dtype.bfloat16)
@@ -54,8 +54,11 @@ def curves(cuda: bool) -> list[Curve]:
     ]
     found.append(Curve(packed=True, dtype=Dtype.bfloat16, rounded=True))
     again = found if cuda else found[:1]  # a CPU is slow
-    if cuda:
-        found.append(Curve(packed=True, dtype=Dtype.bfloat16, compiled=True))
+    if not tiny:
+        compiled = [
+            Curve(packed=True, dtype=dtype, compiled=True) for dtype in (Dtype.float32, Dtype.bfloat16)
+        ]
+        found = [*found, *compiled]
     turned = replace(found[0], turned=True)
     return [*found, turned, *(replace(curve, seed=1) for curve in again)]
 
@@ -78,7 +81,8 @@ def main() -> None:
     rank = join(machine_config)
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
-        found = draw_all(task, rank, num_steps=4 if args.tiny else 200)
+        drawn = curves(cuda=rank.device.type == "cuda", tiny=args.tiny)
+        found = draw_all(drawn, task, rank, num_steps=4 if args.tiny else 200)
     lines, table = list(figure_lines(found, rank)), markdown(found)
     print(table)
     if args.tiny:
@@ -88,10 +92,10 @@ def main() -> None:
     (out / "loss_curves.md").write_text(table)
 
 
-def draw_all(task: Task, rank: Rank, num_steps: int) -> dict[Curve, list[float]]:
+def draw_all(drawn: Sequence[Curve], task: Task, rank: Rank, num_steps: int) -> dict[Curve, list[float]]:
     """The losses of every curve, in order of its steps."""
     found = {}
-    for curve in curves(rank.device.type == "cuda"):
+    for curve in drawn:
         started = time.perf_counter()
         steps = task.steps(num_steps, SAMPLES_A_STEP, curve.seed)
         found[curve] = (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
