@@ -237,6 +237,31 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
+def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
+    tiny_model, batch_of, mixed, monkeypatch
+):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model(layers=3)
+    for layer in (*model.model.vision_model.encoder.layers, *model.model.language_model.layers):
+        layer.self_attn.q_proj.__class__ = Adapted
+    packed = PackedModel(model, "reference", compile_layers=True).train()
+    graphs = []
+    for conversations in (mixed, mixed[:2], mixed[1:]):
+        model.zero_grad()
+        packed(batch_of(conversations)).loss_sum.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    PackedModel(model, "reference").train()(batch_of(mixed[1:])).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        worst = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp(min=1e-3)
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
 def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch):
     """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
     monkeypatch.setattr(

@@ -236,21 +236,10 @@ def choose_right_attention(cfg: TrainConfig, hf_model: Any, rank: Rank) -> Atten
         choice = right_attention(
             cfg.machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
         )
-        problem = compiled_anew(choice) if cfg.machine.compile_layers else None
     except ValueError as error:
         problem = str(error)
     rank.agree(problem)
     return choice
-
-
-def compiled_anew(choice: AttentionChoice) -> str | None:
-    """Why layers must not be compiled with this attention kernel."""
-    if choice.name != "reference":
-        return None
-    return (
-        f"machine.compile_layers=true with attention reference ({choice.reason}): it reads the lengths of each pack, "
-        "so every pack would be compiled anew until torch gives up; set machine.compile_layers=false"
-    )
 
 
 def run_identity(

@@ -116,6 +116,18 @@ def _(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return qkv_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+
+
+qkv_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 def heads_of(rows: Tensor, head_dim: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (T, H, D), keys and values (T, Hkv, D) as views of (T, (H + 2 Hkv) D) rows."""
     heads = rows.view(len(rows), -1, head_dim)
