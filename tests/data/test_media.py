@@ -54,7 +54,7 @@ def test_other_formats(form):
     assert (header.height, header.width) == (31, 44)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(10), 65535])  # beyond 8 it means nothing
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_exif_orientation_is_applied_to_size_and_pixels(orientation, form):
     exif = Image.Exif()
@@ -64,6 +64,22 @@ def test_exif_orientation_is_applied_to_size_and_pixels(orientation, form):
     np.testing.assert_array_equal(decoded, as_transformers_loads(data))
     header = image_header(data, LIMITS)
     assert decoded.shape[:2] == (header.height, header.width)
+
+
+def test_an_exif_orientation_that_is_no_number_turns_nothing():
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x02\0\0\0\x02X\0\0\0" + bytes(4)
+    data = picture_bytes(drawn_picture(30, 50), "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data, LIMITS), as_transformers_loads(data))
+
+
+def test_the_same_damage_has_the_same_reason():
+    """The index is told apart by its reasons: a place in memory in one made a new plan of the same shards."""
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(BadSample) as caught:
+            image_header(b"<html>404</html>", LIMITS)
+        reasons.add(str(caught.value))
+    assert reasons == {"image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF"}
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])

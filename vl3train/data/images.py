@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vl3train.contracts.records import BadSample
 from vl3train.data.media import DecodeLimits
@@ -30,6 +30,7 @@ TURN = {  # the same table as PIL.ImageOps.exif_transpose
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURN[orientation] for orientation in (5, 6, 7, 8)}
 PILLOW_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, struct.error),
     Image.DecompressionBombError,
@@ -51,10 +52,10 @@ def image_header(data: bytes, limits: DecodeLimits) -> ImageHeader:
     """What the header alone says."""
     with _opened_image(data, limits) as image:
         width, height = image.size
-        orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
+        turn = TURN.get(image.getexif().get(EXIF_ORIENTATION, 1))  # none for values that mean nothing
         return ImageHeader(
-            *((width, height) if orientation >= 5 else (height, width)),
-            turn=TURN.get(orientation),
+            *((width, height) if turn in SIDEWAYS else (height, width)),
+            turn=turn,
             jpeg=image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"),
         )
 
@@ -104,4 +105,7 @@ def _opened_image(data: bytes, limits: DecodeLimits) -> Iterator[Image.Image]:
 
 
 def _unreadable(data: bytes, error: Exception) -> BadSample:
-    return BadSample(f"image of {len(data)} bytes cannot be read: {error}")
+    # Pillow names a place in memory, which differs from run to run; the index is told apart by these reasons.
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else error
+    return BadSample(f"image of {len(data)} bytes cannot be read: {reason}")

@@ -192,7 +192,7 @@ def _opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputConta
                 raise BadSample(_too_long(container.duration / av.time_base, limits))
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise BadSample(f"clip of {len(data)} bytes cannot be read: {error}") from error
+        raise BadSample(f"clip of {len(data)} bytes cannot be read: {error.strerror or error}") from error
 
 
 def _too_long(seconds: float, limits: DecodeLimits) -> str:
