@@ -39,6 +39,19 @@ def tokenizer(tokenizer_dir):
     return ChatTokenizer.from_folder(tokenizer_dir)
 
 
+def test_a_byte_order_mark_is_no_word():
+    assert open_conversation(b"", {"jpg": b"", "txt": b"\xef\xbb\xbfA cat."}).turns[-1] == Turn(
+        "assistant", (Text("A cat."),)
+    )
+
+
+def test_half_a_character_is_refused_whoever_wrote_it():
+    turns = [{"role": "assistant", "content": [{"type": "text", "text": "a \ud83d"}]}]
+    for record in ({"caption": "a \ud83d"}, {"turns": turns}):
+        with pytest.raises(BadSample, match="half a character"):
+            open_conversation(json.dumps(record).encode(), {"jpg": b""})
+
+
 def said(*contents, answer="Yes."):
     return Conversation((Turn("user", contents), Turn("assistant", (Text(answer),))))
 

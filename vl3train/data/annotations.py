@@ -14,7 +14,17 @@ from typing import Any
 
 from vl3train.contracts.records import BadSample
 from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
-from vl3train.data.conversation import Content, Conversation, Image, Stream, Text, Turn, Video
+from vl3train.data.conversation import (
+    Content,
+    Conversation,
+    Image,
+    Stream,
+    Text,
+    Turn,
+    Video,
+    half_character,
+)
+from vl3train.data.members import CAPTION_PART, CONVERSATION_PART
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -50,7 +60,7 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
         for turn in turns:
             for content in turn.content:
                 if isinstance(content, Text):
-                    _refuse_reserved(content.text)
+                    _refuse_unwritable(content.text)
         return Conversation(tuple(turns)), tuple(reader.files)
     except BadSample as error:
         raise BadSample(f"{where}: {error}") from error.__cause__
@@ -62,7 +72,7 @@ class _Reader:
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record = record
         self.files: list[MediaFile] = []
-        self.start, self.end = _seconds(record, "start_time"), _seconds(record, "end_time")
+        self.start, self.end = _window(record)
 
     def add(
         self, source: Any, kind: str, start: float | None = None, end: float | None = None
@@ -115,7 +125,7 @@ class _Reader:
             raise BadSample(
                 f"content part {dict(part)!r}: type must be text, {', '.join(KINDS)}, with its value"
             )
-        return self.add(source, kind, _seconds(part, "start_time"), _seconds(part, "end_time"))
+        return self.add(source, kind, *_window(part))
 
     def read_stream(self) -> list[Turn]:
         sources = _as_list(self.record, "video")
@@ -171,10 +181,21 @@ def _media_file(source: Any, kind: str) -> MediaFile:
         data, path = source, ""
     if not isinstance(path, str) or not (path or data):
         raise BadSample(f"{kind} {source!r} is no file path")
+    if reason := half_character(path):
+        raise BadSample(reason)
     path = path.removeprefix("file://")
     if data is None and re.match(r"[a-z0-9]+:", path) and not re.match(r"[a-zA-Z]:[\\/]", path):
         raise BadSample(f"{kind} {path[:80]!r} is an address; download it and give the file's path")
+    if (suffix := PurePath(path).suffix.lower().removeprefix(".")) in (CONVERSATION_PART, CAPTION_PART):
+        raise BadSample(f"{kind} {path!r} is a .{suffix} file; name the {kind} itself")
     return MediaFile(path, kind, data)
+
+
+def _window(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    start, end = _seconds(record, "start_time"), _seconds(record, "end_time")
+    if start is not None and end is not None and end < start:
+        raise BadSample(f"end_time={end} comes before start_time={start}")
+    return start, end
 
 
 def _seconds(record: Mapping[str, Any], key: str) -> float | None:
@@ -186,7 +207,9 @@ def _seconds(record: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def _refuse_reserved(text: str) -> None:
+def _refuse_unwritable(text: str) -> None:
+    if reason := half_character(text):
+        raise BadSample(reason)
     for token in RESERVED_TOKENS:
         if token in text:
             raise BadSample(f"text holds {token}, which means structure; take it out or write it otherwise")

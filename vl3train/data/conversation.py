@@ -101,11 +101,26 @@ def _wrong_value(content: Content) -> str | None:
         value = getattr(content, key)
         if key in ("text", "part") and not isinstance(value, str):
             return f"{key}={value!r} is no text"
+        if key == "text" and (reason := half_character(value)):
+            return reason
         if key in ("start", "end", "until") and not (
             (value is None and key != "until")
             or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
         ):
             return f"{key}={value!r} is no time in seconds"
+    return None
+
+
+def half_character(text: str) -> str | None:
+    """Why no UTF-8 can be written of a text: JSON may hold half a character, where one was cut inside an emoji.
+
+    >>> half_character("a \\ud83d"), half_character("a 😀")
+    ("'a \\\\ud83d' holds half a character, '\\\\ud83d'; take it out", None)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{text[:40]!a} holds half a character, {text[error.start]!a}; take it out"
     return None
 
 

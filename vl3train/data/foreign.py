@@ -119,6 +119,6 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def _decoded(text: bytes) -> str:
     try:
-        return text.decode("utf-8")
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(f"the .txt member is no UTF-8: {error}") from error
