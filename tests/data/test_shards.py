@@ -65,6 +65,27 @@ def test_plain_webdataset_reads_what_was_written(tmp_path, media):
     assert all(sample.fault is None for sample in ours)
 
 
+def test_paths_that_cannot_be_are_problems_of_their_records(tmp_path, media):
+    bad = [answer(image=path) for path in ("A" * 5000, "a\0.png", ".", "b.png/c.png")]
+    with pytest.raises(AnnotationProblems, match="4 of 4 records"):
+        write(tmp_path, bad, media)
+
+
+def test_a_link_to_an_empty_folder_is_filled_and_stays_a_link(tmp_path, media):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    assert write(tmp_path, [answer(image="b.png")], media).num_written == 1
+    assert (tmp_path / "out").is_symlink()
+    assert list((tmp_path / "disk").glob("*.tar"))
+
+
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, media, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="name another"):
+        write(tmp_path, [answer(image="b.png")], media)
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path, media):
     records = [answer(str(i)) for i in range(5)]
     write(tmp_path, records, media)

@@ -11,7 +11,7 @@ from tests.data.test_annotations import record
 from vl3train.contracts.records import BadSample
 from vl3train.data.annotations import MediaFile, read_record
 from vl3train.data.conversation import Image, Text
-from vl3train.data.sources import missing_sources, read_annotations
+from vl3train.data.sources import read_annotations, source_problems
 
 
 def test_json_and_jsonl_with_mixed_types(tmp_path):
@@ -46,13 +46,44 @@ def test_what_cannot_be_read_comes_as_its_reason_and_stops_nothing(tmp_path):
 def test_all_missing_files_are_named_with_the_way_out(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     sources = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.parquet")]
-    missing = missing_sources(
+    missing = source_problems(
         [*sources, f"caption:{tmp_path / 'd.csv'}", "hf:some/set", "caption:hf:some/set"]
     )
     assert [line.partition(":")[0] for line in missing] == [*sources[1:], str(tmp_path / "d.csv")]
     assert all("hf:NAME" in line for line in missing)
     with pytest.raises(ValueError, match=r"b\.jsonl: no such file"):
         next(read_annotations(sources[1]))
+
+
+def test_files_of_another_kind_are_named_and_not_asked_for_on_the_hub(tmp_path):
+    for name in ("a.ndjson", "b.json.gz", "c.txt"):
+        (tmp_path / name).write_text("{}\n")
+    problems = source_problems(
+        [*(str(tmp_path / name) for name in ("a.ndjson", "b.json.gz", "c.txt")), "hf:"]
+    )
+    assert len(problems) == 4
+    assert all("one record a line" in problem for problem in problems)
+
+
+def test_suffixes_may_be_capitals(tmp_path):
+    (tmp_path / "a.JSONL").write_text('{"a": 1}\n')
+    assert [row for _, row in read_annotations(tmp_path / "a.JSONL")] == [{"a": 1}]
+
+
+def test_json_that_python_does_not_read_comes_as_its_reason(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 200_000 + "\n" + "1" * 6000 + '\n{"a": 1}\n')
+    (_, deep), (_, long), (_, good) = read_annotations(tmp_path / "a.jsonl")
+    assert type(deep) is type(long) is BadSample
+    assert good == {"a": 1}
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    ((_, lines),) = read_annotations(tmp_path / "lines.json")
+    assert "one record a line is called .jsonl" in str(lines)
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"nope")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        list(read_annotations(tmp_path / "a.parquet"))
 
 
 def test_csv_with_column_mapping(tmp_path):

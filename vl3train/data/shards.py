@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from vl3train.data.annotations import MediaFile, read_record
 from vl3train.data.conversation import Conversation
 from vl3train.data.looking import Looking, looked_at
 from vl3train.data.members import CONVERSATION_PART
-from vl3train.data.sources import missing_sources, read_annotations
+from vl3train.data.sources import read_annotations, source_problems
 
 REFUSED_FILE = "refused.jsonl"
 SIGNATURES = (
@@ -29,6 +30,8 @@ SIGNATURES = (
     ("mkv", rb"\x1a\x45\xdf\xa3"),
 )
 """How files begin; plain webdataset decodes by extension."""
+PATH_SHOWN = 80
+"""Characters of a path that is too long to be one: often it is a whole picture in base64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,10 @@ def check_annotations(
     With ``looking`` media are decoded, too.
 
     Raises:
-        ValueError: there is no record; files are missing, all of which are named.
+        ValueError: there is no record; files are missing or of another kind, all of which are named.
     """
-    if missing := missing_sources(annotations):
-        raise ValueError("\n".join(missing))
+    if problems := source_problems(annotations):
+        raise ValueError("\n".join(problems))
     refused: list[Refusal] = []
     num_records = 0
     records = _records(annotations, columns, media_root)
@@ -141,6 +144,9 @@ def write_shards(
         FileExistsError: ``out_dir`` holds something already.
         AnnotationProblems: there are bad records and not ``skip_bad``, or there is no good one.
     """
+    out_dir = out_dir.resolve()  # a link to a folder of a larger disk stays one
+    if out_dir == Path.cwd():
+        raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
     num_records, refused = check_annotations(
@@ -255,7 +261,15 @@ def _records(
 
 def _check_file(path: Path) -> None:
     """Whether the file is there; what is in it is found out by the index, which decodes it."""
-    if not path.is_file():
-        raise BadSample(f"no such file: {path}; paths start from --media-root")
-    if not path.stat().st_size:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
+        raise BadSample(f"no such file: {path}; paths start from --media-root") from None
+    except OSError as error:
+        raise BadSample(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BadSample(f"no file but a folder or device: {path}")
+    if not found.st_size:
         raise BadSample(f"empty file: {path}")
+    if not os.access(path, os.R_OK):
+        raise BadSample(f"no permission to read: {path}")

@@ -15,20 +15,30 @@ from vl3train.contracts.records import BadSample
 from vl3train.data.annotations import ROLES
 from vl3train.data.importers import IMPORTERS
 
+RECORD_FILES = ("json", "jsonl")
 DATA_FILES = ("parquet", "csv", "arrow")
+KINDS_OF_SOURCES = (
+    "annotations are .json (one list), .jsonl (one record a line), .parquet, .csv, .arrow, a folder, or hf:NAME of a "
+    "data set on the hub"
+)
 
 
-def missing_sources(sources: Sequence[str]) -> list[str]:
-    """Which of them name no file or folder, each with the way out; data sets of the hub are not asked for."""
-    missing = []
+def source_problems(sources: Sequence[str]) -> list[str]:
+    """Which of them name nothing that is read, each with the way out; data sets of the hub are not asked for."""
+    problems = []
     for source in sources:
-        path = Path(_without_importer(source)[1])
-        if not str(path).startswith("hf:") and not path.exists():
-            missing.append(
-                f"{path}: no such file or folder (from {Path.cwd()}); annotations are .json, .jsonl, .parquet, "
-                ".csv, a folder, or hf:NAME of a data set on the hub"
-            )
-    return missing
+        name = _without_importer(source)[1]
+        path = Path(name)
+        if name.startswith("hf:"):
+            fault = "" if name.removeprefix("hf:").partition(":")[0] else "the data set's name is missing"
+        elif not path.exists():
+            fault = f"no such file or folder (from {Path.cwd()})"
+        else:
+            known = path.is_dir() or _suffix(name) in (*RECORD_FILES, *DATA_FILES)
+            fault = "" if known else "a file of another kind"
+        if fault:
+            problems.append(f"{name}: {fault}; {KINDS_OF_SOURCES}")
+    return problems
 
 
 def read_annotations(
@@ -44,10 +54,10 @@ def read_annotations(
             ``conversations``, ``messages``. Turns come in this order. None: the columns are named so already.
 
     Raises:
-        ValueError: there is no such file; an unknown meaning.
+        ValueError: there is no such file, or it cannot be opened; an unknown meaning.
     """
-    if missing := missing_sources([str(source)]):
-        raise ValueError(missing[0])
+    if problems := source_problems([str(source)]):
+        raise ValueError(problems[0])
     meanings = {"image", "video", "conversations", "messages", *ROLES.values()}
     if columns and (unknown := sorted(set(columns.values()) - meanings)):
         raise ValueError(f"columns mean {unknown}; known meanings: {sorted(meanings)}")
@@ -65,6 +75,10 @@ def _without_importer(source: str) -> tuple[str, str]:
     """The importer's name, or nothing, and the rest."""
     name, colon, path = source.partition(":")
     return (name, path) if colon and name in IMPORTERS else ("", source)
+
+
+def _suffix(source: str) -> str:
+    return PurePath(source).suffix.lower().removeprefix(".")
 
 
 def _imported(name: str, row: Any) -> Any | BadSample:
@@ -91,15 +105,15 @@ def _mapped(row: Any, columns: Mapping[str, str]) -> Any | BadSample:
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any | BadSample]]:
-    if source.endswith(".jsonl"):
+    if _suffix(source) == "jsonl":
         with open(source, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{source}:{number}", _parsed(line)
-    elif source.endswith(".json"):
+    elif _suffix(source) == "json":
         records = _parsed(Path(source).read_bytes())
         if isinstance(records, BadSample):
-            yield source, records
+            yield source, BadSample(f"{records}; a file with one record a line is called .jsonl")
         elif not isinstance(records, list):
             yield (
                 source,
@@ -108,7 +122,12 @@ def _rows(source: str) -> Iterator[tuple[str, Any | BadSample]]:
         else:
             yield from ((f"{source}[{number}]", record) for number, record in enumerate(records))
     else:
-        yield from ((f"{source}[{number}]", row) for number, row in enumerate(_opened_dataset(source)))
+        from datasets.exceptions import DatasetsError
+
+        try:
+            yield from ((f"{source}[{number}]", row) for number, row in enumerate(_opened_dataset(source)))
+        except (DatasetsError, ValueError, OSError) as error:
+            raise ValueError(f"{source} cannot be read: {error}") from error
 
 
 def _parsed(text: bytes) -> Any | BadSample:
@@ -118,6 +137,8 @@ def _parsed(text: bytes) -> Any | BadSample:
         return BadSample(f"no JSON, line {error.lineno} column {error.colno}: {error.msg}")
     except UnicodeDecodeError as error:
         return BadSample(f"no UTF-8 text, byte {error.start}: {error.reason}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        return BadSample(f"no JSON that can be read: {error}")
 
 
 def _opened_dataset(source: str) -> Any:
@@ -127,7 +148,7 @@ def _opened_dataset(source: str) -> Any:
     if source.startswith("hf:"):
         name, _, split = source.removeprefix("hf:").partition(":")
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-    elif (builder := PurePath(source).suffix.removeprefix(".")) in DATA_FILES:
+    elif (builder := _suffix(source)) in DATA_FILES:
         rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
     else:
         rows = datasets.load_dataset(source, split="train", streaming=True)
