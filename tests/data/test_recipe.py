@@ -54,6 +54,18 @@ def test_names_and_weights_that_cannot_be_are_problems(tmp_path):
     assert len(problems) == 2
     assert "2 sources are named a" in problems[0]
     assert "weight=0.0 must be above 0" in problems[1]
+    path.write_text("name: mine\nabout: test\nsources:\n  - {name: a, shards: x, weight: .inf}\n")
+    (problem,) = recipe_problems(load_recipe(str(path), tmp_path), tmp_path)
+    assert "weight=inf" in problem
+    path.write_text("name: mine\nabout: test\nsources:\n  - {name: a, shards: x, weight: true}\n")
+    with pytest.raises(ValueError, match="weight=True must be float"):
+        load_recipe(str(path), tmp_path)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("name: Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mine\.yaml: not YAML"):
+        load_recipe(str(tmp_path / "mine.yaml"), tmp_path)
 
 
 def test_all_faults_of_form_come_in_one_error(tmp_path):

@@ -75,7 +75,7 @@ def load_recipe(name_or_path: str, root: str | Path) -> Recipe:
     path = find_recipe(name_or_path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     faults: list[str] = []
     if not isinstance(content, dict):
@@ -116,10 +116,10 @@ def recipe_problems(recipe: Recipe, root: str | Path) -> list[str]:
         if names.count(name) > 1
     ]
     problems += [
-        f"{recipe.path}: source {source.name}: weight={source.weight} must be above 0; "
+        f"{recipe.path}: source {source.name}: weight={source.weight} must be above 0 and finite; "
         "delete the source to leave it out"
         for source in recipe.sources
-        if not source.weight > 0
+        if not 0 < source.weight < float("inf")
     ]
     missing = [
         (source.name, folder, source.origin)
@@ -147,7 +147,7 @@ def _read_source(entry: Any, number: int, root: Path, faults: list[str]) -> Sour
         return None
     if isinstance(entry.get("name"), str):
         where = f"source {entry['name']}"
-    if isinstance(entry.get("weight"), int):
+    if type(entry.get("weight")) is int:  # true and false are no weights
         entry = {**entry, "weight": float(entry["weight"])}
     optional = {
         "shards": str,
