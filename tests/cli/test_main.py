@@ -47,6 +47,35 @@ def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["trial"])
 
 
+def test_a_folder_that_the_system_refuses_is_one_line(tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+
+    def raises(args: Namespace) -> int:
+        (tmp_path / "file" / "folder").mkdir(parents=True)
+        return 0
+
+    install(monkeypatch, raises)
+    assert main(["trial"]) == 1
+    assert capsys.readouterr().err.startswith("vl3train trial: [Errno 20] Not a directory:")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "verify --samples 0",
+        "inspect --samples -1",
+        "calibrate --repeats 0",
+        "plan --utilisation 0",
+        "shards a.jsonl --samples-per-shard inf",
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(words: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert words.split()[-2] in capsys.readouterr().err
+
+
 def test_our_own_refusal_is_one_line_and_a_librarys_error_is_not(capsys, monkeypatch: pytest.MonkeyPatch):
     from vl3train.contracts.geometry import frame_indices
 

@@ -36,3 +36,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no demo folder"):
         demo(str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_size_without_end_is_refused(tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        command.main(parser.parse_args([str(tmp_path / "demo"), "--samples-scale", "inf"]))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from vl3train.cli.arguments import count
 from vl3train.cli.build_index import tokenizer_source
 from vl3train.config.load import add_config_arguments, load_config
 from vl3train.config.rules import full_rates
@@ -47,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train calibrate``."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="of each pack; the fastest counts (3)"
+        "--repeats", type=count, default=3, metavar="N", help="of each pack; the fastest counts (3)"
     )
 
 

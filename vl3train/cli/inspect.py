@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.cli.arguments import count
 from vl3train.cli.inspect_page import ShownPack, ShownSample, step_page
 from vl3train.cli.opened import opened, split_step
 from vl3train.cli.step_samples import (
@@ -44,7 +45,9 @@ TEXT_SHOWN = 300
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train inspect``."""
     add_config_arguments(parser)
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="shown of each pack (default 8)")
+    parser.add_argument(
+        "--samples", type=count, default=8, metavar="N", help="shown of each pack (default 8)"
+    )
     parser.add_argument("--out", type=Path, metavar="HTML", help="the page (default step-N.html)")
 
 

@@ -103,11 +103,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether our own code raised ``error`` to say something to the user, or a file of theirs is missing.
+    """Whether our own code raised ``error`` to say something to the user, or a file of theirs cannot be used.
+
+    An OSError that names a file says what the system refused there: no such file, no permission, no folder.
 
     A ValueError from within a library is a bug until shown otherwise, and keeps its traceback.
     """
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.filename is not None):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vl3train.cli.arguments import count
+
 if TYPE_CHECKING:
     from vl3train.data.looking import Looking
 
@@ -55,11 +57,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--skip-bad", action="store_true", help="write the good records where some are bad")
     parser.add_argument(
-        "--samples-per-shard", type=_count, default=1000, metavar="N", help="most samples (default 1000)"
+        "--samples-per-shard", type=count, default=1000, metavar="N", help="most samples (default 1000)"
     )
     parser.add_argument(
         "--bytes-per-shard",
-        type=_count,
+        type=count,
         default=1_000_000_000,
         metavar="N",
         help="a shard closes after so many bytes (default 1e9)",
@@ -151,10 +153,3 @@ def _column(text: str) -> tuple[str, str]:
     if not equals:
         raise ArgumentTypeError(f"{text!r} is not COLUMN=MEANING")
     return column, meaning
-
-
-def _count(text: str) -> int:
-    count = int(float(text))
-    if count < 1:
-        raise ArgumentTypeError(f"{text} must be at least 1")
-    return count

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.cli.arguments import share
 from vl3train.cli.opened import opened
 from vl3train.cli.plan_estimate import (
     CLIP_FRAMES_PER_CORE_SECOND,
@@ -41,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--utilisation",
-        type=float,
+        type=share,
         default=UTILISATION,
         metavar="SHARE",
         help=f"of the GPU's data-sheet TFLOP/s (default {UTILISATION}, measured on an H100)",

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from vl3train.cli.arguments import count
 from vl3train.cli.opened import opened
 from vl3train.cli.step_samples import decoding
 from vl3train.cli.verifying import (
@@ -40,7 +41,7 @@ MODEL_SAMPLES = 16
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train verify``."""
     add_config_arguments(parser)
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="drawn at random (default 64)")
+    parser.add_argument("--samples", type=count, default=64, metavar="N", help="drawn at random (default 64)")
     parser.add_argument("--no-model", action="store_true", help="look at the data only")
 
 

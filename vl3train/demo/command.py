@@ -48,8 +48,8 @@ def main(args: Namespace) -> int:
         ValueError: the folder holds a demo of another seed or size, or something else.
     """
     out: Path = args.out
-    if not args.samples_scale > 0:
-        raise ValueError(f"--samples-scale {args.samples_scale} must be above 0")
+    if not 0 < args.samples_scale < float("inf"):
+        raise ValueError(f"--samples-scale {args.samples_scale} must be a number above 0")
     claim_folder(out, {"rules": RULES, "seed": args.seed, "samples_scale": args.samples_scale})
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
