@@ -10,6 +10,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from vl3train.cli.check import check_config
+from vl3train.config.launch import launched_ranks
 from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
@@ -40,7 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        cfg = check_config(args, dp_size=int(os.environ.get("WORLD_SIZE", "1")))
+        dp_size = launched_ranks(os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # by every process: which of them is the first is not known
+        return 2
+    try:
+        cfg = check_config(args, dp_size=dp_size)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
