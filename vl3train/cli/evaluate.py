@@ -12,7 +12,10 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from vl3train.config.load import load_config
+from vl3train.config.load import read_config
+from vl3train.config.problems import ConfigError
+from vl3train.config.rules import problems
+from vl3train.config.start import start_problems
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,7 +33,12 @@ def main(args: Namespace) -> int:
     config_file = args.run / "config.yaml"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file} is missing: {args.run} is no run's output folder")
-    cfg = load_config(args.overrides, config_file=config_file)
+    cfg, found = read_config(args.overrides, config_file=config_file)
+    if cfg is not None:  # what the run started from may be gone by now
+        of_its_start = start_problems(cfg)
+        found += [problem for problem in problems(cfg) if problem not in of_its_start]
+    if cfg is None or found:
+        raise ConfigError(found)
 
     from vl3train.data.pipeline import evaluation_batches, open_data
     from vl3train.engine.console import Console
