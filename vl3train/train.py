@@ -60,7 +60,7 @@ def start(cfg: TrainConfig) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{cfg.run.output_dir}: this run is finished; another run.output_dir starts a new one")
         return 0
-    from vl3train.engine.ranks import RunError, join
+    from vl3train.engine.ranks import OneRankError, RunError, join
 
     rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
     from vl3train.engine.loop import train
@@ -68,7 +68,7 @@ def start(cfg: TrainConfig) -> int:
     try:
         train(cfg, rank)
     except RunError as error:
-        if rank.is_first:
+        if rank.is_first or isinstance(error, OneRankError):
             print(f"\n{error}", file=sys.stderr)
         return 1
     return 0

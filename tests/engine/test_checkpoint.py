@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from vl3train.engine.checkpoint import (
     checkpoint_damage,
     delete_old,
+    is_of_the_disk,
     list_files,
     newest_whole,
     random_state,
@@ -35,11 +37,13 @@ def test_the_newest_whole_checkpoint_is_found_and_damage_is_named(tmp_path):
     (cut / "engine" / "weights.bin").write_bytes(b"x" * 60)
     unfinished = make(tmp_path, 30)
     (unfinished / "MANIFEST.json").unlink()
+    (make(tmp_path, 35) / "MANIFEST.json").write_text("")
     (tmp_path / "step_00000040.partial").mkdir()
     name, remarks = newest_whole(tmp_path)
     assert name == "step_00000010"
     assert "60 of 100 bytes" in " ".join(remarks)
     assert "no MANIFEST.json" in " ".join(remarks)
+    assert "MANIFEST.json is not JSON" in " ".join(remarks)
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -56,8 +60,15 @@ def test_a_missing_file_is_damage(tmp_path):
 def test_only_the_last_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
-    delete_old(tmp_path, keep=2)
+    delete_old(tmp_path, newest="step_00000004", keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_a_damaged_one_of_a_later_step_does_not_push_out_what_is_saved_now(tmp_path):
+    for step in (1, 2, 6):
+        make(tmp_path, step)
+    delete_old(tmp_path, newest="step_00000002", keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000006"]
 
 
 def test_another_plan_is_refused_with_every_difference(tmp_path):
@@ -83,3 +94,11 @@ def test_random_state_comes_back():
     first = (random.random(), np.random.rand(), torch.rand(1).item())
     set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_a_full_disk_is_told_from_a_fault_of_the_code():
+    assert is_of_the_disk(OSError(28, "No space left on device"))
+    assert is_of_the_disk(SafetensorError("I/O error: No space left on device (os error 28)"))
+    torchs = "[enforce fail at inline_container.cc:672] . unexpected pos 13376 vs 13268"
+    assert is_of_the_disk(RuntimeError(torchs))
+    assert not is_of_the_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.zero import Zero
 
 
@@ -58,12 +59,20 @@ def save_checkpoint(
     final = checkpoints / checkpoint_name(step)
     partial = checkpoints / (final.name + ".partial")
     if rank.is_first:
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        for left in checkpoints.glob(
+            "step_*.partial"
+        ):  # by processes that were killed or found the disk full
+            shutil.rmtree(left)
         (partial / "random").mkdir(parents=True)
     rank.barrier()
-    engine.save(partial / "engine")
-    write_weights(partial)
-    torch.save(random_state(), partial / "random" / f"rank_{rank.index}.pt")
+    try:
+        engine.save(partial / "engine")
+        write_weights(partial)
+        torch.save(random_state(), partial / "random" / f"rank_{rank.index}.pt")
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
+        raise OneRankError(not_written(final, error)) from error
     rank.barrier()
     problem = None
     if rank.is_first:
@@ -76,11 +85,25 @@ def save_checkpoint(
             os.replace(partial, final)
             _sync(checkpoints)
             _write_text(checkpoints / "latest", final.name)
-            delete_old(checkpoints, keep=keep)
+            delete_old(checkpoints, newest=final.name, keep=keep)
         except OSError as error:
-            problem = f"checkpoint {final} could not be written: {error}; free disk space and start again"
+            problem = not_written(final, error)
     rank.agree(problem)
     return final
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether a file could not be written; torch on a full disk says no more than where in its writer it was."""
+    return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
+
+
+def not_written(checkpoint: Path, error: Exception) -> str:
+    """What to tell a person."""
+    free = shutil.disk_usage(checkpoint.parent).free / 2**20
+    return (
+        f"checkpoint {checkpoint} could not be written: {error}; {free:,.0f} MiB are free there. Free disk space and "
+        "start again: the run goes on from the checkpoint before"
+    )
 
 
 def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[str]]:
@@ -109,7 +132,10 @@ def checkpoint_damage(folder: Path) -> str | None:
     manifest = folder / "MANIFEST.json"
     if not manifest.exists():
         return "it has no MANIFEST.json"
-    wanted = json.loads(manifest.read_text())
+    try:
+        wanted = json.loads(manifest.read_text())
+    except ValueError as error:
+        return f"its MANIFEST.json is not JSON ({error})"
     have = list_files(folder)
     wrong = [
         f"{name} has {have.get(name, 'no')} of {size} bytes"
@@ -148,9 +174,13 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
     return resume
 
 
-def delete_old(checkpoints: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for folder in sorted(checkpoints.glob("step_????????"))[:-keep]:
+def delete_old(checkpoints: Path, *, newest: str, keep: int) -> None:
+    """Delete all but the last ``keep`` checkpoints up to ``newest``.
+
+    One with a later step is damaged, or ``newest`` would not have been made again: it does not count.
+    """
+    folders = sorted(checkpoints.glob("step_????????"))
+    for folder in [folder for folder in folders if folder.name <= newest][:-keep]:
         shutil.rmtree(folder)
 
 
@@ -188,7 +218,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
+            flat[key if "." in key else prefix + key] = value  # an option's full name stands as it is
     return flat
 
 

@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """What stops a run on every rank alike, in words that need no traceback."""
 
 
+class OneRankError(RunError):
+    """What stops one rank only, while others may wait for it: the launcher ends them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
     """One data-parallel process."""
