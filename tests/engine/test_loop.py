@@ -155,8 +155,24 @@ def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):
     words = [*demo_words, "stage=1", f"run.output_dir={stage1}", "run.num_steps=6"]
     with pytest.raises(RunError, match=r"step\.max_tokens: the checkpoint has 512, this run has 600"):
         run([*words, "step.max_tokens=600"])
-    with pytest.raises(RunError, match=r"machine\.zero_stage: the checkpoint has 1, this run has 2"):
+    with pytest.raises(RunError, match=r"  machine\.zero_stage: the checkpoint has 1, this run has 2"):
         run([*words, "machine.zero_stage=2"])
+    with pytest.raises(RunError, match="cannot go on") as caught:
+        run([*words, "run.num_steps=3", "optim.weight_decay=0.1"])
+    assert "the run has 3 steps, and the checkpoint has done 4; set run.num_steps=4 or more" in str(
+        caught.value
+    )
+    assert "optim.weight_decay=0.1, and the checkpoint has 0:" in str(caught.value)
+
+
+@pytest.mark.parametrize("machine", [[], ["machine.zero_stage=3"], ["machine.dtype=bfloat16"]])
+def test_another_rate_is_taken_by_a_run_that_goes_on(demo_words, tmp_path, machine):
+    words = [*demo_words, *machine, "stage=1", f"run.output_dir={tmp_path}", "run.num_steps=2"]
+    words += ["run.evaluate_at_end=false", "optim.schedule=constant"]
+    run([*words, "run.stop_after_steps=1"])
+    run([*words, "model.learning_rates={vision_encoder: 3e-4, projector: 5e-4}"])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["learning_rates"] == {"vision_encoder": 3e-4, "projector": 5e-4}
 
 
 @pytest.mark.parametrize(

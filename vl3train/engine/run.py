@@ -151,6 +151,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     bad_samples = BadSampleLimit(max_fraction=cfg.data.max_bad_fraction)
     if checkpoint is not None:
         resume = refuse_other_identity(checkpoint, identity)
+        refuse_what_cannot_go_on(cfg, resume, num_steps)
         load_checkpoint(checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**resume["cursor"])
         bad_samples.seen, bad_samples.bad = resume["bad_samples"]["seen"], resume["bad_samples"]["bad"]
@@ -226,6 +227,25 @@ def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> N
         raise RunError(
             "\n".join(["the weights to start from are not of this size:", *wrong, "choose another model="])
         )
+
+
+def refuse_what_cannot_go_on(cfg: TrainConfig, resume: dict[str, Any], num_steps: int) -> None:
+    """RunError, with everything at once, where a checkpoint is of the same run and this config cannot take it up."""
+    found = []
+    before, now = resume["config"]["optim"]["weight_decay"], cfg.optim.weight_decay
+    if (before > 0) != (now > 0):
+        found.append(
+            f"  optim.weight_decay={now:g}, and the checkpoint has {before:g}: with it biases and norms form groups of "
+            f"their own, which AdamW's stored states do not have; set optim.weight_decay={before:g}"
+        )
+    done = resume["cursor"]["step"]
+    if done > num_steps:
+        found.append(
+            f"  the run has {num_steps} steps, and the checkpoint has done {done}; set run.num_steps={done} or more"
+        )
+    if found:
+        found.append("or start a new run with another run.output_dir")
+        raise RunError("\n".join([f"the run in {cfg.run.output_dir} cannot go on:", *found]))
 
 
 def choose_right_attention(cfg: TrainConfig, hf_model: Any, rank: Rank) -> AttentionChoice:

@@ -38,7 +38,7 @@ deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 # DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 # transformers 5.23 renames a method that 5.20 has by the old name only.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
 class Zero:
@@ -171,10 +171,19 @@ class Zero:
         )
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage."""
+        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage.
+
+        The optimizer's options (rates, betas, weight decay) stay those of this run: torch stores them with the states.
+        """
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         loaded, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.save_frozen)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state under {folder}")
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
 
 
 def deepspeed_config(
