@@ -175,6 +175,20 @@ def test_another_rate_is_taken_by_a_run_that_goes_on(demo_words, tmp_path, machi
     assert last["learning_rates"] == {"vision_encoder": 3e-4, "projector": 5e-4}
 
 
+def test_what_a_run_without_a_checkpoint_left_is_not_taken(stage1, demo_words, tmp_path):
+    """Its base and processor may be those of another model or stage."""
+    words = [*demo_words, f"run.output_dir={tmp_path}", "run.num_steps=1", "run.evaluate_at_end=false"]
+    words += ["adapter=lora", "adapter.rank=2", f"stage.init_from={stage1}"]
+    for name in ("base", "processor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text("of another run")
+    run([*words, "stage=2"])
+    start = VideoLlama3ForConditionalGeneration.from_pretrained(stage1 / "checkpoints/step_00000004/weights")
+    base = VideoLlama3ForConditionalGeneration.from_pretrained(tmp_path / "base").state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in start.state_dict().items())
+    assert (tmp_path / "processor" / "processor_config.json").is_file()
+
+
 @pytest.mark.parametrize(
     "machine", [["machine.zero_stage=3"], ["machine.dtype=bfloat16"], ["machine.zero_stage=0"]]
 )

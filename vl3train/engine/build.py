@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from vl3train.model.init_from_parts import check_vocabulary, init_from_parts, lo
 transformers_logging.disable_progress_bar()  # one bar a rank, for a second
 
 
+def clear_start(folder: Path, rank: Rank) -> None:
+    """Remove processor and base that a run left which came to no checkpoint: its options may have been others."""
+    if rank.is_first:
+        for name in ("processor", "base"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    rank.barrier()
+
+
 def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:
     """The run's processor (tokenizer, pixel budgets, chat template) in ``<output_dir>/processor``."""
     target = folder / "processor"
@@ -30,17 +39,28 @@ def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:
             tokenizer_from = str(resolve_weights(cfg.stage.init_from))
         assert tokenizer_from is not None, "config rules refuse a run without a tokenizer"
         try:
-            build_processor(
+            processor = build_processor(
                 tokenizer_from,
                 data=cfg.data,
                 image_merge_size=cfg.stage.image_merge_size,
                 video_merge_size=cfg.stage.video_merge_size,
                 prune_frames=cfg.stage.prune_frames,
-            ).save_pretrained(target)
+            )
         except (OSError, ValueError) as error:
             problem = f"the tokenizer could not be read from {tokenizer_from}: {error}"
+        else:
+            problem = _save_processor(processor, target)
     rank.agree(problem)
     return target
+
+
+def _save_processor(processor: Any, target: Path) -> str | None:
+    """Write it; the first file of a run, so that an output folder which cannot be written is found out here."""
+    try:
+        processor.save_pretrained(target)
+    except OSError as error:
+        return f"run.output_dir={target.parent} cannot be written: {error}; name a folder that can be"
+    return None
 
 
 def open_both(

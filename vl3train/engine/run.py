@@ -21,6 +21,7 @@ from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.build import (
     build_model,
+    clear_start,
     data_remarks,
     keep_base,
     load_processor,
@@ -110,6 +111,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     console = Console(folder, stage_name=cfg.stage.name, enabled=rank.is_first)
     seed_everything(cfg.run.seed)
     checkpoint, remarks = find_checkpoint(folder / "checkpoints", rank)
+    if checkpoint is None:
+        clear_start(folder, rank)
     processor_dir = write_processor(cfg, folder, rank)
     data, held_out = open_both(cfg, processor_dir, rank, console)
     num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
