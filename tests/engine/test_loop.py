@@ -263,3 +263,22 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
     assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
     assert torchrun(killed).wait(timeout=240) == 0
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
+
+
+@pytest.mark.two_processes
+def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
+    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them."""
+    words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
+    words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
+    process = torchrun(words, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    done = len(figures(tmp_path))
+    assert f"stopped on request after step {done}; start again to go on" in told
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,10 +19,12 @@ from vl3train.engine.optim import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
+from vl3train.engine.stop import StopRequest, start_deaf_workers
 
 
 def train(cfg: TrainConfig, rank: Rank) -> None:
     """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
+    start_deaf_workers()
     run = start_run(cfg, rank)
     tell_compiles(run, "before the first step", take_compiles())
     stop = StopRequest()
@@ -187,15 +188,3 @@ def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -
         f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at them with these keys, or lower "
         "the learning rates."
     )
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGUSR1 (what schedulers send before they kill) into a flag that the step shares."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._request)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
