@@ -38,7 +38,7 @@ deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 # DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 # transformers 5.23 renames a method that 5.20 has by the old name only.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
 
 
 class Zero:

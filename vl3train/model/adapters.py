@@ -5,6 +5,7 @@ PackedModel keeps driving the same modules, so it is given the model that lies w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from transformers import VideoLlama3ForConditionalGeneration
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.trainable import count_parameters
+
+# peft asks transformers 5.23 by a name that it renames: nothing a user can act on.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 TARGETS = {
     "language_model": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",
