@@ -72,16 +72,28 @@ def test_a_damaged_one_of_a_later_step_does_not_push_out_what_is_saved_now(tmp_p
 
 
 def test_another_plan_is_refused_with_every_difference(tmp_path):
-    folder = make(tmp_path, 1, identity={"plan": {"seed": 0, "index": "abc"}, "model": {"projector": 7}})
-    same = refuse_other_identity(folder, {"plan": {"seed": 0, "index": "abc"}, "model": {"projector": 7}})
+    folder = make(
+        tmp_path, 1, identity={"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
+    )
+    same = refuse_other_identity(
+        folder, {"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
+    )
     assert same["step"] == 1
     with pytest.raises(RunError, match="cannot be resumed") as caught:
-        refuse_other_identity(folder, {"plan": {"seed": 1, "index": "abc"}, "model": {"projector": 8}})
+        refuse_other_identity(
+            folder, {"plan": {"seed": 1, "index": "abc"}, "stage": 2, "model": {"projector": 8}}
+        )
     text = str(caught.value)
     assert "plan.seed: the checkpoint has 0, this run has 1" in text
     assert "model.projector: the checkpoint has 7, this run has 8" in text
     assert "index" not in text.split("Either")[0].replace("plan.index", "")
-    assert str(folder / "weights") in text
+    assert "stage.init_from" not in text, "there are no weights"
+    (folder / "weights").mkdir()
+    with pytest.raises(RunError, match=f"stage.init_from={folder / 'weights'}"):
+        refuse_other_identity(folder, {"stage": 2})
+    with pytest.raises(RunError) as caught:
+        refuse_other_identity(folder, {"stage": 1})
+    assert "stage.init_from" not in str(caught.value), "stage 1 does not take it"
 
 
 def test_random_state_comes_back():

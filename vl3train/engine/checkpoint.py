@@ -165,11 +165,13 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
         if saved.get(key) != now.get(key)
     ]
     if differences:
+        weights = folder / "weights"  # adapters have none, and stage 1 takes no whole model
+        as_start = weights.is_dir() and identity["stage"] > 1
         raise RunError(
             f"{folder} cannot be resumed, because this run differs from it:\n"
             + "\n".join(differences)
             + "\nEither go back to the old settings, or start a new run with another run.output_dir"
-            f" (its weights can be the start: stage.init_from={folder / 'weights'})."
+            + (f" (its weights can be the start: stage.init_from={weights})." if as_start else ".")
         )
     return resume
 
