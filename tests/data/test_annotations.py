@@ -146,6 +146,10 @@ def test_streaming_records():
         (record("a", "b", image="data:image/png;base64,AAAA"), "is an address"),
         (record("a", "b", image=[3]), "is no file path"),
         (record("a", "b", video="x.mp4", start_time=-1), "start_time=-1 is no time"),
+        (
+            record("<image>", "b", image="x.png", images=["y.png"]),
+            "it has image and images, with other files",
+        ),
         (record("a", "b", video="x.mp4", end_time="5"), "end_time='5' is no time"),
         (
             record("a", "b", video="x.mp4", start_time=5, end_time=2),

@@ -168,8 +168,10 @@ def _message(message: Any) -> tuple[str, str | Sequence[Any]]:
 
 
 def _as_list(record: Mapping[str, Any], kind: str) -> list[Any]:
-    value = record.get(kind)
-    value = record.get(f"{kind}s") if value is None else value
+    one, several = record.get(kind), record.get(f"{kind}s")
+    if one not in (None, []) and several not in (None, []) and one != several:
+        raise BadSample(f"it has {kind} and {kind}s, with other files in each; name all of them in {kind}s")
+    value = several if one in (None, []) else one
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
