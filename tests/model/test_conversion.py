@@ -20,6 +20,7 @@ from vl3train.model.conversion import (
     save_weights,
     verify_export,
 )
+from vl3train.model.init_from_parts import load_model
 
 
 def test_budgets_are_the_published_ones(processor):
@@ -140,3 +141,13 @@ def test_a_checkpoint_in_the_original_form_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "videollama3_qwen2"}')
     with pytest.raises(ValueError, match="holds a videollama3_qwen2 model; a stage can start from it"):
         locate_trained(tmp_path)
+
+
+@pytest.mark.parametrize("read", [locate_trained, lambda folder: load_model(folder, torch.float32)])
+def test_a_file_that_was_cut_off_is_named_with_the_way_out(model, processor, tmp_path, read):
+    file = Path(save_weights(model, processor, tmp_path / "export")) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"(?s)damaged weights:.*model\.safetensors .*older checkpoint of the run"
+    ):
+        read(file.parent)

@@ -27,6 +27,7 @@ from vl3train.contracts.tokens import (
     UPSTREAM_ADDED_TOKENS,
     VIDEO_PAD,
 )
+from vl3train.model.weight_files import refuse_damaged
 
 
 class WrongExport(ValueError):  # noqa: N818 - says what it is
@@ -255,10 +256,9 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
     adapters keeps the weights they sit on once, in ``base``, and adapters alone in each checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: Something is missing, or it is no such model; the text says which.
+        FileNotFoundError, ValueError: Something is missing or damaged, or no such model; the text says which.
     """
-    checkpoint = Path(folder).expanduser()
-    if is_run_folder(checkpoint):
+    if is_run_folder(checkpoint := Path(folder).expanduser()):
         checkpoint = latest_checkpoint(checkpoint)
     adapter = checkpoint / "adapter"
     if not (adapter / "adapter_config.json").is_file():
@@ -268,11 +268,13 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
                 f"{weights} holds a {found} model; a stage can start from it, and what that stage trains can be "
                 "exported and asked"
             )
+        refuse_damaged(weights)
         return weights, None
     base = checkpoint.parent.parent / "base"
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is missing: the weights that the adapters in {adapter} belong to")
-    return resolve_weights(base), adapter
+    refuse_damaged(weights := resolve_weights(base), adapter)
+    return weights, adapter
 
 
 def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2Config, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 from vl3train.contracts.tokens import PATCH_SIZE
+from vl3train.model.weight_files import refuse_damaged
 
 PROJECTOR_PREFIX = "model.projector."
 VISION_FIELDS = (
@@ -100,6 +101,7 @@ def load_model(folder_or_name: str | Path, dtype: torch.dtype) -> VideoLlama3For
             "form) or videollama3_qwen2 (the original code's). Stage 1 starts from parts: unset stage.init_from "
             "and set model.vision_encoder_from and model.language_model_from"
         )
+    refuse_damaged(folder)
     return _checked(
         VideoLlama3ForConditionalGeneration.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
@@ -263,6 +265,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint folder: safetensors where there are any, else pytorch_model*.bin."""
     files = sorted(folder.glob("model*.safetensors"))
+    refuse_damaged(folder)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no dict
