@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,15 @@ def test_stage_1_trains_encoder_and_projector_and_leaves_the_language_model_alon
     name = "encoder.layers.0.mlp.fc1.weight"
     start = next(tensor for key, tensor in vision.items() if key.endswith(name))
     assert not torch.equal(trained[f"model.vision_model.{name}"], start)
+
+
+def test_a_start_that_cannot_be_read_is_told_and_no_traceback(stage1, demo_words, tmp_path):
+    newest = sorted((stage1 / "checkpoints").glob("step_*"))[-1] / "weights"
+    damaged = Path(shutil.copytree(newest, tmp_path / "weights"))
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"the model cannot be built: damaged weights:\n .*model\.safetensors"):
+        run([*demo_words, "stage=2", f"stage.init_from={damaged}", f"run.output_dir={tmp_path / 'out'}"])
 
 
 def test_it_evaluates_held_out_samples_before_and_after(stage1):

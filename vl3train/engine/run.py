@@ -117,7 +117,13 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     data, held_out = open_both(cfg, processor_dir, rank, console)
     num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
 
-    hf_model = build_model(cfg, checkpoint, processor_dir)
+    hf_model: Any = None
+    problem = None
+    try:
+        hf_model = build_model(cfg, checkpoint, processor_dir)
+    except (OSError, ValueError) as error:
+        problem = f"the model cannot be built: {error}"
+    rank.agree(problem)
     full, low_rank = full_rates(cfg), adapter_rates(cfg)
     set_trainable(hf_model, full)
     peft_model = None
