@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vl3train.model.attention import BACKENDS, choose_attention, varlen_attention
+from vl3train.model.qkv_attention import qkv_attention
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,25 @@ def test_reference_is_attention_within_each_segment(lengths, heads, kv_heads, ca
     upstream = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), upstream)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, (q, k, v), upstream))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "causal"), [(4, 4, False), (4, 2, True)])
+def test_rows_that_hold_queries_keys_and_values_give_the_same(heads, kv_heads, causal):
+    """The op of compiled layers, with the reference below it."""
+    lengths = (4, 4, 7, 1)
+    q, k, v, bounds = random_row(lengths, heads, kv_heads, 12, torch.float32, CPU)
+    qkv = torch.cat((q, k, v), 1).flatten(1)
+    out, _ = qkv_attention(qkv, bounds, 12, heads, 7, "reference", causal, 0.3)
+    expected = exact_attention(q, k, v, lengths, causal, 0.3).flatten(1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), upstream)
+    exact = torch.autograd.grad(expected, (q, k, v), upstream.double())
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    rows = qkv.detach().requires_grad_()
+    settings = (bounds, 12, heads, 7, "reference", causal, 0.3)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(qkv_attention, (rows, *settings), test_utils=checks)
 
 
 def test_lengths_that_do_not_fit_are_refused():

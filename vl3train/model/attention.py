@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vl3train.model.qkv_attention import SERVED, qkv_attention, reference, repeat_heads
 
 BACKENDS = ("flash_attn_4", "flash_attn", "torch_varlen", "reference")
 """In the order in which ``auto`` tries them."""
@@ -122,7 +122,7 @@ def _kernel(name: str) -> Callable[..., Any]:
     """The library function behind a backend; ImportError or AttributeError where there is none."""
     if name not in _LOADED:
         module, function = {
-            "flash_attn_4": ("vl3train.model.flash_attn_4", "flash_attn_4"),
+            "flash_attn_4": ("vl3train.model.flash_attn_4", "attend"),
             "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
             "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
         }[name]
@@ -158,10 +158,15 @@ def varlen_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:
     """``varlen_attention`` without its checks, for layers that torch.compile traces: see make_segments."""
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if segments.backend == "reference":
+    if segments.backend == "reference" and not torch.compiler.is_compiling():
         return reference(q, k, v, segments.lengths, causal, scale)
-    if segments.backend == "flash_attn_4":
-        return _kernel("flash_attn_4")(q, k, v, cu_seqlens, max_seqlen, causal, scale)[0]
+    if segments.backend in SERVED:
+        # The reference too: traced, it would read the lengths of each pack, and each would be compiled anew.
+        rows, (num_heads, head_dim) = torch.cat((q, k, v), 1).flatten(1), q.shape[1:]
+        out, _ = qkv_attention(
+            rows, cu_seqlens, head_dim, num_heads, max_seqlen, segments.backend, causal, scale
+        )
+        return out.unflatten(1, (num_heads, head_dim))
     kernel = _kernel(segments.backend)
     if segments.backend == "flash_attn":
         return kernel(
@@ -173,33 +178,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
         if TORCH_VERSION >= (2, 13):
             gqa = {"enable_gqa": True}
         else:
-            k, v = _repeat_heads(q, k), _repeat_heads(q, v)
+            k, v = repeat_heads(q, k), repeat_heads(q, v)
     window = (-1, 0) if causal else (-1, -1)
     return kernel(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **gqa
     )
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, scale: float
-) -> Tensor:
-    """torch's own attention, one call for each run of neighbours of equal length (frames mostly are)."""
-    k, v = _repeat_heads(q, k), _repeat_heads(q, v)
-    outputs = []
-    start = 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        rows = slice(start, start + count * length)
-        start += count * length
-        # (count, H, length, D)
-        q_run, k_run, v_run = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=causal, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
-
-
-def _repeat_heads(q: Tensor, x: Tensor) -> Tensor:
-    """``x`` (T, Hkv, D) with each head repeated so that it has as many as ``q``."""
-    if q.shape[1] == x.shape[1]:
-        return x
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)

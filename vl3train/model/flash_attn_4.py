@@ -1,4 +1,4 @@
-"""flash-attn-4 as one op of torch, so that nothing breaks a compiled layer. Importing this needs the library.
+"""flash-attn-4, forward and backward; model/qkv_attention.py makes an op of it. Importing this needs the library.
 
 T tokens (or patches), H query heads, Hkv key and value heads, D values a head.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from flash_attn.cute import interface
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from torch import Tensor
@@ -96,57 +95,3 @@ def attend_backward(
         dk=results[1],
         dv=results[2],
     )
-
-
-@torch.library.custom_op("vl3train::flash_attn_4", mutates_args=())
-def flash_attn_4(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As ``attend``."""
-    return attend(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-
-
-@flash_attn_4.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("vl3train::flash_attn_4_backward", mutates_args=())
-def flash_attn_4_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``."""
-    results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    given = q, k, v, out, log_sum_exp, cu_seqlens, max_seqlen, causal, scale
-    attend_backward(d_out.contiguous(), *given, results)
-    return results
-
-
-@flash_attn_4_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, log_sum_exp, cu_seqlens = ctx.saved_tensors
-    d_qkv = flash_attn_4_backward(
-        d_out, q, k, v, out, log_sum_exp, cu_seqlens, ctx.max_seqlen, ctx.causal, ctx.scale
-    )
-    return *d_qkv, None, None, None, None
-
-
-flash_attn_4.register_autograd(_backward, setup_context=_keep_for_backward)

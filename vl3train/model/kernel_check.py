@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vl3train.model.attention import SEQLEN_STEP, AttentionChoice, choose_attention, varlen_attention
-from vl3train.model.qkv_attention import SERVED, heads_of, qkv_attention, qkv_attention_backward
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130))
 """Segments of the rows checked: equal ones, one token alone, and lengths that fill no tile."""
@@ -54,14 +53,12 @@ def check_kernel(
     failed = ""
     try:
         for lengths in LENGTHS:
-            for side_by_side in (False, True) if backend in SERVED else (False,):
-                shape = heads, kv_heads, head_dim
-                found = _errors(backend, device, dtype, lengths, shape, causal, side_by_side)
-                # max() would pass over NaN
-                worst = {
-                    name: value if value != value or value > worst[name] else worst[name]
-                    for name, value in found.items()
-                }
+            found = _errors(backend, device, dtype, lengths, (heads, kv_heads, head_dim), causal)
+            # max() would pass over NaN
+            worst = {
+                name: value if value != value or value > worst[name] else worst[name]
+                for name, value in found.items()
+            }
     except (RuntimeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
         failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return KernelError(backend, heads, kv_heads, head_dim, causal, worst, failed)
@@ -116,9 +113,7 @@ def _errors(
     lengths: tuple[int, ...],
     shape: tuple[int, int, int],
     causal: bool,
-    side_by_side: bool,
 ) -> dict[str, float]:
-    """``side_by_side``: queries, keys and values as compiled layers hand them over, on the rows of one product."""
     heads, kv_heads, dim = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -128,28 +123,20 @@ def _errors(
 
     q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    max_seqlen = -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens=bounds,
+        lengths=lengths,
+        max_seqlen=-(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP,
+        causal=causal,
+        scale=dim**-0.5,
+        backend=backend,
+    )
     exact = exact_attention(q, k, v, lengths, causal=causal, scale=dim**-0.5)
-    upstream = torch.randn(exact.shape, device=device, generator=generator).to(dtype)
-    if side_by_side:
-        qkv = torch.cat((q, k, v), 1).flatten(1).detach()
-        settings = bounds, dim, heads, max_seqlen, backend, causal, dim**-0.5
-        rows, log_sum_exp = qkv_attention(qkv, *settings)
-        d_qkv = qkv_attention_backward(upstream.flatten(1), qkv, rows, log_sum_exp, *settings)
-        ours: tuple[Tensor, ...] = (rows.view(exact.shape), *heads_of(d_qkv, dim, heads))
-    else:
-        out = varlen_attention(
-            q,
-            k,
-            v,
-            cu_seqlens=bounds,
-            lengths=lengths,
-            max_seqlen=max_seqlen,
-            causal=causal,
-            scale=dim**-0.5,
-            backend=backend,
-        )
-        ours = (out, *torch.autograd.grad(out, (q, k, v), upstream))
+    upstream = torch.randn(out.shape, device=device, generator=generator).to(dtype)
+    ours = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     right = (exact, *torch.autograd.grad(exact, (q, k, v), upstream.double()))
     return {
         name: float(((a.double() - b.double()).norm() / b.double().norm()).detach())

@@ -25,7 +25,7 @@ from vl3train.model import compiling
 from vl3train.model.attention import TORCH_VERSION, Segments, attend
 from vl3train.model.fused_layers import GeluMlp, NormAttention, NormLinears, SwigluMlp
 from vl3train.model.offload import HostRows
-from vl3train.model.qkv_attention import SERVED, qkv_attention
+from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, segments, whether the MLP is computed again, whether the passes of model/fused.py may
@@ -123,12 +123,6 @@ def _attention(
         qkv = [linear(normed) for linear in linears]
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv)
     q, k = rotate(q, k, *rope)
-    if segments.backend == "reference" and torch.compiler.is_compiling():
-        # As an op: traced, the reference would read the lengths of each pack, and each would be compiled anew.
-        side_by_side = torch.cat((q, k, v), 1).flatten(1)
-        of_heads = attention.head_dim, q.shape[1], segments.max_seqlen
-        out, _ = qkv_attention(side_by_side, segments.cu_seqlens, *of_heads, segments.backend, causal, scale)
-        return rows, out
     return rows, attend(q, k, v, segments, causal=causal, scale=scale).flatten(-2)
 
 
@@ -219,7 +213,7 @@ _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 1, _aten.addmm.default: 2}
 """Matrix products, with the position of their weight (in, out)."""
 _ATTENTION = {
-    "vl3train::flash_attn_4",
+    "vl3train::qkv_attention",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

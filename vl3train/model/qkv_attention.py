@@ -6,12 +6,12 @@ Hkv key and value heads, D values a head; a row holds (H + 2 Hkv) D values.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from vl3train.model.attention import reference
 
 SERVED = ("flash_attn_4", "reference")
 """Backends of model/attention.py that this is written for."""
@@ -134,3 +134,28 @@ def heads_of(rows: Tensor, head_dim: int, num_heads: int) -> tuple[Tensor, Tenso
     kv_heads = (heads.shape[1] - num_heads) // 2
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), 1)
     return q, k, v
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, scale: float
+) -> Tensor:
+    """torch's own attention, one call for each run of neighbours of equal length (frames mostly are)."""
+    k, v = repeat_heads(q, k), repeat_heads(q, v)
+    outputs = []
+    start = 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        rows = slice(start, start + count * length)
+        start += count * length
+        # (count, H, length, D)
+        q_run, k_run, v_run = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=causal, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def repeat_heads(q: Tensor, x: Tensor) -> Tensor:
+    """``x`` (T, Hkv, D) with each head repeated so that it has as many as ``q``."""
+    if q.shape[1] == x.shape[1]:
+        return x
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
