@@ -39,12 +39,14 @@ class Segments:
     """Bounds of the segments of one row, on the device for the kernel and on the host for everything else."""
 
     cu_seqlens: Tensor  # (S+1,) int32
-    lengths: tuple[int, ...]  # S; read by the reference alone
+    lengths: tuple[int, ...]  # S; read by the reference alone, where layers are not compiled
     max_seqlen: int
     backend: str
 
 
-def make_segments(cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, backend: str) -> Segments:
+def make_segments(
+    cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, backend: str, *, compiled: bool
+) -> Segments:
     """Bounds for a row of ``num_rows`` tokens or patches.
 
     What compiled layers take must not change from pack to pack, or each pack compiles them anew: so the longest
@@ -53,7 +55,7 @@ def make_segments(cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, b
     """
     if sum(lengths) != num_rows:
         raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {num_rows} tokens")
-    if backend == "reference":
+    if backend == "reference" and not compiled:
         return Segments(cu_seqlens, lengths, max(lengths), backend)
     return Segments(cu_seqlens, (), -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
 

@@ -98,7 +98,11 @@ class PackedModel(nn.Module):
         hidden_PC = embedding(self._scale_pixels(batch.pixel_values, embedding.weight.dtype))
         rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
         segments = make_segments(
-            batch.vision_cu_seqlens, batch.frame_lengths, hidden_PC.shape[0], self.attention
+            batch.vision_cu_seqlens,
+            batch.frame_lengths,
+            hidden_PC.shape[0],
+            self.attention,
+            compiled=self.compile_layers,
         )
         hidden_PC = run_layers(
             self._run_layer,
@@ -129,7 +133,13 @@ class PackedModel(nn.Module):
         language_model = self.model.model.language_model
         cos_1TD, sin_1TD = language_model.rotary_emb(inputs_TH.unsqueeze(0), batch.position_ids.unsqueeze(0))
         rope = cos_1TD.squeeze(0), sin_1TD.squeeze(0)
-        segments = make_segments(batch.cu_seqlens, batch.segment_lengths, inputs_TH.shape[0], self.attention)
+        segments = make_segments(
+            batch.cu_seqlens,
+            batch.segment_lengths,
+            inputs_TH.shape[0],
+            self.attention,
+            compiled=self.compile_layers,
+        )
         hidden_TH = run_layers(
             self._run_layer,
             decoder_layer,
