@@ -111,6 +111,7 @@ ROWS: dict[str, Row] = {
 
 COMPARED = {
     "ratio_to_stock_2b": ("2b", "stock_2b"),
+    "ratio_to_stock_2b_given": ("2b_given", "stock_2b"),
     "ratio_to_liger_2b": ("2b", "2b_liger"),
     "ratio_to_position_ids_2b": ("2b", "2b_position_ids"),
     "ratio_to_stock_stage1": ("stage1_2b", "stock_stage1_2b"),

@@ -192,6 +192,12 @@ def test_what_a_run_without_a_checkpoint_left_is_not_taken(stage1, demo_words, t
     for name in ("base", "processor"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("of another run")
+    with pytest.raises(RunError, match=r"holds processor and base, which a run writes, and no config\.yaml"):
+        run([*words, "stage=2"])
+    assert (tmp_path / "base" / "tokenizer.json").read_text() == "of another run", (
+        "it may be somebody's only copy"
+    )
+    (tmp_path / "config.yaml").write_text("{stage: {}, run: {}, machine: {}}")  # what a run leaves first
     run([*words, "stage=2"])
     start = VideoLlama3ForConditionalGeneration.from_pretrained(stage1 / "checkpoints/step_00000004/weights")
     base = VideoLlama3ForConditionalGeneration.from_pretrained(tmp_path / "base").state_dict()

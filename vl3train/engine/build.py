@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers.utils import logging as transformers_logging
 
 from vl3train.config.choices import Dtype
 from vl3train.config.paths import resolve_weights
+from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import OpenData, open_data
 from vl3train.engine.console import Console
@@ -22,11 +24,35 @@ transformers_logging.disable_progress_bar()  # one bar a rank, for a second
 
 
 def clear_start(folder: Path, rank: Rank) -> None:
-    """Remove processor and base that a run left which came to no checkpoint: its options may have been others."""
-    if rank.is_first:
-        for name in ("processor", "base"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    rank.barrier()
+    """Remove processor and base that a run left which came to no checkpoint: its options may have been others.
+
+    Raises RunError on every rank where nothing shows that a run left them: they may be somebody's only copy.
+    """
+    problem = None
+    if rank.is_first and (left := [one for one in (folder / "processor", folder / "base") if one.exists()]):
+        if _was_a_run(folder):
+            for one in left:
+                shutil.rmtree(one)
+        else:
+            problem = (
+                f"run.output_dir={folder} holds {' and '.join(one.name for one in left)}, which a run writes, and no "
+                "config.yaml of a run: name a folder of its own, or move them away"
+            )
+    rank.agree(problem)
+
+
+def _was_a_run(folder: Path) -> bool:
+    file = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text()) if file.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False  # nothing that a run wrote
+    return isinstance(config, dict) and {"stage", "run", "machine"} <= config.keys()
+
+
+def write_config(cfg: TrainConfig, folder: Path) -> None:
+    """The options of this run, and the mark of its folder."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
 
 
 def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:

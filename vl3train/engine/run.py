@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.plain import as_plain
@@ -26,6 +25,7 @@ from vl3train.engine.build import (
     keep_base,
     load_processor,
     open_both,
+    write_config,
     write_processor,
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
@@ -114,6 +114,10 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     if checkpoint is None:
         clear_start(folder, rank)
     processor_dir = write_processor(cfg, folder, rank)
+    if checkpoint is None and rank.is_first:
+        write_config(
+            cfg, folder
+        )  # before all that takes long: what is left of it can be told from other people's
     data, held_out = open_both(cfg, processor_dir, rank, console)
     num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
 
@@ -166,7 +170,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         bad_samples.seen, bad_samples.bad = resume["bad_samples"]["seen"], resume["bad_samples"]["bad"]
     if rank.is_first:
         truncate_metrics(folder / "metrics.jsonl", cursor.step)
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+        write_config(cfg, folder)
 
     for remark in remarks:
         console.message(remark)
