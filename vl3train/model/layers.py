@@ -55,6 +55,7 @@ def encoder_layer(
         segments,
         apply_rotary_pos_emb_vision,
         fused,
+        causal=False,
     )
     project = attention.out_proj
     plain = _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
@@ -79,7 +80,14 @@ def decoder_layer(
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
     attention, mlp = layer.self_attn, layer.mlp
     hidden_TH, out_TH = _attention(
-        layer.input_layernorm, attention, hidden_TH, (cos_TD, sin_TD), segments, apply_rotary_pos_emb, fused
+        layer.input_layernorm,
+        attention,
+        hidden_TH,
+        (cos_TD, sin_TD),
+        segments,
+        apply_rotary_pos_emb,
+        fused,
+        causal=True,
     )
     hidden_TH = hidden_TH + attention.o_proj(out_TH)
     norm = layer.post_attention_layernorm
@@ -98,10 +106,12 @@ def _attention(
     segments: Segments,
     rotate: Callable[..., tuple[Tensor, Tensor]],
     fused: bool,
+    *,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """The rows for the residual, and what attention makes of them, the heads side by side."""
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    causal, scale = attention.is_causal, attention.scaling
+    scale = attention.scaling
     plain = fused and _plain(rows, norm, *linears)
     centred = type(norm) is nn.LayerNorm
     of_norm = (norm.weight, norm.bias, norm.eps) if centred else (norm.weight, None, norm.variance_epsilon)
