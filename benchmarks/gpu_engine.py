@@ -23,6 +23,7 @@ from vl3train.engine.zero import Zero
 from vl3train.model.attention import choose_attention
 from vl3train.model.compiling import compiled
 from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.product_check import choose_products
 from vl3train.model.trainable import count_parameters, parameter_groups
 
 RATE = 1e-6
@@ -40,13 +41,18 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
         states_on_host=row.states_on_host,
     )
     attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
+    products = choose_products(
+        row.products, hf_model.config, device, torch.bfloat16, compiled=row.compile_layers
+    )
     print(f"attention: {attention.name} ({attention.reason})", flush=True)
+    print(f"products: {products.name} ({products.reason})", flush=True)
     packed = PackedModel(
         hf_model,
         attention.name,
         recompute_vision=Recompute(row.recompute_vision),
         recompute_language=Recompute(row.recompute_language),
         compile_layers=row.compile_layers,
+        products=products.name,
     )
     trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
     groups = parameter_groups(hf_model, trained, 0.0)

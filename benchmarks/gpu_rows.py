@@ -24,6 +24,7 @@ class Row:
     recompute_vision: str = "layer"
     recompute_language: str = "layer"
     compile_layers: bool = True
+    products: str = "auto"
     trains: tuple[str, ...] = PARTS
     image_merge_size: int = 2
     max_tokens: int = 16384
@@ -104,6 +105,7 @@ ROWS: dict[str, Row] = {
     "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
     "2b_states_on_host": Row(states_on_host=True),
     "7b_one_gpu": Row(model="7b", states_on_host=True, max_seconds=420),  # needs 139 GiB
+    "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
     "2b_eager": Row(compile_layers=False, memory="given"),
     "2b_torch_varlen": Row(attention="torch_varlen"),
     "2b_recompute_layer": Row(memory="given"),

@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from vl3train.config.choices import Recompute
 from vl3train.model import fused
+from vl3train.model import products as quack_ops
 from vl3train.model.fused import (
     gelu_backward,
     linear_again,
@@ -26,6 +27,7 @@ from vl3train.model.fused import (
 )
 from vl3train.model.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
+from vl3train.model.products import plain_gelu_linear_backward
 from vl3train.model.trainable import part_of, set_trainable
 
 EPS = 1e-6
@@ -206,8 +208,19 @@ class Adapted(nn.Linear):
     ],
     ids=["stage 1", "adapted", "frozen encoder"],
 )
+@pytest.mark.parametrize("products", ["torch", "quack"])
 def test_compiled_layers_take_them_and_give_the_same_gradients(
-    tiny_model, batch_of, mixed, stock_gradients, monkeypatch, trained, recompute, adapted, norms, gelus
+    tiny_model,
+    batch_of,
+    mixed,
+    stock_gradients,
+    monkeypatch,
+    trained,
+    recompute,
+    adapted,
+    norms,
+    gelus,
+    products,
 ):
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -220,15 +233,21 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
         for layer in model.model.vision_model.encoder.layers:
             layer.self_attn.out_proj.__class__ = Adapted
     packed = PackedModel(
-        model, "reference", recompute_vision=recompute, recompute_language=recompute, compile_layers=True
+        model,
+        "reference",
+        recompute_vision=recompute,
+        recompute_language=recompute,
+        compile_layers=True,
+        products=products,
     ).train()
     ran = []
-    for op in (plain_norm_backward, plain_gelu_backward):
-        monkeypatch.setattr(fused, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
+    gelu_ops = {"torch": (fused, plain_gelu_backward), "quack": (quack_ops, plain_gelu_linear_backward)}
+    for place, op in ((fused, plain_norm_backward), gelu_ops[products]):
+        monkeypatch.setattr(place, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
     packed(batch_of(mixed)).loss_sum.backward()
     if recompute is Recompute.layer and not FUNCTIONS_ARE_REPEATED:
         norms = gelus = 0
-    assert (ran.count(plain_norm_backward), ran.count(plain_gelu_backward)) == (norms, gelus)
+    assert (ran.count(plain_norm_backward), len(ran) - ran.count(plain_norm_backward)) == (norms, gelus)
     expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
@@ -262,7 +281,8 @@ def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch):
+@pytest.mark.parametrize("products", ["torch", "quack"])
+def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, products):
     """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -270,6 +290,9 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
     torch._dynamo.reset()
     model, batch = tiny_model(), batch_of(mixed)
     widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
+    of_both = 2 * model.config.text_config.intermediate_size
+    if products == "quack":
+        widths.add(of_both)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     wide = {}
     for level in (Recompute.elementwise, Recompute.mlp):
@@ -281,12 +304,18 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
             return tensor
 
         packed = PackedModel(
-            model, "reference", recompute_vision=level, recompute_language=level, compile_layers=True
+            model,
+            "reference",
+            recompute_vision=level,
+            recompute_language=level,
+            compile_layers=True,
+            products=products,
         ).train()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             packed(batch).loss_sum.backward()
         wide[level] = len(kept)
-    assert wide == {Recompute.elementwise: 2 + 2 * 2, Recompute.mlp: 0}, "of two layers in each tower"
+    in_language = {"torch": 2 * 2, "quack": 2}[products]  # gate and up, or both in one
+    assert wide == {Recompute.elementwise: 2 + in_language, Recompute.mlp: 0}, "of two layers in each tower"
 
 
 @pytest.mark.gpu

@@ -1,16 +1,20 @@
-"""Compare the attention kernels on this machine with float64, for the shapes that VideoLLaMA3 has.
+"""Compare the kernels on this machine with float64, for the shapes that VideoLLaMA3 has.
 
-Each available backend runs with the heads of the encoder (72 wide, no mask) and of the 2B and 7B language models
-(128 wide, causal). Out of line: a figure over 0.01. Exit code 1 when the backend that machine.attention=auto takes
-is wrong here.
+Each available backend of attention runs with the heads of the encoder (72 wide, no mask) and of the 2B and 7B language
+models (128 wide, causal); quack's products run for their rows and weights. Out of line: a figure over 0.01. Exit code 1
+when a kernel that machine.attention=auto or machine.products=auto would take is wrong here.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    import torch
 
 SHAPES = {
     "encoder": (16, 16, 72, False),
@@ -18,6 +22,8 @@ SHAPES = {
     "language model 7B": (28, 4, 128, True),
 }
 """Query heads, key and value heads, head dimension, causal."""
+MLPS = {"encoder": (1152, 4304), "language model 2B": (1536, 8960), "language model 7B": (3584, 18944)}
+"""Values of a row, and of a row between the MLP's products."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,4 +66,25 @@ def main(args: Namespace) -> int:
             wrong |= backend == chosen.name and not found.is_right
             table.add_row(backend, name, *(f"{error:.4f}" for error in found.errors.values()), verdict)
     console.print(table)
-    return int(wrong)
+    return int(wrong | wrong_products(console, device, dtype))
+
+
+def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
+    """Print quack's table, or why there is none; whether one of its products is wrong."""
+    from vl3train.model.kernel_check import MAX_ERROR
+    from vl3train.model.product_check import Widths, product_errors, why_not_quack
+
+    all_widths = {name: Widths(*widths, gated=name != "encoder") for name, widths in MLPS.items()}
+    if problem := why_not_quack(list(all_widths.values()), device, dtype, compiled=True):
+        console.print(f"products: torch; not quack, {problem}")
+        return False
+    table, wrong = Table("quack's product", "shape", "error", ""), False
+    for shape, widths in all_widths.items():
+        for name, error in product_errors(widths, device, dtype):
+            right = error < MAX_ERROR
+            wrong |= not right
+            table.add_row(
+                name, shape, f"{error:.4f}", "right" if right else "WRONG: machine.products=auto takes torch"
+            )
+    console.print(table)
+    return wrong

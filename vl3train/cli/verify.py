@@ -88,18 +88,22 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     from vl3train.engine.build import build_model
     from vl3train.model.attention import choose_attention
     from vl3train.model.packed_forward import PackedModel, head_dims
+    from vl3train.model.product_check import choose_products
 
     on_cuda = cfg.machine.device is not Device.cpu and torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     model = build_model(cfg, None, processor_dir)
     model = model.to(device) if on_cuda else model.float()
-    attention = choose_attention(
-        cfg.machine.attention.value, device, head_dims(model), next(model.parameters()).dtype
+    dtype, machine = next(model.parameters()).dtype, cfg.machine
+    attention = choose_attention(machine.attention.value, device, head_dims(model), dtype)
+    products = choose_products(
+        machine.products.value, model.config, device, dtype, compiled=machine.compile_layers
     )
     return PackedModel(
         model,
         attention.name,
-        recompute_vision=cfg.machine.recompute_vision,
-        recompute_language=cfg.machine.recompute_language,
-        compile_layers=cfg.machine.compile_layers,
+        recompute_vision=machine.recompute_vision,
+        recompute_language=machine.recompute_language,
+        compile_layers=machine.compile_layers,
+        products=products.name,
     ).eval()

@@ -22,6 +22,14 @@ class Attention(Enum):
     reference = "reference"
 
 
+class Products(Enum):
+    """Who makes the matrix products of compiled layers (model/product_check.py)."""
+
+    auto = "auto"
+    quack = "quack"
+    torch = "torch"
+
+
 class Recompute(Enum):
     """What a layer computes again in the backward pass instead of keeping it; each keeps less than the one before.
 

@@ -12,6 +12,7 @@ from vl3train.config.choices import (
     Device,
     Dtype,
     Memory,
+    Products,
     Recompute,
     Tracker,
     WandbMode,
@@ -193,6 +194,10 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.compile_layers", True, what, "set it to false, or use machine.zero_stage=1 or 2")
         )
+    if machine.products is Products.quack and not machine.compile_layers:
+        what = "serves compiled layers only"
+        way_out = "set machine.compile_layers=true, or use machine.products=auto"
+        found.append(Problem("machine.products", show(machine.products), what, way_out))
     if machine.attention in (Attention.flash_attn_4, Attention.flash_attn, Attention.torch_varlen):
         if machine.device is Device.cpu:
             what = "needs a GPU, and machine.device=cpu"

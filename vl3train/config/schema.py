@@ -15,6 +15,7 @@ from vl3train.config.choices import (
     Device,
     Dtype,
     Memory,
+    Products,
     Recompute,
     Schedule,
     Tracker,
@@ -169,6 +170,10 @@ class MachineConfig:
 
     attention: Attention = Attention.auto
     """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""
+
+    products: Products = Products.auto
+    """Who makes the matrix products of compiled layers: quack with what follows them (Hopper GPUs), torch, or auto, the
+    first of them that serves and is right here."""
 
     memory: Memory = Memory.given
     """given: every layer computes again what recompute_vision and recompute_language say. auto: the least for which

@@ -30,6 +30,7 @@ from vl3train.engine.build import (
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
+from vl3train.engine.kernels import choose_kernels
 from vl3train.engine.memory import fit_run
 from vl3train.engine.meter import Meter, make_meter
 from vl3train.engine.optim import build_optimizer, optimizer_cost
@@ -37,11 +38,9 @@ from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
 from vl3train.model.adapters import add_adapters, save_adapter
-from vl3train.model.attention import AttentionChoice
 from vl3train.model.conversion import save_weights
 from vl3train.model.init_from_parts import assert_rope_float32
-from vl3train.model.kernel_check import right_attention
-from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 
 
@@ -138,14 +137,15 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     refuse_other_size(cfg, counts)
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     hf_model.to(rank.device)
-    attention = choose_right_attention(cfg, hf_model, rank)
+    kernels = choose_kernels(cfg.machine, hf_model, rank)
     meter = make_meter(hf_model, rank.device)
     packed = PackedModel(
         hf_model,
-        attention.name,
+        kernels.attention.name,
         recompute_vision=cfg.machine.recompute_vision,
         recompute_language=cfg.machine.recompute_language,
         compile_layers=cfg.machine.compile_layers,
+        products=kernels.products.name,
     )
     engine = Zero(
         packed,
@@ -179,7 +179,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         console.message(f"{part}: {trained:,} of {total:,} parameters trained, {rate}")
     num_trained = sum(trained for trained, _ in counts.values())
     console.message(optimizer_cost(num_trained, cfg.optim, cfg.machine))
-    console.message(f"attention: {attention.name} ({attention.reason})")
+    for use, choice in kernels._asdict().items():
+        console.message(f"{use}: {choice.name} ({choice.reason})")
     for text in data_remarks(data):
         console.message(text)
     console.message(
@@ -259,20 +260,6 @@ def refuse_what_cannot_go_on(cfg: TrainConfig, resume: dict[str, Any], num_steps
     if found:
         found.append("or start a new run with another run.output_dir")
         raise RunError("\n".join([f"the run in {cfg.run.output_dir} cannot go on:", *found]))
-
-
-def choose_right_attention(cfg: TrainConfig, hf_model: Any, rank: Rank) -> AttentionChoice:
-    """The attention kernel of this run; RunError on every rank where none that may serve is right."""
-    problem, choice = None, AttentionChoice("reference", "never used: a problem is raised below")
-    try:
-        dtype = next(hf_model.parameters()).dtype
-        choice = right_attention(
-            cfg.machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
-        )
-    except ValueError as error:
-        problem = str(error)
-    rank.agree(problem)
-    return choice
 
 
 def run_identity(

@@ -27,7 +27,7 @@ SEQLEN_STEP = 512
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionChoice:
+class KernelChoice:
     """The kernel that serves, and why it was taken: printed when a run starts."""
 
     name: str
@@ -66,7 +66,7 @@ def choose_attention(
     head_dims: Sequence[int],
     dtype: torch.dtype,
     wrong: Mapping[str, str] | None = None,
-) -> AttentionChoice:
+) -> KernelChoice:
     """The kernel for every head dimension in ``head_dims``; ``auto`` takes the first that can serve.
 
     ``wrong`` are backends that ``auto`` passes over, with the reason (model/kernel_check.py finds them).
@@ -78,7 +78,7 @@ def choose_attention(
             problem = (wrong or {}).get(name) or _problem(name, device, head_dims, dtype)
             if problem is None:
                 reason = "; ".join(refused) or "first choice"
-                return AttentionChoice(name, f"auto: {reason}")
+                return KernelChoice(name, f"auto: {reason}")
             refused.append(f"{name} {problem}")
     if requested not in BACKENDS:
         raise ValueError(f"machine.attention={requested}: it is one of auto, {', '.join(BACKENDS)}")
@@ -87,7 +87,7 @@ def choose_attention(
             f"machine.attention={requested} cannot serve: it {problem}; "
             "machine.attention=auto takes one that can"
         )
-    return AttentionChoice(requested, "asked for")
+    return KernelChoice(requested, "asked for")
 
 
 def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype) -> str | None:

@@ -1,4 +1,5 @@
-"""The passes over memory that torch.compile does not make by itself, as ops; model/fused_layers.py uses them.
+"""The passes over memory that torch.compile does not make by itself, as ops; model/fused_attention.py and fused_mlp.py
+use them.
 
 In a backward pass the compiler reads each row of a norm twice, writes the normed rows in a pass of their own and sums
 each bias's gradient in another; it cannot rotate a part of a row where it lies. R rows, W values a row.
@@ -176,3 +177,16 @@ def linear_again(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tenso
 @linear_again.register_fake
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+
+
+def normed_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """LayerNorm where ``centred``, else RMSNorm as transformers rounds it."""
+    if centred:
+        return F.layer_norm(rows, weight.shape, weight, bias, eps)
+    x = rows.float()
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(rows.dtype)
+
+
+def norm_grads(sums: Tensor, wanted: Sequence[bool], weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a norm's weight and bias, where they are wanted, from norm_backward's sums."""
+    return tuple(sums[place].to(weight.dtype) if of else None for place, of in enumerate(wanted))

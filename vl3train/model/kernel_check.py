@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vl3train.model.attention import SEQLEN_STEP, AttentionChoice, choose_attention, varlen_attention
+from vl3train.model.attention import SEQLEN_STEP, KernelChoice, choose_attention, varlen_attention
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130))
 """Segments of the rows checked: equal ones, one token alone, and lengths that fill no tile."""
@@ -66,7 +66,7 @@ def check_kernel(
 
 def right_attention(
     requested: str, hf_config: Any, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype
-) -> AttentionChoice:
+) -> KernelChoice:
     """choose_attention, and on a GPU some seconds of proof that the kernel is right for this model's heads and masks.
 
     ``auto`` goes on to the next backend and says why; raises ValueError with the figure where one was asked for.

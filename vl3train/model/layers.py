@@ -23,13 +23,15 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.attention import TORCH_VERSION, Segments, attend
-from vl3train.model.fused_layers import GeluMlp, NormAttention, NormLinears, SwigluMlp
+from vl3train.model.fused_attention import NormAttention, NormLinears
+from vl3train.model.fused_mlp import GeluMlp, SwigluMlp
 from vl3train.model.offload import HostRows
+from vl3train.model.products import linear_add
 from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, segments, whether the MLP is computed again, whether the passes of model/fused.py may
-serve) -> hidden rows."""
+serve, and quack's products with them) -> hidden rows."""
 
 FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
 """torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does
@@ -44,6 +46,7 @@ def encoder_layer(
     segments: Segments,
     mlp_again: bool = False,
     fused: bool = False,
+    quack: bool = False,
 ) -> Tensor:
     """VideoLlama3VisionEncoderLayer: attention within each frame, then the MLP."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -62,10 +65,15 @@ def encoder_layer(
     if not (fused and plain and type(mlp.activation_fn) is GELUTanh):
         hidden_PC = hidden_PC + project(out_PC)
         return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
-    hidden_PC = hidden_PC + F.linear(out_PC, project.weight, project.bias.detach())
+    handed_over = project.bias.detach()
+    if quack:
+        hidden_PC = linear_add(out_PC, project.weight, handed_over, hidden_PC)
+    else:
+        hidden_PC = hidden_PC + F.linear(out_PC, project.weight, handed_over)
     norm, fc1, fc2 = layer.layer_norm2, mlp.fc1, mlp.fc2
     weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-    return GeluMlp.apply(hidden_PC, project.bias, norm.weight, norm.bias, norm.eps, mlp_again, *weights)
+    of_norm = norm.weight, norm.bias, norm.eps
+    return GeluMlp.apply(hidden_PC, project.bias, *of_norm, mlp_again, quack, *weights)
 
 
 def decoder_layer(
@@ -76,6 +84,7 @@ def decoder_layer(
     segments: Segments,
     mlp_again: bool = False,
     fused: bool = False,
+    quack: bool = False,
 ) -> Tensor:
     """Qwen2DecoderLayer: causal attention within each sample, then the MLP."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -95,7 +104,7 @@ def decoder_layer(
     if not (fused and plain and type(mlp.act_fn) is SiLUActivation):
         return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-    return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, *weights)
+    return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, quack, *weights)
 
 
 def _attention(
@@ -162,16 +171,17 @@ def _run(
     max_seqlen: int,
     backend: str,
     recompute: str,
+    quack: bool,
 ) -> Tensor:
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
     inputs = (layer, hidden, cos, sin, segments)
     fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
-        return checkpoint(body, *inputs, False, fused, use_reentrant=False)
+        return checkpoint(body, *inputs, False, fused, quack, use_reentrant=False)
     if recompute == "nothing" or torch.compiler.is_compiling():
         # The compiler keeps results of products and attention and computes the elementwise rest again.
-        return body(*inputs, recompute == "mlp", fused)
+        return body(*inputs, recompute == "mlp", fused, quack)
     contexts = _KEEP_PRODUCTS if recompute == "elementwise" else _KEEP_NARROW_PRODUCTS
     return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -192,11 +202,13 @@ def run_layers(
     rope: tuple[Tensor, Tensor],
     segments: Segments,
     levels: Sequence[Recompute],
+    products: str,
     on_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
 
-    ``on_backward`` is called in the backward pass after each layer, when what the layer kept is freed.
+    ``products`` is a name from model/product_check.py, for compiled layers. ``on_backward`` is called in the backward
+    pass after each layer, when what the layer kept is freed.
     """
     host = HostRows()
     for layer, level in zip(layers, levels, strict=True):
@@ -215,6 +227,7 @@ def run_layers(
                 segments.max_seqlen,
                 segments.backend,
                 (Recompute.layer if offload else level).value,
+                products == "quack",
             )
     return hidden
 

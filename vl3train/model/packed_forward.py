@@ -39,7 +39,8 @@ class PackedModel(nn.Module):
     ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
     the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_levels`` is set to
     something else (engine/memory.py does), or ``choose_first_levels`` for the first micro-batch of a step;
-    ``compile_layers`` fuses them. ``on_layer_backward`` is called in the backward pass after each layer.
+    ``compile_layers`` fuses them, and ``products`` (model/product_check.py) says who makes
+    their products. ``on_layer_backward`` is called in the backward pass after each layer.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PackedModel(nn.Module):
         recompute_vision: Recompute = Recompute.nothing,
         recompute_language: Recompute = Recompute.nothing,
         compile_layers: bool = False,
+        products: str = "torch",
     ) -> None:
         super().__init__()
         _refuse_what_packs_cannot(hf_model)
@@ -63,7 +65,7 @@ class PackedModel(nn.Module):
         self.choose_first_levels: Callable[[Batch], Levels] | None = None
         self.on_layer_backward: Callable[[], None] | None = None
         self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
-        self.compile_layers = compile_layers
+        self.compile_layers, self.products = compile_layers, products
         self._run_layer = layer_runner(compiled=compile_layers)
         self._score = compiled(score_logits, enabled=compile_layers)
         self._norm = compiled(_last_norm, enabled=compile_layers)
@@ -112,6 +114,7 @@ class PackedModel(nn.Module):
             rope,
             segments,
             levels,
+            self.products,
             self.on_layer_backward,
         )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
@@ -148,6 +151,7 @@ class PackedModel(nn.Module):
             rope,
             segments,
             levels,
+            self.products,
             self.on_layer_backward,
         )
         return self._norm(language_model.norm, hidden_TH)

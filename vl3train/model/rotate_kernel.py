@@ -14,6 +14,9 @@ from vl3train.model.norm_kernels import multiprocessors
 
 TILE = (8, 128)
 """Rows and pairs of values that a program takes at a time."""
+CHUNKS = (8, 4, 2, 1)
+"""Pairs that a thread loads at once, the first that divides half a head: 4 for heads of 72, 8 for those of 128. One at
+a time is half as fast."""
 PROGRAMS_PER_SM = 8
 STAGES = 3
 """Tiles, of which two are on their way while the third is worked on."""
@@ -27,6 +30,7 @@ def rotate_kernel(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, back
     head_dim = cos.shape[1]
     tile_rows, tile_pairs = TILE
     pairs = (width if backward else num_rotated * head_dim) // 2
+    chunk = next(chunk for chunk in CHUNKS if head_dim // 2 % chunk == 0)
     blocks = triton.cdiv(pairs, tile_pairs)
     programs = max(1, PROGRAMS_PER_SM * multiprocessors(rows) // blocks)
     programs = min(programs, triton.cdiv(num_rows, tile_rows))
@@ -43,7 +47,8 @@ def rotate_kernel(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, back
         HEAD_DIM=head_dim,
         BACKWARD=backward,
         ROWS=tile_rows,
-        PAIRS=tile_pairs,
+        CHUNKS=tile_pairs // chunk,
+        CHUNK=chunk,
         STAGES=STAGES,
         num_warps=4,
     )
@@ -63,25 +68,29 @@ def _rotate(
     HEAD_DIM: tl.constexpr,
     BACKWARD: tl.constexpr,
     ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Both values of a pair belong to one thread: what it writes, no other has still to read.
+    # Both values of a pair belong to one thread: what it writes, no other has still to read. Chunks of pairs lie in one
+    # head: the compiler sees that their values are neighbours.
     HALF: tl.constexpr = HEAD_DIM // 2
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
-    turns = pair < rotated_pairs
-    place = pair % HALF
-    column = pair // HALF * HEAD_DIM + place
-    sum_one = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
-    sum_other = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
+    within = tl.arange(0, CHUNK)[None, None, :]
+    place = (chunk % (HALF // CHUNK) * CHUNK)[None, :, None]
+    column = (chunk // (HALF // CHUNK) * HEAD_DIM)[None, :, None] + place
+    there = (chunk * CHUNK < pairs)[None, :, None]
+    turns = (chunk * CHUNK < rotated_pairs)[None, :, None]
+    sum_one = tl.zeros((ROWS, CHUNKS, CHUNK), dtype=tl.float32)
+    sum_other = tl.zeros((ROWS, CHUNKS, CHUNK), dtype=tl.float32)
     for first in tl.range(program * ROWS, num_rows, programs * ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)
-        at = row[:, None].to(tl.int64) * width + column[None, :]
-        table = row[:, None].to(tl.int64) * HEAD_DIM + place[None, :]
-        inside = (row < num_rows)[:, None] & (pair < pairs)[None, :]
-        turned = inside & turns[None, :]
+        row = (first + tl.arange(0, ROWS))[:, None, None]
+        at = row.to(tl.int64) * width + column + within
+        table = row.to(tl.int64) * HEAD_DIM + place + within
+        inside = (row < num_rows) & there
+        turned = (row < num_rows) & turns
         one = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
         other = tl.load(rows + at + HALF, mask=inside, other=0.0).to(tl.float32)
         c = tl.load(cos + table, mask=turned, other=1.0).to(tl.float32)
@@ -96,6 +105,6 @@ def _rotate(
             sum_one += new_one
             sum_other += new_other
     if BACKWARD:
-        out = sums + program * width + column
-        tl.store(out, tl.sum(sum_one, axis=0), mask=pair < pairs)
-        tl.store(out + HALF, tl.sum(sum_other, axis=0), mask=pair < pairs)
+        out = sums + program * width + column + within
+        tl.store(out, tl.sum(sum_one, axis=0)[None, :, :], mask=there)
+        tl.store(out + HALF, tl.sum(sum_other, axis=0)[None, :, :], mask=there)

@@ -1,0 +1,181 @@
+"""Products with the pass that follows them: the formulas against autograd in float64, quack's kernels against those."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vl3train.model import product_check, products
+from vl3train.model.kernel_check import MAX_ERROR
+from vl3train.model.product_check import Widths, choose_products, product_errors, widths_of
+
+CUDA = torch.device("cuda")
+R, W, WIDE = 37, 16, 48
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)  # passes are in float32 whatever comes
+
+
+def test_gelu_and_its_products_are_those_of_autograd():
+    rows, into, bias, out, grad = draw(R, W), draw(WIDE, W), draw(WIDE), draw(W, WIDE), draw(R, W)
+    wide, activated = products.linear_gelu(rows, into, bias, True)
+    expected = F.linear(rows, into, bias)
+    expected.retain_grad()
+    close((wide, activated), (expected, F.gelu(expected, approximate="tanh")))
+    F.linear(F.gelu(expected, approximate="tanh"), out).backward(grad)
+    d_wide, again, sums = products.gelu_linear_backward(grad, out, wide)
+    close((d_wide, again, sums.double()), (expected.grad, activated, bias.grad))
+    close(products.rows_product(d_wide, into), rows.grad)
+
+
+def test_swiglu_and_its_products_are_those_of_autograd():
+    rows, gate, up, out, grad = draw(R, W), draw(WIDE, W), draw(WIDE, W), draw(W, WIDE), draw(R, W)
+    gate_up, activated = products.linear_swiglu(rows, gate, up, True)
+    expected = F.silu(F.linear(rows, gate)) * F.linear(rows, up)
+    close(activated, expected)
+    close(products.gate_up_again(rows, gate, up, grad), gate_up)
+    F.linear(expected, out).backward(grad)
+    d_gate_up, again = products.swiglu_linear_backward(grad, out, gate_up)
+    close(again, expected)
+    close(products.gate_up_rows_grad(d_gate_up, gate, up), rows.grad)
+    close(products.gate_up_weights_grad(d_gate_up, rows.detach()), torch.cat((gate.grad, up.grad)))
+
+
+def test_what_need_not_be_kept_is_empty():
+    assert products.linear_gelu(draw(R, W), draw(WIDE, W), draw(WIDE), False)[0].shape == (0, WIDE)
+    assert products.linear_swiglu(draw(R, W), draw(WIDE, W), draw(WIDE, W), False)[0].shape == (0, 2 * WIDE)
+
+
+def test_linear_add_is_differentiable_but_for_its_bias():
+    rows, weight, bias, added, grad = draw(R, W), draw(WIDE, W), draw(WIDE), draw(R, WIDE), draw(R, WIDE)
+    inputs = rows, weight, added
+    found = products.linear_add(rows, weight, bias.detach(), added)
+    expected = F.linear(rows, weight, bias) + added
+    close(found, expected)
+    close(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    with pytest.raises(RuntimeError, match="hand it over detached"):
+        products.linear_add(rows, weight, bias, added).sum().backward()
+
+
+def test_what_is_said_of_the_ops_shapes_is_so():
+    """torch.compile believes register_fake."""
+    rows, gate, up, out, wide = (torch.randn(s) for s in ((R, W), (WIDE, W), (WIDE, W), (W, WIDE), (R, WIDE)))
+    both, bias = torch.randn(R, 2 * WIDE), torch.randn(WIDE)
+    for op, arguments in (
+        (products.linear_gelu, (rows, gate, bias, True)),
+        (products.linear_gelu, (rows, gate, bias, False)),
+        (products.gelu_linear_backward, (rows, out, wide)),
+        (products.linear_swiglu, (rows, gate, up, True)),
+        (products.linear_swiglu, (rows, gate, up, False)),
+        (products.gate_up_again, (rows, gate, up, rows)),
+        (products.swiglu_linear_backward, (rows, out, both)),
+        (products.gate_up_rows_grad, (both, gate, up)),
+        (products.gate_up_weights_grad, (both, rows)),
+        (products.linear_add, (rows, gate, bias, wide)),
+        (products.rows_product, (wide, gate)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.fixture
+def config():
+    of_vision = SimpleNamespace(hidden_size=64, intermediate_size=128)
+    return SimpleNamespace(vision_config=of_vision, text_config=SimpleNamespace(**vars(of_vision)))
+
+
+def choose(requested, config, *, device=CUDA, dtype=torch.bfloat16, compiled=True):
+    return choose_products(requested, config, device, dtype, compiled=compiled)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"device": torch.device("cpu")}, "it needs a CUDA device, not cpu"),
+        ({"compiled": False}, "compiled layers only"),
+        ({"dtype": torch.float32}, "bfloat16 or float16, not float32"),
+    ],
+    ids=["CPU", "not compiled", "float32"],
+)
+def test_auto_says_why_not_quack_and_who_asks_for_it_is_refused(config, other, problem):
+    choice = choose("auto", config, **other)
+    assert choice.name == "torch"
+    assert problem in choice.reason
+    with pytest.raises(ValueError, match=r"machine\.products=quack cannot serve: .*machine\.products=auto"):
+        choose("quack", config, **other)
+    assert choose("torch", config, **other).reason == "asked for"
+
+
+def test_odd_widths_and_other_gpus_are_told(config, monkeypatch):
+    config.text_config.intermediate_size = 100
+    assert "multiples of 16, not [100]" in choose("auto", config).reason
+    config.text_config.intermediate_size = 128
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert "Hopper" in choose("auto", config).reason
+
+
+def test_a_wrong_product_never_serves(config, monkeypatch):
+    """No GPU here: the device is only named; what the kernels answer is set."""
+    monkeypatch.setattr(product_check, "why_not_quack", lambda *_, **__: None)
+    errors = {"linear_gelu": 0.002}
+    monkeypatch.setattr(product_check, "product_errors", lambda *_: errors.items())
+    assert choose("auto", config).name == "quack"
+    errors["linear_swiglu"] = float("nan")
+    choice = choose("auto", config)
+    assert choice.name == "torch"
+    assert "linear_swiglu is wrong on this machine (relative error against float64: nan)" in choice.reason
+    errors["linear_swiglu"] = 0.4
+    with pytest.raises(ValueError, match=r"float64: 0\.4"):
+        choose("quack", config)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_check_sees_what_is_wrong(gated, monkeypatch):
+    """On a CPU the ops are the formulas: right, until one of them is broken."""
+    widths, cpu = Widths(32, 64, gated), torch.device("cpu")
+    found = dict(product_errors(widths, cpu, torch.bfloat16))
+    assert len(found) == (5 if gated else 4)
+    assert all(error < MAX_ERROR for error in found.values()), found
+    broken = "linear_swiglu" if gated else "linear_gelu"
+    right = getattr(products, broken)
+    monkeypatch.setattr(products, broken, lambda *args: tuple(1.1 * x for x in right(*args)))
+    assert dict(product_errors(widths, cpu, torch.bfloat16))[broken] > 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("narrow", [1536, 3584], ids=["2B", "7B"])
+def test_quack_on_cuda_is_right(narrow):
+    pytest.importorskip("quack", reason="quack-kernels is not installed")
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(hidden_size=1152, intermediate_size=4304),
+        text_config=SimpleNamespace(hidden_size=narrow, intermediate_size={1536: 8960, 3584: 18944}[narrow]),
+    )
+    for widths in widths_of(config):
+        for name, error in product_errors(widths, CUDA, torch.bfloat16):
+            assert error < MAX_ERROR, f"{name} for {widths}: {error:.2g}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_weights_that_lie_together_are_not_copied():
+    pytest.importorskip("quack", reason="quack-kernels is not installed")
+    from vl3train.model.quack_products import _joined
+
+    both = torch.randn(8, 4, device=CUDA)
+    one, other = both.chunk(2)
+    assert _joined(one, other).data_ptr() == both.data_ptr()
+    torch.testing.assert_close(_joined(one, other), both)
+    torch.testing.assert_close(_joined(other, one), torch.cat((other, one)))

@@ -1,0 +1,37 @@
+"""The kernels of a run: chosen, and proven right, before anything is trained with them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vl3train.config.schema import MachineConfig
+from vl3train.engine.ranks import Rank
+from vl3train.model.attention import KernelChoice
+from vl3train.model.kernel_check import right_attention
+from vl3train.model.packed_forward import head_dims
+from vl3train.model.product_check import choose_products
+
+
+class Kernels(NamedTuple):
+    """Who does a run's attention and the products of its compiled layers."""
+
+    attention: KernelChoice
+    products: KernelChoice
+
+
+def choose_kernels(machine: MachineConfig, hf_model: Any, rank: Rank) -> Kernels:
+    """All ranks call it; RunError on every rank where what was asked for cannot serve or is wrong."""
+    attention = products = KernelChoice("none", "never used: a problem is raised below")
+    problem = None
+    dtype = next(hf_model.parameters()).dtype
+    try:
+        attention = right_attention(
+            machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
+        )
+        products = choose_products(
+            machine.products.value, hf_model.config, rank.device, dtype, compiled=machine.compile_layers
+        )
+    except ValueError as error:
+        problem = str(error)
+    rank.agree(problem)
+    return Kernels(attention, products)

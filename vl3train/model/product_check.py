@@ -1,0 +1,157 @@
+"""Who makes the products of compiled layers, and proof that quack's are right on this machine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vl3train.model import products
+from vl3train.model.attention import KernelChoice
+from vl3train.model.kernel_check import MAX_ERROR
+
+NUM_ROWS = 333
+"""Rows of a check: no multiple of any tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Of a row, and of an MLP's wide row, in the encoder (GELU) or the language model (``gated``, SwiGLU)."""
+
+    narrow: int
+    wide: int
+    gated: bool
+
+
+def choose_products(
+    requested: str, hf_config: Any, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> KernelChoice:
+    """``quack`` or ``torch``; ``auto`` takes quack's where they serve and are right, some seconds of proof.
+
+    Raises ValueError where quack was asked for and cannot serve, or is wrong, with the figure.
+    """
+    if requested == "torch":
+        return KernelChoice("torch", "asked for")
+    all_widths = widths_of(hf_config)
+    problem = why_not_quack(all_widths, device, dtype, compiled=compiled)
+    problem = problem or wrong_product(all_widths, device, dtype)
+    if problem is None:
+        return KernelChoice("quack", "asked for" if requested == "quack" else "auto: first choice")
+    if requested == "quack":
+        raise ValueError(
+            f"machine.products=quack cannot serve: {problem}; machine.products=auto takes what can"
+        )
+    return KernelChoice("torch", f"auto: not quack, {problem}")
+
+
+def why_not_quack(
+    all_widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> str | None:
+    """Why quack's products cannot serve, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if not compiled:
+        return "it serves compiled layers only (machine.compile_layers=true)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if wrong := [width for one in all_widths for width in (one.narrow, one.wide) if width % 16]:
+        return f"it needs widths that are multiples of 16, not {wrong}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "its tiles are measured on GPUs of the Hopper generation only"
+    try:
+        importlib.import_module("vl3train.model.quack_products")
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+        return f"quack-kernels is not wholly installed ({error})"
+    return None
+
+
+def wrong_product(all_widths: Sequence[Widths], device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with quack's products for these widths, or None."""
+    for widths in all_widths:
+        for name, error in product_errors(widths, device, dtype):
+            if not error < MAX_ERROR:  # NaN neither
+                return f"its {name} is wrong on this machine (relative error against float64: {error:.2g})"
+    return None
+
+
+def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
+    """Of the encoder and of the language model."""
+    vision, text = hf_config.vision_config, hf_config.text_config
+    return (
+        Widths(vision.hidden_size, vision.intermediate_size, gated=False),
+        Widths(text.hidden_size, text.intermediate_size, gated=True),
+    )
+
+
+def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """The ops that serve rows of these widths, each with the largest relative error of its results."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        scale = shape[-1] ** -0.5 if shape[0] != NUM_ROWS else 1.0
+        return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
+
+    rows, grad = draw(NUM_ROWS, widths.narrow), draw(NUM_ROWS, widths.narrow)
+    into, other, out = (draw(widths.wide, widths.narrow) for _ in range(3))
+    calls: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
+    if widths.gated:
+        both, d_both = draw(NUM_ROWS, 2 * widths.wide), draw(NUM_ROWS, 2 * widths.wide)
+        calls = {
+            "linear_swiglu": (
+                products.linear_swiglu,
+                products.plain_linear_swiglu,
+                (rows, into, other, True),
+            ),
+            "gate_up_again": (
+                lambda *tensors: products.gate_up_again(*tensors, grad),
+                products.plain_gate_up,
+                (rows, into, other),
+            ),
+            "swiglu_linear_backward": (
+                products.swiglu_linear_backward,
+                products.plain_swiglu_linear_backward,
+                (grad, out.t().contiguous(), both),
+            ),
+            "gate_up_rows_grad": (
+                products.gate_up_rows_grad,
+                products.plain_gate_up_rows_grad,
+                (d_both, into, other),
+            ),
+            "gate_up_weights_grad": (
+                products.gate_up_weights_grad,
+                products.plain_gate_up_weights_grad,
+                (d_both, rows),
+            ),
+        }
+    else:
+        wide = draw(NUM_ROWS, widths.wide)
+        weight = out.t().contiguous()
+        calls = {
+            "linear_gelu": (
+                products.linear_gelu,
+                products.plain_linear_gelu,
+                (rows, into, draw(widths.wide), True),
+            ),
+            "gelu_linear_backward": (
+                products.gelu_linear_backward,
+                products.plain_gelu_linear_backward,
+                (grad, weight, wide),
+            ),
+            "linear_add": (
+                products.linear_add,
+                lambda a, b, c, d: torch.nn.functional.linear(a, b, c) + d,
+                (wide, weight, draw(widths.narrow), rows),
+            ),
+            "rows_product": (products.rows_product, torch.matmul, (wide, into)),
+        }
+    for name, (op, plain, arguments) in calls.items():
+        found = op(*arguments)
+        exact = plain(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+        pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
+        # max() would pass over NaN
+        errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+        yield name, next((error for error in errors if error != error), max(errors))

@@ -1,0 +1,160 @@
+"""quack's matrix products for Hopper, with what follows them done before their result leaves the chip.
+
+Importing this needs quack-kernels (flash-attn-4 brings it). What each function computes is said in model/products.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quack.epilogue.frontend import gemm_epilogue
+from quack.epilogue.library import dgelu_dbias_mod, dswiglu_mod, identity_epi
+from quack.epilogue.ops import RowVecLoad
+from quack.gemm_config import GemmConfig
+from quack.gemm_interface import gemm_act, gemm_tuned
+from torch import Tensor
+
+WIDE = 2048
+"""Rows of more values than this take the second tile of each pair below: measured for 1152, 1536 and 3584."""
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def _bias_and_rows(acc, c, bias):  # quack reads its source
+    return {"D": acc + c + bias}
+
+
+def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False) -> GemmConfig:
+    """A tile of the result, two of which share a column (``across``: a row) of operands; ``alone``: by all warps."""
+    return GemmConfig(
+        tile_m=rows,
+        tile_n=columns,
+        pingpong=not alone,
+        cluster_m=1 if across else 2,
+        cluster_n=2 if across else 1,
+        device_capacity=9,
+        is_dynamic_persistent=False,
+    )
+
+
+# benchmarks/log.md has all tiles that were tried. Two groups of warps that take turns (not ``alone``) hide the passes.
+_TURNS = _tile(128, 192)
+_LARGE = _tile(256, 128, alone=True, across=True)
+_GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
+
+
+def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """As ``vl3train::linear_gelu``."""
+    wide, activated = gemm_act(
+        rows.contiguous(),
+        weight.t(),
+        bias=bias,
+        activation="gelu_tanh_approx",
+        store_preact=keep,
+        tuned=False,
+        config=_TURNS,
+    )
+    return rows.new_empty((0, len(weight))) if wide is None else wide, activated
+
+
+def gelu_linear_backward_kernel(grad: Tensor, weight: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``vl3train::gelu_linear_backward``."""
+    d_wide, activated = torch.empty_like(wide), torch.empty_like(wide)
+    num_tiles = -(-len(wide) // _TURNS.tile_m)
+    sums = wide.new_empty((num_tiles, wide.shape[1]), dtype=torch.float32)
+    outputs = {"postact": activated, "dbias": sums}
+    dgelu_dbias_mod.gemm(grad.contiguous(), weight, d_wide, wide, epi_args=outputs, b_kn=True, **_as(_TURNS))
+    return d_wide, activated, sums.sum(0)
+
+
+def linear_swiglu_kernel(
+    rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``vl3train::linear_swiglu``."""
+    weight = _joined(gate_weight, up_weight)
+    gate_up, activated = gemm_act(
+        rows.contiguous(),
+        weight.t(),
+        activation="swiglu",
+        store_preact=keep,
+        tuned=False,
+        config=_tile_for(rows.shape[1]),
+        concat_layout=("B",),
+    )
+    return rows.new_empty((0, len(weight))) if gate_up is None else gate_up, activated
+
+
+def gate_up_kernel(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """As ``vl3train::gate_up_again``."""
+    return _of_halves(rows.contiguous(), _joined(gate_weight, up_weight).t(), "B", rows.shape[1])
+
+
+def swiglu_linear_backward_kernel(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``vl3train::swiglu_linear_backward``."""
+    d_gate_up = torch.empty_like(gate_up)
+    activated = gate_up.new_empty((len(gate_up), weight.shape[1]))
+    tile = _GATED_BACKWARD[grad.shape[1] > WIDE]
+    dswiglu_mod.gemm(
+        grad.contiguous(), weight, d_gate_up, gate_up, epi_args={"postact": activated}, b_kn=True, **_as(tile)
+    )
+    return d_gate_up, activated
+
+
+def gate_up_rows_grad_kernel(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """As ``vl3train::gate_up_rows_grad``."""
+    return _of_halves(d_gate_up, _joined(gate_weight, up_weight), "B", gate_weight.shape[1])
+
+
+def gate_up_weights_grad_kernel(d_gate_up: Tensor, rows: Tensor) -> Tensor:
+    """As ``vl3train::gate_up_weights_grad``."""
+    return _of_halves(d_gate_up.t(), rows.contiguous(), "out", rows.shape[1])
+
+
+def linear_add_kernel(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
+    """As ``vl3train::linear_add``."""
+    result = added.new_empty(added.shape)
+    rows, added = rows.contiguous(), added.contiguous()
+    _bias_and_rows.gemm(rows, weight.t(), result, added, epi_args={"bias": bias}, b_kn=True, **_as(_TURNS))
+    return result
+
+
+def rows_product_kernel(rows: Tensor, weight: Tensor) -> Tensor:
+    """As ``vl3train::rows_product``."""
+    result = rows.new_empty((rows.shape[0], weight.shape[1]))
+    identity_epi.gemm(rows.contiguous(), weight, result, epi_args={}, b_kn=True, **_as(_TURNS))
+    return result
+
+
+def _of_halves(a: Tensor, b: Tensor, halves: str, width: int) -> Tensor:
+    """``a`` @ ``b``: gate and up lie one below the other in ``halves``, B or out, and side by side elsewhere."""
+    result = a.new_empty((a.shape[0], b.shape[1]))
+    gemm_tuned.fn(a, b, result, config=_tile_for(width), concat_layout=(halves,))
+    return result
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """The two (I, W) weights one below the other: as they lie, where they do so already, as in DeepSpeed's buffers."""
+    size = one.numel()
+    if (
+        one.is_contiguous()
+        and other.is_contiguous()
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and other.storage_offset() == one.storage_offset() + size
+    ):
+        return one.as_strided((2 * len(one), one.shape[1]), (one.shape[1], 1))
+    return torch.cat((one, other))
+
+
+def _tile_for(width: int) -> GemmConfig:
+    return _LARGE if width > WIDE else _TURNS
+
+
+def _as(tile: GemmConfig) -> dict[str, Any]:
+    """The tile as epilogues of quack take it."""
+    return {
+        "tile_M": tile.tile_m,
+        "tile_N": tile.tile_n,
+        "pingpong": tile.pingpong,
+        "cluster_M": tile.cluster_m,
+        "cluster_N": tile.cluster_n,
+    }
