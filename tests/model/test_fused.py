@@ -20,10 +20,13 @@ from vl3train.model.fused import (
     gelu_backward,
     linear_again,
     norm_backward,
+    pairs_apart,
+    pairs_together,
     plain_gelu_backward,
     plain_norm_backward,
     plain_rotate,
     rotate,
+    turning_table,
 )
 from vl3train.model.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
@@ -92,21 +95,23 @@ def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
 
 
 def rotate_arguments(num_rows, heads, rotated, head_dim, backward, device="cpu", dtype=torch.float32):
-    """Rows of ``heads`` heads, and tables of angles whose halves are equal, as transformers makes them."""
+    """Rows of ``heads`` heads whose pairs lie together, and the table of angles as transformers makes them."""
     torch.manual_seed(num_rows)
     rows = torch.randn(num_rows, heads * head_dim, device=device).to(dtype)
     angles = (9 * torch.randn(num_rows, head_dim // 2, device=device)).repeat(1, 2)
-    return rows, angles.cos(), angles.sin(), rotated, backward
+    return rows, turning_table(angles.cos(), angles.sin()), rotated, backward
 
 
 ROTATED = [(1, 3, 2, 16, True), (37, 6, 4, 72, True), (37, 6, 4, 72, False), (300, 8, 7, 64, True)]
 
 
-def rotated_by_transformers(rows, cos, sin, num_rotated):
-    heads = rows.unflatten(1, (-1, cos.shape[1]))
+def rotated_by_transformers(rows, table, num_rotated):
+    """transformers' rotation, which has the two of a pair half a head apart."""
+    cos, sin = (of_pair.repeat(1, 2) for of_pair in table.unflatten(1, (-1, 2)).unbind(2))
+    heads = pairs_apart(rows.t(), table.shape[1]).t().unflatten(1, (-1, table.shape[1]))
     turning, still = heads[:, :num_rotated], heads[:, num_rotated:]
     turned, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
-    return torch.cat((turned, still), 1).flatten(1)
+    return pairs_together(torch.cat((turned, still), 1).flatten(1).t(), table.shape[1]).t()
 
 
 def assert_close(found, expected, tolerance):
@@ -135,15 +140,15 @@ def test_gelu_is_that_of_autograd():
 
 @pytest.mark.parametrize("case", ROTATED, ids=str)
 def test_rows_turn_as_transformers_turns_them_and_back_as_autograd_does(case):
-    rows, cos, sin, num_rotated, backward = rotate_arguments(*case)
+    rows, table, num_rotated, backward = rotate_arguments(*case)
     given = rows.double().requires_grad_()
-    expected = rotated_by_transformers(given, cos.double(), sin.double(), num_rotated)
+    expected = rotated_by_transformers(given, table.double(), num_rotated)
     if not backward:
-        assert rotate(rows, cos, sin, num_rotated, False).numel() == 0
+        assert rotate(rows, table, num_rotated, False).numel() == 0
         assert_close([rows], [expected.detach()], 2e-6)
         return
     (wanted,) = torch.autograd.grad(expected, given, rows.double())
-    sums = rotate(rows, cos, sin, num_rotated, True)
+    sums = rotate(rows, table, num_rotated, True)
     assert_close((rows, sums), (wanted, wanted.sum(0)), 2e-6)
 
 

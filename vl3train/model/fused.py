@@ -129,38 +129,59 @@ def plain_gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(x, approximate="tanh").to(wide.dtype), d_wide.sum(0)
 
 
-@torch.library.custom_op("vl3train::rotate", mutates_args=("rows",))
-def rotate(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
-    """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, all heads as wide as the tables (R, D).
+def turning_table(cos: Tensor, sin: Tensor) -> Tensor:
+    """What ``rotate`` takes, (R, D): cosine and sine of each pair side by side.
 
-    Both halves of a row of ``cos`` and ``sin`` are equal, as transformers makes them; the arithmetic is float32.
-    ``backward`` rotates a gradient back, and gives the (W,) float32 column sums of what comes out, the heads that do
-    not turn among them; else the result is empty.
+    Both halves of a row of ``cos`` and ``sin`` (R, D) are equal, as transformers makes them.
+    """
+    half = cos.shape[1] // 2
+    return torch.stack((cos[:, :half], sin[:, :half]), 2).flatten(1)
+
+
+def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
+    """Of (heads * D, ...) rows of weights, those that RoPE turns as a pair next to each other: 0, D/2, 1, D/2 + 1, ...
+
+    Queries and keys then come out in this order, which is nothing to attention, and RoPE need not reach half a head
+    away.
+    """
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
+    """The way back from ``pairs_together``."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+@torch.library.custom_op("vl3train::rotate", mutates_args=("rows",))
+def rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
+    """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, whose pairs lie together; in float32.
+
+    ``table`` (R, D) is turning_table's. ``backward`` rotates a gradient back, and gives the (W,) float32 column sums of
+    what comes out, the heads that do not turn among them; else the result is empty.
     """
     if rows.is_cuda:
         from vl3train.model.rotate_kernel import rotate_kernel
 
-        return rotate_kernel(rows, cos, sin, num_rotated, backward)
-    return plain_rotate(rows, cos, sin, num_rotated, backward)
+        return rotate_kernel(rows, table, num_rotated, backward)
+    return plain_rotate(rows, table, num_rotated, backward)
 
 
 @rotate.register_fake
-def _(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
+def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
     return rows.new_empty((rows.shape[1] if backward else 0,), dtype=torch.float32)
 
 
-def plain_rotate(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
+def plain_rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
     """``rotate`` in torch's own ops."""
-    half = cos.shape[1] // 2
-    heads = rows.view(len(rows), -1, 2, half)
-    turned = heads[:, :num_rotated].float()
-    c, s = cos[:, None, :half].float(), sin[:, None, :half].float() * (-1 if backward else 1)
-    one, other = turned.unbind(2)
-    turned = torch.stack((one * c - other * s, other * c + one * s), 2)
-    heads[:, :num_rotated] = turned.to(rows.dtype)
+    pairs = rows.view(len(rows), -1, table.shape[1] // 2, 2)
+    one, other = pairs[:, :num_rotated].float().unbind(3)
+    c, s = table.float().view(len(rows), 1, -1, 2).unbind(3)
+    s = -s if backward else s
+    turned = torch.stack((one * c - other * s, other * c + one * s), 3)
+    pairs[:, :num_rotated] = turned.to(rows.dtype)
     if not backward:
         return rows.new_empty((0,), dtype=torch.float32)
-    still = heads[:, num_rotated:].float()
+    still = pairs[:, num_rotated:].float()
     return torch.cat((turned.sum(0).flatten(), still.sum(0).flatten()))
 
 

@@ -23,6 +23,7 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.attention import TORCH_VERSION, Segments, attend
+from vl3train.model.fused import turning_table
 from vl3train.model.fused_attention import NormAttention, NormLinears
 from vl3train.model.fused_mlp import GeluMlp, SwigluMlp
 from vl3train.model.offload import HostRows
@@ -30,8 +31,8 @@ from vl3train.model.products import linear_add
 from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
-"""(layer, hidden rows, cos, sin, segments, whether the MLP is computed again, whether the passes of model/fused.py may
-serve, and quack's products with them) -> hidden rows."""
+"""(layer, hidden rows, cos, sin, turning_table of both for compiled layers, segments, whether the MLP is computed again,
+whether the passes of model/fused.py may serve, and quack's products with them) -> hidden rows."""
 
 FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
 """torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does
@@ -43,6 +44,7 @@ def encoder_layer(
     hidden_PC: Tensor,
     cos_PD: Tensor,
     sin_PD: Tensor,
+    table_PD: Tensor | None,
     segments: Segments,
     mlp_again: bool = False,
     fused: bool = False,
@@ -54,7 +56,7 @@ def encoder_layer(
         layer.layer_norm1,
         attention,
         hidden_PC,
-        (cos_PD, sin_PD),
+        (cos_PD, sin_PD, table_PD),
         segments,
         apply_rotary_pos_emb_vision,
         fused,
@@ -81,6 +83,7 @@ def decoder_layer(
     hidden_TH: Tensor,
     cos_TD: Tensor,
     sin_TD: Tensor,
+    table_TD: Tensor | None,
     segments: Segments,
     mlp_again: bool = False,
     fused: bool = False,
@@ -92,7 +95,7 @@ def decoder_layer(
         layer.input_layernorm,
         attention,
         hidden_TH,
-        (cos_TD, sin_TD),
+        (cos_TD, sin_TD, table_TD),
         segments,
         apply_rotary_pos_emb,
         fused,
@@ -111,7 +114,7 @@ def _attention(
     norm: Any,
     attention: Any,
     rows: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rope: tuple[Tensor, Tensor, Tensor | None],
     segments: Segments,
     rotate: Callable[..., tuple[Tensor, Tensor]],
     fused: bool,
@@ -125,7 +128,8 @@ def _attention(
     centred = type(norm) is nn.LayerNorm
     of_norm = (norm.weight, norm.bias, norm.eps) if centred else (norm.weight, None, norm.variance_epsilon)
     parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
-    if plain and segments.backend in SERVED:
+    *cos_sin, table = rope
+    if plain and table is not None and segments.backend in SERVED:
         of_attention = (
             segments.cu_seqlens,
             attention.head_dim,
@@ -134,14 +138,14 @@ def _attention(
             causal,
             scale,
         )
-        return NormAttention.apply(rows, *of_norm, *rope, *of_attention, *parameters)
+        return NormAttention.apply(rows, *of_norm, table, *of_attention, *parameters)
     if plain:
         rows, *qkv = NormLinears.apply(rows, *of_norm, *parameters)
     else:
         normed = norm(rows)
         qkv = [linear(normed) for linear in linears]
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv)
-    q, k = rotate(q, k, *rope)
+    q, k = rotate(q, k, *cos_sin)
     return rows, attend(q, k, v, segments, causal=causal, scale=scale).flatten(-2)
 
 
@@ -166,6 +170,7 @@ def _run(
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
+    table: Tensor | None,
     cu_seqlens: Tensor,
     lengths: tuple[int, ...],
     max_seqlen: int,
@@ -175,7 +180,7 @@ def _run(
 ) -> Tensor:
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
-    inputs = (layer, hidden, cos, sin, segments)
+    inputs = (layer, hidden, cos, sin, table, segments)
     fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
         return checkpoint(body, *inputs, False, fused, quack, use_reentrant=False)
@@ -203,6 +208,7 @@ def run_layers(
     segments: Segments,
     levels: Sequence[Recompute],
     products: str,
+    compiled: bool,
     on_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
@@ -210,7 +216,7 @@ def run_layers(
     ``products`` is a name from model/product_check.py, for compiled layers. ``on_backward`` is called in the backward
     pass after each layer, when what the layer kept is freed.
     """
-    host = HostRows()
+    host, table = HostRows(), turning_table(*rope) if compiled else None
     for layer, level in zip(layers, levels, strict=True):
         # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
         if on_backward is not None and hidden.requires_grad:
@@ -222,6 +228,7 @@ def run_layers(
                 layer,
                 hidden,
                 *rope,
+                table,
                 segments.cu_seqlens,
                 segments.lengths,
                 segments.max_seqlen,

@@ -115,6 +115,7 @@ class PackedModel(nn.Module):
             segments,
             levels,
             self.products,
+            self.compile_layers,
             self.on_layer_backward,
         )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
@@ -152,6 +153,7 @@ class PackedModel(nn.Module):
             segments,
             levels,
             self.products,
+            self.compile_layers,
             self.on_layer_backward,
         )
         return self._norm(language_model.norm, hidden_TH)

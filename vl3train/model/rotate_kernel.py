@@ -10,46 +10,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vl3train.model.norm_kernels import multiprocessors
-
-TILE = (8, 128)
-"""Rows and pairs of values that a program takes at a time."""
-CHUNKS = (8, 4, 2, 1)
-"""Pairs that a thread loads at once, the first that divides half a head: 4 for heads of 72, 8 for those of 128. One at
-a time is half as fast."""
-PROGRAMS_PER_SM = 8
-STAGES = 3
-"""Tiles, of which two are on their way while the third is worked on."""
+TILE = (4, 64)
+"""Rows, and chunks of values, that a program takes at a time; its threads take a chunk at once."""
+CHUNK = 8
+"""16 bytes in bfloat16; heads of 72 and 128 are whole numbers of it."""
+STEPS = 8
+"""Tiles below one another that a program takes, for each block of columns: the table's rows stay in its cache."""
 
 
-def rotate_kernel(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, backward: bool) -> Tensor:
-    """As ``vl3train::rotate``: a program goes down its columns. Raises ValueError for rows with gaps between them."""
-    if not rows.is_contiguous():
-        raise ValueError("rotate works in place and takes whole rows only")
+def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
+    """As ``vl3train::rotate``. Raises ValueError for rows with gaps between them and for heads of odd widths."""
     num_rows, width = rows.shape
-    head_dim = cos.shape[1]
-    tile_rows, tile_pairs = TILE
-    pairs = (width if backward else num_rotated * head_dim) // 2
-    chunk = next(chunk for chunk in CHUNKS if head_dim // 2 % chunk == 0)
-    blocks = triton.cdiv(pairs, tile_pairs)
-    programs = max(1, PROGRAMS_PER_SM * multiprocessors(rows) // blocks)
-    programs = min(programs, triton.cdiv(num_rows, tile_rows))
+    head_dim = table.shape[1]
+    if not rows.is_contiguous() or head_dim % CHUNK:
+        raise ValueError(f"rotate works in place on whole rows and heads of a multiple of {CHUNK} values")
+    tile_rows, chunks = TILE
+    programs = triton.cdiv(num_rows, tile_rows * STEPS)
+    rotated = num_rotated * head_dim
     sums = rows.new_empty((programs if backward else 0, width), dtype=torch.float32)
-    _rotate[(blocks, programs)](
+    _rotate[(programs,)](
         rows,
-        cos.contiguous(),
-        sin.contiguous(),
+        table.contiguous(),
         sums,
         num_rows,
         width,
-        pairs,
-        num_rotated * head_dim // 2,
+        rotated,
+        width if backward else rotated,
         HEAD_DIM=head_dim,
         BACKWARD=backward,
         ROWS=tile_rows,
-        CHUNKS=tile_pairs // chunk,
-        CHUNK=chunk,
-        STAGES=STAGES,
+        CHUNKS=chunks,
+        CHUNK=CHUNK,
+        STEPS=STEPS,
         num_warps=4,
     )
     return sums.sum(0) if backward else rows.new_empty((0,), dtype=torch.float32)
@@ -58,53 +50,43 @@ def rotate_kernel(rows: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, back
 @triton.jit
 def _rotate(
     rows,
-    cos,
-    sin,
+    table,
     sums,
     num_rows,
     width,
-    pairs,
-    rotated_pairs,
+    rotated,
+    columns,
     HEAD_DIM: tl.constexpr,
     BACKWARD: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    # Both values of a pair belong to one thread: what it writes, no other has still to read. Chunks of pairs lie in one
-    # head: the compiler sees that their values are neighbours.
-    HALF: tl.constexpr = HEAD_DIM // 2
-    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
-    program = tl.program_id(1)
-    programs = tl.num_programs(1)
+    program = tl.program_id(0)
     within = tl.arange(0, CHUNK)[None, None, :]
-    place = (chunk % (HALF // CHUNK) * CHUNK)[None, :, None]
-    column = (chunk // (HALF // CHUNK) * HEAD_DIM)[None, :, None] + place
-    there = (chunk * CHUNK < pairs)[None, :, None]
-    turns = (chunk * CHUNK < rotated_pairs)[None, :, None]
-    sum_one = tl.zeros((ROWS, CHUNKS, CHUNK), dtype=tl.float32)
-    sum_other = tl.zeros((ROWS, CHUNKS, CHUNK), dtype=tl.float32)
-    for first in tl.range(program * ROWS, num_rows, programs * ROWS, num_stages=STAGES):
-        row = (first + tl.arange(0, ROWS))[:, None, None]
-        at = row.to(tl.int64) * width + column + within
-        table = row.to(tl.int64) * HEAD_DIM + place + within
-        inside = (row < num_rows) & there
-        turned = (row < num_rows) & turns
-        one = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
-        other = tl.load(rows + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cos + table, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + table, mask=turned, other=0.0).to(tl.float32)
+    for block in tl.range(0, columns, CHUNKS * CHUNK):
+        column = (block // CHUNK + tl.arange(0, CHUNKS)) * CHUNK
+        there = (column < columns)[None, :, None]
+        turns = (column < rotated)[None, :, None]
+        place = (column % HEAD_DIM // CHUNK * CHUNK)[None, :, None] + within
+        at_column = column[None, :, None] + within
+        totals = tl.zeros((ROWS, CHUNKS, CHUNK), dtype=tl.float32)
+        for step in tl.range(STEPS):
+            row = ((program * STEPS + step) * ROWS + tl.arange(0, ROWS))[:, None, None]
+            inside = row < num_rows
+            at = row.to(tl.int64) * width + at_column
+            x = tl.load(rows + at, mask=inside & there, other=0.0).to(tl.float32)
+            turn = tl.load(table + row.to(tl.int64) * HEAD_DIM + place, mask=inside & turns, other=0.0)
+            one, other = tl.split(tl.reshape(x, (ROWS, CHUNKS, CHUNK // 2, 2)))
+            c, s = tl.split(tl.reshape(turn.to(tl.float32), (ROWS, CHUNKS, CHUNK // 2, 2)))
+            if BACKWARD:
+                s = -s
+            new = tl.join(one * c - other * s, other * c + one * s)
+            new = tl.reshape(new, (ROWS, CHUNKS, CHUNK))
+            tl.store(rows + at, new, mask=inside & turns)
+            if BACKWARD:
+                totals += tl.where(turns, new, x)
         if BACKWARD:
-            s = -s
-        new_one = one * c - other * s
-        new_other = other * c + one * s
-        tl.store(rows + at, new_one, mask=turned)
-        tl.store(rows + at + HALF, new_other, mask=turned)
-        if BACKWARD:
-            sum_one += new_one
-            sum_other += new_other
-    if BACKWARD:
-        out = sums + program * width + column + within
-        tl.store(out, tl.sum(sum_one, axis=0)[None, :, :], mask=there)
-        tl.store(out + HALF, tl.sum(sum_other, axis=0)[None, :, :], mask=there)
+            below = tl.sum(totals, axis=0)[None, :, :]
+            tl.store(sums + program * width + at_column, below, mask=there)
