@@ -150,7 +150,10 @@ def wait_for_all(device: torch.device) -> None:
 
 
 def count_syncs(act: Callable[[], Any]) -> Counter[str]:
-    """How often the host waits for the GPU while ``act`` runs, by line of Python: torch's sync debug mode."""
+    """How often the host waits for the GPU while ``act`` runs, by line of Python.
+
+    torch's sync debug mode tells, and torch.cuda.synchronize, which it passes over, is watched.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
@@ -160,12 +163,20 @@ def count_syncs(act: Callable[[], Any]) -> Counter[str]:
         if SYNC_WARNING in str(message):
             found[caller()] += 1
 
+    wait = torch.cuda.synchronize  # which the debug mode does not see
+
+    def noted_wait(device: Any = None) -> None:
+        found[caller()] += 1
+        wait(device)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
+        torch.cuda.synchronize = noted_wait
         try:
             act()
         finally:
+            torch.cuda.synchronize = wait
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("default")
     return found

@@ -159,6 +159,7 @@ def test_waits_are_counted_by_their_line():
 
     found = count_syncs(act)
     assert sum(found.values()) == 3
+    assert torch.cuda.synchronize.__module__ == "torch.cuda", "it was watched only meanwhile"
     (where,) = found
     assert "test_benchmark_rows.py" in where
     assert "SYNC_WARNING" in where

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
+from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine import zero
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import join
+from vl3train.engine.step import train_step
 from vl3train.engine.zero_1 import drop_masters
 from vl3train.model.init_from_parts import load_model
 from vl3train.model.packed_forward import PackedModel
@@ -135,3 +138,26 @@ def test_frozen_parts_do_not_change_by_a_bit(tiny_model_dir, rank, zero_stage):
     for name, change in found.items():
         frozen = "language_model" in name or "lm_head" in name
         assert (change == 0).all() == frozen, name
+
+
+def test_deepspeed_never_waits_for_the_device_to_take_its_times(tiny_model_dir, rank, monkeypatch):
+    """It did in every micro-batch from the third step on: what was to be copied beside the work stopped it."""
+    waits = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(1))
+    model = PackedModel(load_model(tiny_model_dir, dtype=torch.bfloat16), "reference")
+    engine = zero.Zero(
+        model,
+        build_optimizer([{"params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device),
+        machine=MachineConfig(),
+        optim=OptimConfig(),
+        num_micro_batches=2,
+        rank=rank,
+    )
+    waits.clear()  # what DeepSpeed does when it is made is no matter
+    batch = collate_samples(random_samples(model.model.config, count=2))
+    for _ in range(4):
+        step = train_step(
+            engine, [batch, batch], num_supervised_tokens=9, num_sources=2, stop_requested=False
+        )
+        assert step.loss > 0
+    assert waits == []

@@ -201,6 +201,9 @@ def deepspeed_config(
         "bf16": {"enabled": bf16},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # Else DeepSpeed waits for the device, and for all that is copied beside it, in each micro-batch; the meter is
+        # ours (engine/meter.py).
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and machine.zero_stage in (1, 2):
         # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.

@@ -31,8 +31,8 @@ from vl3train.model.products import linear_add
 from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
-"""(layer, hidden rows, cos, sin, turning_table of both for compiled layers, segments, whether the MLP is computed again,
-whether the passes of model/fused.py may serve, and quack's products with them) -> hidden rows."""
+"""(layer, hidden rows, cos, sin, turning_table of both where layers are compiled, segments, whether the MLP is computed
+again, whether the passes of model/fused.py may serve, and quack's products with them) -> hidden rows."""
 
 FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
 """torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does

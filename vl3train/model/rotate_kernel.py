@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = (4, 64)
+TILE = (2, 64)
 """Rows, and chunks of values, that a program takes at a time; its threads take a chunk at once."""
 CHUNK = 8
 """16 bytes in bfloat16; heads of 72 and 128 are whole numbers of it."""
-STEPS = 8
-"""Tiles below one another that a program takes, for each block of columns: the table's rows stay in its cache."""
+STEPS = {False: 2, True: 8}
+"""Tiles below one another that a program takes for each block of columns, forward and backward, where each program
+leaves a row of sums: the table's rows stay in its cache. 173 and 272 us for 49 472 rows of 48 heads of 72 (H100)."""
 
 
 def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
@@ -25,7 +26,7 @@ def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool)
     if not rows.is_contiguous() or head_dim % CHUNK:
         raise ValueError(f"rotate works in place on whole rows and heads of a multiple of {CHUNK} values")
     tile_rows, chunks = TILE
-    programs = triton.cdiv(num_rows, tile_rows * STEPS)
+    programs = triton.cdiv(num_rows, tile_rows * STEPS[backward])
     rotated = num_rotated * head_dim
     sums = rows.new_empty((programs if backward else 0, width), dtype=torch.float32)
     _rotate[(programs,)](
@@ -41,7 +42,7 @@ def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool)
         ROWS=tile_rows,
         CHUNKS=chunks,
         CHUNK=CHUNK,
-        STEPS=STEPS,
+        STEPS=STEPS[backward],
         num_warps=4,
     )
     return sums.sum(0) if backward else rows.new_empty((0,), dtype=torch.float32)
