@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from vl3train.model import product_check, products
+from vl3train.model.fused import rotate
 from vl3train.model.kernel_check import MAX_ERROR
-from vl3train.model.product_check import Widths, choose_products, product_errors, widths_of
+from vl3train.model.product_check import Widths, choose_products, product_errors
 
 CUDA = torch.device("cuda")
 R, W, WIDE = 37, 16, 48
@@ -41,6 +42,13 @@ def test_gelu_and_its_products_are_those_of_autograd():
     close(products.rows_product(d_wide, into), rows.grad)
 
 
+def test_products_turn_what_comes_out():
+    rows, weight, bias, table = draw(R, W), draw(6 * 8, W), draw(6 * 8), draw(R, 8)
+    expected = F.linear(rows, weight, bias).detach()
+    rotate(expected, table.detach(), 4, False)
+    close(products.linear_rotate(rows, weight, bias, table, 4), expected)
+
+
 def test_swiglu_and_its_products_are_those_of_autograd():
     rows, gate, up, out, grad = draw(R, W), draw(WIDE, W), draw(WIDE, W), draw(W, WIDE), draw(R, W)
     gate_up, activated = products.linear_swiglu(rows, gate, up, True)
@@ -65,7 +73,10 @@ def test_linear_add_is_differentiable_but_for_its_bias():
     found = products.linear_add(rows, weight, bias.detach(), added)
     expected = F.linear(rows, weight, bias) + added
     close(found, expected)
-    close(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    of_inputs = torch.autograd.grad(expected, inputs, grad)
+    close(torch.autograd.grad(found, inputs, grad), of_inputs)
+    found = products.linear_add(rows, weight, None, added)
+    close(torch.autograd.grad(found, inputs, grad), of_inputs)
     with pytest.raises(RuntimeError, match="hand it over detached"):
         products.linear_add(rows, weight, bias, added).sum().backward()
 
@@ -85,15 +96,17 @@ def test_what_is_said_of_the_ops_shapes_is_so():
         (products.gate_up_rows_grad, (both, gate, up)),
         (products.gate_up_weights_grad, (both, rows)),
         (products.linear_add, (rows, gate, bias, wide)),
+        (products.linear_add, (rows, gate, None, wide)),
         (products.rows_product, (wide, gate)),
+        (products.linear_rotate, (rows, gate, bias, torch.randn(R, 8), 2)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.fixture
 def config():
-    of_vision = SimpleNamespace(hidden_size=64, intermediate_size=128)
-    return SimpleNamespace(vision_config=of_vision, text_config=SimpleNamespace(**vars(of_vision)))
+    both = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return SimpleNamespace(vision_config=SimpleNamespace(**both), text_config=SimpleNamespace(**both))
 
 
 def choose(requested, config, *, device=CUDA, dtype=torch.bfloat16, compiled=True):
@@ -144,9 +157,9 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
-    widths, cpu = Widths(32, 64, gated), torch.device("cpu")
+    widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
     found = dict(product_errors(widths, cpu, torch.bfloat16))
-    assert len(found) == (5 if gated else 4)
+    assert len(found) == (7 if gated else 5)
     assert all(error < MAX_ERROR for error in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(products, broken)
@@ -159,11 +172,8 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
 @pytest.mark.parametrize("narrow", [1536, 3584], ids=["2B", "7B"])
 def test_quack_on_cuda_is_right(narrow):
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    config = SimpleNamespace(
-        vision_config=SimpleNamespace(hidden_size=1152, intermediate_size=4304),
-        text_config=SimpleNamespace(hidden_size=narrow, intermediate_size={1536: 8960, 3584: 18944}[narrow]),
-    )
-    for widths in widths_of(config):
+    of_text = (narrow, 8960, True, (12, 2, 128)) if narrow == 1536 else (narrow, 18944, True, (28, 4, 128))
+    for widths in (Widths(1152, 4304, gated=False, heads=(16, 16, 72)), Widths(*of_text)):
         for name, error in product_errors(widths, CUDA, torch.bfloat16):
             assert error < MAX_ERROR, f"{name} for {widths}: {error:.2g}"
 

@@ -74,7 +74,10 @@ def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -
     from vl3train.model.kernel_check import MAX_ERROR
     from vl3train.model.product_check import Widths, product_errors, why_not_quack
 
-    all_widths = {name: Widths(*widths, gated=name != "encoder") for name, widths in MLPS.items()}
+    all_widths = {
+        name: Widths(*widths, gated=name != "encoder", heads=SHAPES[name][:3])
+        for name, widths in MLPS.items()
+    }
     if problem := why_not_quack(list(all_widths.values()), device, dtype, compiled=True):
         console.print(f"products: torch; not quack, {problem}")
         return False

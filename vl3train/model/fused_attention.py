@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vl3train.model.fused import norm_backward, norm_grads, normed_rows, pairs_apart, pairs_together, rotate
+from vl3train.model.products import ROTATED_HEADS, linear_rotate, rows_product
 from vl3train.model.qkv_attention import qkv_attention, qkv_attention_backward
 
 Grads = tuple[Tensor | None, ...]
@@ -37,6 +38,7 @@ class NormAttention(torch.autograd.Function):
         backend: str,
         causal: bool,
         scale: float,
+        quack: bool,
         *linears: Any,
     ) -> tuple[Tensor, Tensor]:
         """(R, W) rows -> the rows, and attention's (R, heads * D) result.
@@ -46,19 +48,22 @@ class NormAttention(torch.autograd.Function):
         """
         weights, biases = linears[:3], linears[3:]
         normed = normed_rows(rows, norm_weight, norm_bias, eps, norm_bias is not None)
-        bias = None if biases[0] is None else _merged(biases, head_dim)
-        qkv = F.linear(normed, _merged(weights, head_dim), bias)
+        weight, bias = _merged(weights, head_dim), None if biases[0] is None else _merged(biases, head_dim)
         num_heads, kv_heads = (len(weight) // head_dim for weight in weights[:2])
         ctx.rotated, ctx.of_attention = (
             num_heads + kv_heads,
             (head_dim, num_heads, max_seqlen, backend, causal, scale),
         )
-        rotate(qkv, table, ctx.rotated, False)
+        if quack and bias is not None and head_dim in ROTATED_HEADS:
+            qkv = linear_rotate(normed, weight, bias, table, ctx.rotated)
+        else:
+            qkv = F.linear(normed, weight, bias)
+            rotate(qkv, table, ctx.rotated, False)
         out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
         ctx.save_for_backward(
             rows, norm_weight, norm_bias, table, cu_seqlens, qkv, out, log_sum_exp, *weights
         )
-        ctx.eps = eps
+        ctx.eps, ctx.quack = eps, quack
         return rows.view_as(rows), out
 
     @staticmethod
@@ -66,12 +71,13 @@ class NormAttention(torch.autograd.Function):
         """Gradients of rows, norm, weights and biases."""
         saved = ctx.saved_tensors
         rows, norm_weight, norm_bias, table, cu_seqlens, qkv, out, log_sum_exp, *weights = saved
-        of_norm, of_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[11:]
+        of_norm, of_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:]
         head_dim = ctx.of_attention[0]
         d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
+        weight = _merged(weights, head_dim)
         bias_sums = rotate(d_qkv, table, ctx.rotated, True)
         d_rows, normed, sums = norm_backward(
-            [d_qkv @ _merged(weights, head_dim)],
+            [rows_product(d_qkv, weight) if ctx.quack else d_qkv @ weight],
             rows,
             norm_weight,
             norm_bias,
@@ -90,7 +96,7 @@ class NormAttention(torch.autograd.Function):
         if any(of_linears[3:]):
             d_linears[3:] = _parted(bias_sums.to(rows.dtype), widths, head_dim)
         wanted = (d if of else None for d, of in zip(d_linears, of_linears, strict=True))
-        return d_rows, *norm_grads(sums, of_norm, norm_weight), *(None,) * 8, *wanted
+        return d_rows, *norm_grads(sums, of_norm, norm_weight), *(None,) * 9, *wanted
 
 
 def _merged(of_qkv: Sequence[Tensor], head_dim: int) -> Tensor:

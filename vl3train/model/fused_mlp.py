@@ -137,7 +137,7 @@ class SwigluMlp(torch.autograd.Function):
             activated = F.silu(gate) * up
         ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, *(() if again else wide))
         ctx.eps, ctx.quack = eps, quack
-        return rows + F.linear(activated, weight)
+        return linear_add(activated, weight, None, rows) if quack else rows + F.linear(activated, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:

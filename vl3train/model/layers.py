@@ -60,6 +60,7 @@ def encoder_layer(
         segments,
         apply_rotary_pos_emb_vision,
         fused,
+        quack,
         causal=False,
     )
     project = attention.out_proj
@@ -99,12 +100,17 @@ def decoder_layer(
         segments,
         apply_rotary_pos_emb,
         fused,
+        quack,
         causal=True,
     )
-    hidden_TH = hidden_TH + attention.o_proj(out_TH)
     norm = layer.post_attention_layernorm
-    plain = _plain(hidden_TH, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if not (fused and plain and type(mlp.act_fn) is SiLUActivation):
+    plain = _plain(hidden_TH, norm, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    fused = fused and plain and type(mlp.act_fn) is SiLUActivation
+    if fused and quack:
+        hidden_TH = linear_add(out_TH, attention.o_proj.weight, None, hidden_TH)
+    else:
+        hidden_TH = hidden_TH + attention.o_proj(out_TH)
+    if not fused:
         return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, quack, *weights)
@@ -118,6 +124,7 @@ def _attention(
     segments: Segments,
     rotate: Callable[..., tuple[Tensor, Tensor]],
     fused: bool,
+    quack: bool,
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -137,6 +144,7 @@ def _attention(
             segments.backend,
             causal,
             scale,
+            quack,
         )
         return NormAttention.apply(rows, *of_norm, table, *of_attention, *parameters)
     if plain:

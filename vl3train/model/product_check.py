@@ -20,11 +20,12 @@ NUM_ROWS = 333
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Of a row, and of an MLP's wide row, in the encoder (GELU) or the language model (``gated``, SwiGLU)."""
+    """Of a row, of an MLP's wide row in the encoder (GELU) or the language model (``gated``, SwiGLU), and of heads."""
 
     narrow: int
     wide: int
     gated: bool
+    heads: tuple[int, int, int]  # of queries, of keys (and as many of values), and the width of each
 
 
 def choose_products(
@@ -81,9 +82,13 @@ def wrong_product(all_widths: Sequence[Widths], device: torch.device, dtype: tor
 def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
     """Of the encoder and of the language model."""
     vision, text = hf_config.vision_config, hf_config.text_config
+    num_heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    of_text = num_heads, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_heads = vision.num_attention_heads
+    of_vision = num_heads, num_heads, vision.hidden_size // num_heads
     return (
-        Widths(vision.hidden_size, vision.intermediate_size, gated=False),
-        Widths(text.hidden_size, text.intermediate_size, gated=True),
+        Widths(vision.hidden_size, vision.intermediate_size, gated=False, heads=of_vision),
+        Widths(text.hidden_size, text.intermediate_size, gated=True, heads=of_text),
     )
 
 
@@ -121,6 +126,11 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
                 products.plain_gate_up_rows_grad,
                 (d_both, into, other),
             ),
+            "linear_add": (
+                products.linear_add,
+                lambda a, b, _, d: torch.nn.functional.linear(a, b) + d,
+                (draw(NUM_ROWS, widths.wide), out.t().contiguous(), None, rows),
+            ),
             "gate_up_weights_grad": (
                 products.gate_up_weights_grad,
                 products.plain_gate_up_weights_grad,
@@ -148,6 +158,14 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
             ),
             "rows_product": (products.rows_product, torch.matmul, (wide, into)),
         }
+    num_heads, kv_heads, head_dim = widths.heads
+    if head_dim in products.ROTATED_HEADS:
+        qkv = (num_heads + 2 * kv_heads) * head_dim
+        table = draw(NUM_ROWS, head_dim).to(
+            dtype if widths.gated else torch.float32
+        )  # as transformers has them
+        arguments = rows, draw(qkv, widths.narrow), draw(qkv), table, num_heads + kv_heads
+        calls["linear_rotate"] = products.linear_rotate, products.plain_linear_rotate, arguments
     for name, (op, plain, arguments) in calls.items():
         found = op(*arguments)
         exact = plain(*(x.double() if isinstance(x, Tensor) else x for x in arguments))

@@ -1,4 +1,5 @@
-"""Matrix products together with the pass over memory that follows them, as ops; model/fused_layers.py uses them.
+"""Matrix products together with the pass over memory that follows them, as ops; model/fused_attention.py and
+fused_mlp.py use them.
 
 R rows, W values a row, I of an MLP's wide rows. On a GPU quack's kernels do both at once (model/quack_products.py);
 here are the same formulas in torch, for the CPU. ``gate_up`` are rows (R, 2 I) that hold gate and up of each place side
@@ -13,7 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vl3train.model.fused import plain_gelu_backward
+from vl3train.model.fused import plain_gelu_backward, plain_rotate
+
+ROTATED_HEADS = (72, 128)
+"""Widths of heads that linear_rotate has a kernel for: the encoder's and Qwen2.5's."""
+
+
+@torch.library.custom_op("vl3train::linear_rotate", mutates_args=())
+def linear_rotate(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
+    """F.linear, and RoPE on the first ``num_rotated`` heads of what comes out (see ``rotate`` in model/fused.py)."""
+    if rows.is_cuda:
+        from vl3train.model.quack_products import linear_rotate_kernel
+
+        return linear_rotate_kernel(rows, weight, bias, table, num_rotated)
+    return plain_linear_rotate(rows, weight, bias, table, num_rotated)
+
+
+@linear_rotate.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[0]))
+
+
+def plain_linear_rotate(
+    rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
+) -> Tensor:
+    """``linear_rotate`` in torch's own ops, as all that are called plain here."""
+    qkv = F.linear(rows, weight, bias)
+    plain_rotate(qkv, table, num_rotated, False)
+    return qkv
 
 
 @torch.library.custom_op("vl3train::linear_gelu", mutates_args=())
@@ -36,7 +64,7 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, T
 
 
 def plain_linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """``linear_gelu`` in torch's own ops, as all that are called plain here."""
+    """``linear_gelu``."""
     wide = F.linear(rows, weight, bias)
     return wide if keep else wide.new_empty((0, len(weight))), F.gelu(wide, approximate="tanh")
 
@@ -183,7 +211,7 @@ def plain_gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("vl3train::linear_add", mutates_args=())
-def linear_add(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
+def linear_add(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
     """F.linear of ``rows`` (R, in) and ``weight`` (W, in), plus (R, W) ``added``; the kernel rounds once.
 
     Differentiable, but for ``bias``, which has to be handed over (see model/fused_mlp.py).
@@ -196,7 +224,7 @@ def linear_add(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Ten
 
 
 @linear_add.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
     return added.new_empty(added.shape)
 
 

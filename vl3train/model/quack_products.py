@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.library import dgelu_dbias_mod, dswiglu_mod, identity_epi
+from quack.epilogue.math import pack, unpack
 from quack.epilogue.ops import RowVecLoad
+from quack.epilogue.rotary import rotary_cos_sin_load
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_act, gemm_tuned
 from torch import Tensor
@@ -22,6 +24,34 @@ WIDE = 2048
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
 def _bias_and_rows(acc, c, bias):  # quack reads its source
     return {"D": acc + c + bias}
+
+
+@gemm_epilogue()
+def _rows_added(acc, c):
+    return {"D": acc + c}
+
+
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def _bias_added(acc, bias):
+    return {"D": acc + bias}
+
+
+@gemm_epilogue(ops={"table": rotary_cos_sin_load("table"), "bias": RowVecLoad("bias")}, mode="acc_pair")
+def _bias_and_turn(acc, table, bias):
+    one, other = unpack(acc + bias)
+    c, s = unpack(table)
+    return {"D": pack(one * c - other * s, other * c + one * s)}
+
+
+@gemm_epilogue(
+    ops={"table": rotary_cos_sin_load("table", tma=False), "bias": RowVecLoad("bias")}, mode="acc_pair"
+)
+def _bias_and_turn_72(
+    acc, table, bias
+):  # heads of 72 are no whole number of what is loaded at once by the other
+    one, other = unpack(acc + bias)
+    c, s = unpack(table)
+    return {"D": pack(one * c - other * s, other * c + one * s)}
 
 
 def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False) -> GemmConfig:
@@ -41,6 +71,24 @@ def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False)
 _TURNS = _tile(128, 192)
 _LARGE = _tile(256, 128, alone=True, across=True)
 _GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
+_TURNED = {72: (_bias_and_turn_72, _tile(128, 144)), 128: (_bias_and_turn, _tile(192, 128, across=True))}
+"""By the width of a head, of which tiles must hold a whole number."""
+
+
+def linear_rotate_kernel(
+    rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
+) -> Tensor:
+    """As ``vl3train::linear_rotate``."""
+    rows, columns = rows.contiguous(), num_rotated * table.shape[1]
+    result = rows.new_empty((len(rows), len(weight)))
+    turn, tile = _TURNED[table.shape[1]]
+    turned, still = slice(0, columns), slice(columns, None)
+    of_turn = {"table": table.contiguous(), "bias": bias[turned]}
+    turn.gemm(rows, weight[turned].t(), result[:, turned], epi_args=of_turn, b_kn=True, **_as(tile))
+    tile = _tile_for(rows.shape[1])
+    of_rest = {"bias": bias[still]}
+    _bias_added.gemm(rows, weight[still].t(), result[:, still], epi_args=of_rest, b_kn=True, **_as(tile))
+    return result
 
 
 def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -110,18 +158,23 @@ def gate_up_weights_grad_kernel(d_gate_up: Tensor, rows: Tensor) -> Tensor:
     return _of_halves(d_gate_up.t(), rows.contiguous(), "out", rows.shape[1])
 
 
-def linear_add_kernel(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
+def linear_add_kernel(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
     """As ``vl3train::linear_add``."""
     result = added.new_empty(added.shape)
     rows, added = rows.contiguous(), added.contiguous()
-    _bias_and_rows.gemm(rows, weight.t(), result, added, epi_args={"bias": bias}, b_kn=True, **_as(_TURNS))
+    tile = _as(_tile_for(added.shape[1]))
+    if bias is None:
+        _rows_added.gemm(rows, weight.t(), result, added, epi_args={}, b_kn=True, **tile)
+    else:
+        _bias_and_rows.gemm(rows, weight.t(), result, added, epi_args={"bias": bias}, b_kn=True, **tile)
     return result
 
 
 def rows_product_kernel(rows: Tensor, weight: Tensor) -> Tensor:
     """As ``vl3train::rows_product``."""
     result = rows.new_empty((rows.shape[0], weight.shape[1]))
-    identity_epi.gemm(rows.contiguous(), weight, result, epi_args={}, b_kn=True, **_as(_TURNS))
+    tile = _as(_tile_for(min(weight.shape)))
+    identity_epi.gemm(rows.contiguous(), weight, result, epi_args={}, b_kn=True, **tile)
     return result
 
 
