@@ -15,7 +15,7 @@ KEEP_ALL = Levels((Recompute.nothing,) * 2, (Recompute.nothing,) * 2)
 def test_figures_are_useful_work_over_wall_clock(tiny_model_dir):
     model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
     batches = [collate_samples(random_samples(model.config, 4, seed=seed)) for seed in (0, 1)]
-    meter = make_meter(model, torch.device("cpu"))
+    meter = make_meter(model, torch.device("cpu"), logits_again=True)
     work = sum(meter.rates.of(batch) for batch in batches)
     assert work > 0
     levels = [Levels((Recompute.layer, Recompute.nothing), (Recompute.mlp,) * 2), KEEP_ALL]
@@ -31,7 +31,7 @@ def test_the_share_that_is_computed_again_by_hand(tiny_model_dir):
     """Encoder of width 48 and 64, language model of width 64 and 96 with two of four heads for keys and values."""
     model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
     batch = collate_samples(random_samples(model.config, 4))
-    meter = make_meter(model, torch.device("cpu"))
+    meter = make_meter(model, torch.device("cpu"), logits_again=True)
     patches, tokens = sum(batch.frame_lengths), sum(batch.segment_lengths)
     attention = 4 * 48 * sum(length**2 for length in batch.frame_lengths)
     encoder_layer = patches * 2 * (4 * 48 * 48 + 48 * 64) + attention

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vl3train.model.loss import score_logits, supervised_loss
+from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 
 
 def build(num_supervised, dtype=torch.float32):
@@ -35,6 +35,42 @@ def test_equals_cross_entropy_and_calls_the_head_as_often_as_told(num_supervised
     assert torch.equal(correct, logits.argmax(-1) == labels)
     for mine, reference in zip(ours, torch.autograd.grad(expected.sum(), (hidden, head.weight)), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("num_supervised", [0, 1, 2, 7])
+@pytest.mark.parametrize("frozen", ["hidden", "head", "none"])
+def test_gradients_made_with_the_logits_are_those_of_autograd(num_supervised, num_chunks, frozen):
+    hidden, head, positions, labels = build(num_supervised)
+    hidden.requires_grad_(frozen != "hidden")
+    head.weight.requires_grad_(frozen != "head")
+    inputs = [x for x in (hidden, head.weight) if x.requires_grad]
+    scored = []
+
+    def grade(logits, labels):
+        scored.append(len(logits))
+        return grade_logits(logits, labels)
+
+    total, losses, correct = loss_with_gradients(hidden, head, grade, positions, labels, num_chunks)
+    ours = torch.autograd.grad(total * 0.3, inputs)
+    assert sum(scored) == num_supervised, "no logits are made twice"
+    assert all(length <= -(-num_supervised // num_chunks) for length in scored)
+    logits = F.linear(hidden, head.weight)[positions]
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    for mine, reference in zip(ours, torch.autograd.grad(expected.sum() * 0.3, inputs), strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_gradients_made_with_the_logits_are_given_once():
+    """They are scaled where they lie: a second pass would scale them again."""
+    hidden, head, positions, labels = build(3)
+    total, *_ = loss_with_gradients(hidden, head, grade_logits, positions, labels, 1)
+    torch.autograd.grad(total * 0.3, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(total * 0.3, hidden)
 
 
 def test_logits_of_one_chunk_exist_at_a_time():
@@ -71,3 +107,7 @@ def test_refuses_what_cannot_be():
         supervised_loss(hidden, head, score_logits, positions, labels, 0)
     with pytest.raises(ValueError, match="positions"):
         supervised_loss(hidden, head, score_logits, positions, labels[:2], 1)
+    with pytest.raises(ValueError, match="positions"):
+        loss_with_gradients(hidden, head, grade_logits, positions, labels[:2], 1)
+    with pytest.raises(ValueError, match="bias"):
+        loss_with_gradients(hidden, nn.Linear(6, 17), grade_logits, positions, labels, 1)

@@ -48,7 +48,7 @@ def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
 ):
     model, batch = tiny_model(), batch_of(mixed)
     set_trainable(model, trained)
-    useful, again = flop_rates(model), recompute_rates(model)
+    useful, again = flop_rates(model), recompute_rates(model, logits_again=True)
     products, attention = counted(model, batch, levels)
     # torch counts a causal square in full, flops.py and recomputation.py half of it.
     squares = sum(length**2 for length in batch.segment_lengths)
@@ -62,7 +62,7 @@ def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
 def test_products_that_are_done_again_in_part(tiny_model, batch_of, mixed, level):
     """Without attention: as plain products, which no user runs, it is not kept."""
     model, batch = tiny_model(), batch_of(mixed)
-    again = recompute_rates(model)
+    again = recompute_rates(model, logits_again=True)
     base, _ = counted(model, batch, Levels((NOTHING,) * 2, (NOTHING,) * 2))
     products, _ = counted(model, batch, Levels((level,) * 2, (level, NOTHING)))
     size = pack_size(batch)

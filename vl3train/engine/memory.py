@@ -88,7 +88,8 @@ class RowBytes(NamedTuple):
 def row_bytes(packed: PackedModel) -> RowBytes:
     """Of the model as it trains: a tower without a backward pass keeps nothing."""
     config: Any = packed.model.config
-    rates, width = recompute_rates(packed.model), packed.model.dtype.itemsize
+    rates = recompute_rates(packed.model, logits_again=not packed.makes_logits_once)
+    width = packed.model.dtype.itemsize
     return RowBytes(
         *(
             (hidden * width * tower.has_backward,) * tower.num_layers
@@ -147,7 +148,7 @@ class Fitting:
         self.engine, self.packed, self.batch, self.memory = engine, packed, batch, memory
         self.pack_name, self.say = pack_name, say
         self.size = pack_size(batch)
-        self.rates = recompute_rates(packed.model)
+        self.rates = recompute_rates(packed.model, logits_again=not packed.makes_logits_once)
         self.row_bytes = row_bytes(packed)
         self.out_of_memory = ""  # what the device said last
 

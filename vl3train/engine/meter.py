@@ -44,9 +44,12 @@ class Meter:
         }
 
 
-def make_meter(hf_model: Any, device: torch.device) -> Meter:
-    """The meter of a run; on a GPU it times a matrix product of 8192 cubed, a fifth of a second."""
-    rates, again = flop_rates(hf_model), recompute_rates(hf_model)
+def make_meter(hf_model: Any, device: torch.device, *, logits_again: bool) -> Meter:
+    """The meter of a run; on a GPU it times a matrix product of 8192 cubed, a fifth of a second.
+
+    ``logits_again`` as recompute_rates takes it.
+    """
+    rates, again = flop_rates(hf_model), recompute_rates(hf_model, logits_again=logits_again)
     if device.type != "cuda":
         return Meter(rates=rates, again=again, peak_tflops=None, matmul_tflops=None)
     name = torch.cuda.get_device_name(device)

@@ -138,7 +138,6 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     hf_model.to(rank.device)
     kernels = choose_kernels(cfg.machine, hf_model, rank)
-    meter = make_meter(hf_model, rank.device)
     packed = PackedModel(
         hf_model,
         kernels.attention.name,
@@ -147,6 +146,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         compile_layers=cfg.machine.compile_layers,
         products=kernels.products.name,
     )
+    meter = make_meter(hf_model, rank.device, logits_again=not packed.makes_logits_once)
     engine = Zero(
         packed,
         build_optimizer(groups, cfg.optim, rank.device, states_on_host=cfg.machine.states_on_host),

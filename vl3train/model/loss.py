@@ -6,6 +6,7 @@ T tokens, H hidden size, U supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Grade = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def supervised_loss(
@@ -26,10 +28,7 @@ def supervised_loss(
     recomputed in the backward pass; those of one chunk exist at a time. ``score`` is ``score_logits``, compiled or
     not: left alone, torch reads and writes the wide vocabulary ten times over, half of them in float32.
     """
-    if num_chunks < 1:
-        raise ValueError(f"num_loss_chunks={num_chunks}: at least 1, so that every rank calls the head")
-    if positions.shape != labels.shape:
-        raise ValueError(f"{tuple(positions.shape)} supervised positions for {tuple(labels.shape)} labels")
+    _refuse_odd_lots(positions, labels, num_chunks)
     num_supervised_tokens = positions.shape[0]
     chunk_tokens = -(-num_supervised_tokens // num_chunks)
     sums, losses, hits = [], [], []
@@ -51,6 +50,89 @@ def supervised_loss(
         losses.append(losses_U[:0] if empty else losses_U)
         hits.append(hits_U[:0] if empty else hits_U)
     return torch.stack(sums).sum(), torch.cat(losses), torch.cat(hits)
+
+
+def _refuse_odd_lots(positions: Tensor, labels: Tensor, num_chunks: int) -> None:
+    if num_chunks < 1:
+        raise ValueError(f"num_loss_chunks={num_chunks}: at least 1, so that every rank calls the head")
+    if positions.shape != labels.shape:
+        raise ValueError(f"{tuple(positions.shape)} supervised positions for {tuple(labels.shape)} labels")
+
+
+def loss_with_gradients(
+    hidden: Tensor,
+    lm_head: nn.Linear,
+    grade: Grade,
+    positions: Tensor,
+    labels: Tensor,
+    num_chunks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``supervised_loss`` that makes the gradients while it has the logits, and so never makes those again.
+
+    For a head whose weight is whole on every rank: not under ZeRO-3, where the module has to be called to fetch it.
+    ``grade`` is ``grade_logits``, compiled or not.
+    """
+    _refuse_odd_lots(positions, labels, num_chunks)
+    if lm_head.bias is not None:
+        raise ValueError("the language model's head has a bias, whose gradient nothing makes here")
+    total, losses_U, hits_U = _LossWithGradients.apply(
+        hidden, lm_head.weight, grade, positions, labels, num_chunks
+    )
+    return total, losses_U, hits_U
+
+
+class _LossWithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        grade: Grade,
+        positions: Tensor,
+        labels: Tensor,
+        num_chunks: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        d_weight = None
+        losses, hits = [hidden.new_empty(0, dtype=torch.float32)], [labels.new_empty(0, dtype=torch.bool)]
+        chunk_tokens = max(1, -(-len(positions) // num_chunks))
+        for positions_U, labels_U in zip(
+            positions.split(chunk_tokens), labels.split(chunk_tokens), strict=True
+        ):
+            if not len(positions_U):
+                continue  # split gives one empty part of nothing
+            rows_UH = hidden.index_select(0, positions_U)
+            losses_U, hits_U, d_logits_UV = grade(F.linear(rows_UH, weight), labels_U)
+            losses.append(losses_U)
+            hits.append(hits_U)
+            if d_hidden is not None:
+                d_hidden.index_copy_(0, positions_U, d_logits_UV @ weight)
+            if of_weight and d_weight is None:
+                d_weight = d_logits_UV.t() @ rows_UH
+            elif d_weight is not None:
+                d_weight.addmm_(d_logits_UV.t(), rows_UH)
+        if of_weight and d_weight is None:
+            d_weight = torch.zeros_like(weight)
+        ctx.save_for_backward(d_hidden, d_weight)
+        losses_U, hits_U = torch.cat(losses), torch.cat(hits)
+        ctx.mark_non_differentiable(losses_U, hits_U)
+        return losses_U.sum(), losses_U, hits_U
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # In place: nobody else has them, and the weight's is the largest of all gradients.
+        d_hidden, d_weight = (None if d is None else d.mul_(grad) for d in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def grade_logits(logits_UV: Tensor, labels_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``score_logits``, and the gradient of the losses' sum with respect to the logits (U, V), in their dtype."""
+    log_shares_UV = F.log_softmax(logits_UV.float(), 1)
+    losses_U = F.nll_loss(log_shares_UV, labels_U, reduction="none")
+    places_V = torch.arange(logits_UV.shape[1], device=logits_UV.device)
+    d_logits_UV = log_shares_UV.exp() - (places_V == labels_U[:, None]).float()
+    return losses_U, logits_UV.argmax(-1) == labels_U, d_logits_UV.to(logits_UV.dtype)
 
 
 def _chunk_loss(

@@ -19,7 +19,7 @@ from vl3train.contracts.records import Batch
 from vl3train.model.attention import make_segments
 from vl3train.model.compiling import compiled
 from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers
-from vl3train.model.loss import score_logits, supervised_loss
+from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 from vl3train.model.recomputation import Levels
 
 
@@ -68,9 +68,15 @@ class PackedModel(nn.Module):
         self.compile_layers, self.products = compile_layers, products
         self._run_layer = layer_runner(compiled=compile_layers)
         self._score = compiled(score_logits, enabled=compile_layers)
+        self._grade = compiled(grade_logits, enabled=compile_layers)
         self._norm = compiled(_last_norm, enabled=compile_layers)
         self._scale_pixels = compiled(_scale_pixels, enabled=compile_layers)
         hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchProduct
+
+    @property
+    def makes_logits_once(self) -> bool:
+        """Whether the loss makes its gradients with the logits: compiled layers, whose weights are whole, do so."""
+        return self.compile_layers
 
     def levels_of(self, batch: Batch, *, first: bool) -> Levels:
         """What each layer computes again in training; ``first`` of a step."""
@@ -82,15 +88,11 @@ class PackedModel(nn.Module):
         levels = self.levels_of(batch, first=first) if self.training else self._nothing
         inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
         hidden_TH = self._language_states(batch, inputs_TH, levels.language)
-        loss_sum, token_losses_U, correct_U = supervised_loss(
-            hidden_TH,
-            self.model.lm_head,
-            self._score,
-            batch.supervised_positions,
-            batch.supervised_labels,
-            batch.num_loss_chunks,
-        )
-        return PackedOutput(loss_sum, token_losses_U, correct_U)
+        head = self.model.lm_head
+        supervised = batch.supervised_positions, batch.supervised_labels, batch.num_loss_chunks
+        if self.makes_logits_once and hidden_TH.requires_grad:
+            return PackedOutput(*loss_with_gradients(hidden_TH, head, self._grade, *supervised))
+        return PackedOutput(*supervised_loss(hidden_TH, head, self._score, *supervised))
 
     def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute]) -> Tensor:
         """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""

@@ -81,7 +81,7 @@ class RecomputeRates:
     vision: TowerWork
     language: TowerWork
     supervised_token: int
-    """Its logits, which the loss computes again whatever the levels."""
+    """Its logits, where the loss computes them again, whatever the levels."""
 
     def of(self, batch: Batch, levels: Levels) -> int:
         """Operations of one micro-batch that are done again."""
@@ -93,8 +93,10 @@ class RecomputeRates:
         )
 
 
-def recompute_rates(hf_model: Any) -> RecomputeRates:
+def recompute_rates(hf_model: Any, *, logits_again: bool) -> RecomputeRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
+
+    ``logits_again`` where the loss makes logits once more for their gradients (model/loss.py).
 
     Adapters count in the products they sit on; the narrow ones that a layer which is not compiled keeps are counted
     all the same. Not counted: what of a layer's last product is done again after all, where an adapter sits on it or
@@ -117,7 +119,7 @@ def recompute_rates(hf_model: Any) -> RecomputeRates:
             4 * text_dim * text.num_attention_heads,
             has_backward=language_backward,
         ),
-        supervised_token=2 * head.in_features * head.out_features if language_backward else 0,
+        supervised_token=2 * head.in_features * head.out_features * (language_backward and logits_again),
     )
 
 
