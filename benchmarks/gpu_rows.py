@@ -50,7 +50,6 @@ STAGE_1: dict[str, Any] = dict(trains=("vision_encoder", "projector"), image_mer
 ROWS: dict[str, Row] = {
     "2b": Row(
         host_syncs=True,
-        states_on_host=True,
         figures={"tflops": "useful_tflops_2b", "peak_gib": "peak_gib_2b", "recompiles": "recompiles"},
     ),
     "2b_train_command": Row(
@@ -104,7 +103,7 @@ ROWS: dict[str, Row] = {
     ),
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
     "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
-    "2b_states_on_device": Row(host_syncs=True),
+    "2b_states_on_host": Row(states_on_host=True),
     "7b_one_gpu": Row(model="7b", states_on_host=True, max_seconds=420),  # needs 139 GiB
     "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
     "2b_eager": Row(compile_layers=False, memory="given"),

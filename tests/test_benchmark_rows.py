@@ -48,7 +48,7 @@ def test_all_ways_train_the_same_samples_and_the_plain_loop_is_the_engine_withou
         assert first_losses(name, 1)[0] == pytest.approx(engine[0], abs=2e-3), name
     # Bit for bit, so that what is between their times is DeepSpeed's.
     assert first_losses("2b_plain_loop") == engine
-    assert first_losses("2b_states_on_device") == engine
+    assert first_losses("2b_states_on_host") == engine
 
 
 def test_samples_on_one_row_do_not_see_each_other():

@@ -43,17 +43,6 @@ def _bias_and_turn(acc, table, bias):
     return {"D": pack(one * c - other * s, other * c + one * s)}
 
 
-@gemm_epilogue(
-    ops={"table": rotary_cos_sin_load("table", tma=False), "bias": RowVecLoad("bias")}, mode="acc_pair"
-)
-def _bias_and_turn_72(
-    acc, table, bias
-):  # heads of 72 are no whole number of what is loaded at once by the other
-    one, other = unpack(acc + bias)
-    c, s = unpack(table)
-    return {"D": pack(one * c - other * s, other * c + one * s)}
-
-
 def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False) -> GemmConfig:
     """A tile of the result, two of which share a column (``across``: a row) of operands; ``alone``: by all warps."""
     return GemmConfig(
@@ -71,8 +60,7 @@ def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False)
 _TURNS = _tile(128, 192)
 _LARGE = _tile(256, 128, alone=True, across=True)
 _GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
-_TURNED = {72: (_bias_and_turn_72, _tile(128, 144)), 128: (_bias_and_turn, _tile(192, 128, across=True))}
-"""By the width of a head, of which tiles must hold a whole number."""
+_TURNED = _tile(192, 128, across=True)
 
 
 def linear_rotate_kernel(
@@ -81,13 +69,13 @@ def linear_rotate_kernel(
     """As ``vl3train::linear_rotate``."""
     rows, columns = rows.contiguous(), num_rotated * table.shape[1]
     result = rows.new_empty((len(rows), len(weight)))
-    turn, tile = _TURNED[table.shape[1]]
     turned, still = slice(0, columns), slice(columns, None)
-    of_turn = {"table": table.contiguous(), "bias": bias[turned]}
-    turn.gemm(rows, weight[turned].t(), result[:, turned], epi_args=of_turn, b_kn=True, **_as(tile))
-    tile = _tile_for(rows.shape[1])
-    of_rest = {"bias": bias[still]}
-    _bias_added.gemm(rows, weight[still].t(), result[:, still], epi_args=of_rest, b_kn=True, **_as(tile))
+    given = {"table": table.contiguous(), "bias": bias[turned]}
+    _bias_and_turn.gemm(
+        rows, weight[turned].t(), result[:, turned], epi_args=given, b_kn=True, **_as(_TURNED)
+    )
+    given, tile = {"bias": bias[still]}, _as(_tile_for(rows.shape[1]))
+    _bias_added.gemm(rows, weight[still].t(), result[:, still], epi_args=given, b_kn=True, **tile)
     return result
 
 
