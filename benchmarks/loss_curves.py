@@ -32,12 +32,12 @@ from vl3train.config.choices import Device, Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.engine.kernels import choose_kernels
 from vl3train.engine.optim import build_optimizer, rate_factor, set_rates
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero import Zero
-from vl3train.model.attention import choose_attention
-from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import parameter_groups
 
 RATES = {"vision_encoder": 2e-3, "projector": 2e-3, "language_model": 1e-3}  # configs/model/debug.yaml
@@ -108,14 +108,15 @@ def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]]
     """vl3train's own step: packs, its kernels, DeepSpeed."""
     dtype = torch.bfloat16 if curve.dtype is Dtype.bfloat16 else torch.float32
     hf_model = task.model(dtype, rank.device)
-    attention = choose_attention("auto", rank.device, head_dims(hf_model), dtype)
-    print(f"{curve.name}: attention {attention.name}", flush=True)
+    machine = MachineConfig(dtype=curve.dtype, zero_stage=1, compile_layers=curve.compiled)
+    attention, products = choose_kernels(machine, hf_model, rank)
+    print(f"{curve.name}: attention {attention.name}, products {products.name}", flush=True)
     kept = Dtype.bfloat16 if curve.rounded else Dtype.float32
     optim = OptimConfig(state_dtype=kept, master_dtype=kept)
     engine = Zero(
-        PackedModel(hf_model, attention.name, compile_layers=curve.compiled),
+        PackedModel(hf_model, attention.name, compile_layers=curve.compiled, products=products.name),
         build_optimizer(parameter_groups(hf_model, RATES, 0.0), optim, rank.device),
-        machine=MachineConfig(dtype=curve.dtype, zero_stage=1),
+        machine=machine,
         optim=optim,
         num_micro_batches=PACKS_A_STEP,
         rank=rank,

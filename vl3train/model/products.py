@@ -17,8 +17,8 @@ from torch import Tensor
 from vl3train.model.fused import plain_gelu_backward, plain_rotate
 
 ROTATED_HEADS = (128,)
-"""Widths of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; a kernel for the encoder's
-72 with tiles of 144 came out wrong (relative error 0.9, benchmarks/log.md)."""
+"""Widths of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; one for the encoder,
+of 144 for heads of 72, came out wrong (relative error 0.9, benchmarks/log.md)."""
 
 
 @torch.library.custom_op("vl3train::linear_rotate", mutates_args=())
