@@ -95,12 +95,21 @@ def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
     return own_step(row, hf_model, device, work.all_batches), work
 
 
-def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, Any]:
-    """Train the row's steps and return its figures; the first step warms up and is not counted."""
+def measure(
+    name: str,
+    row: Row,
+    rank: int,
+    device: torch.device,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train the row's steps and return its figures; the first step warms up and is not counted.
+
+    ``tell`` gets the figures so far after each step: what a time limit cuts off is not lost.
+    """
     step, work = prepare(row, rank, device)
-    seconds, flops, tokens, patches = [], 0, 0, 0
-    warm_up = loss = 0.0
-    recompiles = 0
+    timed: list[tuple[float, dict[str, Any]]] = []
+    found: dict[str, Any] = {}
+    warm_up, recompiles = 0.0, 0
     for number in range(row.steps):
         of_step = work.steps[number % work.num_steps]
         wait_for_all(device)
@@ -114,31 +123,40 @@ def measure(name: str, row: Row, rank: int, device: torch.device) -> dict[str, A
             warm_up = took
             continue
         recompiles += compiles.graphs
-        seconds.append(took)
-        flops, tokens, patches = (
-            flops + of_step["flops"],
-            tokens + of_step["tokens"],
-            patches + of_step["patches"],
-        )
-    total, cuda = sum(seconds), device.type == "cuda"
-    found = {
-        "tflops": flops / row.ranks / total / 1e12,
-        "seconds_a_pack": total / (len(seconds) * row.packs_a_step),
-        "work_a_pack_tflop": flops / len(seconds) / row.packs_a_step / row.ranks / 1e12,
-        "tokens_a_second": tokens / total,
-        "patches_a_second": patches / total,
-        "tokens_a_pack": max(of_step["longest"] for of_step in work.steps),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-        "warm_up_seconds": warm_up,
-        "recompiles": recompiles,
-        "step_seconds": seconds,
-        "loss": loss,
-    }
-    if row.host_syncs and cuda:
+        timed.append((took, of_step))
+        found = {
+            **rates_of(row, timed, device),
+            "tokens_a_pack": max(of_step["longest"] for of_step in work.steps),
+            "warm_up_seconds": warm_up,
+            "recompiles": recompiles,
+            "loss": loss,
+        }
+        tell(found)
+    if row.host_syncs and device.type == "cuda":
         waits = count_syncs(lambda: step(work.data(0), work.steps[0]["supervised"]))
         found |= {"host_syncs": sum(waits.values()), "host_syncs_at": dict(waits)}
     return found
+
+
+def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.device) -> dict[str, Any]:
+    """What is had from the seconds and the work of each timed step, and memory."""
+    total = sum(took for took, _ in timed)
+    flops, tokens, patches = (
+        sum(of_step[key] for _, of_step in timed) for key in ("flops", "tokens", "patches")
+    )
+    cuda = device.type == "cuda"
+    return {
+        "tflops": flops / row.ranks / total / 1e12,
+        "seconds_a_pack": total / (len(timed) * row.packs_a_step),
+        "work_a_pack_tflop": flops / len(timed) / row.packs_a_step / row.ranks / 1e12,
+        "tokens_a_second": tokens / total,
+        "patches_a_second": patches / total,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        # Each is a wait for the device that no count of waits sees: memory ran out and had to be given back first.
+        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if cuda else None,
+        "step_seconds": [took for took, _ in timed],
+    }
 
 
 def wait_for_all(device: torch.device) -> None:
@@ -202,7 +220,7 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
 
         send(pipe, lambda: measure_command(row, device))
     else:
-        send(pipe, lambda: measure(name, row, rank, device))
+        send(pipe, lambda: measure(name, row, rank, device, lambda so_far: pipe.send({"so_far": so_far})))
 
 
 def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:

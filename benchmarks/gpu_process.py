@@ -15,6 +15,16 @@ from typing import Any
 from benchmarks.gpu_rows import Row
 
 SECONDS_TO_LEAVE = 5
+
+
+class RowEndedError(Exception):
+    """A row ends before it is done."""
+
+    def __init__(self, reason: str, *, by_signal: bool = False) -> None:
+        super().__init__(reason)
+        self.by_signal = by_signal
+
+
 Child = Callable[[str, Row, int, bool, Any], None]
 
 
@@ -35,16 +45,22 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
         pipes.append(receiver)
     found: dict[str, Any] = {"failed": "interrupted"}
     # `timeout` and job managers end a command with SIGTERM: the children, groups of their own, would hold the GPU on.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         found = collect(pipes, row.max_seconds)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process in processes:
-            if "failed" not in found:
+            if "failed" not in found and "ended_early" not in found:
                 process.join(SECONDS_TO_LEAVE)
             end_group(process)
+    if "failed" in found and found.pop("stopped", False):
+        sys.exit(found["failed"])
     return found
+
+
+def _stop(*_: Any) -> None:
+    raise RowEndedError("ended by SIGTERM", by_signal=True)
 
 
 def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, pipe: Any) -> None:
@@ -57,20 +73,42 @@ def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, p
 
 
 def collect(pipes: list[Connection], max_seconds: float) -> dict[str, Any]:
-    """Rank 0's answer once every rank has answered, or the first failure."""
+    """Rank 0's answer once every rank has answered, or the first failure.
+
+    Where time, or a SIGTERM, ends the row before that: what rank 0 had by then, with ``ended_early``, if anything.
+    """
     answers: dict[int, dict[str, Any]] = {}
+    so_far: dict[str, Any] = {}
     deadline = time.monotonic() + max_seconds
+    try:
+        return _all_answers(pipes, answers, so_far, deadline, max_seconds)
+    except RowEndedError as stopped:
+        why = {"ended_early" if so_far else "failed": str(stopped)}
+        return {**so_far, **why, **({"stopped": True} if stopped.by_signal else {})}
+
+
+def _all_answers(
+    pipes: list[Connection],
+    answers: dict[int, dict[str, Any]],
+    so_far: dict[str, Any],
+    deadline: float,
+    max_seconds: float,
+) -> dict[str, Any]:
     while len(answers) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            return {"failed": f"no figures within {max_seconds:g} s"}
+            raise RowEndedError(f"not done within {max_seconds:g} s")
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                answers[rank] = pipes[rank].recv()
+                answer = pipes[rank].recv()
             except EOFError:
                 return {"failed": f"the process of rank {rank} died"}
+            if "so_far" in answer:
+                so_far |= answer["so_far"] if rank == 0 else {}
+                continue
+            answers[rank] = answer
             if "failed" in answers[rank]:
                 return answers[rank]
     return answers[0]

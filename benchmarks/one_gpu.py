@@ -109,9 +109,12 @@ def run_rows(args: argparse.Namespace) -> None:
                 line = {"figure": figure_name(row, "tflops", label), "value": None, "failed": found["failed"]}
                 put(line, f"| {label} | {found['failed']} | | | | | |")
                 continue
+            stopped = found.pop("stopped", False)  # by SIGTERM, after some steps: written, and no more rows
             done[name] = found
             for number, line in enumerate(figure_lines(label, row, found)):
                 put(line, table_line(label, found) if number == 0 else "")
+            if stopped:
+                sys.exit(found["ended_early"])
         for line in compared(done):
             put(line, f"| {line['figure']} | {line['value']:.3f} | | | | | |")
     if keep:
@@ -183,6 +186,8 @@ def compared(done: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def table_line(label: str, found: dict[str, Any]) -> str:
     """One row of the Markdown table."""
     peak = found.get("peak_gib")
+    if early := found.get("ended_early"):
+        label += f" (after {len(found['step_seconds'])} steps: {early})"
     return (
         f"| {label} | {found['tflops']:.4g} | {found['seconds_a_pack'] * 1e3:.0f} | "
         f"{found['tokens_a_second']:.0f} | {found['patches_a_second']:.0f} | "

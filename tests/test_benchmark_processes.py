@@ -42,7 +42,7 @@ def test_rank_0_speaks_for_the_row():
     [
         (one_fails, "out of memory"),
         (dies, "the process of rank 0 died"),
-        (never_answers, "no figures within 3 s"),
+        (never_answers, "not done within 3 s"),
     ],
 )
 def test_what_goes_wrong_is_told_and_ended_at_once(child, reason):
@@ -50,6 +50,18 @@ def test_what_goes_wrong_is_told_and_ended_at_once(child, reason):
     found = in_own_processes(child, "some", Row(ranks=2 if child is one_fails else 1, max_seconds=3), True)
     assert found == {"failed": reason}
     assert time.monotonic() - started < 30
+
+
+def tells_and_sleeps(name, row, rank, tiny, pipe):
+    pipe.send({"so_far": {"tflops": 1.0, "rank": rank}})
+    pipe.send({"so_far": {"tflops": 2.0, "rank": rank}})
+    Path(name).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_what_was_measured_before_the_time_was_over_is_not_lost(tmp_path):
+    found = in_own_processes(tells_and_sleeps, str(tmp_path / "pid"), Row(ranks=2, max_seconds=3), True)
+    assert found == {"tflops": 2.0, "rank": 0, "ended_early": "not done within 3 s"}
 
 
 def test_every_row_names_a_way_and_can_be_made_small():
@@ -66,12 +78,14 @@ def sleeps(name, row, rank, tiny, pipe):
     time.sleep(60)
 
 
-def test_a_command_that_is_ended_ends_its_processes(tmp_path):
+@pytest.mark.parametrize("child", ["sleeps", "tells_and_sleeps"])
+def test_a_command_that_is_ended_ends_its_processes(tmp_path, child):
     note = tmp_path / "pid"
     code = (
         "from benchmarks.gpu_process import in_own_processes; from benchmarks.gpu_rows import Row;"
-        "from tests.test_benchmark_processes import sleeps;"
-        f"in_own_processes(sleeps, {str(note)!r}, Row(), True)"
+        f"from tests.test_benchmark_processes import {child};"
+        f"found = in_own_processes({child}, {str(note)!r}, Row(), True);"
+        "import sys; sys.exit(str(found))"
     )
     command = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     try:
