@@ -36,7 +36,7 @@ HEAD = """# Figures
 Made by `python benchmarks/table.py` from `results/*.jsonl`, which the commands below wrote. Scripts take `--quick`, or
 `--tiny` where they train (two layers, on a CPU), for a short run that keeps nothing. Aims are those of the project's
 issues; a figure without one is there to compare with. What was tried on the GPU, predicted and missed stands in
-[log.md](log.md); `vl3train kernels --check` compares the attention kernels of a machine with float64 and prints its
+[log.md](log.md); `vl3train kernels --check` compares the kernels of a machine with float64 and prints its
 table. `python -m benchmarks.profile` tells where the time of a step goes. [docs/numerics.md](../docs/numerics.md) says
 what the loss curves mean.
 """

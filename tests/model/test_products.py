@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from vl3train.model import product_check, products
 from vl3train.model.fused import rotate
-from vl3train.model.kernel_check import MAX_ERROR
-from vl3train.model.product_check import Widths, choose_products, product_errors
+from vl3train.model.product_check import ProductError, Widths, choose_products, product_errors
 
 CUDA = torch.device("cuda")
 R, W, WIDE = 37, 16, 48
@@ -143,7 +142,8 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
     """No GPU here: the device is only named; what the kernels answer is set."""
     monkeypatch.setattr(product_check, "why_not_quack", lambda *_, **__: None)
     errors = {"linear_gelu": 0.002}
-    monkeypatch.setattr(product_check, "product_errors", lambda *_: errors.items())
+    found = lambda *_: [ProductError(name, error) for name, error in errors.items()]  # noqa: E731
+    monkeypatch.setattr(product_check, "product_errors", found)
     assert choose("auto", config).name == "quack"
     errors["linear_swiglu"] = float("nan")
     choice = choose("auto", config)
@@ -158,13 +158,22 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
 def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
     widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
-    found = dict(product_errors(widths, cpu, torch.bfloat16))
+    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
     assert len(found) == (7 if gated else 5)
-    assert all(error < MAX_ERROR for error in found.values()), found
+    assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(products, broken)
     monkeypatch.setattr(products, broken, lambda *args: tuple(1.1 * x for x in right(*args)))
-    assert dict(product_errors(widths, cpu, torch.bfloat16))[broken] > 0.05
+    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    assert found.pop(broken).error > 0.05
+    assert all(one.is_right for one in found.values()), found
+
+    def raises(*_):
+        raise TypeError("no such kernel\nand more")
+
+    monkeypatch.setattr(products, broken, raises)
+    told = product_check.wrong_product([widths], cpu, torch.bfloat16)
+    assert told == f"its {broken} does not run here (TypeError: no such kernel)"
 
 
 @pytest.mark.gpu
@@ -174,8 +183,8 @@ def test_quack_on_cuda_is_right(narrow):
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     of_text = (narrow, 8960, True, (12, 2, 128)) if narrow == 1536 else (narrow, 18944, True, (28, 4, 128))
     for widths in (Widths(1152, 4304, gated=False, heads=(16, 16, 72)), Widths(*of_text)):
-        for name, error in product_errors(widths, CUDA, torch.bfloat16):
-            assert error < MAX_ERROR, f"{name} for {widths}: {error:.2g}"
+        for found in product_errors(widths, CUDA, torch.bfloat16):
+            assert found.is_right, f"{found} for {widths}"
 
 
 @pytest.mark.gpu

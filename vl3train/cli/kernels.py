@@ -71,7 +71,6 @@ def main(args: Namespace) -> int:
 
 def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     """Print quack's table, or why there is none; whether one of its products is wrong."""
-    from vl3train.model.kernel_check import MAX_ERROR
     from vl3train.model.product_check import Widths, product_errors, why_not_quack
 
     all_widths = {
@@ -83,11 +82,9 @@ def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -
         return False
     table, wrong = Table("quack's product", "shape", "error", ""), False
     for shape, widths in all_widths.items():
-        for name, error in product_errors(widths, device, dtype):
-            right = error < MAX_ERROR
-            wrong |= not right
-            table.add_row(
-                name, shape, f"{error:.4f}", "right" if right else "WRONG: machine.products=auto takes torch"
-            )
+        for found in product_errors(widths, device, dtype):
+            wrong |= not found.is_right
+            verdict = found.failed or "WRONG: machine.products=auto takes torch"
+            table.add_row(found.name, shape, f"{found.error:.4f}", "right" if found.is_right else verdict)
     console.print(table)
     return wrong

@@ -32,7 +32,7 @@ GPUS = {
 }
 
 UTILISATION = 0.43
-"""Share of the data sheet's TFLOP/s: 427 of 989 were measured with a packed step of the 2B on one H100 (layers
+"""Share of the data sheet's TFLOP/s: 431 of 989 were measured with a packed step of the 2B on one H100 (layers
 compiled, MLPs recomputed, recomputation not counted): tflops_2b_given of benchmarks/results/one_gpu.jsonl."""
 
 IMAGE_PATCHES_PER_CORE_SECOND = 720_000

@@ -28,6 +28,20 @@ class Widths:
     heads: tuple[int, int, int]  # of queries, of keys (and as many of values), and the width of each
 
 
+@dataclass(frozen=True, slots=True)
+class ProductError:
+    """Largest relative error of one op's results; ``failed`` says why there is none."""
+
+    name: str
+    error: float
+    failed: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it is below the limit; NaN is not."""
+        return not self.failed and self.error < MAX_ERROR
+
+
 def choose_products(
     requested: str, hf_config: Any, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> KernelChoice:
@@ -73,9 +87,12 @@ def why_not_quack(
 def wrong_product(all_widths: Sequence[Widths], device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with quack's products for these widths, or None."""
     for widths in all_widths:
-        for name, error in product_errors(widths, device, dtype):
-            if not error < MAX_ERROR:  # NaN neither
-                return f"its {name} is wrong on this machine (relative error against float64: {error:.2g})"
+        for found in product_errors(widths, device, dtype):
+            if found.failed:
+                return f"its {found.name} does not run here ({found.failed})"
+            if not found.is_right:
+                what = f"relative error against float64: {found.error:.2g}"
+                return f"its {found.name} is wrong on this machine ({what})"
     return None
 
 
@@ -92,8 +109,8 @@ def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
     )
 
 
-def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """The ops that serve rows of these widths, each with the largest relative error of its results."""
+def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> Iterator[ProductError]:
+    """The ops that serve rows of these widths against float64. One that raises is reported, not raised."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -167,9 +184,14 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
         arguments = rows, draw(qkv, widths.narrow), draw(qkv), table, num_heads + kv_heads
         calls["linear_rotate"] = products.linear_rotate, products.plain_linear_rotate, arguments
     for name, (op, plain, arguments) in calls.items():
-        found = op(*arguments)
+        try:
+            found = op(*arguments)
+        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+            message = str(error).splitlines()[0][:200] if str(error) else ""
+            yield ProductError(name, float("nan"), f"{type(error).__name__}: {message}")
+            continue
         exact = plain(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
         pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
         # max() would pass over NaN
         errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
-        yield name, next((error for error in errors if error != error), max(errors))
+        yield ProductError(name, next((error for error in errors if error != error), max(errors)))
