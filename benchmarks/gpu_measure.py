@@ -160,9 +160,13 @@ def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.
 
 
 def wait_for_all(device: torch.device) -> None:
-    """Until this device, and every rank, is done."""
+    """Until what this device computes, and every rank, is done.
+
+    Not what is copied beside it: as in a run, that goes on in the next step (AdamW's means on their way to the host),
+    and each timed step pays for what the step before it left.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.current_stream(device).synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
