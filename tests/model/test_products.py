@@ -189,6 +189,22 @@ def test_quack_on_cuda_is_right(narrow):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_plans_of_packs_long_gone_are_forgotten(monkeypatch):
+    pytest.importorskip("quack", reason="quack-kernels is not installed")
+    from vl3train.model import quack_products
+
+    monkeypatch.setattr(quack_products, "PLANS_KEPT", 3)
+    weight, bias = (torch.randn(s, device=CUDA).bfloat16() for s in ((48, 16), (48,)))
+    for num_rows in range(1, 12):
+        rows = torch.randn(num_rows, 16, device=CUDA).bfloat16()
+        _, activated = products.linear_gelu(rows, weight, bias, False)
+        assert activated.shape == (num_rows, 48)
+    plans = quack_products._ACTIVATED[0]._plan_cache
+    assert 1 <= len(plans) <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_weights_that_lie_together_are_not_copied():
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     from vl3train.model.quack_products import _joined

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import quack.gemm
+import quack.gemm_interface
 import torch
 from quack.epilogue.frontend import gemm_epilogue
-from quack.epilogue.library import dgelu_dbias_mod, dswiglu_mod, identity_epi
+from quack.epilogue.library import dgelu_dbias_mod, dswiglu_mod, identity_epi, linear_act_mod
 from quack.epilogue.math import pack, unpack
 from quack.epilogue.ops import RowVecLoad
 from quack.epilogue.rotary import rotary_cos_sin_load
@@ -63,6 +65,28 @@ _GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
 _TURNED = _tile(192, 128, across=True)
 
 
+PLANS_KEPT = 512
+"""Of each kind of product. quack plans for each number of rows anew and forgets none: packs have thousands of them, and
+a plan takes some kilobytes."""
+_ACTIVATED = tuple(  # asked for in gemm_act's own words, by which quack remembers them
+    linear_act_mod(
+        name, gated=gated, has_c=False, has_rowvec=not gated, has_colvec=False, sr=False, has_alpha=False
+    )
+    for name, gated in (("gelu_tanh_approx", False), ("swiglu", True))
+)
+
+
+def forget_plans() -> None:
+    """Let quack plan anew, once there are many plans: some milliseconds, and no kernel is compiled again."""
+    caches = [quack.gemm._gemm_plan_cache, quack.gemm_interface._gemm_iface_plan_cache]
+    own = (_bias_and_rows, _rows_added, _bias_added, _bias_and_turn)
+    for mod in (dgelu_dbias_mod, dswiglu_mod, identity_epi, *own, *_ACTIVATED):
+        caches += [mod._plan_cache, mod._call_cache, mod.__dict__.get("_sink_shape_cache", {})]
+    for cache in caches:
+        if len(cache) > PLANS_KEPT:
+            cache.clear()
+
+
 def linear_rotate_kernel(
     rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
 ) -> Tensor:
@@ -81,6 +105,7 @@ def linear_rotate_kernel(
 
 def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """As ``vl3train::linear_gelu``."""
+    forget_plans()
     wide, activated = gemm_act(
         rows.contiguous(),
         weight.t(),
@@ -107,6 +132,7 @@ def linear_swiglu_kernel(
     rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """As ``vl3train::linear_swiglu``."""
+    forget_plans()
     weight = _joined(gate_weight, up_weight)
     gate_up, activated = gemm_act(
         rows.contiguous(),
