@@ -24,6 +24,7 @@ from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attent
 from benchmarks.kernel_kinds import kind_of, union_seconds
 from benchmarks.loss_curves import packed_curve, stock_curve
 from benchmarks.packs import TINY, draw_packs, draw_sample
+from benchmarks.products import main as products_main
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig
 from vl3train.contracts.records import RenderSettings
@@ -210,3 +211,10 @@ def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
     found[turned] = stock_curve(turned, task, steps, rank)
     assert 0 < differences(found, turned, stock)["first_50_steps"] < 1e-4
     assert task.steps(5, 8, seed=1)[0] != steps[0]
+
+
+def test_products_are_timed_side_by_side(capsys):
+    products_main(["--tiny"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[2:]] == ["encoder"] * 4 + ["2B"] * 5 + ["7B"] * 5
+    assert all(float(time) > 0 for row in rows[2:] for time in row[2:])

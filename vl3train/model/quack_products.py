@@ -58,7 +58,7 @@ def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False)
     )
 
 
-# benchmarks/log.md has all tiles that were tried. Two groups of warps that take turns (not ``alone``) hide the passes.
+# The best of eight tiles each (benchmarks/log.md). Two groups of warps that take turns, not ``alone``, hide the passes.
 _TURNS = _tile(128, 192)
 _LARGE = _tile(256, 128, alone=True, across=True)
 _GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
