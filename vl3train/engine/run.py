@@ -137,6 +137,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     refuse_other_size(cfg, counts)
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     hf_model.to(rank.device)
+    if rank.device.type == "cuda":
+        console.message("trying kernels against float64; half a minute where they have to be compiled first")
     kernels = choose_kernels(cfg.machine, hf_model, rank)
     packed = PackedModel(
         hf_model,
