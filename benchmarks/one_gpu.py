@@ -165,6 +165,8 @@ def figure_lines(label: str, row: Row, found: dict[str, Any]) -> Iterator[dict[s
         line = {"figure": name, "value": found[key], "unit": unit, "better": better}
         if key == "host_syncs":
             line["note"] = "; ".join(f"{times} x {where}" for where, times in found["host_syncs_at"].items())
+        if early := found.get("ended_early"):
+            line["note"] = f"of {len(found['step_seconds'])} timed steps: {early}"
         yield {**line, "row": label, **full}
         full = {}
 

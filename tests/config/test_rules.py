@@ -113,6 +113,10 @@ def test_kernels_and_number_formats(workplace: Path):
     assert keys(*on_cpu, "machine.attention=flash_attn") == ["machine.attention", "machine.attention"]
     assert keys("stage=1", "machine.dtype=float32", "machine.attention=torch_varlen") == ["machine.attention"]
     assert keys("stage=1", "machine.dtype=float32", "machine.zero_stage=0") == []
+    quack = ("machine.products=quack", "machine.compile_layers=true")
+    assert keys("stage=1", *quack) == []
+    assert keys("stage=1", quack[0]) == ["machine.products"]
+    assert keys(*on_cpu, *quack) == ["machine.products", "machine.products"]
 
 
 def test_what_zero_3_and_adapters_cannot_do(workplace: Path):

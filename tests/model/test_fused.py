@@ -102,7 +102,14 @@ def rotate_arguments(num_rows, heads, rotated, head_dim, backward, device="cpu",
     return rows, turning_table(angles.cos(), angles.sin()), rotated, backward
 
 
-ROTATED = [(1, 3, 2, 16, True), (37, 6, 4, 72, True), (37, 6, 4, 72, False), (300, 8, 7, 64, True)]
+ROTATED = [
+    (1, 3, 2, 16, True),
+    (37, 4, 3, 12, True),
+    (37, 4, 3, 18, False),
+    (37, 6, 4, 72, True),
+    (37, 6, 4, 72, False),
+    (300, 8, 7, 64, True),
+]
 
 
 def rotated_by_transformers(rows, table, num_rotated):
@@ -158,8 +165,8 @@ def test_what_is_said_of_the_ops_shapes_is_so(case):
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(norm_backward, norm_arguments(7, 64, case), test_utils=checks)
     torch.library.opcheck(gelu_backward, gelu_arguments(7, 64), test_utils=checks)
-    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[1]), test_utils=checks)
-    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[2]), test_utils=checks)
+    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[3]), test_utils=checks)
+    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[4]), test_utils=checks)
     rows, weight = torch.randn(5, 8), torch.randn(12, 8)
     torch.library.opcheck(linear_again, (rows, weight, torch.randn(12), rows), test_utils=checks)
 

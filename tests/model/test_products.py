@@ -159,14 +159,24 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
     widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
     found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
-    assert len(found) == (7 if gated else 5)
+    assert len(found) == (8 if gated else 6)
     assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(products, broken)
     monkeypatch.setattr(products, broken, lambda *args: tuple(1.1 * x for x in right(*args)))
     found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
     assert found.pop(broken).error > 0.05
+    found.pop(f"{broken}, nothing kept")
     assert all(one.is_right for one in found.values()), found
+
+    def without_bias(rows, weight, *_):
+        return right_add(rows, weight, None, _[-1])
+
+    monkeypatch.setattr(products, broken, right)
+    right_add = products.linear_add
+    monkeypatch.setattr(products, "linear_add", without_bias)
+    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    assert found["linear_add"].is_right == gated, "the encoder's has a bias"
 
     def raises(*_):
         raise TypeError("no such kernel\nand more")

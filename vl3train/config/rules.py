@@ -198,6 +198,12 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         what = "serves compiled layers only"
         way_out = "set machine.compile_layers=true, or use machine.products=auto"
         found.append(Problem("machine.products", show(machine.products), what, way_out))
+    if machine.products is Products.quack and machine.device is Device.cpu:
+        what = "needs a GPU, and machine.device=cpu"
+        found.append(Problem("machine.products", show(machine.products), what, "use auto"))
+    if machine.products is Products.quack and machine.dtype is Dtype.float32:
+        what = "computes in 16 bits only, and machine.dtype=float32"
+        found.append(Problem("machine.products", show(machine.products), what, "use auto"))
     if machine.attention in (Attention.flash_attn_4, Attention.flash_attn, Attention.torch_varlen):
         if machine.device is Device.cpu:
             what = "needs a GPU, and machine.device=cpu"

@@ -104,13 +104,12 @@ def decoder_layer(
         causal=True,
     )
     norm = layer.post_attention_layernorm
-    plain = _plain(hidden_TH, norm, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    fused = fused and plain and type(mlp.act_fn) is SiLUActivation
-    if fused and quack:
+    if fused and quack and _plain(hidden_TH, attention.o_proj):
         hidden_TH = linear_add(out_TH, attention.o_proj.weight, None, hidden_TH)
     else:
         hidden_TH = hidden_TH + attention.o_proj(out_TH)
-    if not fused:
+    plain = _plain(hidden_TH, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not (fused and plain and type(mlp.act_fn) is SiLUActivation):
         return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, quack, *weights)

@@ -114,7 +114,10 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        scale = shape[-1] ** -0.5 if shape[0] != NUM_ROWS else 1.0
+        is_weight = len(shape) == 2 and shape[0] != NUM_ROWS
+        scale = (
+            shape[1] ** -0.5 if is_weight else 1.0
+        )  # a bias as large as what it is added to, or its loss is not seen
         return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
 
     rows, grad = draw(NUM_ROWS, widths.narrow), draw(NUM_ROWS, widths.narrow)
@@ -127,6 +130,11 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
                 products.linear_swiglu,
                 products.plain_linear_swiglu,
                 (rows, into, other, True),
+            ),
+            "linear_swiglu, nothing kept": (  # another kernel
+                lambda *arguments: products.linear_swiglu(*arguments)[1],
+                lambda *arguments: products.plain_linear_swiglu(*arguments)[1],
+                (rows, into, other, False),
             ),
             "gate_up_again": (
                 lambda *tensors: products.gate_up_again(*tensors, grad),
@@ -162,6 +170,11 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
                 products.linear_gelu,
                 products.plain_linear_gelu,
                 (rows, into, draw(widths.wide), True),
+            ),
+            "linear_gelu, nothing kept": (
+                lambda *arguments: products.linear_gelu(*arguments)[1],
+                lambda *arguments: products.plain_linear_gelu(*arguments)[1],
+                (rows, into, draw(widths.wide), False),
             ),
             "gelu_linear_backward": (
                 products.gelu_linear_backward,
