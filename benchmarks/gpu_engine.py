@@ -14,14 +14,14 @@ from vl3train.config.choices import Device, Dtype, Recompute
 from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.device_memory import device_memory
+from vl3train.engine.gradient_sums import add_gradients, put_gradients
 from vl3train.engine.memory import fit_memory, row_bytes
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
-from vl3train.engine.transfer import Transfer
+from vl3train.engine.transfer import Reading, Transfer
 from vl3train.engine.zero import Zero
 from vl3train.model.attention import choose_attention
-from vl3train.model.compiling import compiled
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.product_check import choose_products
 from vl3train.model.trainable import count_parameters, parameter_groups
@@ -113,7 +113,6 @@ class PlainEngine:
         for master, total in zip(self.masters, self.sums, strict=True):
             master.grad = total
         self.begun = False  # whether this step's sums hold a gradient already
-        self.add = compiled(_add, enabled=rank.device.type == "cuda")  # as the engine's, engine/zero_1.py
         self.optimizer = build_optimizer(groups, optim, rank.device)
 
     def train(self, training: bool) -> None:
@@ -132,12 +131,14 @@ class PlainEngine:
         """Gradients of ``loss``, added to the step's sums and let go; nothing has to come back for the ``last``."""
         del last
         loss.backward()
+        pairs = [
+            (total.view(-1), weight.grad.reshape(-1))
+            for total, weight in zip(self.sums, self.weights, strict=True)
+            if weight.grad is not None
+        ]
+        (add_gradients if self.begun else put_gradients)(pairs)
         for total, weight in zip(self.sums, self.weights, strict=True):
-            if weight.grad is not None and self.begun:
-                self.add(total.view(-1), weight.grad.reshape(-1))
-            elif weight.grad is not None:
-                total.copy_(weight.grad)
-            elif not self.begun:
+            if weight.grad is None and not self.begun:
                 total.zero_()
             weight.grad = None
         self.begun = True
@@ -146,18 +147,11 @@ class PlainEngine:
         """Nothing: ``backward`` has added everything."""
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """Clip, update the masters, round them to the weights; the norm before clipping."""
+    def step(self, totals: Tensor) -> Reading:
+        """Clip, update the masters, round them to the weights; ``totals`` and the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
+        reading = Reading(torch.cat([totals, norm.to(totals.dtype).reshape(1)]))
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
         self.begun = False
-        return norm
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """One rank: they are the sums."""
-        return values
-
-
-def _add(total: Tensor, gradient: Tensor) -> None:
-    total.add_(gradient)
+        return reading

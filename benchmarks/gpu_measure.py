@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -71,9 +72,11 @@ class Work:
 
 
 def shares(costs: list[int], ranks: int) -> list[list[int]]:
-    """Positions of the packs of each rank, equally many, dearest first to the rank that has least work so far.
+    """Positions of the packs of each rank, equally many and in their order.
 
-    >>> shares([5, 1, 4, 2], 2)
+    Dealt out dearest first, to the rank that has least work so far.
+
+    >>> shares([1, 5, 4, 2], 2)
     [[0, 1], [2, 3]]
     """
     found: list[list[int]] = [[] for _ in range(ranks)]
@@ -81,7 +84,7 @@ def shares(costs: list[int], ranks: int) -> list[list[int]]:
         open_ranks = [r for r in range(ranks) if len(found[r]) < len(costs) // ranks]
         least = min(open_ranks, key=lambda r: sum(costs[i] for i in found[r]))
         found[least].append(position)
-    return found
+    return [sorted(mine) for mine in found]
 
 
 def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
@@ -110,13 +113,14 @@ def measure(
     timed: list[tuple[float, dict[str, Any]]] = []
     found: dict[str, Any] = {}
     warm_up, recompiles = 0.0, 0
+    wait_for_all(device)
+    ended = time.perf_counter()
     for number in range(row.steps):
         of_step = work.steps[number % work.num_steps]
-        wait_for_all(device)
-        started = time.perf_counter()
         loss = step(work.data(number), of_step["supervised"])
-        wait_for_all(device)
-        took = time.perf_counter() - started
+        # From one step's loss to the next one's, as in a run: each step has one update in it, that of the step before.
+        started, ended = ended, time.perf_counter()
+        took = ended - started
         compiles = take_compiles()
         print(f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}", flush=True)
         if number == 0:
@@ -160,11 +164,7 @@ def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.
 
 
 def wait_for_all(device: torch.device) -> None:
-    """Until what this device computes, and every rank, is done.
-
-    Not what is copied beside it: as in a run, that goes on in the next step (AdamW's means on their way to the host),
-    and each timed step pays for what the step before it left.
-    """
+    """Until what this device computes, and every rank, is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -174,7 +174,7 @@ def wait_for_all(device: torch.device) -> None:
 def count_syncs(act: Callable[[], Any]) -> Counter[str]:
     """How often the host waits for the GPU while ``act`` runs, by line of Python.
 
-    torch's sync debug mode tells, and torch.cuda.synchronize, which it passes over, is watched.
+    torch's sync debug mode tells; torch.cuda.synchronize and waits for events, which it passes over, are watched.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -185,20 +185,23 @@ def count_syncs(act: Callable[[], Any]) -> Counter[str]:
         if SYNC_WARNING in str(message):
             found[caller()] += 1
 
-    wait = torch.cuda.synchronize  # which the debug mode does not see
+    def noted(wait: Callable[..., Any]) -> Callable[..., Any]:
+        def act_noted(*arguments: Any) -> Any:
+            found[caller()] += 1
+            return wait(*arguments)
 
-    def noted_wait(device: Any = None) -> None:
-        found[caller()] += 1
-        wait(device)
+        return act_noted
 
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(torch.cuda, "synchronize", noted(torch.cuda.synchronize)),
+        mock.patch.object(torch.cuda.Event, "synchronize", noted(torch.cuda.Event.synchronize)),
+    ):
         warnings.simplefilter("always")
         warnings.showwarning = note
-        torch.cuda.synchronize = noted_wait
         try:
             act()
         finally:
-            torch.cuda.synchronize = wait
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("default")
     return found

@@ -152,7 +152,7 @@ def stock_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]],
             loss = full_loss(hf_model, inputs) / count_supervised(samples)
             engine.backward(loss)
             total += loss.detach()
-        engine.step()
+        engine.step(total.reshape(1)).wait()
         losses.append(float(total))
     return losses
 

@@ -22,16 +22,15 @@ from vl3train.model.fused import plain_gelu_backward, plain_norm_backward
 REPEATS = 30
 NORMS = {
     # rows, width, gradients, LayerNorm, sums of rows
-    "encoder, before q k v": (49_152, 1152, 3, True, False),
+    "encoder, before q k v": (49_152, 1152, 1, True, False),
     "encoder, before fc1": (49_152, 1152, 1, True, True),
-    "2B, before q k v": (16_384, 1536, 3, False, False),
-    "2B, before gate up": (16_384, 1536, 2, False, False),
-    "7B, before q k v": (16_384, 3584, 3, False, False),
+    "2B": (16_384, 1536, 1, False, False),
+    "7B": (16_384, 3584, 1, False, False),
 }
 GELU = "encoder, GELU", (49_152, 4304)
 SWEPT_NORM = {
-    "WARPS_PER_SM": tuple(dict.fromkeys(range(5), warps) for warps in (16, 24, 32, 48)),
-    "STAGES": (1, 2, 3, 4),
+    "WARPS_PER_SM": tuple(dict.fromkeys(range(5), warps) for warps in (12, 16, 24, 32)),
+    "VALUES_PER_WARP": (256, 512),
 }
 SWEPT_GELU = {"GELU_PROGRAMS_PER_SM": (3, 4, 6, 8), "STAGES": (1, 2, 3)}
 

@@ -256,7 +256,7 @@ def test_dry_runs_change_nothing_of_the_run(rank, zero_stage, dtype, num_micro_b
                 losses.append(output.loss_sum.item())
                 if number < num_micro_batches - 1:
                     engine.finish_micro_batch()
-            engine.step()
+            engine.step(torch.zeros(0))
         outcomes.append((losses, engine.full_state_dict(packed.model), torch.rand(1)))
     (losses, weights, drawn), (fit_losses, fit_weights, fit_drawn) = outcomes
     assert losses == fit_losses

@@ -9,7 +9,7 @@ from tests.engine.test_memory import pack
 from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import join
 from vl3train.engine.step import train_step
-from vl3train.engine.transfer import Transfer
+from vl3train.engine.transfer import Reading, Transfer
 from vl3train.model.packed_forward import PackedOutput
 
 
@@ -45,11 +45,8 @@ class Watched:
     def finish_micro_batch(self):
         pass
 
-    def step(self):
-        return 0.0
-
-    def sum_over_ranks(self, totals):
-        return totals
+    def step(self, totals):
+        return Reading(torch.cat([totals, torch.zeros(1)]))
 
 
 def test_a_step_sends_each_micro_batch_before_the_backward_pass_of_the_one_before():

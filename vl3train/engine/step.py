@@ -49,11 +49,8 @@ def train_step(
         totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
         if not last:
             engine.finish_micro_batch()
-    grad_norm = engine.step()
-
-    # One wait for the device, here: norm and sums come over together.
-    norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=totals.device)
-    *sums, grad_norm = torch.cat([engine.sum_over_ranks(totals), norm.reshape(1)]).tolist()
+    # One wait for the device, here.
+    *sums, grad_norm = engine.step(totals).wait()
     losses, counts = sums[2 : 2 + num_sources], sums[2 + num_sources :]
     return StepResult(
         loss=sum(losses) / max(num_supervised_tokens, 1),

@@ -1,8 +1,9 @@
-"""The next micro-batch on its way to the device while this one is computed with."""
+"""What crosses between host and device beside the computing: the next micro-batch, and what a step reports."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vl3train.contracts.records import Batch
 
@@ -35,3 +36,25 @@ class Transfer:
             for tensor in arrived.tensors().values():
                 tensor.record_stream(computing)  # its memory belongs to the other stream
         return arrived
+
+
+class Reading:
+    """A few values of the device on their way to the host.
+
+    Started before an update is queued they are there before it is done: the host queues the next step meanwhile, and
+    they do not stand behind AdamW's means, where those leave for the host (a GPU copies one way in the order asked).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """``values`` (n,), of any device; the copy is queued behind what they are computed from."""
+        self._values, self._done = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._done = torch.cuda.current_stream(values.device).record_event()
+
+    def wait(self) -> list[float]:
+        """The values; blocks the host until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()

@@ -26,7 +26,7 @@ from vl3train.engine.device_memory import CudaMemory, DeviceMemory
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.optim import state_bytes
 from vl3train.engine.ranks import Rank
-from vl3train.engine.transfer import Transfer
+from vl3train.engine.transfer import Reading, Transfer
 from vl3train.engine.zero_1 import drop_masters, keep_float32_sums
 from vl3train.model.packed_forward import PackedModel
 
@@ -68,10 +68,12 @@ class Zero:
             dist_init_required=False,
         )
         if isinstance(self.optimizer, BF16_Optimizer):
-            keep_float32_sums(self.optimizer, clip=optim.max_grad_norm)
+            keep_float32_sums(self.optimizer, clip=optim.max_grad_norm, on_norm=self._report)
             if optim.master_dtype is Dtype.bfloat16:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)
+        self._totals = torch.empty(0)  # of the step that is being made
+        self._reading: Reading | None = None  # what it reports
         self.host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
         self.memory: DeviceMemory | None = CudaMemory(rank.device) if rank.device.type == "cuda" else None
         self.hold_back: Callable[[Batch], int] | None = None
@@ -106,16 +108,25 @@ class Zero:
             assert self.memory is not None, "it has counted what was held"
             self.host_adamw.bring(self._most_held - self.memory.held())
 
-    def step(self) -> float | Tensor:
-        """Clip and update once the last micro-batch is in; returns the L2 norm of the gradients before clipping."""
+    def step(self, totals: Tensor) -> Reading:
+        """Clip and update once the last micro-batch is in.
+
+        Gives ``totals`` (n,) summed over ranks, in place, and behind them the L2 norm of the gradients before clipping.
+        Under ZeRO-1 in bfloat16 they are on their way before the update is.
+        """
+        dist.all_reduce(totals)
+        self._totals, self._reading = totals, None
         if self.zero_stage == 0:
             # DeepSpeed keeps no norm in this case. The last backward has already reduced the gradients.
             grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            self.engine.step()
-            return norm
+            self._report(torch.nn.utils.get_total_norm(grads))
         self.engine.step()
-        return self.engine.get_global_grad_norm()
+        return self._reading or self._report(self.engine.get_global_grad_norm())
+
+    def _report(self, norm: float | Tensor) -> Reading:
+        norm = torch.as_tensor(norm, dtype=self._totals.dtype, device=self._totals.device)
+        self._reading = Reading(torch.cat([self._totals, norm.reshape(1)]))
+        return self._reading
 
     def states_to_come(self) -> int:
         """Bytes that AdamW's states will take on this rank's device, where no step has made them yet.
@@ -131,11 +142,6 @@ class Zero:
             getattr(p, "ds_numel", p.numel()) for p in trained
         )  # ds_numel: whole, where ZeRO-3 has cut it
         return -(-size // (self.rank.dp_size if self.zero_stage else 1)) * self.state_bytes
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Elementwise sum over ranks, in place."""
-        dist.all_reduce(values)
-        return values
 
     def finish_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro-batch which is not the step's last one is done."""

@@ -8,6 +8,7 @@ ranks and checkpoints stay DeepSpeed's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,35 +16,37 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from vl3train.model.compiling import compiled
+from vl3train.engine.gradient_sums import add_gradients, put_gradients
 
 
-def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
+def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float, on_norm: Callable[[Tensor], object]) -> None:
     """Replace how ``optimizer`` sums gradients over micro-batches and ranks, and how it steps.
 
-    Sums are float32 from the first micro-batch to the update; ``clip`` is the largest L2 norm, 0 for any.
-    ``optimizer._global_grad_norm`` is a tensor then. A norm that is no number goes into the weights: the loop stops
-    the run there (engine/loop.py), before they are written anywhere.
+    Sums are float32 from the first micro-batch to the update; ``clip`` is the largest L2 norm, 0 for any. ``on_norm``
+    gets the norm before clipping, a tensor, when the update is still to be queued. A norm that is no number goes into
+    the weights: the loop stops the run there (engine/loop.py), before they are written anywhere.
     """
     flat_sums: list[Tensor] = optimizer.fp32_groups_gradients_flat
     own_sums: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
     ranks = dist.get_world_size(optimizer.dp_process_group)
-    add, put = (compiled(act, enabled=flat_sums[0].is_cuda) for act in (_add, _put))
 
     @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
         del clear_lp_grads  # they are let go, which clears them
+        new: list[tuple[Tensor, Tensor]] = []
+        more: list[tuple[Tensor, Tensor]] = []
         for number, group in enumerate(optimizer.bf16_groups):
             filled: list[bool] = optimizer.fp32_groups_has_gradients[number]
             for index, parameter in enumerate(group):
                 if parameter.grad is None:
                     continue
                 total = optimizer.fp32_groups_gradients[number][index]
-                gradient = parameter.grad.reshape(-1)
-                (add if filled[index] else put)(total, gradient)
+                (more if filled[index] else new).append((total, parameter.grad.reshape(-1)))
                 parameter._hp_grad = total
                 filled[index] = True
                 parameter.grad = None
+        put_gradients(new)
+        add_gradients(more)
 
     @torch.no_grad()
     def reduce_gradients(**_: Any) -> None:
@@ -65,6 +68,7 @@ def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float) -> None:
             dist.all_reduce(square, group=optimizer.dp_process_group)
         norm = square.sqrt()
         optimizer._global_grad_norm = norm
+        on_norm(norm)
         if clip > 0:
             torch._foreach_mul_(own_sums, (clip / (norm + 1e-6)).clamp(max=1.0))
         for master, gradient in zip(optimizer.fp32_groups_flat_partition, own_sums, strict=True):
@@ -103,12 +107,3 @@ def drop_masters(optimizer: BF16_Optimizer) -> None:
         master.grad_dtype = torch.float32
         for parameter in parameters:
             parameter._hp_mapping = None  # it has a view of the float32 master; its readers ask for None
-
-
-# Compiled because torch's own kernels for two number formats take up to twice the time that the bytes need.
-def _add(total: Tensor, gradient: Tensor) -> None:
-    total.add_(gradient)
-
-
-def _put(total: Tensor, gradient: Tensor) -> None:
-    total.copy_(gradient)

@@ -115,6 +115,11 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 @triton.jit
+def _add_both(one, other, more_of_one, more_of_other):
+    return one + more_of_one, other + more_of_other
+
+
+@triton.jit
 def _norm_backward(
     g0,
     g1,
@@ -160,18 +165,21 @@ def _norm_backward(
             grad += tl.load(g2 + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             passed = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        # Sums that are known together are taken together: each waits for all warps of the row.
+        weighted = grad * w
         if CENTRED:
-            x = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+            mean, weighted_mean = tl.reduce((x, weighted), 0, _add_both)
+            x = tl.where(inside, x - mean / width, 0.0)
+        square, product = tl.reduce((x * x, weighted * x), 0, _add_both)
+        rstd = 1.0 / tl.sqrt(square / width + eps)
         x = x * rstd
         if WEIGHT_SUMS:
             weight_sum += grad * x
             if HAS_BIAS:
                 bias_sum += grad
-        grad = grad * w
-        d = grad - x * (tl.sum(grad * x, axis=0) / width)
+        d = weighted - x * (product * rstd / width)
         if CENTRED:
-            d -= tl.sum(grad, axis=0) / width
+            d -= weighted_mean / width
         d = d * rstd
         if HAS_RESIDUAL:
             d += passed
