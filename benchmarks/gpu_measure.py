@@ -25,6 +25,9 @@ from vl3train.engine.compile_log import take_compiles
 from vl3train.engine.meter import measure_product
 from vl3train.model.flops import FlopRates, flop_rates
 
+WARM_UP_STEPS = 2
+"""The first compiles, and makes AdamW's states; where these wait on the host they cross the link twice within it, and
+the second step pays for that."""
 SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
@@ -105,7 +108,7 @@ def measure(
     device: torch.device,
     tell: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train the row's steps and return its figures; the first step warms up and is not counted.
+    """Train the row's steps and return its figures; the first steps warm up and are not counted.
 
     ``tell`` gets the figures so far after each step: what a time limit cuts off is not lost.
     """
@@ -115,7 +118,7 @@ def measure(
     warm_up, recompiles = 0.0, 0
     wait_for_all(device)
     ended = time.perf_counter()
-    for number in range(row.steps):
+    for number in range(WARM_UP_STEPS + row.steps):
         of_step = work.steps[number % work.num_steps]
         loss = step(work.data(number), of_step["supervised"])
         # From one step's loss to the next one's, as in a run: each step has one update in it, that of the step before.
@@ -123,8 +126,8 @@ def measure(
         took = ended - started
         compiles = take_compiles()
         print(f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}", flush=True)
-        if number == 0:
-            warm_up = took
+        if number < WARM_UP_STEPS:
+            warm_up += took
             continue
         recompiles += compiles.graphs
         timed.append((took, of_step))

@@ -5,8 +5,8 @@
     python -m benchmarks.one_gpu --list
 
 Each row is a process of its own (one for each rank): the model with random weights, four packs a step on each GPU
-through vl3train's collate, Zero and train_step (DeepSpeed, float32 masters and states, clipping), one step to warm
-up, the others timed by wall-clock. 2b_train_command times the whole training loop, from JPEGs on disk. Rows of
+through vl3train's collate, Zero and train_step (DeepSpeed, float32 masters and states, clipping), two steps to
+warm up, the others timed by wall-clock. 2b_train_command times the whole training loop, from JPEGs on disk. Rows of
 stock, liger and position_ids drive transformers' own forward over the same samples; 2b_plain_loop leaves DeepSpeed
 out. Useful work is vl3train.model.flops: padding, recomputation and the optimizer count nothing. JSON lines go to
 benchmarks/results/one_gpu.jsonl (or $OUT) as soon as a row is done, the table as Markdown beside it.

@@ -61,7 +61,7 @@ def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False)
 # The best of eight tiles each (benchmarks/log.md). Two groups of warps that take turns, not ``alone``, hide the passes.
 _TURNS = _tile(128, 192)
 _LARGE = _tile(256, 128, alone=True, across=True)
-_GATED_BACKWARD = (_tile(128, 160), _tile(128, 192))
+_GATED_BACKWARD = (_tile(128, 128), _tile(128, 192))
 _TURNED = _tile(192, 128, across=True)
 
 
