@@ -48,7 +48,7 @@ class NormAttention(torch.autograd.Function):
         """
         weights, biases = linears[:3], linears[3:]
         normed = normed_rows(rows, norm_weight, norm_bias, eps, norm_bias is not None)
-        weight, bias = _merged(weights, head_dim), None if biases[0] is None else _merged(biases, head_dim)
+        weight, bias = merged(weights, head_dim), None if biases[0] is None else merged(biases, head_dim)
         num_heads, kv_heads = (len(weight) // head_dim for weight in weights[:2])
         ctx.rotated, ctx.of_attention = (
             num_heads + kv_heads,
@@ -74,7 +74,7 @@ class NormAttention(torch.autograd.Function):
         of_norm, of_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:]
         head_dim = ctx.of_attention[0]
         d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
-        weight = _merged(weights, head_dim)
+        weight = merged(weights, head_dim)
         bias_sums = rotate(d_qkv, table, ctx.rotated, True)
         d_rows, normed, sums = norm_backward(
             [rows_product(d_qkv, weight) if ctx.quack else d_qkv @ weight],
@@ -92,20 +92,20 @@ class NormAttention(torch.autograd.Function):
         widths = [len(weight) for weight in weights]
         if any(of_linears[:3]):
             d_weights = d_qkv.t() @ normed
-            d_linears[:3] = _parted(d_weights, widths, head_dim)
+            d_linears[:3] = parted(d_weights, widths, head_dim)
         if any(of_linears[3:]):
-            d_linears[3:] = _parted(bias_sums.to(rows.dtype), widths, head_dim)
+            d_linears[3:] = parted(bias_sums.to(rows.dtype), widths, head_dim)
         wanted = (d if of else None for d, of in zip(d_linears, of_linears, strict=True))
         return d_rows, *norm_grads(sums, of_norm, norm_weight), *(None,) * 9, *wanted
 
 
-def _merged(of_qkv: Sequence[Tensor], head_dim: int) -> Tensor:
+def merged(of_qkv: Sequence[Tensor], head_dim: int) -> Tensor:
     """Weights (or biases) of queries, keys and values, one below the other, the pairs that RoPE turns together."""
     q, k, v = of_qkv
     return torch.cat((pairs_together(q, head_dim), pairs_together(k, head_dim), v))
 
 
-def _parted(merged: Tensor, widths: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def parted(merged: Tensor, widths: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The way back."""
     q, k, v = merged.split(widths)
     return pairs_apart(q, head_dim), pairs_apart(k, head_dim), v

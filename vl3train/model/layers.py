@@ -22,6 +22,7 @@ from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotar
 
 from vl3train.config.choices import Recompute
 from vl3train.model import compiling
+from vl3train.model.adapted_layers import adapted_add, adapted_attention, adapted_mlp, adapters_of
 from vl3train.model.attention import TORCH_VERSION, Segments, attend
 from vl3train.model.fused import turning_table
 from vl3train.model.fused_attention import NormAttention, NormLinears
@@ -104,12 +105,17 @@ def decoder_layer(
         causal=True,
     )
     norm = layer.post_attention_layernorm
+    with_adapters = fused and quack and type(norm) is Qwen2RMSNorm
     if fused and quack and _plain(hidden_TH, attention.o_proj):
         hidden_TH = linear_add(out_TH, attention.o_proj.weight, None, hidden_TH)
+    elif with_adapters and adapters_of(hidden_TH, attention.o_proj):
+        hidden_TH = adapted_add(out_TH, attention.o_proj, hidden_TH)
     else:
         hidden_TH = hidden_TH + attention.o_proj(out_TH)
-    plain = _plain(hidden_TH, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if not (fused and plain and type(mlp.act_fn) is SiLUActivation):
+    linears, swiglu = (mlp.gate_proj, mlp.up_proj, mlp.down_proj), type(mlp.act_fn) is SiLUActivation
+    if with_adapters and swiglu and adapters_of(hidden_TH, *linears):
+        return adapted_mlp(hidden_TH, norm, linears, mlp_again)
+    if not (fused and swiglu and _plain(hidden_TH, norm, *linears)):
         return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, quack, *weights)
@@ -146,6 +152,9 @@ def _attention(
             quack,
         )
         return NormAttention.apply(rows, *of_norm, table, *of_attention, *parameters)
+    served = fused and quack and causal and segments.backend in SERVED
+    if served and table is not None and type(norm) is Qwen2RMSNorm and adapters_of(rows, *linears):
+        return adapted_attention(rows, norm, linears, attention, table, segments)
     if plain:
         rows, *qkv = NormLinears.apply(rows, *of_norm, *parameters)
     else:
