@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vl3train.model import product_check, products
+from vl3train.model import gradient_products, product_check, products
 from vl3train.model.fused import rotate
 from vl3train.model.product_check import ProductError, Widths, choose_products, product_errors
 
@@ -159,7 +159,7 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
     widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
     found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
-    assert len(found) == (8 if gated else 6)
+    assert len(found) == (10 if gated else 6)
     assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(products, broken)
@@ -177,6 +177,13 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     monkeypatch.setattr(products, "linear_add", without_bias)
     found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
     assert found["linear_add"].is_right == gated, "the encoder's has a bias"
+
+    def forgets(total, grad, rows):
+        total.copy_(grad.t().to(total.dtype) @ rows.to(total.dtype))
+
+    monkeypatch.setattr(gradient_products, "add_weight_grad", forgets)
+    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    assert not gated or found["add_weight_grad"].error > 0.5
 
     def raises(*_):
         raise TypeError("no such kernel\nand more")

@@ -67,8 +67,17 @@ class Zero:
             config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
             dist_init_required=False,
         )
+        for parameter in model.parameters():
+            parameter.__dict__.pop(
+                "grad_sum", None
+            )  # of an engine before this one: layers would add to it still
         if isinstance(self.optimizer, BF16_Optimizer):
-            keep_float32_sums(self.optimizer, clip=optim.max_grad_norm, on_norm=self._report)
+            keep_float32_sums(
+                self.optimizer,
+                clip=optim.max_grad_norm,
+                on_norm=self._report,
+                summed_by_layers=model.weights_with_sums(),
+            )
             if optim.master_dtype is Dtype.bfloat16:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)

@@ -8,7 +8,8 @@ ranks and checkpoints stay DeepSpeed's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +20,26 @@ from torch import Tensor
 from vl3train.engine.gradient_sums import add_gradients, put_gradients
 
 
-def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float, on_norm: Callable[[Tensor], object]) -> None:
+def keep_float32_sums(
+    optimizer: BF16_Optimizer,
+    *,
+    clip: float,
+    on_norm: Callable[[Tensor], object],
+    summed_by_layers: Sequence[Sequence[Tensor]],
+) -> None:
     """Replace how ``optimizer`` sums gradients over micro-batches and ranks, and how it steps.
 
     Sums are float32 from the first micro-batch to the update; ``clip`` is the largest L2 norm, 0 for any. ``on_norm``
     gets the norm before clipping, a tensor, when the update is still to be queued. A norm that is no number goes into
-    the weights: the loop stops the run there (engine/loop.py), before they are written anywhere.
+    the weights: the loop stops the run there (engine/loop.py), before they are written anywhere. Weights
+    ``summed_by_layers``, by product, get their sum as ``grad_sum`` (model/gradient_products.py).
     """
     flat_sums: list[Tensor] = optimizer.fp32_groups_gradients_flat
     own_sums: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
     ranks = dist.get_world_size(optimizer.dp_process_group)
+    sums_of_layers = _give_sums(optimizer, summed_by_layers)
+    by_layers = {id(weight) for weights in summed_by_layers for weight in weights if sums_of_layers}
+    filled_at_start = [[id(parameter) in by_layers for parameter in group] for group in optimizer.bf16_groups]
 
     @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
@@ -79,14 +90,43 @@ def keep_float32_sums(optimizer: BF16_Optimizer, *, clip: float, on_norm: Callab
         optimizer.clear_hp_grads()
 
     def clear_hp_grads() -> None:
-        # Not filled with zeros: the next step's first gradients are written over them.
-        for filled in optimizer.fp32_groups_has_gradients:
-            filled[:] = [False] * len(filled)
+        # Most are not filled with zeros: the next step's first gradients are written over them.
+        for filled, at_start in zip(optimizer.fp32_groups_has_gradients, filled_at_start, strict=True):
+            filled[:] = at_start
+        if sums_of_layers:
+            torch._foreach_zero_(sums_of_layers)
 
     optimizer.update_hp_grads = update_hp_grads
     optimizer.reduce_gradients = reduce_gradients
     optimizer.step = step
     optimizer.clear_hp_grads = clear_hp_grads
+    clear_hp_grads()
+
+
+def _give_sums(optimizer: BF16_Optimizer, by_product: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Set ``grad_sum`` of the first weight of each product to the sum of all, (out of all, in); returns these sums.
+
+    None at all where those of a product do not lie one below the other in DeepSpeed's buffer: then the layers give
+    gradients as usual.
+    """
+    total_of = {
+        id(parameter): total
+        for group, totals in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        for parameter, total in zip(group, totals, strict=True)
+    }
+    found = []
+    for weights in by_product:
+        totals = [total_of[id(weight)] for weight in weights]
+        for one, other in itertools.pairwise(totals):
+            if other.data_ptr() != one.data_ptr() + one.nbytes:
+                return []
+        # data: autograd takes all views of a buffer for changed when one of them is.
+        width = weights[0].shape[1]
+        size = sum(total.numel() for total in totals)
+        found.append(totals[0].data.as_strided((size // width, width), (width, 1)))
+    for weights, total in zip(by_product, found, strict=True):
+        weights[0].grad_sum = total  # type: ignore[attr-defined]
+    return found
 
 
 @torch.no_grad()

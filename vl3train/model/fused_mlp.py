@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vl3train.model.fused import gelu_backward, linear_again, norm_backward, norm_grads, normed_rows
+from vl3train.model.gradient_products import add_gate_up_weights_grad, add_weight_grad
 from vl3train.model.products import (
     gate_up_again,
     gate_up_rows_grad,
@@ -125,8 +126,13 @@ class SwigluMlp(torch.autograd.Function):
         gate_weight: Tensor,
         up_weight: Tensor,
         weight: Tensor,
+        *sums: Tensor,
     ) -> Tensor:
-        """(R, W) rows -> (R, W); ``gate_weight`` and ``up_weight`` (I, W), ``weight`` (W, I); ``again`` as above."""
+        """(R, W) rows -> (R, W); ``gate_weight`` and ``up_weight`` (I, W), ``weight`` (W, I); ``again`` as above.
+
+        ``sums`` are none, or those of gate's and up's gradients (2 I, W) and of ``weight``'s (W, I), which the ops of
+        model/gradient_products.py add to.
+        """
         normed = normed_rows(rows, norm_weight, None, eps, False)
         wide: tuple[Tensor, ...]
         if quack:
@@ -135,19 +141,25 @@ class SwigluMlp(torch.autograd.Function):
         else:
             wide = gate, up = F.linear(normed, gate_weight), F.linear(normed, up_weight)
             activated = F.silu(gate) * up
-        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, *(() if again else wide))
+        ctx.num_sums = len(sums)
+        kept = () if again else wide
+        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, *sums, *kept)
         ctx.eps, ctx.quack = eps, quack
         return linear_add(activated, weight, None, rows) if quack else rows + F.linear(activated, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of the tensors, in their order."""
-        rows, norm_weight, gate_weight, up_weight, weight, *wide = ctx.saved_tensors
-        _, of_norm, _, _, _, of_gate, of_up, of_weight = ctx.needs_input_grad
+        rows, norm_weight, gate_weight, up_weight, weight, *kept = ctx.saved_tensors
+        of_weights, wide = kept[: ctx.num_sums], kept[ctx.num_sums :]
+        _, of_norm, _, _, _, of_gate, of_up, of_weight = ctx.needs_input_grad[:8]
         again = not wide
         normed = normed_rows(rows, norm_weight, None, ctx.eps, False) if again else None
-        back = _back_through_quack if ctx.quack else _back_through_torch
-        activated, d_normed, weight_grads = back(grad, normed, gate_weight, up_weight, weight, wide)
+        weights = gate_weight, up_weight, weight
+        if ctx.quack:
+            activated, d_normed, weight_grads = _back_through_quack(grad, normed, *weights, wide, of_weights)
+        else:
+            activated, d_normed, weight_grads = _back_through_torch(grad, normed, *weights, wide)
         d_rows, made, sums = norm_backward(
             d_normed,
             rows,
@@ -161,6 +173,8 @@ class SwigluMlp(torch.autograd.Function):
             False,
         )
         d_gate, d_up = weight_grads(made if normed is None else normed) if of_gate or of_up else (None, None)
+        if of_weights:
+            add_weight_grad(of_weights[1], grad, activated)
         return (
             d_rows,
             sums[0].to(norm_weight.dtype) if of_norm else None,
@@ -169,13 +183,14 @@ class SwigluMlp(torch.autograd.Function):
             None,
             d_gate if of_gate else None,
             d_up if of_up else None,
-            grad.t() @ activated if of_weight else None,
+            grad.t() @ activated if of_weight and not of_weights else None,
+            *(None,) * len(of_weights),
         )
 
 
-Back = tuple[Tensor, list[Tensor], Callable[[Tensor], tuple[Tensor, ...]]]
+Back = tuple[Tensor, list[Tensor], Callable[[Tensor], tuple[Tensor | None, ...]]]
 """What the last product took, the gradients of the normed rows to be added up, and what gives those of gate's and up's
-weights, from the normed rows."""
+weights, from the normed rows, or adds them to their sums."""
 
 
 def _back_through_quack(
@@ -185,12 +200,20 @@ def _back_through_quack(
     up_weight: Tensor,
     weight: Tensor,
     wide: list[Tensor],
+    of_weights: list[Tensor],
 ) -> Back:
-    """``wide`` is gate_up, or empty, and is made again of ``normed``."""
+    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none."""
     gate_up = wide[0] if normed is None else gate_up_again(normed, gate_weight, up_weight, grad)
     d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up)
     d_normed = gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
-    return activated, [d_normed], lambda rows: gate_up_weights_grad(d_gate_up, rows).chunk(2)
+
+    def weight_grads(rows: Tensor) -> tuple[Tensor | None, ...]:
+        if not of_weights:
+            return gate_up_weights_grad(d_gate_up, rows).chunk(2)
+        add_gate_up_weights_grad(of_weights[0], d_gate_up, rows)
+        return None, None
+
+    return activated, [d_normed], weight_grads
 
 
 def _back_through_torch(

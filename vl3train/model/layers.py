@@ -118,7 +118,9 @@ def decoder_layer(
     if not (fused and swiglu and _plain(hidden_TH, norm, *linears)):
         return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-    return SwigluMlp.apply(hidden_TH, norm.weight, norm.variance_epsilon, mlp_again, quack, *weights)
+    sums = [weight.grad_sum for weight in (weights[0], weights[2]) if quack and hasattr(weight, "grad_sum")]
+    of_norm = norm.weight, norm.variance_epsilon
+    return SwigluMlp.apply(hidden_TH, *of_norm, mlp_again, quack, *weights, *sums)
 
 
 def _attention(

@@ -6,6 +6,7 @@ size, H language-model hidden size. No line here waits for the device: bounds an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,16 @@ class PackedModel(nn.Module):
     def makes_logits_once(self) -> bool:
         """Whether the loss makes its gradients with the logits: compiled layers, whose weights are whole, do so."""
         return self.compile_layers
+
+    def weights_with_sums(self) -> list[list[Tensor]]:
+        """Those whose layers add a gradient to ``grad_sum``, if they have one: by product, in the sum's order."""
+        if not self.compile_layers or self.products != "quack":
+            return []
+        mlps = [layer.mlp for layer in self.model.model.language_model.layers]
+        by_product = [linears for mlp in mlps for linears in ([mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
+        linears = itertools.chain.from_iterable(by_product)
+        plain = all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears)
+        return [[linear.weight for linear in linears] for linears in by_product] if plain else []
 
     def levels_of(self, batch: Batch, *, first: bool) -> Levels:
         """What each layer computes again in training; ``first`` of a step."""

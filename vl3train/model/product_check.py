@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vl3train.model import products
+from vl3train.model import gradient_products, products
 from vl3train.model.attention import KernelChoice
 from vl3train.model.kernel_check import MAX_ERROR
 
@@ -109,6 +109,17 @@ def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
     )
 
 
+def added(op: Callable[..., None]) -> Callable[..., Tensor]:
+    """The op on a copy of the sum that it changes, which is the result."""
+
+    def act(total: Tensor, *arguments: Tensor) -> Tensor:
+        total = total.clone()
+        op(total, *arguments)
+        return total
+
+    return act
+
+
 def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> Iterator[ProductError]:
     """The ops that serve rows of these widths against float64. One that raises is reported, not raised."""
     generator = torch.Generator(device).manual_seed(0)
@@ -119,6 +130,11 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
             shape[1] ** -0.5 if is_weight else 1.0
         )  # a bias as large as what it is added to, or its loss is not seen
         return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
+
+    def total(*shape: int) -> Tensor:
+        return (
+            torch.randn(shape, device=device, generator=generator) * NUM_ROWS**0.5
+        )  # as large as what is added
 
     rows, grad = draw(NUM_ROWS, widths.narrow), draw(NUM_ROWS, widths.narrow)
     into, other, out = (draw(widths.wide, widths.narrow) for _ in range(3))
@@ -160,6 +176,16 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
                 products.gate_up_weights_grad,
                 products.plain_gate_up_weights_grad,
                 (d_both, rows),
+            ),
+            "add_gate_up_weights_grad": (
+                added(gradient_products.add_gate_up_weights_grad),
+                added(gradient_products.plain_add_gate_up_weights_grad),
+                (total(2 * widths.wide, widths.narrow), d_both, rows),
+            ),
+            "add_weight_grad": (
+                added(gradient_products.add_weight_grad),
+                added(gradient_products.plain_add_weight_grad),
+                (total(widths.narrow, widths.wide), grad, draw(NUM_ROWS, widths.wide)),
             ),
         }
     else:

@@ -172,6 +172,12 @@ def gate_up_weights_grad_kernel(d_gate_up: Tensor, rows: Tensor) -> Tensor:
     return _of_halves(d_gate_up.t(), rows.contiguous(), "out", rows.shape[1])
 
 
+def add_gate_up_weights_grad_kernel(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
+    """As ``vl3train::add_gate_up_weights_grad``."""
+    rows, tile = rows.contiguous(), _tile_for(rows.shape[1])
+    gemm_tuned.fn(d_gate_up.t(), rows, total, config=tile, concat_layout=("out",), add_to_output=True)
+
+
 def linear_add_kernel(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
     """As ``vl3train::linear_add``."""
     result = added.new_empty(added.shape)
