@@ -135,5 +135,5 @@ def tiny(row: Row) -> Row:
 
 
 def quick(row: Row) -> Row:
-    """One timed step after the first, and no count of waits."""
+    """One timed step after those that warm up, and no count of waits."""
     return replace(row, steps=1, host_syncs=False)
