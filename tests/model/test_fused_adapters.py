@@ -126,6 +126,9 @@ def test_only_plain_adapters_that_are_on_are_taken(tiny_model):
     linear.base_layer.weight.requires_grad_(True)
     assert adapter_of(linear) is None
     linear.base_layer.weight.requires_grad_(False)
+    linear.lora_B["default"].half()
+    assert adapter_of(linear) is None
+    linear.lora_B["default"].float()
     peft_model.merge_adapter()
     assert adapter_of(linear) is None
     peft_model.unmerge_adapter()

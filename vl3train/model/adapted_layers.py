@@ -42,6 +42,8 @@ def adapter_of(module: Any) -> Adapter | None:
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     if not frozen or b.bias is not None or len(a.weight) % RANKS_OF:
         return None
+    if not a.weight.dtype == b.weight.dtype == base.weight.dtype:
+        return None  # peft computes such an adapter in its own format
     return Adapter(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
