@@ -40,6 +40,19 @@ def whole(tiny_model_dir, rank):
     return gradient(tiny_model_dir, rank, zero_stage=0, accumulation=1)
 
 
+def engine_of(model_dir, rank, *, num_micro_batches):
+    model = PackedModel(load_model(model_dir, dtype=torch.bfloat16), "reference")
+    engine = zero.Zero(
+        model,
+        build_optimizer([{"params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device),
+        machine=MachineConfig(),
+        optim=OptimConfig(),
+        num_micro_batches=num_micro_batches,
+        rank=rank,
+    )
+    return engine, model
+
+
 def assert_same(found, wanted):
     assert found.keys() == wanted.keys()
     for name in wanted:
@@ -145,15 +158,7 @@ def test_deepspeed_never_waits_for_the_device_to_take_its_times(tiny_model_dir, 
     """It did in every micro-batch from the third step on: what was to be copied beside the work stopped it."""
     waits = []
     monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(1))
-    model = PackedModel(load_model(tiny_model_dir, dtype=torch.bfloat16), "reference")
-    engine = zero.Zero(
-        model,
-        build_optimizer([{"params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device),
-        machine=MachineConfig(),
-        optim=OptimConfig(),
-        num_micro_batches=2,
-        rank=rank,
-    )
+    engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=2)
     waits.clear()  # what DeepSpeed does when it is made is no matter
     batch = collate_samples(random_samples(model.model.config, count=2))
     for _ in range(4):
@@ -168,15 +173,7 @@ def test_what_a_step_reports_is_on_its_way_before_the_update(tiny_model_dir, ran
     """Behind it, 40 bytes waited for 16 GB of AdamW's means on their way to the host."""
     acts = []
     monkeypatch.setattr(zero, "Reading", lambda values: acts.append("report") or Reading(values))
-    model = PackedModel(load_model(tiny_model_dir, dtype=torch.bfloat16), "reference")
-    engine = zero.Zero(
-        model,
-        build_optimizer([{"params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device),
-        machine=MachineConfig(),
-        optim=OptimConfig(),
-        num_micro_batches=1,
-        rank=rank,
-    )
+    engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=1)
     update = engine.optimizer.optimizer.step
     monkeypatch.setattr(engine.optimizer.optimizer, "step", lambda: acts.append("update") or update())
     batch = collate_samples(random_samples(model.model.config, count=2))

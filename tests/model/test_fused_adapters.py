@@ -83,9 +83,8 @@ def test_loss_and_gradients_are_those_of_pefts_modules(
 def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed, compile_on_cpu):
     model, _ = adapted_model(tiny_model, ["projector", "language_model"])
     width, wide = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
-    beside_b = [
-        width + number * RANK for number in (1, 2, 3)
-    ]  # rows or weights, of down, of gate and up, of q, k, v
+    # Rows or weights beside B: of down, of gate and up, of q, k, v.
+    beside_b = [width + number * RANK for number in (1, 2, 3)]
     widths = [(columns,) for columns in (wide, 2 * wide, *beside_b)]
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     counts = {}

@@ -1,6 +1,7 @@
 """One pass that adds a gradient to its sum. Importing this needs triton, which comes with torch for CUDA.
 
-torch adds two formats at 1.3 to 2 TB/s of an H100's 3.3, and torch.compile's kernel is no faster (benchmarks/log.md).
+For a language-model layer of the 2B on an H100 torch's own additions take 0.22 ms, these 0.17
+(benchmarks/gradient_sums.py).
 """
 
 from __future__ import annotations

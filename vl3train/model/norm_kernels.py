@@ -50,7 +50,7 @@ def norm_backward_kernel(
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
     block = triton.next_power_of_2(width)
     num_warps = max(1, min(16, block // VALUES_PER_WARP))
-    programs = min(num_rows, WARPS_PER_SM[num_sums] // num_warps * multiprocessors(rows))
+    programs = min(num_rows, max(1, WARPS_PER_SM[num_sums] // num_warps) * multiprocessors(rows))
     partial_sums = rows.new_empty((num_sums, programs, width), dtype=torch.float32)
     _norm_backward[(programs,)](
         g0,

@@ -125,16 +125,14 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
+        # A bias is as large as what it is added to, or its loss would not be seen.
         is_weight = len(shape) == 2 and shape[0] != NUM_ROWS
-        scale = (
-            shape[1] ** -0.5 if is_weight else 1.0
-        )  # a bias as large as what it is added to, or its loss is not seen
+        scale = shape[1] ** -0.5 if is_weight else 1.0
         return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
 
     def total(*shape: int) -> Tensor:
-        return (
-            torch.randn(shape, device=device, generator=generator) * NUM_ROWS**0.5
-        )  # as large as what is added
+        # As large as what is added.
+        return torch.randn(shape, device=device, generator=generator) * NUM_ROWS**0.5
 
     rows, grad = draw(NUM_ROWS, widths.narrow), draw(NUM_ROWS, widths.narrow)
     into, other, out = (draw(widths.wide, widths.narrow) for _ in range(3))
