@@ -44,11 +44,14 @@ class Row:
     figures: dict[str, str] = field(default_factory=dict)  # what the issue calls this row's figures
 
 
+ONE_H100: dict[str, Any] = dict(states_on_host=True)
+"""What configs/machine/one_h100.yaml says beside compiled layers and memory=auto, as every row has them."""
 KEPT_80_GB: dict[str, Any] = dict(recompute_vision="elementwise", recompute_language="mlp")
 """What 80 GB hold of the largest pack of the 2B with one choice for all layers of a tower."""
 STAGE_1: dict[str, Any] = dict(trains=("vision_encoder", "projector"), image_merge_size=1)
 ROWS: dict[str, Row] = {
     "2b": Row(
+        **ONE_H100,
         host_syncs=True,
         figures={"tflops": "useful_tflops_2b", "peak_gib": "peak_gib_2b", "recompiles": "recompiles"},
     ),
@@ -63,15 +66,17 @@ ROWS: dict[str, Row] = {
     "2b_position_ids_vision_again": Row(
         way="packed_stock", liger=True, stock_recompute="vision", steps=3, packs_a_step=2
     ),
-    "stage1_2b": Row(**STAGE_1),
+    "stage1_2b": Row(**ONE_H100, **STAGE_1),
     "stock_stage1_2b": Row(**STAGE_1, way="padded", steps=2, packs_a_step=1),
     "7b_lora": Row(
+        **ONE_H100,
         model="7b",
         lora=True,
         max_seconds=300,
         figures={"tflops": "useful_tflops_7b_lora"},
     ),
     "longest_2b": Row(
+        **ONE_H100,
         max_tokens=131072,
         packs_a_step=1,
         steps=2,
@@ -79,6 +84,7 @@ ROWS: dict[str, Row] = {
         figures={"tokens_a_pack": "longest_pack_2b"},
     ),
     "longest_7b_lora": Row(
+        **ONE_H100,
         model="7b",
         lora=True,
         max_tokens=65536,
@@ -103,7 +109,7 @@ ROWS: dict[str, Row] = {
     ),
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
     "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
-    "2b_states_on_host": Row(states_on_host=True),
+    "2b_states_on_gpu": Row(),
     "7b_one_gpu": Row(model="7b", states_on_host=True, max_seconds=420),  # needs 139 GiB
     "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
     "2b_eager": Row(compile_layers=False, memory="given"),

@@ -44,12 +44,12 @@ def first_losses(name, steps=3):
 
 
 def test_all_ways_train_the_same_samples_and_the_plain_loop_is_the_engine_without_deepspeed():
-    engine = first_losses("2b")
+    engine = first_losses("2b_states_on_gpu")
     for name in ("stock_2b", "2b_position_ids", "2b_position_ids_vision_again"):
         assert first_losses(name, 1)[0] == pytest.approx(engine[0], abs=2e-3), name
     # Bit for bit, so that what is between their times is DeepSpeed's.
     assert first_losses("2b_plain_loop") == engine
-    assert first_losses("2b_states_on_host") == engine
+    assert first_losses("2b") == engine  # the means wait on the host
 
 
 def test_samples_on_one_row_do_not_see_each_other():
