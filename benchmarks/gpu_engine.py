@@ -119,9 +119,10 @@ class PlainEngine:
         """As Zero.train."""
         self.model.train(training)
 
-    def forward(self, batch: Batch, *, first: bool = False) -> Any:
-        """As Zero.forward."""
-        return self.model(self.transfer.take(batch), first=first)
+    def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
+        """As Zero.forward; there are no means elsewhere, whatever the place in the step."""
+        del first, last
+        return self.model(self.transfer.take(batch))
 
     def send(self, batch: Batch) -> None:
         """As Zero.send."""

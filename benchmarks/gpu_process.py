@@ -29,7 +29,10 @@ Child = Callable[[str, Row, int, bool, Any], None]
 
 
 def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str, Any]:
-    """What rank 0 of the row sends, or ``{"failed": reason}``; memory and compiled code go with the processes."""
+    """What rank 0 of the row sends, or ``{"failed": reason}``; memory and compiled code go with the processes.
+
+    ``stopped`` says in words what has asked for the end of all rows.
+    """
     os.environ.setdefault(
         "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
     )  # torch reads it when it is imported
@@ -48,13 +51,16 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         found = collect(pipes, row.max_seconds)
+        if "failed" not in found and "ended_early" not in found:
+            for process in processes:
+                process.join(SECONDS_TO_LEAVE)
+    except RowEndedError as stopped:  # the row is done, and its figures are still to be written
+        found["stopped"] = str(stopped)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process in processes:
-            if "failed" not in found and "ended_early" not in found:
-                process.join(SECONDS_TO_LEAVE)
             end_group(process)
-    if "failed" in found and found.pop("stopped", False):
+    if "failed" in found and found.pop("stopped", ""):
         sys.exit(found["failed"])
     return found
 
@@ -84,7 +90,7 @@ def collect(pipes: list[Connection], max_seconds: float) -> dict[str, Any]:
         return _all_answers(pipes, answers, so_far, deadline, max_seconds)
     except RowEndedError as stopped:
         why = {"ended_early" if so_far else "failed": str(stopped)}
-        return {**so_far, **why, **({"stopped": True} if stopped.by_signal else {})}
+        return {**so_far, **why, **({"stopped": str(stopped)} if stopped.by_signal else {})}
 
 
 def _all_answers(

@@ -109,12 +109,14 @@ def run_rows(args: argparse.Namespace) -> None:
                 line = {"figure": figure_name(row, "tflops", label), "value": None, "failed": found["failed"]}
                 put(line, f"| {label} | {found['failed']} | | | | | |")
                 continue
-            stopped = found.pop("stopped", False)  # by SIGTERM, after some steps: written, and no more rows
+            stopped = found.pop(
+                "stopped", ""
+            )  # after some steps or all: they are written, and no more rows run
             done[name] = found
             for number, line in enumerate(figure_lines(label, row, found)):
                 put(line, table_line(label, found) if number == 0 else "")
             if stopped:
-                sys.exit(found["ended_early"])
+                sys.exit(stopped)
         for line in compared(done):
             put(line, f"| {line['figure']} | {line['value']:.3f} | | | | | |")
     if keep:

@@ -78,7 +78,12 @@ def sleeps(name, row, rank, tiny, pipe):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("child", ["sleeps", "tells_and_sleeps"])
+def answers_and_sleeps(name, row, rank, tiny, pipe):
+    pipe.send({"tflops": 3.0})
+    sleeps(name, row, rank, tiny, pipe)  # as one that gives back much memory
+
+
+@pytest.mark.parametrize("child", ["sleeps", "tells_and_sleeps", "answers_and_sleeps"])
 def test_a_command_that_is_ended_ends_its_processes(tmp_path, child):
     note = tmp_path / "pid"
     code = (
@@ -93,7 +98,9 @@ def test_a_command_that_is_ended_ends_its_processes(tmp_path, child):
             assert command.poll() is None, command.communicate()[1]
             time.sleep(0.05)
         command.terminate()
-        assert b"ended by SIGTERM" in command.communicate(timeout=30)[1]
+        said = command.communicate(timeout=30)[1]
+        assert b"ended by SIGTERM" in said
+        assert (b"'tflops': 3.0" in said) == (child == "answers_and_sleeps"), "what is done is not lost"
     finally:
         command.kill()
     with pytest.raises(ProcessLookupError):

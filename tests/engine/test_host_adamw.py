@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,31 @@ def test_a_step_takes_no_more_memory_than_what_was_brought_and_three_pieces(monk
         assert len(made) == rooms
 
 
+@pytest.mark.parametrize(("brought", "most"), [(0, 3), (4 * 800, 7), (10**9, 13)])
+def test_rooms_that_nobody_needs_again_are_let_go_at_once(monkeypatch, brought, most):
+    """torch gives a room out again when what was queued before it was let go is done."""
+    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 100)
+    parameters = parameters_on()
+    optimizer = optimizer_of(parameters, True)
+    go_on(parameters, optimizer, range(3))
+    made, alive, room, update = weakref.WeakSet(), [], host_piece.Room, host_piece.Piece.update
+
+    def counted_room(means):
+        made.add(means)
+        return room(means)
+
+    def watched(self, *arguments):
+        alive.append(len(made))
+        update(self, *arguments)
+
+    monkeypatch.setattr(host_piece, "Room", counted_room)
+    monkeypatch.setattr(host_piece.Piece, "update", watched)
+    go_on(parameters, optimizer, range(3, 4), lambda: optimizer.bring(brought))
+    assert max(alive) <= most
+    assert alive[-1] == 1, "with the last piece no other room is left"
+    assert len(made) == 0
+
+
 def test_a_room_too_small_is_not_taken_again(monkeypatch):
     monkeypatch.setattr(host_adamw, "PIECE_VALUES", 100)
     found = []
@@ -175,8 +201,11 @@ def test_the_host_waits_for_as_few_pieces_as_it_must(monkeypatch):
     assert waited == [], "so much may be on its way"
     for left in (10047, 6048, 6047, 2048, 2047, 0):
         optimizer.wait(left)
-    assert waited == [0, 0, 1, 1, 2, 2]
+    assert waited == [0, 1, 2], "for none a second time"
     waited.clear()
+    optimizer.state_dict()
+    assert waited == []
+    go_on(parameters, optimizer, range(3, 4))
     optimizer.state_dict()
     assert waited == [2], "a checkpoint waits for all"
 
@@ -187,6 +216,9 @@ class LateCopy:
     def __init__(self, queue, sources, targets, after):
         self.queue, self.sources, self.targets, self.after = queue, sources, targets, after
         queue.append(self)
+
+    def query(self):
+        return self not in self.queue
 
     def synchronize(self):
         while self in self.queue:

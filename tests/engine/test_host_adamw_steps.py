@@ -110,10 +110,10 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
     rank, straight, small_pieces, monkeypatch, num_micro_batches
 ):
     engine = engine_of(rank, True, num_micro_batches)
-    optimizer, calls, starts = engine.host_adamw, [], []
+    optimizer, calls, starts = engine.means.optimizer, [], []
     bring, backward = HostAdamW.bring, Zero.backward
     with counted(engine, pack(*BATCHES[0]), ROOMY) as memory:
-        engine.memory = memory
+        engine.means.memory = memory
 
         def watched_backward(self, loss, *, last=False):
             starts.append(memory.held())

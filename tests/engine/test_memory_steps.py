@@ -9,14 +9,14 @@ from tests.engine.test_memory import ROOMY, counted, pack, peak_of
 from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.schema import MachineConfig, OptimConfig
-from vl3train.engine import host_adamw
+from vl3train.engine import host_adamw, means_schedule
 from vl3train.engine.memory import fit_memory
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero import Zero
 from vl3train.model.packed_forward import PackedModel
-from vl3train.model.recomputation import Levels
+from vl3train.model.recomputation import Levels, pack_size
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     assert engine.states_to_come() == states
     peaks = []
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_levels = lambda _, level=level: Levels((level,) * 4, (level,) * 4)
+        packed.choose_levels = lambda *_, level=level: Levels((level,) * 4, (level,) * 4)
         peaks.append(peak_of(engine, batch))
     limit = int(sum(peaks) / 2) + states
     supervised = len(batch.supervised_positions)
@@ -58,8 +58,9 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     assert engine.states_to_come() == 0
 
 
-def test_a_step_begins_with_room_for_the_means_that_leave_and_ends_with_those_that_come(rank, monkeypatch):
-    """On a GPU the means of the step before are on their way to the host when a step begins."""
+@pytest.fixture
+def on_host(rank, monkeypatch):
+    """An engine whose means wait on the host, fitted to what lies between its least and its most, with its limit."""
     monkeypatch.setattr(host_adamw, "PIECE_VALUES", 2000)
     model = make_model(layers=4).to(torch.bfloat16)
     packed, optim, batch = PackedModel(model, "reference"), OptimConfig(), pack(3, 300)
@@ -69,40 +70,107 @@ def test_a_step_begins_with_room_for_the_means_that_leave_and_ends_with_those_th
         build_optimizer(groups, optim, rank.device, states_on_host=True),
         machine=MachineConfig(states_on_host=True),
         optim=optim,
-        num_micro_batches=2,
+        num_micro_batches=3,
         rank=rank,
     )
     engine.train(True)
     assert engine.states_to_come() == 0
-    means = engine.host_adamw.num_bytes()
-    assert means >= 8 * sum(parameter.numel() for parameter in packed.parameters())
     peaks = []
     for level in (Recompute.elementwise, Recompute.layer):
-        packed.choose_levels = lambda _, level=level: Levels((level,) * 4, (level,) * 4)
+        packed.choose_levels = lambda *_, level=level: Levels((level,) * 4, (level,) * 4)
         peaks.append(peak_of(engine, batch))
     limit = int(0.9 * peaks[0] + 0.1 * peaks[1])
-    supervised, found, waits = len(batch.supervised_positions), [], []
-    backward, wait = engine.backward, engine.host_adamw.wait
+    with counted(engine, batch, ROOMY, ROOMY - limit) as memory:
+        engine.means.memory = memory
+        fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
+        yield engine, packed, batch, memory, limit
+
+
+def steps(engine, batch, number):
+    supervised = len(batch.supervised_positions)
+    for _ in range(number):
+        train_step(engine, [batch] * 3, num_supervised_tokens=supervised, num_sources=1, stop_requested=False)
+
+
+def work_that_carries(engine, batch, of_means, direction):
+    """So that the link carries that share of the means while ``direction`` of a micro-batch is computed."""
+    work = getattr(engine.means.budget.rates, direction)(pack_size(batch))
+    return int(work / (of_means * engine.means.optimizer.num_bytes()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carry_meanwhile(
+    on_host, monkeypatch, share
+):
+    engine, packed, batch, memory, limit = on_host
+    means = engine.means.optimizer.num_bytes()
+    assert means >= 8 * sum(parameter.numel() for parameter in packed.parameters())
+    a_crossing = work_that_carries(engine, batch, share, "forward") if share else 10**18
+    monkeypatch.setattr(means_schedule, "WORK_A_CROSSING", a_crossing)
+    others = engine.others(batch, first=True, last=False)
+    assert others == pytest.approx((1 - share) * means, rel=0.01)
+    assert engine.others(batch, first=False, last=False) == 0
+    spared, found, waits = engine.means.budget.can_spare(pack_size(batch), others), [], []
+    assert spared <= others
+    assert (spared > 0) == (share < 1)
+    backward, wait = engine.backward, engine.means.optimizer.wait
 
     def watched(loss, *, last=False):
         backward(loss, last=last)
         found.append(memory.peak())
         memory.reset_peak()
 
-    with counted(engine, batch, ROOMY, ROOMY - limit) as memory:
-        engine.memory = memory
-        fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
-        spared = engine.hold_back(batch)
-        monkeypatch.setattr(engine, "backward", watched)
-        monkeypatch.setattr(engine.host_adamw, "wait", lambda **left: waits.append(left) or wait(**left))
-        memory.reset_peak()
-        for _ in range(3):
-            train_step(
-                engine, [batch, batch], num_supervised_tokens=supervised, num_sources=1, stop_requested=False
-            )
-    assert 0 < spared <= means
-    assert waits == [{"max_bytes_left": spared}] * 3
-    assert max(found[::2]) <= limit - spared, "the first of each step"
-    assert 0.85 * limit < max(found[1::2]) <= limit, "the last"
+    monkeypatch.setattr(engine, "backward", watched)
+    monkeypatch.setattr(
+        engine.means.optimizer, "wait", lambda **left: waits.append(left["max_bytes_left"]) or wait(**left)
+    )
+    memory.reset_peak()
+    steps(engine, batch, 3)
+    assert len(waits) == 3 * 8, "before each layer of each step's first micro-batch"
+    assert waits == waits[:8] * 3
+    assert waits[:8] == sorted(waits[:8], reverse=True)
+    assert waits[7] >= spared, "when the forward pass ends, what was spared may still be there"
+    assert max(found[::3]) <= limit - spared, "the first of each step"
+    assert 0.85 * limit < max(found[1::3]) <= limit, "in between"
     assert memory.peak() <= limit
-    assert packed.levels_of(batch, first=True) != packed.levels_of(batch, first=False)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_cannot_bring(
+    on_host, monkeypatch, share
+):
+    engine, packed, batch, memory, limit = on_host
+    steps(engine, batch, 1)  # makes the means
+    a_crossing = work_that_carries(engine, batch, share, "backward")
+    monkeypatch.setattr(means_schedule, "WORK_A_CROSSING", a_crossing)
+    means = engine.means.optimizer
+    others = engine.others(batch, first=False, last=True)
+    assert others == pytest.approx((1 - share) * means.num_bytes(), rel=0.01)
+    there, peaks, forward, backward = [], [], engine.forward, engine.backward
+
+    def brought():
+        return sum(piece.num_bytes for piece in means._all_pieces() if piece.is_there)
+
+    def watched_forward(batch, *, first, last):
+        output = forward(batch, first=first, last=last)
+        there.append(brought())
+        return output
+
+    def watched_backward(loss, *, last):
+        backward(loss, last=last)
+        peaks.append(memory.peak())
+        there.append(brought())
+
+    monkeypatch.setattr(engine, "forward", watched_forward)
+    monkeypatch.setattr(engine, "backward", watched_backward)
+    memory.reset_peak()
+    steps(engine, batch, 1)
+    *before, early, all_of_them = there
+    assert before == [0] * 4, "not in the first two micro-batches"
+    spared = engine.means.budget.can_spare(pack_size(batch), others)
+    # In pieces of 16 000 bytes at most, as many as the chosen levels leave room for.
+    levels = packed.choose_levels(batch, others)
+    room = engine.means.budget.room_beside(pack_size(batch), levels)[-1]
+    assert 0 < spared - 16000 < early <= room
+    assert early <= all_of_them
+    assert peaks[-1] <= limit

@@ -17,7 +17,13 @@ SCALE = level_scale(1)
 
 def tower(layers, mlp, layer, pair, trains=True):
     return TowerWork(
-        num_layers=layers, mlp_row=mlp, layer_row=mlp + layer, layer_pair=pair, has_backward=trains
+        num_layers=layers,
+        mlp_row=mlp,
+        layer_row=mlp + layer,
+        layer_pair=pair,
+        forward_row=2 * mlp + layer,
+        backward_row=2 * (2 * mlp + layer),
+        has_backward=trains,
     )
 
 
@@ -102,6 +108,23 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
     assert set(barely.vision + barely.language) == {Recompute.layer}
     less = budget(inputs - 2**20, inputs, *PUBLISHED).levels(PACK)
     assert (less.vision + less.language).count(Recompute.offload) == 1
+
+
+@pytest.mark.parametrize("others", [0, 7])
+def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(others):
+    found = budget(40 * 2**30, 30 * 2**30, *PUBLISHED)
+    levels = found.levels(PACK, others=others * 2**30)
+    room, vision = found.room_beside(PACK, levels), found.kept_bytes(PACK, levels)[0]
+    taken = 0
+    for position, level in enumerate(levels.vision + levels.language):
+        encoder = position < 27
+        kept_of, rows = (found.vision_kept, PACK.patches) if encoder else (found.language_kept, PACK.tokens)
+        taken += rows * kept_of[level]
+        if position < 54:
+            assert room[position] == 40 * 2**30 - taken
+    assert room[-1] == min(40 * 2**30 - taken, 30 * 2**30 - vision) >= others * 2**30
+    too_much = Levels((Recompute.elementwise,) * 27, (Recompute.elementwise,) * 28)
+    assert found.room_beside(PACK, too_much)[-1] == 0
 
 
 @pytest.mark.parametrize("wanted", [0, 7, 60])

@@ -25,7 +25,7 @@ def _torch_linear(monkeypatch):
 def counted(model, batch, levels):
     """Operations of products with weights and of attention, as torch sees them in a step."""
     packed = PackedModel(model, "reference").train()
-    packed.choose_levels = lambda _: levels
+    packed.choose_levels = lambda *_: levels
     # Attention as plain products, which torch counts; a causal square in full.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         packed(batch).loss_sum.backward()
@@ -56,6 +56,31 @@ def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
     seen = useful.of(batch) + useful.token_pair * squares - useful.token_pair * squares // 2
     seen += again.of(batch, levels) + halves * (squares - squares // 2)
     assert products + attention == seen
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [("vision_encoder", "projector", "language_model"), ("vision_encoder", "projector"), ("projector",)],
+)
+def test_the_work_of_both_passes_is_that_of_the_layers(tiny_model, batch_of, mixed, trained):
+    model, size = tiny_model(), pack_size(batch_of(mixed))
+    set_trainable(model, trained)
+    rates, useful = recompute_rates(model, logits_again=False), flop_rates(model)
+    encoder, decoder = model.model.vision_model.encoder.layers, model.model.language_model.layers
+    layers = [useful.patch_pair * size.patch_pairs + useful.token_pair * size.token_pairs]
+    for tower, rows, backward in (
+        (encoder, size.patches, "vision_encoder" in trained),
+        (decoder, size.tokens, True),
+    ):
+        linears = [module for module in tower.modules() if isinstance(module, torch.nn.Linear)]
+        layers += [
+            2 * linear.weight.numel() * rows * (1 + backward + linear.weight.requires_grad)
+            for linear in linears
+        ]
+    assert rates.forward(size) + rates.backward(size) == sum(layers)
+    set_trainable(model, ())
+    assert recompute_rates(model, logits_again=False).forward(size) == rates.forward(size)
+    assert recompute_rates(model, logits_again=False).backward(size) == 0
 
 
 @pytest.mark.parametrize("level", [ELEMENTWISE, MLP])

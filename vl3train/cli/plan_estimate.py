@@ -171,11 +171,14 @@ def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, 
             for level in level_scale(cfg.machine.zero_stage)
         }
         mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
+        every = mlp + 8 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
         work = TowerWork(
             num_layers=tower.layers,
             mlp_row=mlp,
             layer_row=mlp + 8 * tower.hidden**2,
             layer_pair=0,
+            forward_row=every,
+            backward_row=2 * every,
             has_backward=True,
         )
         towers[name] = kept, work

@@ -56,13 +56,19 @@ class HostAdamW(torch.optim.AdamW):
         ]
         due = [(group, piece) for group, parameter in updated for piece in self._pieces_of(parameter, group)]
         # The host is far ahead of the copies and cannot get back memory that they still read: fetching waits for it on
-        # the device.
+        # the device. Rooms that nobody will need go at once: torch gives memory out again when all that was queued by
+        # then is done, which for the last ones is not before every mean has left.
         sent: list[Room] = []
+        to_fetch = sum(not piece.is_there for _, piece in due)
         for number, (group, piece) in enumerate(due):
             for _, near in due[number : number + 1 + FETCHED_AHEAD]:
+                to_fetch -= not near.is_there
                 near.fetch(sent)
             piece.update(group, self.state[piece.parameter]["step"])
-            sent.append(piece.send())
+            room = piece.send()
+            if len(sent) < to_fetch:
+                sent.append(room)
+            del room
         for _, parameter in updated:
             self.state[parameter]["step"] += 1
         for piece in self._all_pieces():
@@ -83,10 +89,12 @@ class HostAdamW(torch.optim.AdamW):
     def wait(self, max_bytes_left: int = 0) -> None:
         """Block the host until no more than that many bytes of the means are still on their way out."""
         behind = 0
-        for piece in reversed(self._leaving):
-            behind += piece.num_bytes
+        for position in reversed(range(len(self._leaving))):
+            behind += self._leaving[position].num_bytes
             if behind > max_bytes_left:
-                return piece.wait()
+                self._leaving[position].wait()
+                del self._leaving[: position + 1]  # they leave in their order
+                return
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, once the means have arrived on the host."""

@@ -91,7 +91,7 @@ class Piece:
     def wait(self) -> None:
         """Block the host until no copy of the means is on its way."""
         for event in (self._arrived, self._left):
-            if event is not None:
+            if event is not None and not event.query():
                 event.synchronize()
 
     def _means(self) -> tuple[Tensor, ...]:

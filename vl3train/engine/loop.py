@@ -11,6 +11,7 @@ import torch
 
 from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Batch
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.compile_log import Compiles, take_compiles
@@ -20,6 +21,7 @@ from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
 from vl3train.engine.stop import StopRequest, start_deaf_workers
+from vl3train.model.recomputation import Levels
 
 
 def train(cfg: TrainConfig, rank: Rank) -> None:
@@ -125,15 +127,21 @@ def log_step(
         "memory_gib": memory,
         **run.meter.figures(
             step_batches.batches,
-            [
-                run.packed.levels_of(batch, first=number == 0)
-                for number, batch in enumerate(step_batches.batches)
-            ],
+            levels_of_step(run, step_batches.batches),
             step_seconds,
         ),
     }
     run.console.metrics(figures)
     run.tracker.log(figures, step_batches.cursor.step)
+
+
+def levels_of_step(run: Run, batches: Sequence[Batch]) -> list[Levels]:
+    """What each layer computed again in each micro-batch of this rank."""
+    places = [(number == 0, number == len(batches) - 1) for number in range(len(batches))]
+    return [
+        run.packed.choose_levels(batch, run.engine.others(batch, first=first, last=last))
+        for batch, (first, last) in zip(batches, places, strict=True)
+    ]
 
 
 def tell_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:

@@ -6,7 +6,6 @@ weights, gradients and random numbers as they were.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,15 +120,11 @@ def fit_memory(
         fitted = fitting.run()
     if engine.zero_stage == 3:
         # Computing a layer again gathers its weights from all ranks: all must do it in the same layers.
-        packed.choose_levels = lambda _: fitted.levels
+        packed.choose_levels = lambda *_: fitted.levels
     else:
-        packed.choose_levels = fitted.budget.levels_of
-    if engine.host_adamw is not None:
-        # When a step begins, the means of the step before are still on their way to the host. All of them, so that
-        # levels, and with them the last bits of compiled layers, do not depend on how fast they leave.
-        leaving = engine.host_adamw.num_bytes()
-        engine.hold_back = lambda batch: fitted.budget.can_spare(pack_size(batch), leaving)
-        packed.choose_first_levels = functools.partial(fitted.budget.levels_of, others=leaving)
+        packed.choose_levels = lambda batch, others: fitted.budget.levels(pack_size(batch), others=others)
+    if engine.means is not None:
+        engine.means.budget = fitted.budget
     return fitted
 
 
@@ -229,7 +224,7 @@ class Fitting:
 
     def _dry_run(self, levels: Levels) -> DryRun | None:
         """One micro-batch; None where it did not fit on one of the ranks."""
-        self.packed.choose_levels = lambda _: levels
+        self.packed.choose_levels = lambda *_: levels
         started = time.perf_counter()
         self.memory.reset_peak()
         before, kept, problem = self.memory.held(), 0, ""

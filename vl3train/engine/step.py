@@ -42,7 +42,7 @@ def train_step(
     totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
-        output = engine.forward(batch, first=first)
+        output = engine.forward(batch, first=first, last=last)
         if not last:
             engine.send(micro_batches[position + 1])
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1), last=last)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from torch import Tensor
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
-from vl3train.engine.device_memory import CudaMemory, DeviceMemory
+from vl3train.engine.device_memory import CudaMemory
 from vl3train.engine.host_adamw import HostAdamW
+from vl3train.engine.means_schedule import MeansSchedule
 from vl3train.engine.optim import state_bytes
 from vl3train.engine.ranks import Rank
 from vl3train.engine.transfer import Reading, Transfer
@@ -83,39 +83,39 @@ class Zero:
         self._transfer = Transfer(rank.device)
         self._totals = torch.empty(0)  # of the step that is being made
         self._reading: Reading | None = None  # what it reports
-        self.host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
-        self.memory: DeviceMemory | None = CudaMemory(rank.device) if rank.device.type == "cuda" else None
-        self.hold_back: Callable[[Batch], int] | None = None
-        """Bytes of the means that may still be leaving the device when a step begins; None for all of them."""
-        self._most_held = 0  # while the last backward pass of a step runs with the means on the host
-        if self.host_adamw is not None:
-            model.on_layer_backward = self._bring_means
+        self.means: MeansSchedule | None = None  # where they wait on the host
+        if isinstance(optimizer, HostAdamW):
+            memory = CudaMemory(rank.device) if rank.device.type == "cuda" else None
+            self.means = MeansSchedule(optimizer, memory)
+            model.before_layer, model.on_layer_backward = (
+                self.means.before_layer,
+                self.means.after_layer_backward,
+            )
 
     def send(self, batch: Batch) -> None:
         """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""
         self._transfer.send(batch)
 
-    def forward(self, batch: Batch, *, first: bool = False) -> Any:
-        """The model's output for one micro-batch on this rank's device; ``first`` says that it begins a step."""
-        if first and self.host_adamw is not None and self.hold_back is not None:
-            self.host_adamw.wait(max_bytes_left=self.hold_back(batch))
-        return self.engine(self._transfer.take(batch), first=first)
+    def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
+        """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
+        if self.means is not None:
+            self.means.begin_forward(batch, first=first, last=last)
+        return self.engine(self._transfer.take(batch), others=self.others(batch, first=first, last=last))
+
+    def others(self, batch: Batch, *, first: bool, last: bool) -> int:
+        """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""
+        return 0 if self.means is None else self.means.others(batch, first=first, last=last)
 
     def backward(self, loss: Tensor, *, last: bool = False) -> None:
         """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks.
 
         ``last`` says that the step's update comes next: means that wait on the host come back as layers free memory.
         """
-        if last and self.host_adamw is not None and self.memory is not None:
-            self._most_held = self.memory.held()
+        if self.means is not None:
+            self.means.begin_backward(last=last)
         self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
-        self._most_held = 0
-
-    def _bring_means(self) -> None:
-        if self._most_held:
-            assert self.host_adamw is not None, "nobody else asks to be called after each layer"
-            assert self.memory is not None, "it has counted what was held"
-            self.host_adamw.bring(self._most_held - self.memory.held())
+        if self.means is not None:
+            self.means.end_backward()
 
     def step(self, totals: Tensor) -> Reading:
         """Clip and update once the last micro-batch is in.
@@ -142,9 +142,7 @@ class Zero:
 
         torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
         """
-        if self.host_adamw is not None or any(
-            getattr(self.optimizer, "optimizer", self.optimizer).state.values()
-        ):
+        if self.means is not None or any(getattr(self.optimizer, "optimizer", self.optimizer).state.values()):
             return 0
         trained = [p for p in self.engine.module.parameters() if p.requires_grad]
         size = sum(

@@ -12,9 +12,11 @@ from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork, pack_size
 
-OFFLOAD_WORK_A_BYTE = 18_000
-"""What a byte sent to the host and back counts beside operations done again: what a GPU at 500 TFLOP/s does while
-two bytes cross a PCIe link at 55 GB/s. So much more than any other level's price that it is taken last."""
+WORK_A_CROSSING = 9_000
+"""Operations that a GPU at 500 TFLOP/s does while a byte crosses a PCIe link at 55 GB/s."""
+OFFLOAD_WORK_A_BYTE = 2 * WORK_A_CROSSING
+"""What a byte sent to the host and back counts beside operations done again. So much more than any other level's price
+that it is taken last."""
 
 
 def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
@@ -79,10 +81,21 @@ class ActivationBudget:
         """The same for one micro-batch, from the integers that it has on the host."""
         return self.levels(pack_size(batch), others=others)
 
+    def room_beside(self, size: PackSize, levels: Levels) -> list[int]:
+        """Bytes of the budget that nobody takes when each layer has run forward, the encoder's layers first.
+
+        The last also counts what the gradients of the language model take beside the encoder's backward pass.
+        """
+        kept = [size.patches * self.vision_kept[level] for level in levels.vision]
+        kept += [size.tokens * self.language_kept[level] for level in levels.language]
+        room = [self.total_bytes - taken for taken in itertools.accumulate(kept)]
+        room[-1] = min(room[-1], self.vision_bytes - self.kept_bytes(size, levels)[0])
+        return [max(0, free) for free in room]
+
     def can_spare(self, size: PackSize, wanted: int) -> int:
         """Of ``wanted`` bytes, those that a pack can do without: it keeps every layer's input at least.
 
-        Not less, since they are wanted for what is on its way to the host: inputs would have to queue behind it.
+        Not less, since they are wanted for what is on its way over the link: inputs would have to queue behind it.
         """
         vision, language = self.kept_bytes(size, self._all_at(Recompute.layer))
         room = min(self.total_bytes - vision - language, self.vision_bytes - vision)

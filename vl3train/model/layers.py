@@ -227,15 +227,18 @@ def run_layers(
     levels: Sequence[Recompute],
     products: str,
     compiled: bool,
+    before: Callable[[], None] | None = None,
     on_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
 
-    ``products`` is a name from model/product_check.py, for compiled layers. ``on_backward`` is called in the backward
-    pass after each layer, when what the layer kept is freed.
+    ``products`` is a name from model/product_check.py, for compiled layers. ``before`` is called before each layer,
+    ``on_backward`` in the backward pass after each, when what the layer kept is freed.
     """
     host, table = HostRows(), turning_table(*rope) if compiled else None
     for layer, level in zip(layers, levels, strict=True):
+        if before is not None:
+            before()
         # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
         if on_backward is not None and hidden.requires_grad:
             hidden.register_hook(lambda _: on_backward())

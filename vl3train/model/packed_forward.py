@@ -39,9 +39,9 @@ class PackedModel(nn.Module):
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
     ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
     the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_levels`` is set to
-    something else (engine/memory.py does), or ``choose_first_levels`` for the first micro-batch of a step;
-    ``compile_layers`` fuses them, and ``products`` (model/product_check.py) says who makes
-    their products. ``on_layer_backward`` is called in the backward pass after each layer.
+    something else (engine/memory.py does); ``compile_layers`` fuses them, and ``products`` (model/product_check.py)
+    says who makes their products. ``before_layer`` is called in the forward pass before each layer,
+    ``on_layer_backward`` in the backward pass after each.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class PackedModel(nn.Module):
             (recompute_vision,) * len(hf_model.model.vision_model.encoder.layers),
             (recompute_language,) * len(hf_model.model.language_model.layers),
         )
-        self.choose_levels: Callable[[Batch], Levels] = lambda _: given
-        self.choose_first_levels: Callable[[Batch], Levels] | None = None
+        self.choose_levels: Callable[[Batch, int], Levels] = lambda *_: given
+        """(micro-batch, bytes for activations that others take meanwhile) -> what each layer computes again."""
+        self.before_layer: Callable[[], None] | None = None
         self.on_layer_backward: Callable[[], None] | None = None
         self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
         self.compile_layers, self.products = compile_layers, products
@@ -89,14 +90,9 @@ class PackedModel(nn.Module):
         plain = all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears)
         return [[linear.weight for linear in linears] for linears in by_product] if plain else []
 
-    def levels_of(self, batch: Batch, *, first: bool) -> Levels:
-        """What each layer computes again in training; ``first`` of a step."""
-        choose = self.choose_first_levels if first else None
-        return (choose or self.choose_levels)(batch)
-
-    def forward(self, batch: Batch, *, first: bool = False) -> PackedOutput:
-        """Loss of one micro-batch, the ``first`` of a step or not, by the sum over its supervised tokens."""
-        levels = self.levels_of(batch, first=first) if self.training else self._nothing
+    def forward(self, batch: Batch, *, others: int = 0) -> PackedOutput:
+        """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_levels`` takes them."""
+        levels = self.choose_levels(batch, others) if self.training else self._nothing
         inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
         hidden_TH = self._language_states(batch, inputs_TH, levels.language)
         head = self.model.lm_head
@@ -129,6 +125,7 @@ class PackedModel(nn.Module):
             levels,
             self.products,
             self.compile_layers,
+            self.before_layer,
             self.on_layer_backward,
         )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
@@ -167,6 +164,7 @@ class PackedModel(nn.Module):
             levels,
             self.products,
             self.compile_layers,
+            self.before_layer,
             self.on_layer_backward,
         )
         return self._norm(language_model.norm, hidden_TH)

@@ -62,6 +62,10 @@ class TowerWork:
     layer_row: int
     """All products but the last, whose result no gradient needs."""
     layer_pair: int
+    forward_row: int
+    """All products."""
+    backward_row: int
+    """Those of the gradients, of rows and of weights that train; 0 where nothing has one."""
     has_backward: bool
     """Where nothing in or before the tower trains, its layers keep nothing and do nothing again."""
 
@@ -73,10 +77,20 @@ class TowerWork:
             return self.mlp_row * rows
         return self.layer_row * rows + self.layer_pair * pairs
 
+    def forward(self, rows: int, pairs: int) -> int:
+        """Operations of the whole tower's forward pass."""
+        return self.num_layers * (self.forward_row * rows + self.layer_pair * pairs)
+
+    def backward(self, rows: int, pairs: int) -> int:
+        """Operations of the whole tower's backward pass, without what is done again."""
+        if not self.has_backward:
+            return 0
+        return self.num_layers * (self.backward_row * rows + 2 * self.layer_pair * pairs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeRates:
-    """Of a model as it trains."""
+    """Of a model as it trains. What is outside of the towers' layers counts for nothing but ``supervised_token``."""
 
     vision: TowerWork
     language: TowerWork
@@ -90,6 +104,18 @@ class RecomputeRates:
             sum(self.vision.of(level, size.patches, size.patch_pairs) for level in levels.vision)
             + sum(self.language.of(level, size.tokens, size.token_pairs) for level in levels.language)
             + self.supervised_token * batch.supervised_positions.shape[0]
+        )
+
+    def forward(self, size: PackSize) -> int:
+        """Operations of the forward pass."""
+        return self.vision.forward(size.patches, size.patch_pairs) + self.language.forward(
+            size.tokens, size.token_pairs
+        )
+
+    def backward(self, size: PackSize) -> int:
+        """Operations of the backward pass, without what is done again."""
+        return self.vision.backward(size.patches, size.patch_pairs) + self.language.backward(
+            size.tokens, size.token_pairs
         )
 
 
@@ -134,11 +160,17 @@ def _tower_work(
         mlp_row=mlp_row,
         layer_row=mlp_row + _products(layer.self_attn),
         layer_pair=pair,
+        forward_row=_products(layer),
+        backward_row=has_backward * (_products(layer) + _products(layer, trained=True)),
         has_backward=has_backward,
     )
 
 
-def _products(module: nn.Module) -> int:
-    """Operations of all linear layers in a module, for one row."""
-    linears = (part for part in module.modules() if isinstance(part, nn.Linear))
+def _products(module: nn.Module, *, trained: bool = False) -> int:
+    """Operations of all linear layers in a module, or of those whose weight is ``trained``, for one row."""
+    linears = (
+        part
+        for part in module.modules()
+        if isinstance(part, nn.Linear) and (part.weight.requires_grad or not trained)
+    )
     return sum(2 * linear.in_features * linear.out_features for linear in linears)

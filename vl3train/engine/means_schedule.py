@@ -1,0 +1,72 @@
+"""When AdamW's means that wait on the host (engine/host_adamw.py) may be on the device beside activations.
+
+They leave it while the first micro-batch of a step runs forward, and come back while the last one runs backward.
+Those two keep less of their activations by what the link cannot carry in that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vl3train.contracts.records import Batch
+from vl3train.engine.device_memory import DeviceMemory
+from vl3train.engine.host_adamw import HostAdamW
+from vl3train.model.activation_budget import WORK_A_CROSSING, ActivationBudget
+from vl3train.model.recomputation import pack_size
+
+
+class MeansSchedule:
+    """Tells the means of one engine when to come, and the host when to wait for those that leave."""
+
+    def __init__(self, optimizer: HostAdamW, memory: DeviceMemory | None) -> None:
+        """``memory`` counts the device's; None brings no means before the update asks for them."""
+        self.optimizer, self.memory = optimizer, memory
+        self.budget: ActivationBudget | None = None
+        """Set by engine/memory.py. Without one, layers keep what they always keep, and nobody waits."""
+        self._room: Iterator[int] = iter(())  # beside each layer to come of a step's first forward pass
+        self._most_held = 0  # while the last backward pass of a step runs
+
+    def others(self, batch: Batch, *, first: bool, last: bool) -> int:
+        """Bytes of the budget that a micro-batch leaves to means on their way, by its place in the step.
+
+        From integers alone, so that a run that is resumed computes the same again, to the last bit.
+        """
+        if self.budget is None or not (first or last):
+            return 0
+        size = pack_size(batch)
+        # In the first, what is still there when its forward pass ends; none comes early while others leave. In the
+        # last, what must be there before its backward pass begins.
+        work = self.budget.rates.forward(size) if first else self.budget.rates.backward(size)
+        return max(0, self.optimizer.num_bytes() - work // WORK_A_CROSSING)
+
+    def begin_forward(self, batch: Batch, *, first: bool, last: bool) -> None:
+        """Before the forward pass of each micro-batch."""
+        if self.budget is None or not (first or last):
+            return
+        size, others = pack_size(batch), self.others(batch, first=first, last=last)
+        levels = self.budget.levels(size, others=others)
+        room = self.budget.room_beside(size, levels)
+        if first:
+            self._room = iter(room)
+        else:
+            self.optimizer.bring(room[-1])
+
+    def before_layer(self) -> None:
+        """In each forward pass; in a step's first the host waits until the layer has room beside means that leave."""
+        room = next(self._room, None)
+        if room is not None:
+            self.optimizer.wait(max_bytes_left=room)
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Before the backward pass of each micro-batch."""
+        self._most_held = self.memory.held() if last and self.memory is not None else 0
+
+    def after_layer_backward(self) -> None:
+        """In each backward pass; in a step's last one means come into the memory that layers free."""
+        if self._most_held:
+            assert self.memory is not None, "it has counted what was held"
+            self.optimizer.bring(self._most_held - self.memory.held())
+
+    def end_backward(self) -> None:
+        """After the backward pass of each micro-batch."""
+        self._most_held = 0
