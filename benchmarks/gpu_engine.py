@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_rows import Row
-from vl3train.config.choices import Device, Dtype, Recompute
+from vl3train.config.choices import Device, Dtype, MasterDtype, Recompute
 from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.device_memory import device_memory
@@ -56,8 +56,7 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
     )
     trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
     groups = parameter_groups(hf_model, trained, 0.0)
-    kept = Dtype(row.optimizer_dtype)
-    optim = OptimConfig(state_dtype=kept, master_dtype=kept)
+    optim = OptimConfig(state_dtype=Dtype(row.state_dtype), master_dtype=MasterDtype(row.master_dtype))
     rank = join(machine)
     if row.way == "plain_loop":
         engine: Any = PlainEngine(packed, groups, optim, rank)

@@ -30,7 +30,8 @@ class Row:
     max_tokens: int = 16384
     lora: bool = False
     lora_dropout: float = 0.0
-    optimizer_dtype: str = "float32"  # of AdamW's means and of what it updates
+    state_dtype: str = "float32"  # of AdamW's means
+    master_dtype: str = "float32"  # of what it updates
     states_on_host: bool = False  # AdamW's means, between updates
     zero_stage: int = 1
     ranks: int = 1  # processes, a GPU each
@@ -93,12 +94,14 @@ ROWS: dict[str, Row] = {
         max_seconds=300,
         figures={"tokens_a_pack": "longest_pack_7b_lora"},
     ),
-    "7b": Row(
+    "7b_one_gpu": Row(  # needs 139 GiB
         model="7b",
-        ranks=2,
+        **ONE_H100,
+        master_dtype="split",
         max_seconds=420,
         figures={"tflops": "useful_tflops_7b", "peak_gib": "peak_gib_7b"},
     ),
+    "7b": Row(model="7b", ranks=2, max_seconds=420),
     "7b_train_command": Row(
         way="command",
         model="7b",
@@ -108,9 +111,8 @@ ROWS: dict[str, Row] = {
         figures={"tflops": "useful_tflops_7b_train_command"},
     ),
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
-    "2b_bfloat16_optimizer": Row(optimizer_dtype="bfloat16"),
+    "2b_bfloat16_optimizer": Row(state_dtype="bfloat16", master_dtype="bfloat16"),
     "2b_states_on_gpu": Row(),
-    "7b_one_gpu": Row(model="7b", states_on_host=True, max_seconds=420),  # needs 139 GiB
     "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
     "2b_eager": Row(compile_layers=False, memory="given"),
     "2b_torch_varlen": Row(attention="torch_varlen"),

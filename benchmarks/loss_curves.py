@@ -28,7 +28,7 @@ from benchmarks.curve_task import Task, make_task
 from benchmarks.gpu_engine import PlainEngine
 from benchmarks.gpu_stock import full_loss, padded_inputs
 from benchmarks.packs import pack_batch
-from vl3train.config.choices import Device, Dtype
+from vl3train.config.choices import Device, Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
@@ -112,7 +112,7 @@ def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]]
     attention, products = choose_kernels(machine, hf_model, rank)
     print(f"{curve.name}: attention {attention.name}, products {products.name}", flush=True)
     kept = Dtype.bfloat16 if curve.rounded else Dtype.float32
-    optim = OptimConfig(state_dtype=kept, master_dtype=kept)
+    optim = OptimConfig(state_dtype=kept, master_dtype=MasterDtype(kept.value))
     engine = Zero(
         PackedModel(hf_model, attention.name, compile_layers=curve.compiled, products=products.name),
         build_optimizer(parameter_groups(hf_model, RATES, 0.0), optim, rank.device),

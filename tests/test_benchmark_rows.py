@@ -50,6 +50,8 @@ def test_all_ways_train_the_same_samples_and_the_plain_loop_is_the_engine_withou
     # Bit for bit, so that what is between their times is DeepSpeed's.
     assert first_losses("2b_plain_loop") == engine
     assert first_losses("2b") == engine  # the means wait on the host
+    # Masters are split: ties of weights alone are rounded otherwise.
+    assert first_losses("7b_one_gpu") == pytest.approx(engine, abs=1e-4)
 
 
 def test_samples_on_one_row_do_not_see_each_other():

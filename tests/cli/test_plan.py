@@ -135,8 +135,13 @@ def test_states_on_the_host_take_no_memory_of_the_gpu(workplace):
         rank_memory(load_config([*words, f"machine.states_on_host={on_host}"]), GPUS["h100"])[0]
         for on_host in ("false", "true")
     )
-    assert away.pop("masters and AdamW") == pytest.approx(there.pop("masters and AdamW") / 3)
+    masters = away.pop("masters and AdamW")
+    assert masters == pytest.approx(there.pop("masters and AdamW") / 3)
     assert away == there
+    words += ["machine.states_on_host=true", "optim.master_dtype=split"]
+    split = rank_memory(load_config(words), GPUS["h100"])[0]
+    assert split.pop("masters and AdamW") == pytest.approx(masters / 2)
+    assert split == there
 
 
 @pytest.mark.parametrize(

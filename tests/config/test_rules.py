@@ -92,6 +92,16 @@ def test_states_on_the_host_name_all_that_they_need(workplace: Path):
     assert keys("stage=1", on_host, "machine.dtype=float32") == ["machine.states_on_host"]
 
 
+def test_split_masters_need_states_on_the_host(workplace: Path):
+    split = "optim.master_dtype=split"
+    assert keys("stage=1", split, "machine.states_on_host=true") == []
+    text = only_problem("stage=1", split)
+    assert text.startswith("optim.master_dtype=split: ")
+    assert text.endswith("set machine.states_on_host=true, or this to float32")
+    both = keys("stage=1", split, "machine.states_on_host=true", "machine.zero_stage=2")
+    assert both == ["machine.states_on_host"]
+
+
 def test_five_mistakes_are_five_problems(workplace: Path):
     assert keys(
         "stage=2", "step.global_packs=7", "optim.beta1=1", "machine.zero_stage=0", "data.root=elsewhere"

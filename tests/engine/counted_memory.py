@@ -43,11 +43,11 @@ class CountedMemory(TorchDispatchMode):
         offload.host_buffer = self._buffer
         super().__exit__(*error)
 
-    def _uncounted(self, rows: torch.Tensor) -> torch.Tensor:
+    def _uncounted(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What would lie in the host's memory beside a GPU's."""
         self._on_host = True
         try:
-            return self._buffer(rows)
+            return self._buffer(rows, dtype)
         finally:
             self._on_host = False
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from vl3train.config.choices import MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine import host_adamw, host_piece
 from vl3train.engine.host_adamw import HostAdamW
@@ -266,6 +267,13 @@ def test_the_cost_says_where_the_states_lie():
     assert optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2, states_on_host=True)) == (
         "optimizer: 4.0 GiB for AdamW's states in float32 in the host's memory and 2.0 GiB for float32 masters on each "
         "of 2 ranks"
+    )
+    machine, split = (
+        MachineConfig(dp_size=1, states_on_host=True),
+        OptimConfig(master_dtype=MasterDtype.split),
+    )
+    assert optimizer_cost(2**30, split, machine).endswith(
+        "and 2.0 GiB for the lower half of float32 masters on each of 1 ranks"
     )
 
 

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from tests.engine.test_memory import ROOMY, counted, pack
+from tests.engine.test_split_masters import rounded
 from tests.model.conftest import make_model
+from vl3train.config.choices import MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine import host_adamw
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.optim import build_optimizer
-from vl3train.engine.ranks import join
+from vl3train.engine.ranks import RunError, join
 from vl3train.engine.rounded_adamw import MEANS
+from vl3train.engine.split_masters import LOW_BITS
+from vl3train.engine.split_masters import join as join_halves
 from vl3train.engine.step import train_step
 from vl3train.engine.zero import Zero
 from vl3train.model.packed_forward import PackedModel
@@ -36,9 +40,9 @@ def start_model():
 BATCHES = ((1, 300), (3, 20), (2, 100))
 
 
-def engine_of(rank, states_on_host, num_micro_batches=3):
+def engine_of(rank, states_on_host, num_micro_batches=3, masters=MasterDtype.float32):
     """Two groups, ZeRO-1 in bfloat16."""
-    model, optim = copy.deepcopy(start_model()), OptimConfig()
+    model, optim = copy.deepcopy(start_model()), OptimConfig(master_dtype=masters)
     groups = parameter_groups(model, {"vision_encoder": 1e-3, "projector": 1e-2, "language_model": 2e-3}, 0.1)
     engine = Zero(
         PackedModel(model, "reference"),
@@ -64,8 +68,9 @@ def outcome(engine):
     """Weights, masters and means."""
     found = dict(engine.full_state_dict(engine.engine.module.model))
     for number, master in enumerate(engine.optimizer.fp32_groups_flat_partition):
-        found[f"master {number}"] = master.detach().clone()
         state = engine.optimizer.state[master]
+        whole = join_halves(master, state[LOW_BITS]) if LOW_BITS in state else master
+        found[f"master {number}"] = whole.detach().clone()
         found |= {f"{name} {number}": state[name].clone() for name in ("step", *MEANS)}
     return found
 
@@ -142,3 +147,51 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
         assert there == sorted(there)
         assert there[-1] > there[0], "the room of later layers is used too"
         assert there[-1] > len(list(optimizer._all_pieces())) // 8
+
+
+@pytest.fixture(scope="module")
+def straight_rounded(rank):
+    """Four steps with float32 masters on the device, of which ties become weights as split masters make them."""
+    engine = engine_of(rank, False)
+    optimizer = engine.optimizer
+
+    @torch.no_grad()
+    def update_lp_params():
+        for weights, master in zip(
+            optimizer.bf16_groups_flat, optimizer.fp32_groups_flat_partition, strict=True
+        ):
+            weights.copy_(rounded(master))
+
+    optimizer.update_lp_params = update_lp_params
+    train(engine, range(4))
+    return outcome(engine)
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_split_masters_are_float32_masters_to_the_bit_in_a_resumed_run_too(
+    rank, straight, straight_rounded, tmp_path, small_pieces, stop
+):
+    assert not torch.equal(straight["master 0"], straight["master 0"].bfloat16().float()), "low bits are used"
+    engine = engine_of(rank, True, masters=MasterDtype.split)
+    train(engine, range(stop))
+    engine.save(tmp_path)
+    train(engine, range(stop, 4))
+    assert_equal(outcome(engine), straight_rounded)
+    assert engine.optimizer.fp32_groups_flat_partition[0].dtype == torch.bfloat16
+    resumed = engine_of(rank, True, masters=MasterDtype.split)
+    resumed.load(tmp_path)
+    train(resumed, range(stop, 4))
+    assert_equal(outcome(resumed), straight_rounded)
+    engine.load(tmp_path)  # over what is there
+    train(engine, range(stop, 4))
+    assert_equal(outcome(engine), straight_rounded)
+
+
+@pytest.mark.parametrize("saved", [MasterDtype.split, MasterDtype.float32])
+def test_no_engine_takes_masters_of_another_kind(rank, tmp_path, saved):
+    engine = engine_of(rank, True, masters=saved)
+    train(engine, range(1))
+    engine.save(tmp_path)
+    other = MasterDtype.float32 if saved is MasterDtype.split else MasterDtype.split
+    with pytest.raises(RunError, match=r"set optim\.master_dtype as it was, or start a new run"):
+        engine_of(rank, True, masters=other).load(tmp_path)

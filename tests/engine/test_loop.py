@@ -97,13 +97,14 @@ def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
 
 
 ON_HOST = ["machine.dtype=bfloat16", "machine.states_on_host=true"]
+SPLIT = [*ON_HOST, "optim.master_dtype=split"]
 NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.master_dtype=bfloat16"]
 
 
 @pytest.mark.parametrize(
     "optim",
-    [[], ["optim.state_dtype=bfloat16"], NO_MASTERS, ON_HOST],
-    ids=["float32 states", "bfloat16 states", "no masters", "states on the host"],
+    [[], ["optim.state_dtype=bfloat16"], NO_MASTERS, ON_HOST, SPLIT],
+    ids=["float32 states", "bfloat16 states", "no masters", "states on the host", "split masters"],
 )
 def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path, optim):
     words = [
@@ -123,6 +124,15 @@ def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1,
         "step_00000004",
         "step_00000005",
     ]
+
+
+def test_a_run_with_split_masters_goes_on_with_no_others(stage1, demo_words, tmp_path):
+    start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
+    words = [*demo_words, "stage=3", start, *SPLIT, f"run.output_dir={tmp_path}", "run.num_steps=2"]
+    run([*words, "run.stop_after_steps=1"])
+    told = r"optim\.master_dtype: the checkpoint has 'split', this run has 'float32'\nEither go back"
+    with pytest.raises(RunError, match=told):
+        run([*words, "optim.master_dtype=float32"])
 
 
 def test_layers_that_are_not_compiled_take_no_time_to_compile(stage1):

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
-from vl3train.config.choices import Dtype
+from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine import zero
 from vl3train.engine.optim import build_optimizer
@@ -119,21 +119,23 @@ def test_clipping_works_in_bfloat16_under_zero_1_where_the_norm_is_taken_in_our_
     assert clipped == pytest.approx(limit, rel=0.05)
 
 
-def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monkeypatch):
+@pytest.mark.parametrize("master_dtype", [MasterDtype.bfloat16, MasterDtype.split])
+def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monkeypatch, master_dtype):
     model = PackedModel(load_model(tiny_model_dir, dtype=torch.bfloat16), "reference")
     groups = [{"name": "all", "params": list(model.parameters()), "lr": 1e-3}]
-    optim = OptimConfig(state_dtype=Dtype.bfloat16, master_dtype=Dtype.bfloat16)
+    split = master_dtype is MasterDtype.split
+    optim = OptimConfig(state_dtype=Dtype.float32 if split else Dtype.bfloat16, master_dtype=master_dtype)
     masters = []
 
-    def watched(optimizer):
+    def watched(optimizer, *keep_low_bits):
         masters.extend(weakref.ref(flat.untyped_storage()) for flat in optimizer.fp32_groups_flat_partition)
-        drop_masters(optimizer)
+        drop_masters(optimizer, *keep_low_bits)
 
     monkeypatch.setattr(zero, "drop_masters", watched)
     engine = zero.Zero(
         model,
-        build_optimizer(groups, optim, rank.device),
-        machine=MachineConfig(),
+        build_optimizer(groups, optim, rank.device, states_on_host=split),
+        machine=MachineConfig(states_on_host=split),
         optim=optim,
         num_micro_batches=1,
         rank=rank,
@@ -142,6 +144,8 @@ def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monke
     assert updated.data_ptr() == weights.data_ptr()
     gc.collect()
     assert [master() for master in masters] == [None]
+    kept = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+    assert [tensor.dtype for tensor in kept] == [torch.int16] * split
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

@@ -12,6 +12,14 @@ class Dtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class MasterDtype(Enum):
+    """How masters of bfloat16 weights are kept; ``split`` is float32 too, its upper half being the weight."""
+
+    float32 = "float32"
+    split = "split"
+    bfloat16 = "bfloat16"
+
+
 class Attention(Enum):
     """Kernel for variable-length attention (model/attention.py)."""
 

@@ -11,6 +11,7 @@ from vl3train.config.choices import (
     Attention,
     Device,
     Dtype,
+    MasterDtype,
     Memory,
     Products,
     Recompute,
@@ -158,7 +159,7 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         what = "each rank would round the same states another way, and the ranks' weights would part"
         way_out = "use machine.zero_stage=1, 2 or 3, or float32"
         found.append(Problem("optim.state_dtype", show(cfg.optim.state_dtype), what, way_out))
-    if cfg.optim.master_dtype is Dtype.bfloat16:
+    if cfg.optim.master_dtype is MasterDtype.bfloat16:
         needed = {
             "machine.dtype=bfloat16": machine.dtype is Dtype.bfloat16,
             "machine.zero_stage=1": machine.zero_stage == 1,
@@ -170,6 +171,10 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
                 f"set {' and '.join(lacking)}",
             )
             found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
+    if cfg.optim.master_dtype is MasterDtype.split and not machine.states_on_host:
+        what = "masters are put together piece by piece, where states wait on the host and nowhere else"
+        way_out = "set machine.states_on_host=true, or this to float32"
+        found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
     if machine.states_on_host:
         needed = {
             "machine.dtype=bfloat16": machine.dtype is Dtype.bfloat16,

@@ -14,6 +14,7 @@ from vl3train.config.choices import (
     Attention,
     Device,
     Dtype,
+    MasterDtype,
     Memory,
     Products,
     Recompute,
@@ -135,9 +136,10 @@ class OptimConfig:
     """AdamW's two means: float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, rounded at random so that
     small changes are not lost (needs zero_stage 1 or more)."""
 
-    master_dtype: Dtype = Dtype.float32
-    """Under machine.dtype=bfloat16: float32 keeps masters of the trained weights, 4 bytes each; bfloat16 keeps none and
-    rounds the weights themselves at random (needs zero_stage=1 and state_dtype=bfloat16)."""
+    master_dtype: MasterDtype = MasterDtype.float32
+    """Under machine.dtype=bfloat16: float32 keeps masters of the trained weights, 4 bytes each; split keeps the same
+    masters as the weights and the 16 bits that these lack, 2 bytes each (needs machine.states_on_host=true); bfloat16
+    keeps none and rounds the weights themselves at random (needs zero_stage=1 and state_dtype=bfloat16)."""
 
     schedule: Schedule = Schedule.cosine
     """cosine falls to min_lr_fraction at the last step; constant stays."""

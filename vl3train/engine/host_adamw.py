@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vl3train.engine.host_piece import Piece, Room
+from vl3train.engine.ranks import RunError
 from vl3train.engine.rounded_adamw import MEANS
+from vl3train.engine.split_masters import LOW_BITS, split
 from vl3train.model import offload
 
 PIECE_VALUES = 32 * 2**20
@@ -27,7 +29,8 @@ update."""
 class HostAdamW(torch.optim.AdamW):
     """torch.optim.AdamW but for where its means lie: on the host, page-locked where the parameters are on a GPU.
 
-    A subclass so that param_groups and checkpoints are those of AdamW: a run may go on with the other.
+    A subclass so that param_groups and checkpoints are those of AdamW: a run may go on with the other, unless it keeps
+    the lower bits of masters.
     """
 
     def __init__(
@@ -42,7 +45,20 @@ class HostAdamW(torch.optim.AdamW):
     def num_bytes(self) -> int:
         """Of all means."""
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        return sum(2 * parameter.nbytes for parameter in parameters)
+        return sum(len(MEANS) * 4 * parameter.numel() for parameter in parameters)
+
+    @torch.no_grad()
+    def keep_low_bits(self, parameter: Tensor, weight: Tensor) -> None:
+        """Of ``parameter`` (n,) float32 keep beside ``weight`` (n,) bfloat16 only the bits that this lacks.
+
+        The weight gets the rounded values; the caller makes it the data of ``parameter``. Before the first step.
+        """
+        assert parameter not in self._pieces, "pieces would not know of the lower bits"
+        low = torch.empty_like(weight, dtype=torch.int16)
+        for start in range(0, parameter.numel(), PIECE_VALUES):
+            values = slice(start, start + PIECE_VALUES)
+            split(parameter[values], weight[values], low[values])
+        self.state[parameter][LOW_BITS] = low
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -102,25 +118,36 @@ class HostAdamW(torch.optim.AdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would lay the means where their parameter is."""
+        """As torch's, which would lay the means where their parameter is, and make low bits floating point numbers.
+
+        RunError where masters are split in one of both only: they would lose their lower bits, or get others'.
+        """
         for piece in self._all_pieces():
             piece.wait()
         saved = state_dict["state"]
         old = dict(self.state)
-        steps = {number: {"step": state["step"]} for number, state in saved.items()}
-        super().load_state_dict({**state_dict, "state": steps})
         numbers, parameters = (
             list(itertools.chain.from_iterable(group["params"] for group in groups))
             for groups in (state_dict["param_groups"], self.param_groups)
         )
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if (LOW_BITS in saved.get(number, {})) != (LOW_BITS in old.get(parameter, {})):
+                raise RunError(
+                    "masters are split either in the checkpoint or in this run, not in both: set optim.master_dtype as "
+                    "it was, or start a new run from the checkpoint's weights"
+                )
+        steps = {number: {"step": state["step"]} for number, state in saved.items() if "step" in state}
+        super().load_state_dict({**state_dict, "state": steps})
         self._pieces, self._leaving = {}, []
         for number, parameter in zip(numbers, parameters, strict=True):
-            if number not in saved:
+            before, state = old.get(parameter, {}), saved.get(number, {})
+            if LOW_BITS in state:
+                self.state[parameter][LOW_BITS] = before[LOW_BITS].copy_(state[LOW_BITS])
+            if "step" not in state:  # no update yet
                 continue
             for name in MEANS:
-                there = old.get(parameter, {}).get(name)
-                host = offload.host_buffer(parameter) if there is None else there
-                self.state[parameter][name] = host.copy_(saved[number][name])
+                host = before[name] if name in before else offload.host_buffer(parameter, torch.float32)
+                self.state[parameter][name] = host.copy_(state[name])
             self._pieces[parameter] = self._split(parameter)
 
     def _pieces_of(self, parameter: Tensor, group: dict[str, Any]) -> list[Piece]:
@@ -129,21 +156,19 @@ class HostAdamW(torch.optim.AdamW):
             device = parameter.device if group["fused"] else "cpu"
             self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for name in MEANS:
-                self.state[parameter][name] = offload.host_buffer(parameter).zero_()
+                self.state[parameter][name] = offload.host_buffer(parameter, torch.float32).zero_()
             self._pieces[parameter] = self._split(parameter)
         return self._pieces[parameter]
 
     def _split(self, parameter: Tensor) -> list[Piece]:
-        means = [self.state[parameter][name].view(-1) for name in MEANS]
-        starts = range(0, parameter.numel(), PIECE_VALUES)
-        return [
-            Piece(
-                parameter,
-                slice(start, start + PIECE_VALUES),
-                [m[start : start + PIECE_VALUES] for m in means],
-            )
-            for start in starts
-        ]
+        state = self.state[parameter]
+        pieces = []
+        for start in range(0, parameter.numel(), PIECE_VALUES):
+            values = slice(start, start + PIECE_VALUES)
+            means = [state[name].view(-1)[values] for name in MEANS]
+            low_bits = state[LOW_BITS][values] if LOW_BITS in state else None
+            pieces.append(Piece(parameter, values, means, low_bits))
+        return pieces
 
     def _all_pieces(self) -> Iterable[Piece]:
         return itertools.chain.from_iterable(self._pieces.values())

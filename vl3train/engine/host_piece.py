@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from vl3train.engine.split_masters import join, split
+
 
 @dataclass(eq=False, slots=True)
 class Room:
@@ -23,10 +25,13 @@ class Room:
 class Piece:
     """A range of one parameter. Its means are on the host, and for a while on the device."""
 
-    def __init__(self, parameter: Tensor, values: slice, host: Sequence[Tensor]) -> None:
+    def __init__(
+        self, parameter: Tensor, values: slice, host: Sequence[Tensor], low_bits: Tensor | None
+    ) -> None:
+        """``host`` and ``low_bits`` are of the range alone; these where masters are split (split_masters.py)."""
         self.parameter = parameter
         self.num_bytes = sum(mean.nbytes for mean in host)
-        self._values, self._host = values, host
+        self._values, self._host, self._low_bits = values, host, low_bits
         self._room: Room | None = None  # with the means, or with those on their way there
         self._arrived: torch.cuda.Event | None = None
         self._left: torch.cuda.Event | None = None
@@ -58,8 +63,10 @@ class Piece:
             torch.cuda.current_stream(self.parameter.device).wait_event(self._arrived)
         mean, square = self._means()
         beta1, beta2 = group["betas"]
+        weight = self.parameter.detach().view(-1)[self._values]
+        master = weight if self._low_bits is None else join(weight, self._low_bits)
         adamw(
-            [self.parameter.detach().view(-1)[self._values]],
+            [master],
             [self.parameter.grad.view(-1)[self._values]],
             [mean],
             [square],
@@ -75,6 +82,8 @@ class Piece:
             eps=group["eps"],
             maximize=False,
         )
+        if self._low_bits is not None:
+            split(master, weight, self._low_bits)
 
     def send(self) -> Room:
         """Start the way out, behind the update; the room is free once they have left."""

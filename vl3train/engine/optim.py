@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vl3train.config.choices import Dtype, Schedule
+from vl3train.config.choices import Dtype, MasterDtype, Schedule
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.rounded_adamw import RoundedAdamW
@@ -64,7 +64,8 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
     states, masters = (
         size * num_trained / ranks / 2**30 for size in (state_bytes(optim), master_bytes(optim, machine))
     )
-    kept = f"{masters:.1f} GiB for float32 masters" if masters else "none for masters"
+    half = "the lower half of " if optim.master_dtype is MasterDtype.split else ""
+    kept = f"{masters:.1f} GiB for {half}float32 masters" if masters else "none for masters"
     where = " in the host's memory" if machine.states_on_host else ""
     return (
         f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value}{where} and {kept} "
@@ -79,7 +80,9 @@ def state_bytes(optim: OptimConfig) -> int:
 
 def master_bytes(optim: OptimConfig, machine: MachineConfig) -> int:
     """Of the weight that is updated, for each trained parameter, beside the one that is computed with."""
-    return 4 if machine.dtype is Dtype.bfloat16 and optim.master_dtype is Dtype.float32 else 0
+    if machine.dtype is Dtype.float32:
+        return 0
+    return {MasterDtype.float32: 4, MasterDtype.split: 2, MasterDtype.bfloat16: 0}[optim.master_dtype]
 
 
 def set_rates(optimizer: Any, factor: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from vl3train.config.choices import Dtype
+from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.device_memory import CudaMemory
@@ -61,6 +61,7 @@ class Zero:
         self.save_frozen = save_frozen
         self.zero_stage = machine.zero_stage
         self.state_bytes = state_bytes(optim)  # of AdamW, for each parameter of this rank's share
+        host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -78,19 +79,20 @@ class Zero:
                 on_norm=self._report,
                 summed_by_layers=model.weights_with_sums(),
             )
-            if optim.master_dtype is Dtype.bfloat16:
+            if optim.master_dtype is MasterDtype.split:
+                assert host_adamw is not None, "nobody else updates masters that are split"
+                drop_masters(self.optimizer, host_adamw.keep_low_bits)
+            elif optim.master_dtype is MasterDtype.bfloat16:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)
         self._totals = torch.empty(0)  # of the step that is being made
         self._reading: Reading | None = None  # what it reports
         self.means: MeansSchedule | None = None  # where they wait on the host
-        if isinstance(optimizer, HostAdamW):
+        if host_adamw is not None:
             memory = CudaMemory(rank.device) if rank.device.type == "cuda" else None
-            self.means = MeansSchedule(optimizer, memory)
-            model.before_layer, model.on_layer_backward = (
-                self.means.before_layer,
-                self.means.after_layer_backward,
-            )
+            self.means = MeansSchedule(host_adamw, memory)
+            model.before_layer = self.means.before_layer
+            model.on_layer_backward = self.means.after_layer_backward
 
     def send(self, batch: Batch) -> None:
         """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""

@@ -130,10 +130,14 @@ def _give_sums(optimizer: BF16_Optimizer, by_product: Sequence[Sequence[Tensor]]
 
 
 @torch.no_grad()
-def drop_masters(optimizer: BF16_Optimizer) -> None:
+def drop_masters(
+    optimizer: BF16_Optimizer, keep_low_bits: Callable[[Tensor, Tensor], object] | None = None
+) -> None:
     """Let the optimizer update this rank's share of the bfloat16 weights themselves; frees 4 bytes a parameter.
 
-    It must round at random (engine/rounded_adamw.py): most updates are smaller than half a step of bfloat16.
+    Most updates are smaller than half a step of bfloat16. So it must keep the bits that the weights lack, for which
+    ``keep_low_bits`` gets each float32 master and its weights (engine/split_masters.py), or round at random
+    (engine/rounded_adamw.py).
     """
     rank = dist.get_rank(optimizer.dp_process_group)
     groups = zip(
@@ -143,6 +147,8 @@ def drop_masters(optimizer: BF16_Optimizer) -> None:
         strict=True,
     )
     for master, partitions, parameters in groups:
+        if keep_low_bits is not None:
+            keep_low_bits(master, partitions[rank])
         master.data = partitions[rank]
         master.grad_dtype = torch.float32
         for parameter in parameters:

@@ -96,9 +96,10 @@ class _Sent:
         return rows
 
 
-def host_buffer(rows: Tensor) -> Tensor:
-    """Room for ``rows`` on the host, page-locked where a GPU is to copy without the host's help."""
-    return torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=rows.is_cuda)
+def host_buffer(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room on the host for ``rows``, or for as many values of another ``dtype``; page-locked where a GPU is to copy
+    without the host's help."""
+    return torch.empty(rows.shape, dtype=dtype or rows.dtype, device="cpu", pin_memory=rows.is_cuda)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
