@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from vl3train.config.schema import OptimConfig
-from vl3train.engine import host_adamw, split_masters
+from vl3train.engine import host_adamw
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import RunError
 from vl3train.engine.rounded_adamw import MEANS
@@ -48,30 +50,12 @@ def halves_of(masters):
     return weight, low
 
 
-@pytest.fixture(params=["plain", "compiled"])
-def programs(request, monkeypatch):
-    """As on a CPU; and as on a GPU but for its kernels: traced once. Gives the count of traces."""
-    counter = CompileCounterWithBackend("aot_eager")
-    if request.param == "compiled":
-        torch._dynamo.reset()  # what other tests have traced
-        compile_ = torch.compile
-        monkeypatch.setattr(
-            torch, "compile", lambda function, **how: compile_(function, backend=counter, **how)
-        )
-        both = split_masters._programs.__wrapped__(True)
-        monkeypatch.setattr(split_masters, "_programs", lambda _: both)
-    yield counter
-    assert counter.frame_count == (2 if request.param == "compiled" else 0), (
-        "one for each way, whatever the size"
-    )
-
-
 UPPER = torch.arange(2**16)  # all signs and exponents, denormals and infinity too
 LOWER = {"none": 0, "least": 1, "below a tie": 0x7FFF, "tie": 0x8000, "above a tie": 0x8001, "all": 0xFFFF}
 
 
 @pytest.mark.parametrize("lower", [*LOWER.values(), None], ids=[*LOWER, "random"])
-def test_masters_come_back_to_the_bit_and_weights_are_the_nearest(programs, lower):
+def test_masters_come_back_to_the_bit_and_weights_are_the_nearest(lower):
     low_bits = torch.randint(2**16, UPPER.shape, generator=torch.Generator().manual_seed(0))
     masters = floats((UPPER << 16) | (low_bits if lower is None else lower))
     masters = masters[~masters.isnan()]
@@ -109,12 +93,52 @@ def test_edges(master, weight):
     assert bits_of(join(found, low)).item() == bits_of(floats([master])).item()
 
 
-def test_what_is_no_number_stays_none(programs):
+def test_what_is_no_number_stays_none():
     """0x7FFFFFFF is what a GPU writes."""
     masters = floats([0x7F800001, 0x7FBF8000, 0x7FC00000, 0x7FFF8000, 0x7FFFFFFF, 0xFFFF8000, 0xFFFFFFFF])
     weight, low = halves_of(masters)
     assert weight.isnan().all()
     assert join(weight, low).isnan().all()
+
+
+def check_kernels(device):
+    """The kernels against the formulas, bit for bit, for pieces of a buffer that begin anywhere."""
+    from vl3train.engine.split_kernel import join_bits, split_bits
+
+    random = torch.randint(2**16, UPPER.shape, generator=torch.Generator().manual_seed(0))
+    masters = floats((UPPER << 16) | random)
+    masters[-3:] = floats([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+    weight, low = halves_of(masters)
+    bits = bits_of(masters).to(device)
+    for values in (slice(0, None), slice(0, 4096), slice(2048, 2049), slice(37, 5000)):
+        found_weight, found_low = (
+            torch.zeros_like(half, dtype=torch.int16).to(device) for half in (weight, low)
+        )
+        split_bits(bits[values], found_weight[values], found_low[values])
+        joined = torch.zeros_like(bits)
+        join_bits(found_weight[values], found_low[values], joined[values])
+        assert torch.equal(found_weight[values].cpu(), weight[values].view(torch.int16))
+        assert torch.equal(found_low[values].cpu(), low[values])
+        assert torch.equal(joined[values].cpu(), bits_of(join(weight[values], low[values])))
+        for found in (found_weight, found_low, joined):
+            rest = found.cpu()
+            rest[values] = 0
+            assert not rest.any(), "nothing beside it is written"
+
+
+def test_kernels_interpreted_are_the_formulas():
+    """In a process of its own: triton reads the variable when it is imported."""
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    code = "from tests.engine.test_split_masters import check_kernels; check_kernels('cpu')"
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernels_on_a_gpu_are_the_formulas():
+    check_kernels("cuda")
 
 
 def optimizer_of(masters, *, is_split, device=CPU):
@@ -159,7 +183,7 @@ def assert_same(parameters, optimizer, masters, wanted):
 
 
 @pytest.mark.parametrize("piece", [7, 300, 10**9])
-def test_masters_weights_and_means_are_those_of_float32_masters(monkeypatch, programs, piece):
+def test_masters_weights_and_means_are_those_of_float32_masters(monkeypatch, piece):
     monkeypatch.setattr(host_adamw, "PIECE_VALUES", piece)
     ours, torchs = optimizer_of(start(), is_split=True), optimizer_of(start(), is_split=False)
     for step in range(5):

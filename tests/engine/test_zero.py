@@ -17,6 +17,7 @@ from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.engine import step as step_module
 from vl3train.engine import zero
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import join
@@ -171,6 +172,23 @@ def test_deepspeed_never_waits_for_the_device_to_take_its_times(tiny_model_dir, 
         )
         assert step.loss > 0
     assert waits == []
+
+
+def test_nothing_small_goes_to_the_device_while_means_come_in(tiny_model_dir, rank, monkeypatch):
+    """A GPU copies each way in the order asked: behind 64 GB, 9 KB held up a step of the 7B for 145 ms."""
+    acts = []
+    sent, backward = step_module.to_device, zero.Zero.backward
+
+    def watched_backward(self, loss, *, last):
+        acts.append("last backward pass" if last else "backward pass")
+        backward(self, loss, last=last)
+
+    monkeypatch.setattr(step_module, "to_device", lambda *args: acts.append("small") or sent(*args))
+    monkeypatch.setattr(zero.Zero, "backward", watched_backward)
+    engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=2)
+    batch = collate_samples(random_samples(model.model.config, count=2))
+    train_step(engine, [batch] * 2, num_supervised_tokens=9, num_sources=2, stop_requested=False)
+    assert acts == ["small", "small", "backward pass", "small", "last backward pass"]
 
 
 def test_what_a_step_reports_is_on_its_way_before_the_update(tiny_model_dir, rank, monkeypatch):

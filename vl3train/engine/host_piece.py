@@ -16,9 +16,9 @@ from vl3train.engine.split_masters import join, split
 
 @dataclass(eq=False, slots=True)
 class Room:
-    """Memory of the device for the means of one piece."""
+    """Memory of the device for the means of one piece: two tensors, since small ones fit between activations better."""
 
-    means: Tensor  # (2, values)
+    means: tuple[Tensor, ...]  # two of (values,)
     free: torch.cuda.Event | None = None  # when they have been copied to the host; None while they are needed
 
 
@@ -46,10 +46,10 @@ class Piece:
         if self._room is not None:
             return
         device, size = self.parameter.device, self._host[0].numel()
-        self._room = next((room for room in sent if room.means.shape[1] >= size), None)
+        self._room = next((room for room in sent if room.means[0].numel() >= size), None)
         if self._room is None:
             # Memory of the main stream: the copy waits for what was queued there before, and so for its last user.
-            self._room = Room(torch.empty(2, size, dtype=self._host[0].dtype, device=device))
+            self._room = Room(tuple(torch.empty_like(mean, device=device) for mean in self._host))
         else:
             sent.remove(self._room)
         # The means of the step before may still be leaving too.
@@ -105,7 +105,7 @@ class Piece:
 
     def _means(self) -> tuple[Tensor, ...]:
         assert self._room is not None, "fetched before"
-        return self._room.means[:, : self._host[0].numel()].unbind()
+        return tuple(mean[: self._host[0].numel()] for mean in self._room.means)
 
 
 @functools.cache

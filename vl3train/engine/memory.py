@@ -243,5 +243,6 @@ class Fitting:
         return None if problems else dry
 
     def _limit(self) -> int:
-        """What every rank may hold, less what its optimizer will take in the first step."""
-        return min(self.engine.rank.gather(self.memory.limit() - self.engine.states_to_come()))
+        """What every rank may hold, less what its optimizer will take in the first step or needs free on its way."""
+        scattered = 0 if self.engine.means is None else self.engine.means.scattered()
+        return min(self.engine.rank.gather(self.memory.limit() - self.engine.states_to_come() - scattered))

@@ -8,56 +8,41 @@ from zero adds one to the upper half just where the lower half begins with a one
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from vl3train.model.compiling import compiled
 
 LOW_BITS = "low_bits"
 """What AdamW's state calls the lower halves; checkpoints do too."""
 
 
+@torch.no_grad()
 def join(weight: Tensor, low: Tensor) -> Tensor:
-    """The masters, float32, of weights (bfloat16) and their lower halves (int16), all of one shape."""
-    joined, _ = _programs(weight.is_cuda)
-    bits: Tensor = joined(_bits(weight), _bits(low))
+    """The masters (n,) float32 of weights (n,) bfloat16 and their lower halves (n,) int16."""
+    weight_bits = weight.view(torch.int16)
+    if weight.is_cuda:
+        from vl3train.engine.split_kernel import join_bits
+
+        bits = torch.empty_like(low, dtype=torch.int32)
+        join_bits(weight_bits, low, bits)
+    else:
+        upper = weight_bits.int() + (low.int() >> 15)  # plus -1 where the lower half begins with a one
+        bits = (upper << 16) | (low.int() & 0xFFFF)
     return bits.view(torch.float32)
 
 
+@torch.no_grad()
 def split(master: Tensor, weight: Tensor, low: Tensor) -> None:
     """Write masters (float32) into weights (bfloat16) and lower halves (int16), which ``join`` makes masters again.
 
     To the bit, but for what is no number: that comes back as NaN with other bits. What lies less than half a step of
     bfloat16 below infinity gives an infinite weight, as with any cast, and comes back finite.
     """
-    _, halved = _programs(weight.is_cuda)
-    halved(_bits(master), _bits(weight), _bits(low))
+    bits, weight_bits = master.view(torch.int32), weight.view(torch.int16)
+    if master.is_cuda:
+        from vl3train.engine.split_kernel import split_bits
 
-
-def _bits(values: Tensor) -> Tensor:
-    # Lower halves too: what is viewed as whole numbers counts as no slice. Of slices the compiler minds what they are
-    # cut from, and makes a program for each place.
-    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
-
-
-@functools.cache
-def _programs(on_gpu: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Each one kernel on a GPU, where torch's own ops would take the room of several pieces."""
-    return compiled(_join, enabled=on_gpu), compiled(_split, enabled=on_gpu)
-
-
-def _join(weight: Tensor, low: Tensor) -> Tensor:
-    upper = weight.int() + (low.int() >> 15)  # plus -1 where the lower half begins with a one
-    return (upper << 16) | (low.int() & 0xFFFF)
-
-
-def _split(master: Tensor, weight: Tensor, low: Tensor) -> None:
+        return split_bits(bits, weight_bits, low)
     # A GPU's NaN has 31 ones: rounded up it would be a zero.
-    is_nan = (master & 0x7FFFFFFF) > 0x7F800000
-    master = torch.where(is_nan, 0x7FC00000, master)
-    weight.copy_((master >> 16) + ((master >> 15) & 1))
-    low.copy_((master << 16) >> 16)
+    bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+    weight_bits.copy_((bits >> 16) + ((bits >> 15) & 1))
+    low.copy_((bits << 16) >> 16)

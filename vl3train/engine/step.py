@@ -43,10 +43,11 @@ def train_step(
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
         output = engine.forward(batch, first=first, last=last)
+        # Before the backward pass: a GPU copies each way in the order asked, and in the last one AdamW's means come in.
+        totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
         if not last:
             engine.send(micro_batches[position + 1])
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1), last=last)
-        totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
         if not last:
             engine.finish_micro_batch()
     # One wait for the device, here.
