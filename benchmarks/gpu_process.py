@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from benchmarks.gpu_rows import Row
+from vl3train.engine.ranks import ALLOCATOR
 
 SECONDS_TO_LEAVE = 5
 
@@ -33,9 +34,7 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
 
     ``stopped`` says in words what has asked for the end of all rows.
     """
-    os.environ.setdefault(
-        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-    )  # torch reads it when it is imported
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # for the ranks: torch has read it here
     context: Any = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []

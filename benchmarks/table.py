@@ -53,7 +53,7 @@ def table() -> str:
         command = first.get("command", f"python -m benchmarks.{file.stem}")
         parts += [f"\n## {file.stem}\n", f"`{command}` on {first['machine']}; {versions}.\n"]
         parts += ["| figure | value | unit | better | aim | what |", "|---|---:|---|---|---|---|"]
-        parts += [_row(line) for line in figures]
+        parts += [_row(line, first["machine"]) for line in figures]
         if faults:
             parts += [
                 "\n### Planted faults\n",
@@ -67,7 +67,7 @@ def table() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _row(line: dict[str, Any]) -> str:
+def _row(line: dict[str, Any], machine: str) -> str:
     if line["value"] is None:
         return f"| {line['figure']} | none | | | | {_cell(line.get('failed', line.get('note', '')))} |"
     aim = line.get("aim", AIMS.get(line["figure"]))
@@ -76,7 +76,8 @@ def _row(line: dict[str, Any]) -> str:
         met = line["value"] <= aim if line["better"] == "lower" else line["value"] >= aim
         reached = f"{aim:g}, {'reached' if met else '**not reached**'}"
     more = [f"{key} {value}" for key, value in line.items() if key not in KNOWN | LONG]
-    what = _cell("; ".join([*([line["note"]] if line.get("note") else []), *more]))
+    elsewhere = [f"on {line['machine']}"] if line.get("machine", machine) != machine else []
+    what = _cell("; ".join([*elsewhere, *([line["note"]] if line.get("note") else []), *more]))
     return f"| {line['figure']} | {line['value']:,.4g} | {line['unit']} | {line['better']} | {reached} | {what} |"
 
 

@@ -103,7 +103,7 @@ def test_two_ranks_by_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["one_gpu", "--tiny", "--rows", "7b"])
     one_gpu.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert lines[0]["figure"] == "useful_tflops_7b"
+    assert lines[0]["figure"] == "tflops_7b"
     assert lines[0]["value"] > 0
     assert lines[0]["settings"]["ranks"] == 2
 

@@ -16,6 +16,11 @@ from vl3train.config.schema import MachineConfig
 
 T = TypeVar("T")
 
+ALLOCATOR = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+"""What torch's allocators are told where PYTORCH_CUDA_ALLOC_CONF is not set. Packs of ever new lengths else leave gaps
+that none of the later ones fits; and one thread page-locks 4 GiB of the host's memory in 2.5 s, eight in 0.5
+(benchmarks/log.md, round six)."""
+
 
 class RunError(RuntimeError):
     """What stops a run on every rank alike, in words that need no traceback."""
@@ -68,9 +73,8 @@ def join(machine: MachineConfig) -> Rank:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        # Packs of ever new lengths else leave gaps that none of the later ones fits. Read with the first tensor.
-        if "PYTORCH_ALLOC_CONF" not in os.environ:
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # read with the first tensor
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Long, because rank 0 may index shards while the others wait.

@@ -13,8 +13,8 @@ from vl3train.contracts.records import Batch
 from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork, pack_size
 
 WORK_A_CROSSING = 10_500
-"""Operations that the layers of a GPU at 570 TFLOP/s do while a byte crosses a PCIe link at 54 GB/s (seen in a trace of the
-7B, benchmarks/log.md)."""
+"""Operations that the layers of a GPU at 570 TFLOP/s do while a byte crosses a PCIe link at 54 GB/s (a trace of the 7B,
+benchmarks/log.md)."""
 OFFLOAD_WORK_A_BYTE = 2 * WORK_A_CROSSING
 """What a byte sent to the host and back counts beside operations done again. So much more than any other level's price
 that it is taken last."""
