@@ -30,7 +30,12 @@ DOORS = {
     "wandb": {"engine/track.py"},
     "numba": {"data/balance.py", "data/passes.py", "data/resampling.py"},
     "flash_attn": {"model/flash_attn_4.py"},
-    "triton": {"engine/gradient_kernel.py", "model/norm_kernels.py", "model/rotate_kernel.py"},
+    "triton": {
+        "engine/gradient_kernel.py",
+        "engine/split_kernel.py",
+        "model/norm_kernels.py",
+        "model/rotate_kernel.py",
+    },
     "torch.nn.attention.varlen": {"model/attention.py"},
 }
 

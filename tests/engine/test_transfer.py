@@ -31,8 +31,8 @@ class Watched:
     def __init__(self, rank):
         self.rank, self.acts = rank, []
 
-    def forward(self, batch, *, first):
-        self.acts.append(("forward", batch, first))
+    def forward(self, batch, *, first, last):
+        self.acts.append(("forward", batch, first, last))
         token_losses = torch.zeros(len(batch.supervised_segments))
         return PackedOutput(token_losses.sum(), token_losses, token_losses == 0)
 
@@ -55,13 +55,13 @@ def test_a_step_sends_each_micro_batch_before_the_backward_pass_of_the_one_befor
     train_step(engine, batches, num_supervised_tokens=1, num_sources=1, stop_requested=False)
     one, two, three = batches
     assert engine.acts == [
-        ("forward", one, True),
+        ("forward", one, True, False),
         ("send", two),
         ("backward", False),
-        ("forward", two, False),
+        ("forward", two, False, False),
         ("send", three),
         ("backward", False),
-        ("forward", three, False),
+        ("forward", three, False, True),
         ("backward", True),
     ]
 
