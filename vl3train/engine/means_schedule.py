@@ -19,7 +19,8 @@ LEFT_IN_UPDATE = 0.1
 less where the update is shorter beside them (benchmarks/log.md)."""
 SCATTERED = 0.05
 """Share of the means' bytes that stays free beside activations, since their rooms lie in holes of all sizes. With none
-of it the 7B on an H200 ran out of memory 12 times in eight steps, and torch mapped its memory anew each time."""
+of it the 7B on an H200 ran out of memory 12 times in a few dry runs and eight steps, and torch mapped its memory anew
+each time."""
 
 
 class MeansSchedule:
