@@ -84,7 +84,8 @@ def on_host(rank, monkeypatch):
     assert scattered == int(means_schedule.SCATTERED * engine.means.optimizer.num_bytes()) > 0
     with counted(engine, batch, ROOMY, ROOMY - limit - scattered) as memory:
         engine.means.memory = memory
-        fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
+        fitted = fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
+        assert fitted.limit_bytes == limit
         yield engine, packed, batch, memory, limit
 
 

@@ -111,8 +111,10 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
 
 
 @pytest.mark.parametrize("others", [0, 7])
-def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(others):
-    found = budget(40 * 2**30, 30 * 2**30, *PUBLISHED)
+@pytest.mark.parametrize(("total", "of_vision"), [(40, 30), (100, 20)])
+def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vision, others):
+    total, of_vision = total * 2**30, of_vision * 2**30
+    found = budget(total, of_vision, *PUBLISHED)
     levels = found.levels(PACK, others=others * 2**30)
     room, vision = found.room_beside(PACK, levels), found.kept_bytes(PACK, levels)[0]
     taken = 0
@@ -121,8 +123,8 @@ def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(others):
         kept_of, rows = (found.vision_kept, PACK.patches) if encoder else (found.language_kept, PACK.tokens)
         taken += rows * kept_of[level]
         if position < 54:
-            assert room[position] == 40 * 2**30 - taken
-    assert room[-1] == min(40 * 2**30 - taken, 30 * 2**30 - vision) >= others * 2**30
+            assert room[position] == total - taken
+    assert room[-1] == min(total - taken, of_vision - vision) >= others * 2**30
     too_much = Levels((Recompute.elementwise,) * 27, (Recompute.elementwise,) * 28)
     assert found.room_beside(PACK, too_much)[-1] == 0
 
