@@ -34,7 +34,7 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
 
     ``stopped`` says in words what has asked for the end of all rows.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # for the ranks: torch has read it here
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # for the ranks, which import torch anew
     context: Any = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []

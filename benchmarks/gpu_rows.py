@@ -57,7 +57,11 @@ ROWS: dict[str, Row] = {
         figures={"tflops": "useful_tflops_2b", "peak_gib": "peak_gib_2b", "recompiles": "recompiles"},
     ),
     "2b_train_command": Row(
-        way="command", steps=8, max_seconds=420, figures={"tflops": "useful_tflops_2b_train_command"}
+        **ONE_H100,
+        way="command",
+        steps=8,
+        max_seconds=420,
+        figures={"tflops": "useful_tflops_2b_train_command"},
     ),
     "2b_plain_loop": Row(way="plain_loop", memory="given", **KEPT_80_GB),
     "2b_given": Row(memory="given", **KEPT_80_GB),  # beside the plain loop: what DeepSpeed costs

@@ -109,9 +109,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 line = {"figure": figure_name(row, "tflops", label), "value": None, "failed": found["failed"]}
                 put(line, f"| {label} | {found['failed']} | | | | | |")
                 continue
-            stopped = found.pop(
-                "stopped", ""
-            )  # after some steps or all: they are written, and no more rows run
+            stopped = found.pop("stopped", "")  # its figures are written, and no more rows run
             done[name] = found
             for number, line in enumerate(figure_lines(label, row, found)):
                 put(line, table_line(label, found) if number == 0 else "")

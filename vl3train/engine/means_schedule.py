@@ -52,13 +52,12 @@ class MeansSchedule:
         """Bytes that no budget may give to activations."""
         return int(SCATTERED * self.optimizer.num_bytes())
 
-    def begin_forward(self, batch: Batch, *, first: bool, last: bool) -> None:
-        """Before the forward pass of each micro-batch."""
-        if self.budget is None or not (first or last):
+    def begin_forward(self, batch: Batch, others: int, *, first: bool) -> None:
+        """Before the forward pass of a step's first micro-batch, and of its last."""
+        if self.budget is None:
             return
-        size, others = pack_size(batch), self.others(batch, first=first, last=last)
-        levels = self.budget.levels(size, others=others)
-        room = self.budget.room_beside(size, levels)
+        size = pack_size(batch)
+        room = self.budget.room_beside(size, self.budget.levels(size, others=others))
         if first:
             self._room = iter(room)
         else:

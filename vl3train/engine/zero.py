@@ -69,9 +69,8 @@ class Zero:
             dist_init_required=False,
         )
         for parameter in model.parameters():
-            parameter.__dict__.pop(
-                "grad_sum", None
-            )  # of an engine before this one: layers would add to it still
+            # Of an engine before this one: layers would add to it still.
+            parameter.__dict__.pop("grad_sum", None)
         if isinstance(self.optimizer, BF16_Optimizer):
             keep_float32_sums(
                 self.optimizer,
@@ -100,9 +99,10 @@ class Zero:
 
     def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
         """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
-        if self.means is not None:
-            self.means.begin_forward(batch, first=first, last=last)
-        return self.engine(self._transfer.take(batch), others=self.others(batch, first=first, last=last))
+        others = self.others(batch, first=first, last=last)
+        if self.means is not None and (first or last):
+            self.means.begin_forward(batch, others, first=first)
+        return self.engine(self._transfer.take(batch), others=others)
 
     def others(self, batch: Batch, *, first: bool, last: bool) -> int:
         """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""

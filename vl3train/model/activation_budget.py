@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vl3train.config.choices import Recompute
-from vl3train.contracts.records import Batch
-from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork, pack_size
+from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork
 
 WORK_A_CROSSING = 10_500
 """Operations that the layers of a GPU at 570 TFLOP/s do while a byte crosses a PCIe link at 54 GB/s (a trace of the 7B,
@@ -77,10 +76,6 @@ class ActivationBudget:
             self._spread(self.vision_kept, self.rates.vision, chosen),
             self._spread(self.language_kept, self.rates.language, int(order[best[last[chosen]]])),
         )
-
-    def levels_of(self, batch: Batch, *, others: int = 0) -> Levels:
-        """The same for one micro-batch, from the integers that it has on the host."""
-        return self.levels(pack_size(batch), others=others)
 
     def room_beside(self, size: PackSize, levels: Levels) -> list[int]:
         """Bytes of the budget that nobody takes when each layer has run forward, the encoder's layers first.
