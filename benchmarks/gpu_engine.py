@@ -127,9 +127,8 @@ class PlainEngine:
         """As Zero.send."""
         self.transfer.send(batch)
 
-    def backward(self, loss: Tensor, *, last: bool = False) -> None:
-        """Gradients of ``loss``, added to the step's sums and let go; nothing has to come back for the ``last``."""
-        del last
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of ``loss``, added to the step's sums and let go."""
         loss.backward()
         pairs = [
             (total.view(-1), weight.grad.reshape(-1))

@@ -124,7 +124,7 @@ def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch
         for _ in range(2):
             for last, first in enumerate((0, 2)):
                 output = engine.forward(collate_samples(samples[first : first + 2]))
-                engine.backward(output.loss_sum / 40, last=bool(last))
+                engine.backward(output.loss_sum / 40)
                 if not last:
                     engine.finish_micro_batch()
             (group,), (totals,) = engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients

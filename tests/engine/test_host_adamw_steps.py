@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tests.engine.test_split_masters import rounded
 from tests.model.conftest import make_model
 from vl3train.config.choices import MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
-from vl3train.engine import host_adamw
+from vl3train.engine import host_adamw, means_schedule
 from vl3train.engine.host_adamw import HostAdamW
+from vl3train.engine.memory import fit_memory
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import RunError, join
 from vl3train.engine.rounded_adamw import MEANS
@@ -23,6 +25,7 @@ from vl3train.engine.split_masters import join as join_halves
 from vl3train.engine.step import train_step
 from vl3train.engine.zero import Zero
 from vl3train.model.packed_forward import PackedModel
+from vl3train.model.recomputation import pack_size
 from vl3train.model.trainable import parameter_groups
 
 
@@ -115,37 +118,49 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
     rank, straight, small_pieces, monkeypatch, num_micro_batches
 ):
     engine = engine_of(rank, True, num_micro_batches)
-    optimizer, calls, starts = engine.means.optimizer, [], []
+    optimizer, calls, passes = engine.means.optimizer, [], []
     bring, backward = HostAdamW.bring, Zero.backward
-    with counted(engine, pack(*BATCHES[0]), ROOMY) as memory:
-        engine.means.memory = memory
+    worst = pack(*BATCHES[0])
+    with counted(engine, worst, ROOMY) as memory:
+        packed = engine.engine.module
+        engine.means.budget = fit_memory(
+            engine, packed, worst, memory, pack_name="the worst", say=lambda _: None
+        ).budget
+        # Room for what the last pack of a step keeps, and little more.
+        last = pack_size(pack(*BATCHES[-1]))
+        _, total = engine.means.budget.needed_bytes(last, packed.choose_levels(pack(*BATCHES[-1]), 0))
+        engine.means.budget = replace(
+            engine.means.budget, vision_bytes=total + 10_000, total_bytes=total + 10_000
+        )
+        monkeypatch.setattr(means_schedule, "WORK_A_CROSSING", 1)  # all of them while a pack runs backward
 
-        def watched_backward(self, loss, *, last=False):
-            starts.append(memory.held())
-            backward(self, loss, last=last)
+        def watched_backward(self, loss):
+            passes.append(loss)
+            backward(self, loss)
 
         def watched_bring(self, max_bytes):
             bring(self, max_bytes)
-            calls.append((len(starts), memory.held(), sum(piece.is_there for piece in self._all_pieces())))
+            there = [piece.num_bytes for piece in self._all_pieces() if piece.is_there]
+            assert sum(there) <= max_bytes
+            calls.append((len(passes), len(there)))
 
         monkeypatch.setattr(Zero, "backward", watched_backward)
         monkeypatch.setattr(HostAdamW, "bring", watched_bring)
         train(engine, range(1))
-        assert [there for *_, there in calls] == [0] * 8, "before the first update there are none"
+        assert [there for _, there in calls] == [0] * len(calls), "before the first update there are none"
         calls.clear()
         train(engine, range(1, 4))
     if num_micro_batches == 3:
         assert_equal(outcome(engine), straight)
-    assert len(calls) == 3 * 8, "once a layer"
+    early = num_micro_batches > 1  # before the forward pass of the last, where it is not the first too
+    assert len(calls) == 3 * (early + 7), "once a layer, but for the last that runs"
     for step in range(3):
-        of_step = calls[8 * step : 8 * step + 8]
-        assert {number for number, *_ in of_step} == {(step + 2) * num_micro_batches}, (
-            "in the last of its step"
-        )
-        assert max(held for _, held, _ in of_step) <= starts[of_step[0][0] - 1]
-        there = [there for *_, there in of_step]
+        of_step = calls[(early + 7) * step : (early + 7) * (step + 1)]
+        passes_so_far = (step + 2) * num_micro_batches
+        assert [number for number, _ in of_step] == [passes_so_far - 1] * early + [passes_so_far] * 7
+        there = [there for _, there in of_step]
         assert there == sorted(there)
-        assert there[-1] > there[0], "the room of later layers is used too"
+        assert there[0] < there[3] < there[4 + early], "the room of later layers is used too"
         assert there[-1] > len(list(optimizer._all_pieces())) // 8
 
 

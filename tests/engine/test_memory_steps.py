@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -58,19 +60,18 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     assert engine.states_to_come() == 0
 
 
-@pytest.fixture
-def on_host(rank, monkeypatch):
-    """An engine whose means wait on the host, fitted to what lies between its least and its most, with its limit."""
-    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 2000)
+@contextlib.contextmanager
+def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
+    """An engine whose means wait on the host, fitted to that share between its least and its most, with its limit."""
     model = make_model(layers=4).to(torch.bfloat16)
-    packed, optim, batch = PackedModel(model, "reference"), OptimConfig(), pack(3, 300)
+    packed, optim = PackedModel(model, "reference"), OptimConfig()
     groups = [{"name": "all", "params": list(packed.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
     engine = Zero(
         packed,
         build_optimizer(groups, optim, rank.device, states_on_host=True),
         machine=MachineConfig(states_on_host=True),
         optim=optim,
-        num_micro_batches=3,
+        num_micro_batches=num_micro_batches,
         rank=rank,
     )
     engine.train(True)
@@ -79,20 +80,50 @@ def on_host(rank, monkeypatch):
     for level in (Recompute.elementwise, Recompute.layer):
         packed.choose_levels = lambda *_, level=level: Levels((level,) * 4, (level,) * 4)
         peaks.append(peak_of(engine, batch))
-    limit = int(0.9 * peaks[0] + 0.1 * peaks[1])
+    limit = int(share * peaks[0] + (1 - share) * peaks[1])
     scattered = engine.means.scattered()
     assert scattered == int(means_schedule.SCATTERED * engine.means.optimizer.num_bytes()) > 0
     with counted(engine, batch, ROOMY, ROOMY - limit - scattered) as memory:
-        engine.means.memory = memory
         fitted = fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
         assert fitted.limit_bytes == limit
+        yield engine, packed, memory, limit
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 2000)
+
+
+@pytest.fixture
+def on_host(rank, small_pieces):
+    batch = pack(3, 300)
+    with fitted_on_host(rank, batch) as (engine, packed, memory, limit):
         yield engine, packed, batch, memory, limit
 
 
-def steps(engine, batch, number):
+def steps(engine, batch, number, num_micro_batches=3):
     supervised = len(batch.supervised_positions)
     for _ in range(number):
-        train_step(engine, [batch] * 3, num_supervised_tokens=supervised, num_sources=1, stop_requested=False)
+        train_step(
+            engine,
+            [batch] * num_micro_batches,
+            num_supervised_tokens=supervised,
+            num_sources=1,
+            stop_requested=False,
+        )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
+def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_pieces, share):
+    """Its first layer backward keeps all and makes nothing again, those after it do: with means in all that it had
+    freed, a pack of 131 072 tokens ran out of memory."""
+    batch = pack(1, 3000)
+    with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, packed, memory, limit):
+        levels = packed.choose_levels(batch, 0).language
+        assert levels[-1] is Recompute.elementwise is not levels[0]
+        memory.reset_peak()
+        steps(engine, batch, 3, num_micro_batches=1)
+        assert 0.95 * limit < memory.peak() <= limit
 
 
 def work_that_carries(engine, batch, of_means, direction):
@@ -119,19 +150,24 @@ def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carr
     assert (spared > 10_000) == (share < 0.9)
     backward, wait = engine.backward, engine.means.optimizer.wait
 
-    def watched(loss, *, last=False):
-        backward(loss, last=last)
+    def watched(loss):
+        backward(loss)
         found.append(memory.peak())
         memory.reset_peak()
 
     monkeypatch.setattr(engine, "backward", watched)
     monkeypatch.setattr(
-        engine.means.optimizer, "wait", lambda **left: waits.append(left["max_bytes_left"]) or wait(**left)
+        engine.means.optimizer,
+        "wait",
+        lambda max_bytes_left=0: waits.append(max_bytes_left) or wait(max_bytes_left),
     )
     memory.reset_peak()
     steps(engine, batch, 3)
-    assert len(waits) == 3 * 8, "before each layer of each step's first micro-batch"
-    assert waits == waits[:8] * 3
+    assert len(waits) == 3 * (8 + 7), (
+        "before each layer of the first micro-batch, behind each but one of the last"
+    )
+    assert waits == waits[:15] * 3
+    assert waits[8:15] == [0] * 7
     assert waits[:8] == sorted(waits[:8], reverse=True)
     assert waits[7] >= spared, "when the forward pass ends, what was spared may still be there"
     assert max(found[::3]) <= limit - spared, "the first of each step"
@@ -160,8 +196,8 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
         there.append(brought())
         return output
 
-    def watched_backward(loss, *, last):
-        backward(loss, last=last)
+    def watched_backward(loss):
+        backward(loss)
         peaks.append(memory.peak())
         there.append(brought())
 

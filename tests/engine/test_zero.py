@@ -179,16 +179,16 @@ def test_nothing_small_goes_to_the_device_while_means_come_in(tiny_model_dir, ra
     acts = []
     sent, backward = step_module.to_device, zero.Zero.backward
 
-    def watched_backward(self, loss, *, last):
-        acts.append("last backward pass" if last else "backward pass")
-        backward(self, loss, last=last)
+    def watched_backward(self, loss):
+        acts.append("backward pass")
+        backward(self, loss)
 
     monkeypatch.setattr(step_module, "to_device", lambda *args: acts.append("small") or sent(*args))
     monkeypatch.setattr(zero.Zero, "backward", watched_backward)
     engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=2)
     batch = collate_samples(random_samples(model.model.config, count=2))
     train_step(engine, [batch] * 2, num_supervised_tokens=9, num_sources=2, stop_requested=False)
-    assert acts == ["small", "small", "backward pass", "small", "last backward pass"]
+    assert acts == ["small", "small", "backward pass", "small", "backward pass"]
 
 
 def test_what_a_step_reports_is_on_its_way_before_the_update(tiny_model_dir, rank, monkeypatch):

@@ -93,10 +93,8 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def bring(self, max_bytes: int) -> None:
-        """Start fetching what the next step updates first, as far as ``max_bytes`` of the device allow."""
+        """Start fetching what the next step updates first, until ``max_bytes`` of the means are on the device."""
         for piece in self._all_pieces():
-            if piece.is_there:
-                continue
             max_bytes -= piece.num_bytes
             if max_bytes < 0:
                 return

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vl3train.contracts.records import Batch
-from vl3train.engine.device_memory import DeviceMemory
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.model.activation_budget import WORK_A_CROSSING, ActivationBudget
 from vl3train.model.recomputation import pack_size
@@ -26,13 +25,14 @@ each time."""
 class MeansSchedule:
     """Tells the means of one engine when to come, and the host when to wait for those that leave."""
 
-    def __init__(self, optimizer: HostAdamW, memory: DeviceMemory | None) -> None:
-        """``memory`` counts the device's; None brings no means before the update asks for them."""
-        self.optimizer, self.memory = optimizer, memory
+    def __init__(self, optimizer: HostAdamW) -> None:
+        """``optimizer`` has the means."""
+        self.optimizer = optimizer
         self.budget: ActivationBudget | None = None
-        """Set by engine/memory.py. Without one, layers keep what they always keep, and nobody waits."""
-        self._room: Iterator[int] = iter(())  # beside each layer to come of a step's first forward pass
-        self._most_held = 0  # while the last backward pass of a step runs
+        """Set by engine/memory.py. Without one nobody knows what is free: means come when the update asks for them."""
+        # Bytes beside each layer to come: of a step's first forward pass, and of its last backward pass.
+        self._room_forward: Iterator[int] = iter(())
+        self._room_backward: Iterator[int] = iter(())
 
     def others(self, batch: Batch, *, first: bool, last: bool) -> int:
         """Bytes of the budget that a micro-batch leaves to means on their way, by its place in the step.
@@ -52,33 +52,26 @@ class MeansSchedule:
         """Bytes that no budget may give to activations."""
         return int(SCATTERED * self.optimizer.num_bytes())
 
-    def begin_forward(self, batch: Batch, others: int, *, first: bool) -> None:
+    def begin_forward(self, batch: Batch, others: int, *, first: bool, last: bool) -> None:
         """Before the forward pass of a step's first micro-batch, and of its last."""
         if self.budget is None:
             return
         size = pack_size(batch)
         room = self.budget.room_beside(size, self.budget.levels(size, others=others))
-        if first:
-            self._room = iter(room)
-        else:
+        self._room_forward = iter(room if first else ())
+        self._room_backward = reversed(room[:-1] if last else ())
+        if last and not first:  # in the first, means leave
             self.optimizer.bring(room[-1])
 
     def before_layer(self) -> None:
         """In each forward pass; in a step's first the host waits until the layer has room beside means that leave."""
-        room = next(self._room, None)
+        room = next(self._room_forward, None)
         if room is not None:
             self.optimizer.wait(max_bytes_left=room)
 
-    def begin_backward(self, *, last: bool) -> None:
-        """Before the backward pass of each micro-batch."""
-        self._most_held = self.memory.held() if last and self.memory is not None else 0
-
     def after_layer_backward(self) -> None:
         """In each backward pass; in a step's last one means come into the memory that layers free."""
-        if self._most_held:
-            assert self.memory is not None, "it has counted what was held"
-            self.optimizer.bring(self._most_held - self.memory.held())
-
-    def end_backward(self) -> None:
-        """After the backward pass of each micro-batch."""
-        self._most_held = 0
+        room = next(self._room_backward, None)
+        if room is not None:
+            self.optimizer.wait()  # for none that leaves, unless this is the first micro-batch too
+            self.optimizer.bring(room)

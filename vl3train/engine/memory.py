@@ -152,21 +152,20 @@ class Fitting:
         start, first = self._start()
         limit = self._limit()  # now that libraries have taken what they need
         budget = ActivationBudget(total_bytes=0, vision_bytes=0, rates=self.rates, **self._kept(start, first))
-        vision, language = budget.kept_bytes(self.size, start)
-        # At no moment of a step is there more of a tower than all it keeps: what is left over may be kept too.
+        vision, total = budget.needed_bytes(self.size, start)
+        # At no moment of a step is there more of a tower than that: what is left over may be kept too.
         spare = limit - first.peak_bytes
-        budget = replace(budget, total_bytes=vision + language + spare, vision_bytes=vision + max(spare, 0))
-        found = Fitted(replace(budget, total_bytes=vision + language), start, first.peak_bytes, limit)
+        budget = replace(budget, total_bytes=total + spare, vision_bytes=vision + max(spare, 0))
+        found = Fitted(replace(budget, total_bytes=total), start, first.peak_bytes, limit)
         for _ in range(MOST_DRY_RUNS):
             levels = budget.levels(self.size)
             if levels == found.levels:
                 return found._replace(budget=budget)
-            used = sum(budget.kept_bytes(self.size, levels))
+            _, used = budget.needed_bytes(self.size, levels)
             dry = self._dry_run(levels)
             if dry is None:
-                budget = replace(
-                    budget, total_bytes=(used + sum(budget.kept_bytes(self.size, found.levels))) // 2
-                )
+                _, fitted = budget.needed_bytes(self.size, found.levels)
+                budget = replace(budget, total_bytes=(used + fitted) // 2)
                 continue
             if dry.peak_bytes <= limit:
                 found = Fitted(budget, levels, dry.peak_bytes, limit)

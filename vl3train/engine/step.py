@@ -47,7 +47,7 @@ def train_step(
         totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
         if not last:
             engine.send(micro_batches[position + 1])
-        engine.backward(output.loss_sum / max(num_supervised_tokens, 1), last=last)
+        engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
         if not last:
             engine.finish_micro_batch()
     # One wait for the device, here.

@@ -21,7 +21,6 @@ from torch import Tensor
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
-from vl3train.engine.device_memory import CudaMemory
 from vl3train.engine.host_adamw import HostAdamW
 from vl3train.engine.means_schedule import MeansSchedule
 from vl3train.engine.optim import state_bytes
@@ -88,8 +87,7 @@ class Zero:
         self._reading: Reading | None = None  # what it reports
         self.means: MeansSchedule | None = None  # where they wait on the host
         if host_adamw is not None:
-            memory = CudaMemory(rank.device) if rank.device.type == "cuda" else None
-            self.means = MeansSchedule(host_adamw, memory)
+            self.means = MeansSchedule(host_adamw)
             model.before_layer = self.means.before_layer
             model.on_layer_backward = self.means.after_layer_backward
 
@@ -101,23 +99,16 @@ class Zero:
         """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
         others = self.others(batch, first=first, last=last)
         if self.means is not None and (first or last):
-            self.means.begin_forward(batch, others, first=first)
+            self.means.begin_forward(batch, others, first=first, last=last)
         return self.engine(self._transfer.take(batch), others=others)
 
     def others(self, batch: Batch, *, first: bool, last: bool) -> int:
         """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""
         return 0 if self.means is None else self.means.others(batch, first=first, last=last)
 
-    def backward(self, loss: Tensor, *, last: bool = False) -> None:
-        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks.
-
-        ``last`` says that the step's update comes next: means that wait on the host come back as layers free memory.
-        """
-        if self.means is not None:
-            self.means.begin_backward(last=last)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
         self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
-        if self.means is not None:
-            self.means.end_backward()
 
     def step(self, totals: Tensor) -> Reading:
         """Clip and update once the last micro-batch is in.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,13 +35,15 @@ class ActivationBudget:
     """Bytes that layers may keep for the backward pass, and what each level keeps and does again.
 
     Each of ``vision_kept`` and ``language_kept`` gives the bytes that one layer keeps of a row at each level that
-    may be chosen, dearest in memory first; both have the same levels.
+    may be chosen, dearest in memory first; both have the same levels. What a layer keeps less than the dearest level
+    would, it makes again when its backward pass begins: that memory is needed then, by one layer at a time.
     """
 
     total_bytes: int
-    """Of both towers together: they are all there when the language model's backward pass begins."""
+    """What both towers keep, which is all there when the language model's backward pass begins, and what this makes
+    again for its first layer to run, its last."""
     vision_bytes: int
-    """Of the encoder alone: in its own backward pass the gradients of the language model lie beside them."""
+    """The same of the encoder alone: in its own backward pass the gradients of the language model lie beside them."""
     vision_kept: dict[Recompute, int]
     language_kept: dict[Recompute, int]
     rates: RecomputeRates
@@ -53,24 +56,20 @@ class ActivationBudget:
         Exact: layers of a tower are alike, so every count of layers at each level is looked at (4495 for 28 layers
         at 4 levels), about a millisecond. Where nothing fits, the levels that keep least.
         """
-        vision_bytes, vision_work = self._choices(
-            self.vision_kept, self.rates.vision, size.patches, size.patch_pairs
-        )
-        language_bytes, language_work = self._choices(
-            self.language_kept, self.rates.language, size.tokens, size.token_pairs
-        )
-        order = np.argsort(language_bytes, kind="stable")
+        vision = self._choices(self.vision_kept, self.rates.vision, size.patches, size.patch_pairs)
+        language = self._choices(self.language_kept, self.rates.language, size.tokens, size.token_pairs)
+        order = np.argsort(language.needed_bytes, kind="stable")
         # For each choice in the order of bytes: the first with the least work among it and those before it.
-        least_work = np.minimum.accumulate(language_work[order])
+        least_work = np.minimum.accumulate(language.work[order])
         is_less = np.diff(least_work, prepend=least_work[0] + 1) < 0
         best = np.maximum.accumulate(np.where(is_less, np.arange(len(order)), 0))
         spared = self.can_spare(size, others)
-        room = self.total_bytes - spared - vision_bytes
-        last = np.searchsorted(language_bytes[order], room, side="right") - 1
-        fits = (last >= 0) & (vision_bytes <= self.vision_bytes - spared)
+        room = self.total_bytes - spared - vision.kept_bytes
+        last = np.searchsorted(language.needed_bytes[order], room, side="right") - 1
+        fits = (last >= 0) & (vision.needed_bytes <= self._most_of_vision - spared)
         if not fits.any():
             return self.least_kept()
-        work = np.where(fits, vision_work + least_work[last], np.iinfo(np.int64).max)
+        work = np.where(fits, vision.work + least_work[last], np.iinfo(np.int64).max)
         chosen = int(np.argmin(work))
         return Levels(
             self._spread(self.vision_kept, self.rates.vision, chosen),
@@ -80,22 +79,27 @@ class ActivationBudget:
     def room_beside(self, size: PackSize, levels: Levels) -> list[int]:
         """Bytes of the budget that nobody takes when each layer has run forward, the encoder's layers first.
 
-        The last also counts what the gradients of the language model take beside the encoder's backward pass.
+        So much may others hold from then on, and again until that layer's backward pass ends: what it and the layers
+        before it make again is counted.
         """
-        kept = [size.patches * self.vision_kept[level] for level in levels.vision]
-        kept += [size.tokens * self.language_kept[level] for level in levels.language]
-        room = [self.total_bytes - taken for taken in itertools.accumulate(kept)]
-        room[-1] = min(room[-1], self.vision_bytes - self.kept_bytes(size, levels)[0])
-        return [max(0, free) for free in room]
+        kept, room, rooms = 0, self.total_bytes, []
+        for tower, kept_of, rows, most in (
+            (levels.vision, self.vision_kept, size.patches, self._most_of_vision),
+            (levels.language, self.language_kept, size.tokens, self.total_bytes),
+        ):
+            for level in tower:
+                kept += rows * kept_of[level]
+                room = min(room, most - kept - rows * _made_again(kept_of, level))
+                rooms.append(max(0, room))
+        return rooms
 
     def can_spare(self, size: PackSize, wanted: int) -> int:
         """Of ``wanted`` bytes, those that a pack can do without: it keeps every layer's input at least.
 
         Not less, since they are wanted for what is on its way over the link: inputs would have to queue behind it.
         """
-        vision, language = self.kept_bytes(size, self._all_at(Recompute.layer))
-        room = min(self.total_bytes - vision - language, self.vision_bytes - vision)
-        return max(0, min(wanted, room))
+        vision, total = self.needed_bytes(size, self._all_at(Recompute.layer))
+        return max(0, min(wanted, self.total_bytes - total, self._most_of_vision - vision))
 
     def least_kept(self) -> Levels:
         """Every layer at the last level."""
@@ -108,26 +112,55 @@ class ActivationBudget:
             size.tokens * sum(self.language_kept[level] for level in levels.language),
         )
 
+    def needed_bytes(self, size: PackSize, levels: Levels) -> tuple[int, int]:
+        """What a pack takes of ``vision_bytes`` and of ``total_bytes`` at these levels."""
+        vision, language = self.kept_bytes(size, levels)
+        return (
+            vision + size.patches * _made_again(self.vision_kept, levels.vision[-1]),
+            vision + language + size.tokens * _made_again(self.language_kept, levels.language[-1]),
+        )
+
+    @property
+    def _most_of_vision(self) -> int:
+        return self.vision_bytes if self.rates.vision.has_backward else self.total_bytes
+
     def _all_at(self, level: Recompute) -> Levels:
         return Levels((level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers)
 
     @staticmethod
-    def _choices(
-        kept: dict[Recompute, int], work: TowerWork, rows: int, pairs: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and work of every way to spread a tower's layers over the levels, (n,) int64 each."""
+    def _choices(kept: dict[Recompute, int], work: TowerWork, rows: int, pairs: int) -> Choices:
+        """Every way to spread a tower's layers over the levels."""
         counts = _counts(work.num_layers, len(kept))
         again = {level: work.of(level, rows, pairs) for level in kept}
         if Recompute.offload in kept:
             again[Recompute.offload] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
-        kept_bytes = np.array([rows * size for size in kept.values()], np.int64)
-        return counts @ kept_bytes, counts @ np.array(list(again.values()), np.int64)
+        kept_bytes = counts @ np.array([rows * size for size in kept.values()], np.int64)
+        made_again = np.array([rows * _made_again(kept, level) for level in kept], np.int64)
+        level_of_last = np.argmax(counts > 0, axis=1)  # what keeps most comes last, as _spread says
+        return Choices(
+            kept_bytes,
+            kept_bytes + made_again[level_of_last],
+            counts @ np.array(list(again.values()), np.int64),
+        )
 
     @staticmethod
     def _spread(kept: dict[Recompute, int], work: TowerWork, choice: int) -> tuple[Recompute, ...]:
         # What keeps most comes last: it is freed first, and offloaded rows have the longest time for their way.
         counts = dict(zip(kept, _counts(work.num_layers, len(kept))[choice].tolist(), strict=True))
         return tuple(level for level in reversed(counts) for _ in range(counts[level]))
+
+
+class Choices(NamedTuple):
+    """Of every way to spread a tower's layers over the levels, (n,) int64 each."""
+
+    kept_bytes: np.ndarray
+    needed_bytes: np.ndarray  # with what the last layer makes again
+    work: np.ndarray
+
+
+def _made_again(kept: dict[Recompute, int], level: Recompute) -> int:
+    """Bytes of a row that a layer's backward pass makes again first."""
+    return max(kept.values()) - kept[level]
 
 
 @functools.cache
