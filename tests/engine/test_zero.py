@@ -177,18 +177,18 @@ def test_deepspeed_never_waits_for_the_device_to_take_its_times(tiny_model_dir, 
 def test_nothing_small_goes_to_the_device_while_means_come_in(tiny_model_dir, rank, monkeypatch):
     """A GPU copies each way in the order asked: behind 64 GB, 9 KB held up a step of the 7B for 145 ms."""
     acts = []
-    sent, backward = step_module.to_device, zero.Zero.backward
+    sent, forward = step_module.to_device, zero.Zero.forward
 
-    def watched_backward(self, loss):
-        acts.append("backward pass")
-        backward(self, loss)
+    def watched_forward(self, batch, **place):
+        acts.append("last forward pass" if place["last"] else "forward pass")
+        return forward(self, batch, **place)
 
     monkeypatch.setattr(step_module, "to_device", lambda *args: acts.append("small") or sent(*args))
-    monkeypatch.setattr(zero.Zero, "backward", watched_backward)
+    monkeypatch.setattr(zero.Zero, "forward", watched_forward)
     engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=2)
     batch = collate_samples(random_samples(model.model.config, count=2))
     train_step(engine, [batch] * 2, num_supervised_tokens=9, num_sources=2, stop_requested=False)
-    assert acts == ["small", "small", "backward pass", "small", "backward pass"]
+    assert acts == ["small", "small", "forward pass", "small", "last forward pass"], "none behind"
 
 
 def test_what_a_step_reports_is_on_its_way_before_the_update(tiny_model_dir, rank, monkeypatch):

@@ -42,9 +42,10 @@ def train_step(
     totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
+        # Before the forward pass: a GPU copies each way in the order asked, and in the last one AdamW's means come in.
+        sources_U = supervised_sources(batch, device)
         output = engine.forward(batch, first=first, last=last)
-        # Before the backward pass: a GPU copies each way in the order asked, and in the last one AdamW's means come in.
-        totals[2:] += losses_by_source(output.token_losses, batch, num_sources)
+        totals[2:] += losses_by_source(output.token_losses, sources_U, num_sources)
         if not last:
             engine.send(micro_batches[position + 1])
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
@@ -71,12 +72,15 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
-def losses_by_source(token_losses_U: Tensor, batch: Batch, num_sources: int) -> Tensor:
-    """Sums of the token losses of each source, then numbers of their tokens: (2 * num_sources,) float64."""
-    device = token_losses_U.device
+def supervised_sources(batch: Batch, device: torch.device) -> Tensor:
+    """(U,) int64 on the device, the source of each supervised token."""
     source_of_segment_S = torch.tensor(batch.segment_sources).clamp(min=0)
-    source_U = to_device(source_of_segment_S[batch.supervised_segments], device)
-    result = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
-    result[:num_sources].index_add_(0, source_U, token_losses_U.double())
-    result[num_sources:].index_add_(0, source_U, torch.ones_like(token_losses_U, dtype=torch.float64))
+    return to_device(source_of_segment_S[batch.supervised_segments], device)
+
+
+def losses_by_source(token_losses_U: Tensor, sources_U: Tensor, num_sources: int) -> Tensor:
+    """Sums of the token losses of each source, then numbers of their tokens: (2 * num_sources,) float64."""
+    result = torch.zeros(2 * num_sources, dtype=torch.float64, device=token_losses_U.device)
+    result[:num_sources].index_add_(0, sources_U, token_losses_U.double())
+    result[num_sources:].index_add_(0, sources_U, torch.ones_like(token_losses_U, dtype=torch.float64))
     return result
