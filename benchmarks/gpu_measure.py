@@ -32,19 +32,24 @@ SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 class Work:
-    """The packs of a row's steps, the same on every rank, and the share of this one."""
+    """The packs of a row's steps, the same on every rank, and the share of this one.
+
+    Each step has packs of its own, as in a run: with shapes that came before, cuDNN's attention takes plans that it had
+    built, which a run of transformers' forward does not find (it built one for each shape, a second for both passes:
+    https://github.com/modelscope/FunASR/issues/3704).
+    """
 
     def __init__(self, row: Row, rates: FlopRates, rank: int) -> None:
         self.row, self.rank, self.rates = row, rank, rates
-        self.num_steps = min(row.steps, 2)
+        num_steps = WARM_UP_STEPS + row.steps
         self.all_batches: list[Batch] = []  # of all steps and ranks
         packs = draw_packs(
-            row.packs_a_step * row.ranks * self.num_steps,
+            row.packs_a_step * row.ranks * num_steps,
             max_tokens=row.max_tokens,
             image_merge_size=row.image_merge_size,
             mix=mix_of(row.model),
         )
-        self.steps = [self._step(packs[i :: self.num_steps]) for i in range(self.num_steps)]
+        self.steps = [self._step(packs[i::num_steps]) for i in range(num_steps)]
 
     def _step(self, packs: list[list[RenderedSample]]) -> dict[str, Any]:
         batches = [pack_batch(pack) for pack in packs]
@@ -66,7 +71,7 @@ class Work:
 
     def data(self, number: int) -> list[Any]:
         """What the row's step takes as its step ``number``."""
-        step = self.steps[number % self.num_steps]
+        step = self.steps[number]
         if self.row.way == "packed_stock":
             return list(step["packs"])
         if self.row.way == "padded":
@@ -119,7 +124,7 @@ def measure(
     wait_for_all(device)
     ended = time.perf_counter()
     for number in range(WARM_UP_STEPS + row.steps):
-        of_step = work.steps[number % work.num_steps]
+        of_step = work.steps[number]
         loss = step(work.data(number), of_step["supervised"])
         # From one step's loss to the next one's, as in a run: each step has one update in it, that of the step before.
         started, ended = ended, time.perf_counter()

@@ -26,8 +26,10 @@ def stock_step(row: Row, hf_model: Any, device: torch.device) -> Step:
     """One step of transformers' forward on a list of samples (padded) or of lists of samples (packed_stock).
 
     Best fair settings: bfloat16 weights and states as people train it, fused AdamW, layers computed again as far as
-    memory asks for it, samples of like length beside one another, the loss over the step's supervised tokens.
+    memory asks for it, samples of like length beside one another, the loss over the step's supervised tokens, and
+    torch's choice among its attention kernels with cuDNN's and without.
     """
+    torch.backends.cuda.enable_cudnn_sdp(row.cudnn_attention)
     packed = row.way == "packed_stock"
     if packed:
         set_varlen_attention(hf_model, device)

@@ -6,10 +6,11 @@
 
 Each row is a process of its own (one for each rank): the model with random weights, four packs a step on each GPU
 through vl3train's collate, Zero and train_step (DeepSpeed, float32 masters and states, clipping), two steps to
-warm up, the others timed by wall-clock. 2b_train_command times the whole training loop, from JPEGs on disk. Rows of
-stock, liger and position_ids drive transformers' own forward over the same samples; 2b_plain_loop leaves DeepSpeed
-out. Useful work is vl3train.model.flops: padding, recomputation and the optimizer count nothing. JSON lines go to
-benchmarks/results/one_gpu.jsonl (or $OUT) as soon as a row is done, the table as Markdown beside it.
+warm up, the others timed by wall-clock, each on packs of its own. 2b_train_command times the whole training loop,
+from JPEGs on disk. Rows of stock, liger and position_ids drive transformers' own forward over samples of the same
+mix; 2b_plain_loop leaves DeepSpeed out. Useful work is vl3train.model.flops: padding, recomputation and the optimizer
+count nothing. JSON lines go to benchmarks/results/one_gpu.jsonl (or $OUT) as soon as a row is done, the table as
+Markdown beside it.
 """
 
 from __future__ import annotations
@@ -172,11 +173,12 @@ def figure_lines(label: str, row: Row, found: dict[str, Any]) -> Iterator[dict[s
 
 
 def compared(done: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Figures of two rows of this run."""
-    for name, (ours, theirs) in COMPARED.items():
-        if ours in done and theirs in done:
-            value = done[ours]["tflops"] / done[theirs]["tflops"]
-            note = f"useful TFLOP/s of {ours} over {theirs}, same run"
+    """Figures of several rows of this run."""
+    for name, (ours, *theirs) in COMPARED.items():
+        if {ours, *theirs} <= done.keys():
+            best = max(theirs, key=lambda row: done[row]["tflops"])
+            value = done[ours]["tflops"] / done[best]["tflops"]
+            note = f"useful TFLOP/s of {ours} over {best}, same run"
             yield {"figure": name, "value": value, "unit": "", "better": "higher", "note": note}
     if "2b_given" in done and "2b_plain_loop" in done:
         plain, engine = (done[row]["seconds_a_pack"] for row in ("2b_plain_loop", "2b_given"))

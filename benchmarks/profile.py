@@ -29,7 +29,6 @@ from benchmarks.gpu_process import in_own_processes
 from benchmarks.gpu_rows import ROWS, Row, tiny
 from benchmarks.kernel_kinds import UNMATCHED, kind_of, union_seconds
 
-WARM_UP_STEPS = 2
 TOP = 15
 SECONDS_TO_WRITE = 180.0
 """More than a row has otherwise: a trace of a step is some hundred megabytes before it is packed."""
@@ -57,7 +56,7 @@ def profile_rows(names: Sequence[str], *, tiny_model: bool, folder: Path, packs:
     """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason."""
     for name in names:
         row = tiny(ROWS[name]) if tiny_model else ROWS[name]
-        row = replace(row, packs_a_step=packs, max_seconds=row.max_seconds + SECONDS_TO_WRITE)
+        row = replace(row, packs_a_step=packs, steps=1, max_seconds=row.max_seconds + SECONDS_TO_WRITE)
         if row.way == "command":
             print(f"{name}: the command runs in a process of its own, which is not profiled")
             continue
@@ -74,15 +73,15 @@ def child(folder: Path, name: str, row: Row, rank: int, tiny_model: bool, pipe: 
 def profile_row(name: str, row: Row, rank: int, device: torch.device, folder: Path) -> dict[str, Any]:
     """Warm up, profile one step, write trace, JSON and Markdown (rank 0); returns the table."""
     step, work = prepare(row, rank, device)
-    supervised = work.steps[0]["supervised"]
-    for _ in range(WARM_UP_STEPS):
-        step(work.data(0), supervised)
+    *warm_up, last = range(len(work.steps))
+    for number in warm_up:
+        step(work.data(number), work.steps[number]["supervised"])
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     wait_for_all(device)
     with torch.profiler.profile(activities=kinds) as profiler:
         started = time.perf_counter()
-        step(work.data(0), supervised)
+        step(work.data(last), work.steps[last]["supervised"])
         wait_for_all(device)
         wall = time.perf_counter() - started
     if rank:

@@ -17,6 +17,7 @@ AIMS = {
     "useful_tflops_7b": 500,
     "useful_tflops_7b_train_command": 500,
     "ratio_to_stock_stage1": 7,
+    "ratio_to_stock_stage1_as_shipped": 7,
     "useful_tflops_7b_lora": 450,
     "longest_pack_2b": 131072,
     "longest_pack_7b_lora": 65536,

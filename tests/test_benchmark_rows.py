@@ -76,6 +76,36 @@ def test_samples_on_one_row_do_not_see_each_other():
     assert torch.allclose(alone, together, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["2b_states_on_gpu", "stock_2b", "2b_position_ids"])
+def test_no_step_has_packs_of_another(name):
+    row = tiny(ROWS[name])
+    _, work = prepare(row, 0, CPU)
+    samples = [
+        {sample.input_ids.tobytes() for pack in step["packs"] for sample in pack} for step in work.steps
+    ]
+    assert len(samples) == row.steps + 2
+    assert len(set.union(*samples)) == sum(len(of_step) for of_step in samples) > len(samples)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_stock_row_can_do_without_cudnns_attention():
+    prepare(tiny(ROWS["stock_2b_no_cudnn"]), 0, CPU)
+    try:
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_a_ratio_to_stock_is_to_its_best_row():
+    done = {"2b": {"tflops": 400.0}, "stock_2b": {"tflops": 50.0}}
+    (shipped,) = one_gpu.compared(done)
+    assert (shipped["figure"], shipped["value"]) == ("ratio_to_stock_2b_as_shipped", 8.0)
+    best, shipped = one_gpu.compared(done | {"stock_2b_no_cudnn": {"tflops": 100.0}})
+    assert (best["figure"], best["value"]) == ("ratio_to_stock_2b", 4.0)
+    assert best["note"] == "useful TFLOP/s of 2b over stock_2b_no_cudnn, same run"
+    assert shipped["value"] == 8.0
+
+
 def test_figures_of_a_row():
     found = measure("2b_liger", tiny(ROWS["2b_liger"]), 0, CPU)
     assert len(found["step_seconds"]) == tiny(ROWS["2b_liger"]).steps
