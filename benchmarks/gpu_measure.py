@@ -48,6 +48,7 @@ class Work:
             max_tokens=row.max_tokens,
             image_merge_size=row.image_merge_size,
             mix=mix_of(row.model),
+            fill=row.fill,
         )
         self.steps = [self._step(packs[i::num_steps]) for i in range(num_steps)]
 

@@ -28,6 +28,7 @@ class Row:
     trains: tuple[str, ...] = PARTS
     image_merge_size: int = 2
     max_tokens: int = 16384
+    fill: bool = False  # packs to the last token, with a text
     lora: bool = False
     lora_dropout: float = 0.0
     state_dtype: str = "float32"  # of AdamW's means
@@ -86,6 +87,7 @@ ROWS: dict[str, Row] = {
     "longest_2b": Row(
         **ONE_H100,
         max_tokens=131072,
+        fill=True,
         packs_a_step=1,
         steps=2,
         max_seconds=300,
@@ -96,6 +98,7 @@ ROWS: dict[str, Row] = {
         model="7b",
         lora=True,
         max_tokens=65536,
+        fill=True,
         packs_a_step=1,
         steps=2,
         max_seconds=300,

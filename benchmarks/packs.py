@@ -68,14 +68,33 @@ def draw_sample(
         height = max(2, round(patches**0.5 * float(rng.uniform(0.7, 1.4)) / 2) * 2)
         width = max(2, round(patches / height / 2) * 2)
         grids = np.array([[frames, height, width]], np.int64)
-    num_patches = int(grids.prod(axis=1).sum()) if frames else 0
-    num_visual = num_patches // merge**2
+    num_visual = int(grids.prod(axis=1).sum()) // merge**2
     if num_visual + num_text > max_tokens:
         return draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens, mix=mix)
+    return _drawn(rng, kind, grids, merge, num_text, num_supervised, mix)
+
+
+def draw_text(rng: np.random.Generator, num_tokens: int, mix: Mix = PUBLISHED) -> RenderedSample:
+    """A text of ``num_tokens``, half of it supervised."""
+    return _drawn(rng, "text", np.zeros((0, 3), np.int64), 1, num_tokens, num_tokens // 2, mix)
+
+
+def _drawn(
+    rng: np.random.Generator,
+    kind: str,
+    grids: np.ndarray,
+    merge: int,
+    num_text: int,
+    num_supervised: int,
+    mix: Mix,
+) -> RenderedSample:
+    num_patches = int(grids.prod(axis=1).sum())
+    num_visual = num_patches // merge**2
     pad = mix.video_pad_id if kind == "clip" else mix.image_pad_id
     input_ids = np.concatenate([np.full(num_visual, pad), rng.integers(0, mix.first_special_id, num_text)])
     labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
-    labels[-num_supervised - 1 : -1] = input_ids[-num_supervised:]
+    if num_supervised:
+        labels[-num_supervised - 1 : -1] = input_ids[-num_supervised:]
     return RenderedSample(
         key=f"drawn/{kind}",
         source=0,
@@ -90,15 +109,26 @@ def draw_sample(
 
 
 def draw_packs(
-    count: int, *, max_tokens: int = 16384, image_merge_size: int = 2, seed: int = 0, mix: Mix = PUBLISHED
+    count: int,
+    *,
+    max_tokens: int = 16384,
+    image_merge_size: int = 2,
+    seed: int = 0,
+    mix: Mix = PUBLISHED,
+    fill: bool = False,
 ) -> list[list[RenderedSample]]:
-    """``count`` packs of at most ``max_tokens`` language-model tokens, in the order drawn."""
+    """``count`` packs of at most ``max_tokens`` language-model tokens, in the order drawn.
+
+    With ``fill`` a text takes what is left of each, so that it has ``max_tokens``.
+    """
     rng = np.random.default_rng(seed)
     packs: list[list[RenderedSample]] = [[]]
     room = max_tokens
     while True:
         sample = draw_sample(rng, image_merge_size=image_merge_size, max_tokens=max_tokens, mix=mix)
         if len(sample.input_ids) > room:
+            if fill and room:
+                packs[-1].append(draw_text(rng, room, mix))
             if len(packs) == count:
                 return packs
             packs.append([])

@@ -23,7 +23,7 @@ from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
 from benchmarks.kernel_kinds import kind_of, union_seconds
 from benchmarks.loss_curves import packed_curve, stock_curve
-from benchmarks.packs import TINY, draw_packs, draw_sample
+from benchmarks.packs import TINY, draw_packs, draw_sample, pack_batch
 from benchmarks.products import main as products_main
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig
@@ -74,6 +74,19 @@ def test_samples_on_one_row_do_not_see_each_other():
         set_varlen_attention(hf_model, CPU)
         together = states(packed_inputs(samples, CPU, clip_id))
     assert torch.allclose(alone, together, atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 100])
+def test_a_filled_pack_has_its_last_token(left):
+    drawn = [len(sample.input_ids) for pack in draw_packs(1, max_tokens=512, mix=TINY) for sample in pack]
+    filled = draw_packs(3, max_tokens=sum(drawn) + left, mix=TINY, fill=True)
+    assert [sum(len(sample.input_ids) for sample in pack) for pack in filled] == [sum(drawn) + left] * 3
+    assert [len(sample.input_ids) for sample in filled[0]][: len(drawn)] == drawn
+    texts = [pack[-1] for pack in filled if pack[-1].key == "drawn/text"]
+    for text in texts:
+        assert (text.labels != IGNORE_INDEX).sum() == len(text.input_ids) // 2
+    assert pack_batch(filled[0]).num_planned_tokens == sum(drawn) + left
+    assert tiny(ROWS["longest_2b"]).fill
 
 
 @pytest.mark.parametrize("name", ["2b_states_on_gpu", "stock_2b", "2b_position_ids"])
