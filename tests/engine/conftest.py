@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.engine.late_link import LateCopy
 from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts
 from vl3train.demo.questions import TASKS
+from vl3train.engine import host_piece
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +44,18 @@ def demo_words(demo_root: Path) -> list[str]:
         "step.global_packs=2",
         "run.save_steps=2",
     ]
+
+
+@pytest.fixture
+def late_link(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LateCopy], list[LateCopy]]:
+    """What of AdamW's means is on its way in, and out, of a GPU whose link is as late as it can be."""
+    device_waits = types.SimpleNamespace(wait_event=lambda event: event.synchronize())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device_waits)
+    queues: tuple[list[LateCopy], list[LateCopy]] = [], []
+    monkeypatch.setattr(host_piece, "_streams", lambda _: queues)
+    monkeypatch.setattr(
+        host_piece,
+        "_copy",
+        lambda sources, targets, queue, after=(): LateCopy(queue, sources, targets, after),
+    )
+    return queues

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 import weakref
 
 import pytest
@@ -195,7 +194,9 @@ def test_the_host_waits_for_as_few_pieces_as_it_must(monkeypatch):
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
     waited = []
-    monkeypatch.setattr(host_piece.Piece, "wait", lambda self: waited.append(pieces(optimizer).index(self)))
+    monkeypatch.setattr(
+        host_piece.Piece, "wait_until_left", lambda self: waited.append(pieces(optimizer).index(self))
+    )
     optimizer.wait()
     go_on(parameters, optimizer, range(3))  # the pieces: 4000, 4000 and 2048 bytes
     for left in (10**9, 10048):
@@ -212,38 +213,24 @@ def test_the_host_waits_for_as_few_pieces_as_it_must(monkeypatch):
     assert waited == [2], "a checkpoint waits for all"
 
 
-class LateCopy:
-    """A copy that runs when somebody waits for it and no sooner, in the order of its stream; and its event."""
-
-    def __init__(self, queue, sources, targets, after):
-        self.queue, self.sources, self.targets, self.after = queue, sources, targets, after
-        queue.append(self)
-
-    def query(self):
-        return self not in self.queue
-
-    def synchronize(self):
-        while self in self.queue:
-            copy = self.queue.pop(0)
-            for event in copy.after:
-                event.synchronize()
-            for source, target in zip(copy.sources, copy.targets, strict=True):
-                target.copy_(source)
+def test_who_waits_for_what_leaves_does_not_wait_for_what_comes(late_link, monkeypatch):
+    """The host would queue nothing behind the first layer of a backward pass until all that came early is there."""
+    monkeypatch.setattr(host_adamw, "PIECE_VALUES", 100)
+    parameters = parameters_on()
+    optimizer = optimizer_of(parameters, True)
+    go_on(parameters, optimizer, range(3))
+    coming, leaving = late_link
+    assert leaving
+    optimizer.bring(10**9)
+    optimizer.wait()
+    assert not leaving
+    assert len(coming) == 13, "all of them are still on their way"
 
 
 @pytest.mark.parametrize("brought", [0, 3000, 10**9])
-def test_whoever_needs_a_copy_waits_for_it(monkeypatch, brought):
-    """As on a GPU whose link is as late as it can be."""
+def test_whoever_needs_a_copy_waits_for_it(late_link, monkeypatch, brought):
     monkeypatch.setattr(host_adamw, "PIECE_VALUES", 100)
-    device_waits = types.SimpleNamespace(wait_event=lambda event: event.synchronize())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device_waits)
-    queues = [], []
-    monkeypatch.setattr(host_piece, "_streams", lambda _: queues)
-    monkeypatch.setattr(
-        host_piece,
-        "_copy",
-        lambda sources, targets, queue, after=(): LateCopy(queue, sources, targets, after),
-    )
+    queues = late_link
     torchs = parameters_on()
     on_device = optimizer_of(torchs, False)
     go_on(torchs, on_device, range(6))

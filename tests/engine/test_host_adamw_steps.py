@@ -164,6 +164,27 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
         assert there[-1] > len(list(optimizer._all_pieces())) // 8
 
 
+def test_nobody_waits_for_means_that_come_early_until_the_update(
+    rank, straight, small_pieces, late_link, monkeypatch
+):
+    """Beside a light pack all of them come before its forward pass: a host that waits for them has queued nothing."""
+    engine, worst, step, seen = engine_of(rank, True), pack(*BATCHES[0]), Zero.step, []
+    coming, leaving = late_link
+    with counted(engine, worst, ROOMY) as memory:
+        fit_memory(engine, engine.engine.module, worst, memory, pack_name="the worst", say=lambda _: None)
+
+        def watched_step(self, totals):
+            seen.append((len(coming), len(leaving)))
+            return step(self, totals)
+
+        monkeypatch.setattr(Zero, "step", watched_step)
+        train(engine, range(4))
+    engine.means.optimizer.wait()
+    assert_equal(outcome(engine), straight)
+    num_pieces = len(list(engine.means.optimizer._all_pieces()))
+    assert seen == [(0, 0), *[(num_pieces, 0)] * 3], "before the first update there are none"
+
+
 @pytest.fixture(scope="module")
 def straight_rounded(rank):
     """Four steps with float32 masters on the device, of which ties become weights as split masters make them."""

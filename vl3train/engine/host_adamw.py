@@ -106,7 +106,7 @@ class HostAdamW(torch.optim.AdamW):
         for position in reversed(range(len(self._leaving))):
             behind += self._leaving[position].num_bytes
             if behind > max_bytes_left:
-                self._leaving[position].wait()
+                self._leaving[position].wait_until_left()
                 del self._leaving[: position + 1]  # they leave in their order
                 return
 

@@ -97,11 +97,19 @@ class Piece:
         """Let go of means that nothing has changed since they were fetched."""
         self._room = None
 
+    def wait_until_left(self) -> None:
+        """Block the host until the means are in its memory, as the newest update left them.
+
+        Not until they have come again, where that was asked for since: a host that waits has nothing queued behind.
+        """
+        if self._left is not None and not self._left.query():
+            self._left.synchronize()
+
     def wait(self) -> None:
         """Block the host until no copy of the means is on its way."""
-        for event in (self._arrived, self._left):
-            if event is not None and not event.query():
-                event.synchronize()
+        self.wait_until_left()
+        if self._arrived is not None and not self._arrived.query():
+            self._arrived.synchronize()
 
     def _means(self) -> tuple[Tensor, ...]:
         assert self._room is not None, "fetched before"
