@@ -32,6 +32,19 @@ def test_a_kernel_with_a_wrong_gradient_is_caught(monkeypatch):
     assert max(found.errors[name] for name in ("out", "dk", "dv")) < 0.01
 
 
+def test_a_kernel_that_is_wrong_for_many_segments_alone_is_caught(monkeypatch):
+    """flash-attn-4 takes other kernels for more than 256 of them."""
+    right = attention.varlen_attention
+
+    def wrong_for_many(q, k, v, *, lengths, **settings):
+        out = right(q, k, v, lengths=lengths, **settings)
+        return out if len(lengths) <= 256 else out + q.flip(0) * 0.1
+
+    shape = dict(heads=4, kv_heads=2, head_dim=16, causal=False, dtype=torch.float32)
+    monkeypatch.setattr(kernel_check, "varlen_attention", wrong_for_many)
+    assert not kernel_check.check_kernel("reference", torch.device("cpu"), **shape).is_right
+
+
 def test_a_kernel_that_raises_is_reported():
     shape = dict(heads=4, kv_heads=2, head_dim=16, causal=True)
     found = kernel_check.check_kernel("flash_attn_4", torch.device("cpu"), **shape)

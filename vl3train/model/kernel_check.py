@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vl3train.model.attention import SEQLEN_STEP, KernelChoice, choose_attention, varlen_attention
 
-LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130))
-"""Segments of the rows checked: equal ones, one token alone, and lengths that fill no tile."""
+LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130), (9, 40, 1, 14) * 65)
+"""Segments of the rows checked: equal ones, one token alone, lengths that fill no tile, and many. For rows of more than
+256, as clips have, flash-attn-4 compiles other kernels (BIN_BATCH_SEARCH_THRESH): before the first step, so, and not at
+the first such pack."""
 
 MAX_ERROR = 0.01
 """Relative error (norm of the difference over the norm) up to which a bfloat16 kernel is right; right ones measured

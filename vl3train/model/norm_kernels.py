@@ -22,6 +22,9 @@ STAGES = 3
 GELU_PROGRAMS_PER_SM = 4
 GELU_TILE = (8, 256)
 """Rows and columns that a program of gelu_backward takes at a time; 4304, the encoder's, fill 17 such columns."""
+OF_A_PACK = ("num_rows",)
+"""What changes from pack to pack, which triton else compiles anew for where it is a multiple of 16, and where it is 1.
+It bounds loops and masks of whole rows only: the loads and stores are the same."""
 _INTERPRETED_PROGRAMS = 3
 """Where there is no GPU (TRITON_INTERPRET=1): few, so that each still takes several rows."""
 
@@ -119,7 +122,7 @@ def _add_both(one, other, more_of_one, more_of_other):
     return one + more_of_one, other + more_of_other
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_PACK)
 def _norm_backward(
     g0,
     g1,
@@ -208,7 +211,7 @@ def _norm_backward(
             tl.store(sums, residual_sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_PACK)
 def _gelu_backward(
     grads,
     wides,

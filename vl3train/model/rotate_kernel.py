@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vl3train.model.norm_kernels import OF_A_PACK
+
 TILE = (2, 64)
 """Rows, and chunks of values, that a program takes at a time; its threads take a chunk at once."""
 CHUNK_SIZES = (8, 4, 2)
@@ -48,7 +50,7 @@ def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool)
     return sums.sum(0) if backward else rows.new_empty((0,), dtype=torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_A_PACK)
 def _rotate(
     rows,
     table,
