@@ -149,6 +149,27 @@ def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monke
     assert [tensor.dtype for tensor in kept] == [torch.int16] * split
 
 
+@pytest.mark.two_processes
+def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(tiny_model_dir, tmp_path):
+    """They are views of the weights of all ranks, of which torch.save writes the whole."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    subprocess.run(
+        [*command, "-m", "tests.engine.masters_worker", str(tiny_model_dir), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    found = torch.load(tmp_path / "found.pt")
+    # Bytes of a parameter: weight and means in bfloat16; weight, lower half and means in float32.
+    for master_dtype, of_parameter in (("bfloat16", 2 + 4), ("split", 2 + 2 + 8)):
+        assert found[master_dtype] == {"moved": True, "loaded": True}
+        sizes = [path.stat().st_size for path in (tmp_path / master_dtype).rglob("*optim_states.pt")]
+        assert len(sizes) == 2
+        for size in sizes:
+            assert size == pytest.approx(of_parameter * found["parameters"] / 2, rel=0.08)
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_frozen_parts_do_not_change_by_a_bit(tiny_model_dir, rank, zero_stage):
     found, _ = gradient(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import SINGLE_PARTITION_OF_FP32_GROUPS
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
@@ -153,3 +154,21 @@ def drop_masters(
         master.grad_dtype = torch.float32
         for parameter in parameters:
             parameter._hp_mapping = None  # it has a view of the float32 master; its readers ask for None
+    _save_own_share(optimizer)
+
+
+def _save_own_share(optimizer: BF16_Optimizer) -> None:
+    """Let checkpoints hold the masters of this rank alone: of a view torch.save writes all, so every rank's weights."""
+    whole_state = optimizer.state_dict
+
+    def state_dict() -> dict[str, Any]:
+        state: dict[str, Any] = whole_state()
+        state[SINGLE_PARTITION_OF_FP32_GROUPS] = [
+            master.detach().to("cpu", copy=True)
+            if master.untyped_storage().nbytes() > master.nbytes
+            else master
+            for master in state[SINGLE_PARTITION_OF_FP32_GROUPS]
+        ]
+        return state
+
+    optimizer.state_dict = state_dict
