@@ -144,6 +144,16 @@ def test_states_on_the_host_take_no_memory_of_the_gpu(workplace):
     assert split == there
 
 
+def test_what_stays_free_between_means_on_their_way_is_nobody_elses(workplace):
+    """5 % of their bytes, in which memory=auto lets nothing be kept."""
+    words = ["stage=3", "model=2b", "stage.init_from=checkpoint", "machine=one_h100", "machine.dp_size=1"]
+    parts, _ = rank_memory(load_config(words), GPUS["h100"])
+    trained = sum(load_config(words).model.num_parameters.values())
+    free = GPUS["h100"].gigabytes * 1e9 * 0.97 / 2**30 - sum(parts.values())
+    a_layer = 65536 * 2 * 4304 / 2**30  # of the encoder, the least by which levels differ
+    assert 0.05 * 8 * trained / 2**30 <= free < 0.05 * 8 * trained / 2**30 + a_layer
+
+
 @pytest.mark.parametrize(
     ("gpu", "words"),
     [

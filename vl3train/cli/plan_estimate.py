@@ -10,6 +10,7 @@ from vl3train.config.choices import Dtype, Memory, Recompute
 from vl3train.config.rules import full_rates
 from vl3train.config.schema import TrainConfig
 from vl3train.engine.device_memory import MARGIN
+from vl3train.engine.means_schedule import SCATTERED
 from vl3train.engine.optim import master_bytes, state_bytes
 from vl3train.model.activation_budget import ActivationBudget, level_scale
 from vl3train.model.recomputation import PackSize, RecomputeRates, TowerWork
@@ -31,8 +32,8 @@ GPUS = {
     "4090": Gpu(165, 24),
 }
 
-UTILISATION = 0.48
-"""Share of the data sheet's TFLOP/s: 477 of 989 were measured with packed steps of the 2B on one H100 (as
+UTILISATION = 0.47
+"""Share of the data sheet's TFLOP/s: 467 of 989 were measured with packed steps of the 2B on one H100 (as
 machine=one_h100 runs, recomputation not counted): useful_tflops_2b of benchmarks/results/one_gpu.jsonl."""
 
 IMAGE_PATCHES_PER_CORE_SECOND = 720_000
@@ -153,7 +154,8 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
         kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
         kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
     else:
-        room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - sum(parts.values()))
+        on_host = split(trained * state_bytes(cfg.optim), 1) if machine.states_on_host else 0
+        room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
         kept, levels = chosen(cfg, shape, room, width)
     parts["activations"] += kept
     return {name: size / 2**30 for name, size in parts.items()}, levels
