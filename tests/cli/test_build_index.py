@@ -76,6 +76,29 @@ def test_a_truncated_picture_is_refused_with_decode_and_indexed_without(tmp_path
     assert file.stat().st_mtime_ns == written
 
 
+def test_refused_samples_are_told_by_kind(tmp_path, tiny_model_dir, capsys):
+    """Of thousands that lack their picture a few would be shown alone, and the one of another kind never."""
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    said_nothing = [{"from": "human", "value": "What?"}]
+    (tmp_path / "words").mkdir()
+    texts = [json.dumps({"conversations": turns}).encode() for turns in [asked] * 7 + [said_nothing]]
+    write_members(tmp_path / "words" / "0.tar", [(f"k{n}", {"json": text}) for n, text in enumerate(texts)])
+    good = json.dumps({"conversations": asked}).encode()
+    write_members(tmp_path / "words" / "1.tar", [("good", {"json": good, "jpg": jpeg(1)})])
+    recipe = {"name": "bad", "about": "", "sources": [{"name": "bad", "shards": "words"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["index", *config_words(tmp_path, tiny_model_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith("8 cannot be used:"))
+    assert lines[at + 1].strip() == "7 like these:"
+    assert [line.split(":")[0].strip() for line in lines[at + 2 : at + 5]] == [
+        f"bad/0/k{n}" for n in range(3)
+    ]
+    assert lines[at + 5].strip() == "one:"
+    assert lines[at + 6].strip().startswith("bad/0/k7: ")
+    assert not any("k3:" in line for line in lines)
+
+
 def test_stored_frames_are_indexed_under_their_own_recipe(tmp_path, tiny_model_dir, capsys):
     make_recipe(tmp_path)
     words, frames = config_words(tmp_path, tiny_model_dir), tmp_path / "frames"

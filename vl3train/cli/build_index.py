@@ -26,8 +26,6 @@ from vl3train.config.load import add_config_arguments, load_config
 from vl3train.config.paths import resolve_weights
 from vl3train.config.schema import TrainConfig
 
-EXAMPLES_SHOWN = 5
-
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train index``."""
@@ -51,6 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Index training and held-out samples, and say what cannot be used."""
     from vl3train.data.pipeline import open_data, store_frames
+    from vl3train.data.shards import Refusal, describe_refused
     from vl3train.model.conversion import build_processor
 
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
@@ -92,8 +91,8 @@ def main(args: Namespace) -> int:
             for what, listed in (("cannot be used", index.refused), ("are left out", too_large)):
                 if listed:
                     console.print(f"  {len(listed):,} {what}:")
-                    for key, reason in listed[:EXAMPLES_SHOWN]:
-                        console.print(f"    {key}: {reason}", markup=False)
+                    for line in describe_refused([Refusal(*one) for one in listed]):
+                        console.print(f"  {line}", markup=False)
     return 0
 
 

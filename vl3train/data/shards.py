@@ -36,9 +36,9 @@ PATH_SHOWN = 80
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A record that became no sample."""
+    """A record that became no sample, or a sample that cannot be used."""
 
-    where: str  # file and line
+    where: str  # file and line, or the key of a sample in a shard
     reason: str
 
 
