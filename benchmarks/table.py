@@ -31,6 +31,13 @@ KNOWN = {"figure", "value", "unit", "better", "aim", "reached", "note", "machine
 LONG = {"settings", "more", "row"}
 """What the results file keeps in full and the page leaves out."""
 
+ROWS_HEAD = (
+    "| row | useful TFLOP/s a GPU | aim | ms a pack | tokens/s | patches/s | peak GiB | recompiles | steps | machine |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+)
+IN_ROWS = ("peak_gib_", "tokens_a_pack_", "recompiles_")
+"""Figures of a row that the table of rows has; ``recompiles`` itself is a figure of its own."""
+
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Figures
 
@@ -44,7 +51,7 @@ what the loss curves mean.
 
 
 def table() -> str:
-    """The whole page: for each results file its machine, command, versions and figures."""
+    """The whole page: for each results file its machine, command, versions and figures, rows of the GPU in a table."""
     parts = [HEAD]
     for file in sorted((FOLDER / "results").glob("*.jsonl")):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -53,6 +60,9 @@ def table() -> str:
         versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
         command = first.get("command", f"python -m benchmarks.{file.stem}")
         parts += [f"\n## {file.stem}\n", f"`{command}` on {first['machine']}; {versions}.\n"]
+        if rows := [line for line in figures if "seconds_a_pack" in line.get("more", {}) and _is_speed(line)]:
+            parts += [*ROWS_HEAD, *map(_gpu_row, rows), ""]
+            figures = [line for line in figures if not line["figure"].startswith(IN_ROWS)]
         parts += ["| figure | value | unit | better | aim | what |", "|---|---:|---|---|---|---|"]
         parts += [_row(line, first["machine"]) for line in figures]
         if faults:
@@ -66,6 +76,22 @@ def table() -> str:
                 for line in faults
             ]
     return "\n".join(parts) + "\n"
+
+
+def _is_speed(line: dict[str, Any]) -> bool:
+    return line["figure"].removeprefix("useful_").startswith("tflops_")
+
+
+def _gpu_row(line: dict[str, Any]) -> str:
+    """A row of benchmarks/one_gpu.py in one line; what it was taken with stands in the figures below."""
+    name, more = line["figure"].removeprefix("useful_").removeprefix("tflops_"), line["more"]
+    peak, aim = more["peak_gib"], AIMS.get(line["figure"], "")
+    return (
+        f"| {name} | {line['value']:.4g} | {aim} | {more['seconds_a_pack'] * 1e3:,.0f} | "
+        f"{more['tokens_a_second']:,.0f} | {more['patches_a_second']:,.0f} | "
+        f"{'' if peak is None else f'{peak:.1f}'} | {more.get('recompiles', '')} | {len(more['step_seconds'])} | "
+        f"{line['machine'].removeprefix('NVIDIA ').partition(' ')[0]} |"
+    )
 
 
 def _row(line: dict[str, Any], machine: str) -> str:

@@ -45,3 +45,17 @@ def test_the_usual_packers_waste_or_unbalance_as_expected(pack):
 def test_the_table_is_that_of_the_kept_results():
     """Run `python benchmarks/table.py` where this fails."""
     assert (table.FOLDER / "README.md").read_text(encoding="utf-8") == table.table()
+
+
+def test_rows_of_the_gpu_are_lines_of_one_table():
+    lines = [json.loads(line) for line in (table.FOLDER / "results/one_gpu.jsonl").read_text().splitlines()]
+    page = table.table()
+    for line in lines:
+        if line["figure"] == "useful_tflops_7b":
+            more = line["more"]
+            cells = [f"{line['value']:.4g}", "500", f"{more['seconds_a_pack'] * 1e3:,.0f}"]
+            assert f"| 7b | {' | '.join(cells)} | " in page
+            assert f"| {more['peak_gib']:.1f} | 0 | 8 | H200 |" in page
+    assert "| peak_gib_7b |" not in page, "said once"
+    assert "| longest_pack_2b |" in page
+    assert "| recompiles |" in page
