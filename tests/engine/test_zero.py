@@ -70,17 +70,21 @@ def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, ze
     assert norm == pytest.approx(whole[1], rel=1e-4)
 
 
-@pytest.mark.two_processes
-def test_two_ranks_any_accumulation_same_gradient(tiny_model_dir, whole, tmp_path):
-    out = tmp_path / "gradients.pt"
+def in_two_processes(module, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     subprocess.run(
-        [*command, "-m", "tests.engine.split_worker", str(tiny_model_dir), str(out)],
+        [*command, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
     )
+
+
+@pytest.mark.two_processes
+def test_two_ranks_any_accumulation_same_gradient(tiny_model_dir, whole, tmp_path):
+    out = tmp_path / "gradients.pt"
+    in_two_processes("tests.engine.split_worker", tiny_model_dir, out)
     results = torch.load(out)
     half = [results.pop(("bfloat16", m)) for m in (1, 2)]
     assert set(results) == {(stage, m) for stage in (0, 1, 2, 3) for m in (1, 2)}
@@ -152,14 +156,7 @@ def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monke
 @pytest.mark.two_processes
 def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(tiny_model_dir, tmp_path):
     """They are views of the weights of all ranks, of which torch.save writes the whole."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run(
-        [*command, "-m", "tests.engine.masters_worker", str(tiny_model_dir), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+    in_two_processes("tests.engine.masters_worker", tiny_model_dir, tmp_path)
     found = torch.load(tmp_path / "found.pt")
     # Bytes of a parameter: weight and means in bfloat16; weight, lower half and means in float32.
     for master_dtype, of_parameter in (("bfloat16", 2 + 4), ("split", 2 + 2 + 8)):
