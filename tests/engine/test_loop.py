@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.cli.check import check_config
+from vl3train.engine import host_memory
 from vl3train.engine.loop import train
 from vl3train.engine.ranks import RunError, join
 
@@ -99,6 +100,20 @@ def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
 ON_HOST = ["machine.dtype=bfloat16", "machine.states_on_host=true"]
 SPLIT = [*ON_HOST, "optim.master_dtype=split"]
 NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.master_dtype=bfloat16"]
+
+
+def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
+    stage1, demo_words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
+    start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
+    words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
+    with pytest.raises(
+        RunError, match=r"AdamW's means \(machine\.states_on_host=true\) take .* are free: set mach"
+    ):
+        run([*words, *ON_HOST])
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    run(words)  # without it the host holds none
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ class HostAdamW(torch.optim.AdamW):
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         return sum(len(MEANS) * 4 * parameter.numel() for parameter in parameters)
 
+    def host_bytes_to_come(self) -> int:
+        """What means that no step has made yet will take of the host, in one buffer for each parameter and mean."""
+        return sum(
+            len(MEANS) * offload.buffer_bytes(4 * parameter.numel(), parameter.device)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter not in self._pieces
+        )
+
     @torch.no_grad()
     def keep_low_bits(self, parameter: Tensor, weight: Tensor) -> None:
         """Of ``parameter`` (n,) float32 keep beside ``weight`` (n,) bfloat16 only the bits that this lacks.

@@ -19,9 +19,11 @@ from vl3train.contracts.records import Batch, Cursor
 from vl3train.data.fetch import OpenData
 from vl3train.data.worst_pack import blank_batch, worst_pack
 from vl3train.engine.device_memory import DeviceMemory, device_memory
+from vl3train.engine.host_memory import require
 from vl3train.engine.ranks import RunError
 from vl3train.engine.zero import Zero
 from vl3train.model.activation_budget import ActivationBudget, level_scale
+from vl3train.model.offload import buffer_bytes
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels, pack_size, recompute_rates
 
@@ -146,9 +148,10 @@ class Fitting:
         self.rates = recompute_rates(packed.model, logits_again=not packed.makes_logits_once)
         self.row_bytes = row_bytes(packed)
         self.out_of_memory = ""  # what the device said last
+        self.host_bytes = 0  # that inputs of layers took in a dry run; torch keeps them
 
     def run(self) -> Fitted:
-        """The largest budget that a dry run has shown to fit."""
+        """The largest budget that a dry run has shown to fit; RunError on every rank where none was."""
         start, first = self._start()
         limit = self._limit()  # now that libraries have taken what they need
         budget = ActivationBudget(total_bytes=0, vision_bytes=0, rates=self.rates, **self._kept(start, first))
@@ -156,20 +159,28 @@ class Fitting:
         # At no moment of a step is there more of a tower than that: what is left over may be kept too.
         spare = limit - first.peak_bytes
         budget = replace(budget, total_bytes=total + spare, vision_bytes=vision + max(spare, 0))
-        found = Fitted(replace(budget, total_bytes=total), start, first.peak_bytes, limit)
+        found = (
+            Fitted(replace(budget, total_bytes=total), start, first.peak_bytes, limit) if spare >= 0 else None
+        )
+        peak = first.peak_bytes
         for _ in range(MOST_DRY_RUNS):
             levels = budget.levels(self.size)
-            if levels == found.levels:
+            if found is not None and levels == found.levels:
                 return found._replace(budget=budget)
             _, used = budget.needed_bytes(self.size, levels)
             dry = self._dry_run(levels)
             if dry is None:
-                _, fitted = budget.needed_bytes(self.size, found.levels)
+                _, fitted = budget.needed_bytes(self.size, found.levels if found else budget.least_kept())
                 budget = replace(budget, total_bytes=(used + fitted) // 2)
                 continue
-            if dry.peak_bytes <= limit:
-                found = Fitted(budget, levels, dry.peak_bytes, limit)
-            budget = replace(budget, total_bytes=used + limit - dry.peak_bytes)
+            peak = dry.peak_bytes
+            if peak <= limit:
+                found = Fitted(budget, levels, peak, limit)
+            elif levels == budget.least_kept():
+                break
+            budget = replace(budget, total_bytes=used + limit - peak)
+        if found is None:
+            raise self._refusal(f"{peak / 2**30:.1f} GiB were taken at the peak of a step")
         return found
 
     def _start(self) -> tuple[Levels, DryRun]:
@@ -184,13 +195,41 @@ class Fitting:
             # Twice: what compiles, tunes and loads kernels in the first takes memory of its own.
             if self._dry_run(levels) is not None and (dry := self._dry_run(levels)) is not None:
                 return levels, dry
-        raise RunError(
+        raise self._refusal(self.out_of_memory)
+
+    def _refusal(self, why: str) -> RunError:
+        return RunError(
             f"machine.memory=auto: {self.pack_name} does not fit, though every layer computes everything again and "
             f"its input waits on the host. Model and optimizer hold {self.memory.held() / 2**30:.1f} of the "
-            f"{self._limit() / 2**30:.1f} GiB that this process may use; then: {self.out_of_memory}\nLower "
+            f"{self._limit() / 2**30:.1f} GiB that this process may use; then: {why}\nLower "
             "step.max_tokens or step.max_patches, spread the model over more GPUs with machine.zero_stage=2 or 3, or "
             "train adapters (adapter=lora)."
         )
+
+    def _require_host_memory(self, levels: Levels) -> None:
+        """RunError on every rank where a host has no room for the inputs that go there and AdamW's means to come."""
+        sent = [
+            rows * size
+            for tower, sizes, rows in zip(
+                levels, self.row_bytes, (self.size.patches, self.size.tokens), strict=True
+            )
+            for level, size in zip(tower, sizes, strict=True)
+            if size and level is Recompute.offload
+        ]
+        needed = sum(buffer_bytes(size, self.engine.rank.device) for size in sent)
+        if needed <= self.host_bytes:
+            return
+        means = self.engine.means
+        require(
+            self.engine.rank,
+            needed + (0 if means is None else means.optimizer.host_bytes_to_come()),
+            what=f"machine.memory=auto: {self.pack_name} needs the inputs of {len(sent)} layers on the host. These"
+            + (" and AdamW's means" if means is not None else ""),
+            way_out="lower step.max_tokens or step.max_patches, or spread the model over more GPUs with "
+            "machine.zero_stage=2 or 3",
+            already=self.host_bytes,
+        )
+        self.host_bytes = needed
 
     def _kept(self, start: Levels, first: DryRun) -> dict[str, dict[Recompute, int]]:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
@@ -223,6 +262,7 @@ class Fitting:
 
     def _dry_run(self, levels: Levels) -> DryRun | None:
         """One micro-batch; None where it did not fit on one of the ranks."""
+        self._require_host_memory(levels)
         self.packed.choose_levels = lambda *_: levels
         started = time.perf_counter()
         self.memory.reset_peak()

@@ -30,6 +30,7 @@ from vl3train.engine.build import (
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
 from vl3train.engine.console import Console, truncate_metrics
+from vl3train.engine.host_memory import require
 from vl3train.engine.kernels import choose_kernels
 from vl3train.engine.memory import fit_run
 from vl3train.engine.meter import Meter, make_meter
@@ -158,6 +159,13 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         rank=rank,
         save_frozen=peft_model is None,
     )
+    if engine.means is not None:
+        require(
+            rank,
+            engine.means.optimizer.host_bytes_to_come(),
+            what="AdamW's means (machine.states_on_host=true)",
+            way_out="set machine.states_on_host=false, train on more hosts, or train adapters (adapter=lora)",
+        )
     assert_rope_float32(hf_model)
     engine.train(True)
 

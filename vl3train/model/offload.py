@@ -102,6 +102,15 @@ def host_buffer(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(rows.shape, dtype=dtype or rows.dtype, device="cpu", pin_memory=rows.is_cuda)
 
 
+def buffer_bytes(num_bytes: int, device: torch.device) -> int:
+    """What a ``host_buffer`` of that size takes of the host: torch rounds page-locked ones up to a power of two.
+
+    >>> [buffer_bytes(size, torch.device("cuda")) for size in (5, 8, 9)], buffer_bytes(5, torch.device("cpu"))
+    ([8, 8, 16], 5)
+    """
+    return 1 << (num_bytes - 1).bit_length() if device.type == "cuda" else num_bytes
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _SIDE_STREAMS:
         _SIDE_STREAMS[device] = torch.cuda.Stream(device)
