@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import weakref
 
@@ -9,8 +10,13 @@ import pytest
 import torch
 
 from vl3train.config.choices import Recompute
+from vl3train.model import offload
 from vl3train.model.offload import HostRows
 from vl3train.model.packed_forward import PackedModel
+
+
+def test_examples():
+    assert doctest.testmod(offload).failed == 0
 
 
 def gradients(model, batch, level, *, compiled=False):
