@@ -185,6 +185,26 @@ def test_nobody_waits_for_means_that_come_early_until_the_update(
     assert seen == [(0, 0), *[(num_pieces, 0)] * 3], "before the first update there are none"
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
+def test_none_comes_while_others_leave(rank, small_pieces, late_link, monkeypatch, num_micro_batches):
+    """Their memory is given out again when their copies are done, and the host is ahead of those."""
+    engine, worst, bring, found = (
+        engine_of(rank, True, num_micro_batches),
+        pack(*BATCHES[0]),
+        HostAdamW.bring,
+        [],
+    )
+    _, leaving = late_link
+    with counted(engine, worst, ROOMY) as memory:
+        fit_memory(engine, engine.engine.module, worst, memory, pack_name="the worst", say=lambda _: None)
+        monkeypatch.setattr(
+            HostAdamW, "bring", lambda self, room: found.append(len(leaving)) or bring(self, room)
+        )
+        train(engine, range(3))
+    assert leaving, "those of the last update"
+    assert set(found) == {0}
+
+
 @pytest.fixture(scope="module")
 def straight_rounded(rank):
     """Four steps with float32 masters on the device, of which ties become weights as split masters make them."""

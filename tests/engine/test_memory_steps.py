@@ -163,11 +163,11 @@ def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carr
     )
     memory.reset_peak()
     steps(engine, batch, 3)
-    assert len(waits) == 3 * (8 + 7), (
-        "before each layer of the first micro-batch, behind each but one of the last"
+    assert len(waits) == 3 * (8 + 1 + 7), (
+        "before each layer of the first micro-batch, before the last one, and behind each but one of its layers"
     )
-    assert waits == waits[:15] * 3
-    assert waits[8:15] == [0] * 7
+    assert waits == waits[:16] * 3
+    assert waits[8:16] == [0] * 8
     assert waits[:8] == sorted(waits[:8], reverse=True)
     assert waits[7] >= spared, "when the forward pass ends, what was spared may still be there"
     assert max(found[::3]) <= limit - spared, "the first of each step"

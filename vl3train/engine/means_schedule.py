@@ -61,7 +61,7 @@ class MeansSchedule:
         self._room_forward = iter(room if first else ())
         self._room_backward = reversed(room[:-1] if last else ())
         if last and not first:  # in the first, means leave
-            self.optimizer.bring(room[-1])
+            self._bring(room[-1])
 
     def before_layer(self) -> None:
         """In each forward pass; in a step's first the host waits until the layer has room beside means that leave."""
@@ -73,5 +73,10 @@ class MeansSchedule:
         """In each backward pass; in a step's last one means come into the memory that layers free."""
         room = next(self._room_backward, None)
         if room is not None:
-            self.optimizer.wait()  # for none that leaves, unless this is the first micro-batch too
-            self.optimizer.bring(room)
+            self._bring(room)
+
+    def _bring(self, room: int) -> None:
+        # What leaves is free when its copy is done, and the host is ahead of that. With some micro-batches in between
+        # they have all left, and nobody waits.
+        self.optimizer.wait()
+        self.optimizer.bring(room)
