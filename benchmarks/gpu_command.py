@@ -49,12 +49,13 @@ def measure_command(row: Row, device: torch.device) -> dict[str, Any]:
 def start_ranks(words: list[str], ranks: int, log: IO[bytes]) -> list[subprocess.Popen[bytes]]:
     """What torchrun would start. It would give each a session of its own, and they would outlive this row."""
     command = [sys.executable, "-m", "vl3train.train", *words]
+    of_host = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return [
         subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+            env={**of_host, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)
     ]
