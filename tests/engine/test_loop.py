@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.cli.check import check_config
-from vl3train.engine import host_memory
+from vl3train.engine import host_memory, loop
 from vl3train.engine.loop import train
-from vl3train.engine.ranks import RunError, join
+from vl3train.engine.ranks import OneRankError, RunError, join
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +114,39 @@ def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
         run([*words, *ON_HOST])
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     run(words)  # without it the host holds none
+
+
+def test_a_gpu_that_is_full_is_told_with_the_packs_and_what_makes_room(
+    stage1, demo_words, tmp_path, monkeypatch
+):
+    """No GPU is here to be filled: the step raises what torch would."""
+    steps, step = [], loop.train_step
+
+    def full(*args, **settings):
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf the memory ...")
+        return step(*args, **settings)
+
+    monkeypatch.setattr(loop, "train_step", full)
+    start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
+    words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=3"]
+    with pytest.raises(OneRankError) as error:
+        run(words)
+    text = str(error.value)
+    assert text.startswith(
+        "rank 0: out of memory while step 1 ran: CUDA out of memory. Tried to allocate 2 GiB.\n"
+    )
+    assert text.count(" tokens and ") == 2, "of both packs"
+    for way_out in (
+        "machine.memory=auto",
+        "machine.recompute_vision=layer",
+        "machine.dtype=bfloat16",
+        "adapter=lora",
+    ):
+        assert f"\n  {way_out}" in text
+    assert "Of the memory" not in text
+    assert "states_on_host" not in text, "it needs bfloat16"
 
 
 @pytest.mark.parametrize(

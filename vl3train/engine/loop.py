@@ -17,6 +17,7 @@ from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.compile_log import Compiles, take_compiles
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.optim import rate_factor, set_rates
+from vl3train.engine.out_of_memory import told_if_out_of_memory
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
@@ -27,7 +28,8 @@ from vl3train.model.recomputation import Levels
 def train(cfg: TrainConfig, rank: Rank) -> None:
     """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
     start_deaf_workers()
-    run = start_run(cfg, rank)
+    with told_if_out_of_memory(cfg, rank, "model, optimizer and first layers were put there"):
+        run = start_run(cfg, rank)
     tell_compiles(run, "before the first step", take_compiles())
     stop = StopRequest()
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
@@ -49,13 +51,14 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
     for waited_seconds, started, step_batches in timed(steps):
         step = step_batches.cursor.step
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
-        result = train_step(
-            run.engine,
-            step_batches.batches,
-            num_supervised_tokens=step_batches.num_supervised_tokens,
-            num_sources=len(run.source_names),
-            stop_requested=stop.requested,
-        )
+        with told_if_out_of_memory(cfg, rank, f"step {step} ran", step_batches.batches):
+            result = train_step(
+                run.engine,
+                step_batches.batches,
+                num_supervised_tokens=step_batches.num_supervised_tokens,
+                num_sources=len(run.source_names),
+                stop_requested=stop.requested,
+            )
         compiles = take_compiles()
         refuse_non_finite(run, step_batches, result)
         run.bad_samples.count(step, step_batches.num_samples, result.num_skipped_samples)
