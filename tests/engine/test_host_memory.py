@@ -10,7 +10,7 @@ from tests.model.conftest import make_model
 from vl3train.config.choices import Recompute
 from vl3train.config.schema import MachineConfig
 from vl3train.engine import host_memory
-from vl3train.engine.host_memory import available_bytes, require
+from vl3train.engine.host_memory import free_in_groups, free_of_machine, require
 from vl3train.engine.memory import Fitting, fit_memory
 from vl3train.engine.ranks import RunError, join
 from vl3train.model.recomputation import Levels
@@ -28,13 +28,10 @@ def write(root, files):
         path.write_text(text)
 
 
-MEMINFO = "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"
-
-
 @pytest.mark.parametrize(
     ("files", "free"),
     [
-        ({}, 2_048_000),
+        ({}, None),
         (  # version 2: the group itself has no limit, the one around it has
             {
                 "proc/self/cgroup": "0::/job/task\n",
@@ -55,37 +52,54 @@ MEMINFO = "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"
             },
             800_100,
         ),
-        (  # a limit above what the machine has
-            {
-                "proc/self/cgroup": "0::/\n",
-                "sys/fs/cgroup/memory.max": "9223372036854771712\n",
-                "sys/fs/cgroup/memory.current": "400000\n",
-            },
-            2_048_000,
-        ),
     ],
-    ids=["no group", "version 2", "version 1", "no real limit"],
+    ids=["no group", "version 2", "version 1"],
 )
-def test_what_is_free_is_the_least_of_machine_and_control_groups(tmp_path, files, free):
-    write(tmp_path, {"proc/meminfo": MEMINFO, **files})
-    assert available_bytes(tmp_path) == free
+def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, files, free):
+    write(tmp_path, files)
+    assert free_in_groups(tmp_path) == free
 
 
-def test_this_machine_tells_something_and_one_without_proc_nothing(tmp_path):
-    assert available_bytes() > 2**28
-    assert available_bytes(tmp_path) is None
+def test_this_machine_tells_what_is_free_and_one_without_proc_nothing(tmp_path):
+    assert free_of_machine() > 2**28
+    assert free_of_machine(tmp_path) is None
+    write(tmp_path, {"proc/meminfo": "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"})
+    assert free_of_machine(tmp_path) == 2_048_000
+
+
+def host_has(monkeypatch, *, limit=None, free=None):
+    monkeypatch.setattr(host_memory, "free_in_groups", lambda: limit)
+    monkeypatch.setattr(host_memory, "free_of_machine", lambda: free)
 
 
 @pytest.mark.parametrize(("ranks", "refused"), [(2, False), (3, True)])
 def test_all_ranks_of_a_host_are_counted(rank, monkeypatch, ranks, refused):
-    monkeypatch.setattr(host_memory, "available_bytes", lambda: 5 * 2**30)
+    host_has(monkeypatch, limit=5 * 2**30, free=2**40)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    if not refused:
-        return require(rank, 2 * 2**30, what="means", way_out="do without")
-    with pytest.raises(
-        RunError, match=r"means take 6\.0 GiB .* \(2\.0 GiB .* 3 ranks\), and 5\.0 .*: do without"
-    ):
-        require(rank, 2 * 2**30, what="means", way_out="do without")
+    said = []
+    need = {"what": "means", "way_out": "do without", "say": said.append}
+    if refused:
+        with pytest.raises(
+            RunError, match=r"means take 6\.0 GiB .* \(2\.0 GiB .* 3 ranks\), and 5\.0 .*: do without"
+        ):
+            require(rank, 2 * 2**30, **need)
+    else:
+        require(rank, 2 * 2**30, **need)
+    assert said == []
+
+
+def test_what_the_machine_seems_too_small_for_is_said_and_tried(rank, monkeypatch):
+    """A virtual machine may be given more memory as it uses it, and what caches hold may come back."""
+    host_has(monkeypatch, free=2**30)
+    said = []
+    require(rank, 2 * 2**30, what="means", way_out="do without", say=said.append)
+    (line,) = said
+    assert line.startswith("means take 2.0 GiB")
+    assert line.endswith(
+        "1.0 GiB are said to be free. If no more can be had, the system will kill the run: then do without"
+    )
+    require(rank, 2 * 2**30, what="means", way_out="do without", say=said.append, already=2**30)
+    assert len(said) == 1
 
 
 def test_means_count_until_they_are_there():
@@ -113,11 +127,11 @@ def fit(small, more, said):
 
 
 def test_a_pack_whose_inputs_the_host_cannot_hold_is_refused_before_they_are_sent_there(small, monkeypatch):
-    free = 10**6
-    monkeypatch.setattr(host_memory, "available_bytes", lambda: free)
+    host_has(monkeypatch, limit=10**6)
     found = fit(small, 10_000, []).levels
     assert Recompute.offload in found.vision
-    free, said = 1000, []
+    host_has(monkeypatch, limit=1000)
+    said = []
     with pytest.raises(
         RunError, match=r"the worst pack needs the inputs .* the host\. These take .*max_tokens"
     ):
@@ -130,11 +144,11 @@ def test_what_a_dry_run_took_of_the_host_is_not_asked_for_again(small, monkeypat
     with counted(engine, batch, 10**11) as memory:
         fitting = Fitting(engine, packed, batch, memory, "the worst pack", lambda _: None)
         size, widths = fitting.size, fitting.row_bytes
-        free = size.patches * sum(widths.vision) + size.tokens * sum(widths.language)
-        monkeypatch.setattr(host_memory, "available_bytes", lambda: free)
+        inputs = size.patches * sum(widths.vision) + size.tokens * sum(widths.language)
+        host_has(monkeypatch, limit=inputs)
         all_offloaded = fitting._all_at(Recompute.offload)
         assert fitting._dry_run(all_offloaded) is not None
-        free = 0  # torch keeps what it page-locked
+        host_has(monkeypatch, limit=0)  # torch keeps what it page-locked
         assert fitting._dry_run(all_offloaded) is not None
         assert fitting._dry_run(all_offloaded._replace(vision=(Recompute.layer,) * 4)) is not None
 

@@ -105,11 +105,12 @@ NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.mas
 def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
     stage1, demo_words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(host_memory, "free_in_groups", lambda: 2**20)
     start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
     words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
     with pytest.raises(
-        RunError, match=r"AdamW's means \(machine\.states_on_host=true\) take .* are free: set mach"
+        RunError,
+        match=r"AdamW's means \(machine\.states_on_host=true\) take .* are left of the limit .*: set mach",
     ):
         run([*words, *ON_HOST])
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

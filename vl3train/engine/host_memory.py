@@ -1,10 +1,10 @@
-"""What is free of the host's memory, so that a run which needs more is refused and not killed without a word."""
+"""What is free of the host's memory, so that a run which needs more is not killed without a word."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vl3train.engine.ranks import Rank
@@ -13,38 +13,51 @@ LIMITS = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_byte
 """Files of a control group with its limit and its use, version 2 and 1, by what /proc/self/cgroup calls them."""
 
 
-def require(rank: Rank, num_bytes: int, *, what: str, way_out: str, already: int = 0) -> None:
-    """Refuse what a host cannot hold: ``what`` take ``num_bytes`` of its memory for each of its ranks, of which each
-    has taken ``already``.
+def require(
+    rank: Rank, num_bytes: int, *, what: str, way_out: str, say: Callable[[str], object], already: int = 0
+) -> None:
+    """Refuse what the limit of a host's control group cannot hold, and say what its machine seems too small for.
 
-    All ranks call it, before any of them takes more. Raises RunError on every rank.
+    Only the first is certain: virtual machines are given more memory as they use it, and some caches count as used.
+    ``what`` take ``num_bytes`` for each rank of the host, which have taken ``already`` of them.
+
+    All ranks call it, before any of them takes more. Raises RunError on every rank; ``say`` gets what is only said.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, of this host
-    free, needed = available_bytes(), ranks * num_bytes
-    problem = None
+    needed = ranks * num_bytes
+    taking = (
+        f"{what} take {needed / 2**30:.1f} GiB of the host's memory ({num_bytes / 2**30:.1f} GiB for each of its "
+        f"{ranks} ranks), and "
+    )
+    problem = doubt = None
+    limit, free = free_in_groups(), free_of_machine()
+    if limit is not None and needed > (limit := limit + ranks * already):
+        problem = f"{taking}{limit / 2**30:.1f} GiB are left of the limit that this run has: {way_out}"
     if free is not None and needed > (free := free + ranks * already):
-        problem = (
-            f"{what} take {needed / 2**30:.1f} GiB of the host's memory ({num_bytes / 2**30:.1f} GiB for each of its "
-            f"{ranks} ranks), and {free / 2**30:.1f} GiB are free: {way_out}"
+        doubt = (
+            f"{taking}{free / 2**30:.1f} GiB are said to be free. If no more can be had, the system will kill the run: "
+            f"then {way_out}"
         )
     rank.agree(problem)
+    if found := next((text for text in rank.gather(doubt) if text), None):
+        say(found)
 
 
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """What processes may take of the host's memory, of the machine's and of each control group's that limits this one.
-
-    Linux; None where there is no /proc/meminfo to ask. ``root`` is where /proc and /sys lie.
-    """
+def free_of_machine(root: Path = Path("/")) -> int | None:
+    """Bytes that the kernel says could be had; None where there is no Linux to ask. ``root`` is where /proc lies."""
     meminfo = root / "proc/meminfo"
-    if not meminfo.exists():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    free = [int(found[1]) * 1024] if found else []
-    return min([*free, *_free_in_groups(root)], default=None)
+    found = re.search(
+        r"^MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "", re.MULTILINE
+    )
+    return int(found[1]) * 1024 if found else None
 
 
-def _free_in_groups(root: Path) -> Iterator[int]:
-    """Of each control group that this process is in and those around it. What caches hold counts as free."""
+def free_in_groups(root: Path = Path("/")) -> int | None:
+    """Bytes left of the tightest limit among this process's control groups and those around them; None without one."""
+    return min(_left_in_groups(root), default=None)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
     membership = root / "proc/self/cgroup"
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)

@@ -207,7 +207,7 @@ class Fitting:
         )
 
     def _require_host_memory(self, levels: Levels) -> None:
-        """RunError on every rank where a host has no room for the inputs that go there and AdamW's means to come."""
+        """RunError on every rank where a host cannot hold the inputs that go there and AdamW's means to come."""
         sent = [
             rows * size
             for tower, sizes, rows in zip(
@@ -227,6 +227,7 @@ class Fitting:
             + (" and AdamW's means" if means is not None else ""),
             way_out="lower step.max_tokens or step.max_patches, or spread the model over more GPUs with "
             "machine.zero_stage=2 or 3",
+            say=self.say,
             already=self.host_bytes,
         )
         self.host_bytes = needed

@@ -165,6 +165,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
             engine.means.optimizer.host_bytes_to_come(),
             what="AdamW's means (machine.states_on_host=true)",
             way_out="set machine.states_on_host=false, train on more hosts, or train adapters (adapter=lora)",
+            say=console.message,
         )
     assert_rope_float32(hf_model)
     engine.train(True)
