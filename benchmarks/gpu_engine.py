@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_model import mix_of
 from benchmarks.gpu_rows import Row
+from benchmarks.packs import draw_packs, pack_batch
 from vl3train.config.choices import Device, Dtype, MasterDtype, Recompute
 from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
-from vl3train.contracts.records import Batch
+from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.device_memory import device_memory
 from vl3train.engine.gradient_sums import add_gradients, put_gradients
 from vl3train.engine.memory import fit_memory, row_bytes
 from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import Rank, join
+from vl3train.engine.rehearsal import automatic_levels, num_sizes, rehearse
 from vl3train.engine.step import train_step
 from vl3train.engine.transfer import Reading, Transfer
 from vl3train.engine.zero import Zero
 from vl3train.model.attention import choose_attention
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.product_check import choose_products
+from vl3train.model.recomputation import Levels
 from vl3train.model.trainable import count_parameters, parameter_groups
 
 RATE = 1e-6
@@ -71,6 +77,11 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
             save_frozen=not row.lora,
         )
     engine.train(True)
+    if row.zero_stage < 3:
+        started = time.perf_counter()
+        given = Levels((Recompute(row.recompute_vision),), (Recompute(row.recompute_language),))
+        rehearse(engine, packed, other_batches(row), automatic_levels() if row.memory == "auto" else [given])
+        say(f"rehearsed in {time.perf_counter() - started:.1f} s")
     if row.memory == "auto" and device.type == "cuda":
         widths = row_bytes(packed)
         worst = max(
@@ -90,6 +101,26 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
         ).loss
 
     return step
+
+
+def other_batches(row: Row) -> Iterator[Batch]:
+    """What ``vl3train train`` would rehearse on a GPU: packs of the sizes that the row has, in no step of it."""
+    count = num_sizes(row.max_tokens) if torch.cuda.is_available() else 2  # a CPU has no kernels to load
+    return map(pack_batch, other_packs(row, count))
+
+
+def other_packs(row: Row, count: int) -> list[list[RenderedSample]]:
+    """Packs of the row's mix that none of its steps has, those with most patches first."""
+    mix = replace(mix_of(row.model), blank=True)
+    packs = draw_packs(
+        count,
+        max_tokens=row.max_tokens,
+        image_merge_size=row.image_merge_size,
+        seed=1,
+        mix=mix,
+        fill=row.fill,
+    )
+    return sorted(packs, key=lambda pack: -sum(len(sample.patches) for sample in pack))
 
 
 class PlainEngine:

@@ -7,7 +7,7 @@ from vl3train.config.schema import StepConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data import worst_pack as worst_pack_module
 from vl3train.data.plan import Plan, SampleTable
-from vl3train.data.worst_pack import worst_pack
+from vl3train.data.worst_pack import packs_of_many_sizes, worst_pack
 
 
 @pytest.fixture
@@ -51,3 +51,18 @@ def test_a_long_run_is_looked_at_in_part_and_from_where_it_stands(plan, monkeypa
     assert 2 <= worst.step < 6
     done = worst_pack(plan, first, 2, size)  # a finished run that is started again
     assert (done.step, done.steps_scanned, done.steps_left) == (2, 1, 1)
+
+
+def test_many_sizes_are_of_the_packs_to_come_from_the_largest_to_the_smallest(plan, monkeypatch):
+    monkeypatch.setattr(worst_pack_module, "STEPS_OF_SIZES", 6)
+    cursor, sizes = plan.cursor_at(2), set()
+    for _ in range(6):
+        sizes |= {pack.num_patches for pack in plan.step_packs(cursor)}
+        cursor = plan.advance(cursor)
+    found = [pack.num_patches for pack in packs_of_many_sizes(plan, plan.cursor_at(2), 1000, 5)]
+    assert found == sorted(found, reverse=True)
+    assert len(found) == 5
+    assert (found[0], found[-1]) == (max(sizes), min(sizes))
+    every = packs_of_many_sizes(plan, plan.cursor_at(2), 3, 5)
+    assert sorted(every, key=lambda pack: -pack.num_patches) == every
+    assert len(every) == 3, "of the one step that is left"

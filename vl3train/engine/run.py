@@ -36,6 +36,7 @@ from vl3train.engine.memory import fit_run
 from vl3train.engine.meter import Meter, make_meter
 from vl3train.engine.optim import build_optimizer, optimizer_cost
 from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.rehearsal import rehearse_run
 from vl3train.engine.track import Tracker
 from vl3train.engine.zero import Zero
 from vl3train.model.adapters import add_adapters, save_adapter
@@ -198,6 +199,8 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         f"{num_steps} steps of {cfg.step.global_packs} packs on {rank.dp_size} ranks"
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
+    if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
+        rehearse_run(cfg, engine, packed, data, cursor, num_steps, console.message)
     if cfg.machine.memory is Memory.auto:
         fit_run(cfg, engine, packed, data, cursor, num_steps, console.message)
     console.start(first_step=cursor.step, total_steps=num_steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,11 +233,12 @@ def run_layers(
 ) -> Tensor:
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
 
+    As many layers run as there are ``levels``, the first ones: all but in a rehearsal (engine/rehearsal.py).
     ``products`` is a name from model/product_check.py, for compiled layers. ``before`` is called before each layer,
     ``on_backward`` in the backward pass after each, when what the layer kept is freed.
     """
     host, table = HostRows(), turning_table(*rope) if compiled else None
-    for layer, level in zip(layers, levels, strict=True):
+    for layer, level in zip(itertools.islice(layers, len(levels)), levels, strict=True):
         if before is not None:
             before()
         # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
