@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vl3train.engine.compile_log import take_compiles
+from vl3train.model.compiling import compiled
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 
 
@@ -111,3 +113,17 @@ def test_refuses_what_cannot_be():
         loss_with_gradients(hidden, head, grade_logits, positions, labels[:2], 1)
     with pytest.raises(ValueError, match="bias"):
         loss_with_gradients(hidden, nn.Linear(6, 17), grade_logits, positions, labels, 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "body"), [(loss_with_gradients, grade_logits), (supervised_loss, score_logits)]
+)
+def test_one_graph_serves_any_number_of_chunks(loss, body):
+    head, hidden = nn.Linear(8, 32, bias=False), torch.randn(40, 8, requires_grad=True)
+    positions, labels = torch.arange(3, 33), torch.randint(0, 32, (30,))
+    score, graphs = compiled(body, enabled=True), []
+    take_compiles()
+    for num_chunks in (1, 2, 3, 1):
+        loss(hidden, head, score, positions, labels, num_chunks)[0].backward()
+        graphs.append(take_compiles().graphs)
+    assert graphs == [1, 0, 0, 0]

@@ -34,7 +34,7 @@ def supervised_loss(
     sums, losses, hits = [], [], []
     for chunk in range(num_chunks):
         rows = slice(chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
-        positions_U, labels_U = positions[rows], labels[rows]
+        positions_U, labels_U = positions[rows], labels[rows].clone()  # as below
         empty = positions_U.shape[0] == 0
         if empty:
             # Any token with any label, counted zero times: the head is fetched, recomputed and freed as in
@@ -103,7 +103,8 @@ class _LossWithGradients(torch.autograd.Function):
             if not len(positions_U):
                 continue  # split gives one empty part of nothing
             rows_UH = hidden.index_select(0, positions_U)
-            losses_U, hits_U, d_logits_UV = grade(F.linear(rows_UH, weight), labels_U)
+            # A copy: the compiler takes a view as long as what it is a view of for a kind of its own.
+            losses_U, hits_U, d_logits_UV = grade(F.linear(rows_UH, weight), labels_U.clone())
             losses.append(losses_U)
             hits.append(hits_U)
             if d_hidden is not None:
