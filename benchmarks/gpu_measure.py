@@ -100,11 +100,17 @@ def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
     """The row's step and what it works on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    started = time.perf_counter()
     hf_model = build_row_model(row, device)
     work = Work(row, flop_rates(hf_model), rank)
+    print(f"model and packs made in {time.perf_counter() - started:.0f} s", flush=True)
+    started = time.perf_counter()
     if row.way in ("padded", "packed_stock"):
-        return stock_step(row, hf_model, device), work
-    return own_step(row, hf_model, device, work.all_batches), work
+        step = stock_step(row, hf_model, device)
+    else:
+        step = own_step(row, hf_model, device, work.all_batches)
+    print(f"ready for the first step {time.perf_counter() - started:.0f} s later", flush=True)
+    return step, work
 
 
 def measure(

@@ -70,6 +70,7 @@ ROWS: dict[str, Row] = {
     "stock_2b": Row(way="padded", steps=3, packs_a_step=2),
     "stock_2b_no_cudnn": Row(way="padded", steps=3, packs_a_step=2, cudnn_attention=False),
     "2b_liger": Row(way="padded", liger=True, steps=3, packs_a_step=2),
+    "2b_liger_no_cudnn": Row(way="padded", liger=True, steps=3, packs_a_step=2, cudnn_attention=False),
     "2b_position_ids": Row(way="packed_stock", liger=True, steps=3, packs_a_step=2),
     "2b_position_ids_vision_again": Row(
         way="packed_stock", liger=True, stock_recompute="vision", steps=3, packs_a_step=2
@@ -133,7 +134,7 @@ COMPARED = {
     "ratio_to_stock_2b": ("2b", "stock_2b", "stock_2b_no_cudnn"),
     "ratio_to_stock_2b_as_shipped": ("2b", "stock_2b"),
     "ratio_to_stock_2b_given": ("2b_given", "stock_2b", "stock_2b_no_cudnn"),
-    "ratio_to_liger_2b": ("2b", "2b_liger"),
+    "ratio_to_liger_2b": ("2b", "2b_liger", "2b_liger_no_cudnn"),
     "ratio_to_position_ids_2b": ("2b", "2b_position_ids", "2b_position_ids_vision_again"),
     "ratio_to_stock_stage1": ("stage1_2b", "stock_stage1_2b", "stock_stage1_2b_no_cudnn"),
     "ratio_to_stock_stage1_as_shipped": ("stage1_2b", "stock_stage1_2b"),

@@ -14,9 +14,10 @@ from vl3train.config.load import load_config
 from vl3train.config.schema import MachineConfig
 from vl3train.engine import rehearsal
 from vl3train.engine import run as run_module
+from vl3train.engine.console import Console
 from vl3train.engine.loop import train
 from vl3train.engine.ranks import join
-from vl3train.engine.rehearsal import automatic_levels, rehearse
+from vl3train.engine.rehearsal import automatic_levels, rehearse, rehearse_run
 from vl3train.model.recomputation import Levels
 
 
@@ -110,8 +111,9 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
         rehearsed.append(([len(batch.pixel_values) for batch in batches], levels))
         rehearse(engine, packed, batches, levels)
 
-    # A CPU has neither a budget to find nor kernels to load: the one stands in for the other, as both take the same.
-    monkeypatch.setattr(run_module, "fit_run", rehearsal.rehearse_run)
+    console = Console(tmp_path, stage_name="stage", enabled=True)
+    # A CPU has neither a budget to find nor kernels to load: the one stands in for the other.
+    monkeypatch.setattr(run_module, "fit_run", lambda *args: rehearse_run(*args[:-1], console))
     monkeypatch.setattr(rehearsal, "rehearse", recorded)
     words = [*demo_words, "stage=1", "machine.device=auto", "run.num_steps=2", "run.evaluate_at_end=false"]
     figures = []
@@ -126,7 +128,8 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
     assert patches == sorted(patches, reverse=True)
     assert len(patches) == 2 * cfg.step.global_packs, "both steps, and no two packs alike"
     said = capsys.readouterr().out
-    assert f"kernels: loading those for packs of {patches[-1]:,} to {patches[0]:,} patches" in said
+    assert f"packs of {patches[-1]:,} to {patches[0]:,} patches are loaded" in said
+    assert f"0/{len(patches)} sizes of pack" in said
 
 
 @pytest.mark.gpu

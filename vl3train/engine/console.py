@@ -66,11 +66,15 @@ class Console:
             atexit.register(self.close)  # a crash must not leave the terminal without its cursor
 
     def progress(self, source: str, done: int, total: int) -> None:
-        """Tell how far the index pass over a source is; at most a line every 5 s, and the last."""
+        """Tell how far the index pass over a source is."""
+        self.count(f"index of {source}", done, total, "samples")
+
+    def count(self, what: str, done: int, total: int, unit: str) -> None:
+        """Tell how far something is that comes before the first step; at most a line every 5 s, and the last."""
         now = time.monotonic()
         if self._enabled and (now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == total):
             self._last_line_time = now
-            self._print(f"index of {source}  {done}/{total} samples")
+            self._print(f"{what}  {done}/{total} {unit}")
 
     def metrics(self, figures: Mapping[str, Any]) -> None:
         """Show the figures of one step and append them to metrics.jsonl.

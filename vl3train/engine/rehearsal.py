@@ -10,7 +10,7 @@ loads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, Cursor
 from vl3train.data.fetch import OpenData
 from vl3train.data.worst_pack import blank_batch, packs_of_many_sizes
+from vl3train.engine.console import Console
 from vl3train.engine.zero import Zero
 from vl3train.model.activation_budget import level_scale
 from vl3train.model.packed_forward import PackedModel
@@ -44,7 +45,7 @@ def rehearse_run(
     data: OpenData,
     first: Cursor,
     last_step: int,
-    say: Callable[[str], None],
+    console: Console,
 ) -> None:
     """Rehearse packs of the sizes that the run will meet. All ranks call it.
 
@@ -53,18 +54,24 @@ def rehearse_run(
     """
     machine = cfg.machine
     packs = packs_of_many_sizes(data.plan, first, last_step, num_sizes(cfg.step.max_tokens))
-    say(f"kernels: loading those for packs of {packs[-1].num_patches:,} to {packs[0].num_patches:,} patches")
+    if machine.memory is Memory.auto:
+        levels = automatic_levels()
+    else:
+        levels = [Levels((machine.recompute_vision,), (machine.recompute_language,))]
+
+    def batches() -> Iterator[Batch]:
+        for number, pack in enumerate(packs):
+            console.count(
+                "loading kernels, compiling those that are new", number, len(packs), "sizes of pack"
+            )
+            yield blank_batch(data, pack, machine.loss_chunk_tokens)
+
     started = time.perf_counter()
-    batches = (blank_batch(data, pack, machine.loss_chunk_tokens) for pack in packs)
-    rehearse(
-        engine,
-        packed,
-        batches,
-        automatic_levels()
-        if machine.memory is Memory.auto
-        else [Levels((machine.recompute_vision,), (machine.recompute_language,))],
+    rehearse(engine, packed, batches(), levels)
+    console.message(
+        f"kernels: those for packs of {packs[-1].num_patches:,} to {packs[0].num_patches:,} patches are loaded, "
+        f"{time.perf_counter() - started:.0f} s"
     )
-    say(f"kernels: {len(packs)} sizes of pack in {time.perf_counter() - started:.0f} s, compilation included")
 
 
 def automatic_levels() -> list[Levels]:

@@ -140,7 +140,9 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
     groups = parameter_groups(hf_model, {**full, **low_rank}, cfg.optim.weight_decay)
     hf_model.to(rank.device)
     if rank.device.type == "cuda":
-        console.message("trying kernels against float64; half a minute where they have to be compiled first")
+        console.message(
+            "trying kernels against float64; up to two minutes where they have to be compiled first"
+        )
     kernels = choose_kernels(cfg.machine, hf_model, rank)
     packed = PackedModel(
         hf_model,
@@ -200,7 +202,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
     if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
-        rehearse_run(cfg, engine, packed, data, cursor, num_steps, console.message)
+        rehearse_run(cfg, engine, packed, data, cursor, num_steps, console)
     if cfg.machine.memory is Memory.auto:
         fit_run(cfg, engine, packed, data, cursor, num_steps, console.message)
     console.start(first_step=cursor.step, total_steps=num_steps)
