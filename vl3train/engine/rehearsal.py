@@ -26,7 +26,7 @@ from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels
 
 SIZES = 192
-"""Of packs of 16 384 tokens; one takes about 40 ms, most of it on the host, which makes the batches."""
+"""Of packs of 16 384 tokens; to make the batch of one takes the host some 35 ms."""
 
 
 def num_sizes(max_tokens: int) -> int:
