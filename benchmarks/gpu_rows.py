@@ -43,7 +43,9 @@ class Row:
     steps: int = 4  # that are timed
     packs_a_step: int = 4  # on each rank
     host_syncs: bool = False  # count the waits of one more step
-    max_seconds: float = 240.0  # then its processes are ended, and the row says so
+    max_seconds: float = 900.0
+    """Then its processes are ended, and the row says so. On a new machine all kernels are compiled first: row 2b was
+    not at its first step after 330 s."""
     figures: dict[str, str] = field(default_factory=dict)  # what the issue calls this row's figures
 
 
@@ -62,7 +64,6 @@ ROWS: dict[str, Row] = {
         **ONE_H100,
         way="command",
         steps=8,
-        max_seconds=420,
         figures={"tflops": "useful_tflops_2b_train_command"},
     ),
     "2b_plain_loop": Row(way="plain_loop", memory="given", **KEPT_80_GB),
@@ -82,7 +83,6 @@ ROWS: dict[str, Row] = {
         **ONE_H100,
         model="7b",
         lora=True,
-        max_seconds=300,
         figures={"tflops": "useful_tflops_7b_lora"},
     ),
     "longest_2b": Row(
@@ -91,7 +91,6 @@ ROWS: dict[str, Row] = {
         fill=True,
         packs_a_step=1,
         steps=2,
-        max_seconds=300,
         figures={"tokens_a_pack": "longest_pack_2b"},
     ),
     "longest_7b_lora": Row(
@@ -102,26 +101,23 @@ ROWS: dict[str, Row] = {
         fill=True,
         packs_a_step=1,
         steps=2,
-        max_seconds=300,
         figures={"tokens_a_pack": "longest_pack_7b_lora"},
     ),
     "7b_one_gpu": Row(  # needs 139 GiB
         model="7b",
         **ONE_H100,
         master_dtype="split",
-        max_seconds=420,
         figures={"tflops": "useful_tflops_7b", "peak_gib": "peak_gib_7b"},
     ),
-    "7b": Row(model="7b", ranks=2, max_seconds=420),
+    "7b": Row(model="7b", ranks=2),
     "7b_train_command": Row(
         way="command",
         model="7b",
         ranks=2,
         steps=6,
-        max_seconds=560,
         figures={"tflops": "useful_tflops_7b_train_command"},
     ),
-    "7b_zero2": Row(model="7b", ranks=2, zero_stage=2, max_seconds=420),
+    "7b_zero2": Row(model="7b", ranks=2, zero_stage=2),
     "2b_bfloat16_optimizer": Row(state_dtype="bfloat16", master_dtype="bfloat16"),
     "2b_states_on_gpu": Row(),
     "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
