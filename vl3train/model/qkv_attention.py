@@ -141,14 +141,13 @@ def reference(
 ) -> Tensor:
     """torch's own attention, one call for each run of neighbours of equal length (frames mostly are)."""
     k, v = repeat_heads(q, k), repeat_heads(q, v)
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    # Split, not sliced: the gradient of a slice is as long as the whole row, once for each run.
+    parts = (x.split([length * count for length, count in runs]) for x in (q, k, v))
     outputs = []
-    start = 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        rows = slice(start, start + count * length)
-        start += count * length
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
         # (count, H, length, D)
-        q_run, k_run, v_run = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        q_run, k_run, v_run = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
         out = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
