@@ -16,7 +16,7 @@ from vl3train.data.samples import blank_sample
 STEPS_SCANNED = 2000
 """Most steps that are looked at for the worst pack, about a millisecond each."""
 STEPS_OF_SIZES = 200
-"""Most steps whose packs' sizes are looked at: neighbours among them differ by a few dozen patches."""
+"""Most steps whose packs are looked at for their sizes: more than are picked, of which they are a fair sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ def automatic_levels() -> list[Levels]:
 def rehearse(engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[Levels]) -> None:
     """Forward and backward pass of each batch, its loss counted zero times, with as many layers as ``levels`` have.
 
-    The layers of a tower are alike, so the first is enough: a fiftieth of the work. Batches take ``levels`` in turn;
+    The layers of a tower are alike, so the first is enough. Batches take ``levels`` in turn;
     large ones come first, since the compiler tunes its kernels for the sizes that it meets first. Weights, gradients
     and random numbers stay as they were.
     """
