@@ -8,9 +8,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from flash_attn.cute import interface
-from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from torch import Tensor
+
+from vl3train.model.kept_kernels import keep_kernels
+
+keep_kernels(__file__)  # before the library is imported, which reads once where they are kept
+
+from flash_attn.cute import interface  # noqa: E402
+from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90  # noqa: E402
 
 
 def mend(kernel: Any) -> None:
