@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,7 @@ from benchmarks.gpu_stock import stock_step
 from benchmarks.packs import draw_packs, pack_batch
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.compile_log import take_compiles
-from vl3train.engine.meter import measure_product
+from vl3train.engine.meter import PRODUCT_SIZE, measure_product
 from vl3train.model.flops import FlopRates, flop_rates
 
 WARM_UP_STEPS = 2
@@ -248,7 +249,34 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
 def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
     """The same for a matrix product: a context left in the command's own process would take memory from the rows."""
     device = torch.device("cuda")
-    send(pipe, lambda: {"matmul_tflops": measure_product(device), "machine": torch.cuda.get_device_name()})
+    send(
+        pipe,
+        lambda: {
+            "matmul_tflops": measure_product(device),
+            "matmul_tflops_lasting": lasting_product(device),
+            "machine": torch.cuda.get_device_name(),
+        },
+    )
+
+
+def lasting_product(
+    device: torch.device, size: int = PRODUCT_SIZE, turns: int = 12, products: int = 300
+) -> float:
+    """TFLOP/s of the same product for as long as some steps take, the median of the second half of the turns.
+
+    A card that reaches its power limit slows down within a second, which ``measure_product``, a fifth of one, does not
+    see: 773 against 690 on one H100 (benchmarks/log.md, round nine).
+    """
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rates = []
+    for _ in range(turns):
+        started = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(products * 2 * size**3 / (time.perf_counter() - started) / 1e12)
+    return median(rates[turns // 2 :])
 
 
 def send(pipe: Any, act: Callable[[], dict[str, Any]]) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import one_gpu, profile
+from benchmarks import gpu_measure, one_gpu, profile
 from benchmarks.curve_tables import Curve, differences
 from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
-from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, measure, prepare, shares
+from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, lasting_product, measure, prepare, shares
 from benchmarks.gpu_model import build_model
 from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
@@ -263,3 +263,11 @@ def test_products_are_timed_side_by_side(capsys):
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows[2:]] == ["encoder"] * 4 + ["2B"] * 5 + ["7B"] * 5
     assert all(float(time) > 0 for row in rows[2:] for time in row[2:])
+
+
+def test_a_lasting_product_is_what_the_card_has_come_down_to(monkeypatch):
+    seconds = iter([0, 1, 1, 2, 2, 6, 6, 8])  # turns of 1, 1, 4 and 2 s
+    monkeypatch.setattr(gpu_measure.time, "perf_counter", lambda: next(seconds))
+    work = 3 * 2 * 16**3 / 1e12
+    found = lasting_product(torch.device("cpu"), size=16, turns=4, products=3)
+    assert found == pytest.approx((work / 4 + work / 2) / 2)
