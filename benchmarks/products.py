@@ -49,7 +49,7 @@ def encoder_cases(num_rows: int, width: int, wide_width: int, device: torch.devi
         lambda: gelu(F.linear(rows, into, bias)),
         lambda: products.linear_gelu(rows, into, bias, True),
     )
-    yield "back through fc2, GELU", back, lambda: products.gelu_linear_backward(grad, out, wide)
+    yield "back through fc2, GELU", back, lambda: products.gelu_linear_backward(grad, out, wide, True)
     yield (
         "fc2, residual",
         lambda: add(F.linear(wide, out, bias_out), rows),
@@ -66,7 +66,9 @@ def decoder_cases(num_rows: int, width: int, wide_width: int, device: torch.devi
     both = torch.stack((gate, up), 2).flatten(1)
     weights = [draw(wide_width, width) / width**0.5 for _ in range(2)]
     out = draw(width, wide_width) / wide_width**0.5
-    swiglu, swiglu_back = (compiled(f, enabled=device.type == "cuda") for f in (_swiglu, _swiglu_back))
+    swiglu, swiglu_back, frozen_back = (
+        compiled(f, enabled=device.type == "cuda") for f in (_swiglu, _swiglu_back, _frozen_swiglu_back)
+    )
     yield (
         "gate, up, SwiGLU",
         lambda: swiglu(*(F.linear(rows, weight) for weight in weights)),
@@ -75,7 +77,12 @@ def decoder_cases(num_rows: int, width: int, wide_width: int, device: torch.devi
     yield (
         "back through down, SwiGLU",
         lambda: swiglu_back(grad @ out, gate, up),
-        lambda: products.swiglu_linear_backward(grad, out, both),
+        lambda: products.swiglu_linear_backward(grad, out, both, True),
+    )
+    yield (
+        "the same of a frozen layer",
+        lambda: frozen_back(grad @ out, gate, up),
+        lambda: products.swiglu_linear_backward(grad, out, both, False),
     )
     yield (
         "back through gate, up",
@@ -113,6 +120,10 @@ def _swiglu_back(d_activated: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     share = torch.sigmoid(x)
     made = x * share * up, d * x * share, d * up * share * (1 + x * (1 - share))
     return tuple(one.to(gate.dtype) for one in made)
+
+
+def _frozen_swiglu_back(d_activated: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    return _swiglu_back(d_activated, gate, up)[1:]
 
 
 def milliseconds(act: Callable[[], Any], device: torch.device) -> float:

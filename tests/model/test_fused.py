@@ -94,21 +94,22 @@ def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
     return grad.to(dtype), (4 * wide).to(dtype)
 
 
-def rotate_arguments(num_rows, heads, rotated, head_dim, backward, device="cpu", dtype=torch.float32):
+def rotate_arguments(num_rows, heads, rotated, head_dim, backward, sums, device="cpu", dtype=torch.float32):
     """Rows of ``heads`` heads whose pairs lie together, and the table of angles as transformers makes them."""
     torch.manual_seed(num_rows)
     rows = torch.randn(num_rows, heads * head_dim, device=device).to(dtype)
     angles = (9 * torch.randn(num_rows, head_dim // 2, device=device)).repeat(1, 2)
-    return rows, turning_table(angles.cos(), angles.sin()), rotated, backward
+    return rows, turning_table(angles.cos(), angles.sin()), rotated, backward, sums
 
 
 ROTATED = [
-    (1, 3, 2, 16, True),
-    (37, 4, 3, 12, True),
-    (37, 4, 3, 18, False),
-    (37, 6, 4, 72, True),
-    (37, 6, 4, 72, False),
-    (300, 8, 7, 64, True),
+    (1, 3, 2, 16, True, True),
+    (37, 4, 3, 12, True, True),
+    (37, 4, 3, 18, False, False),
+    (37, 6, 4, 72, True, True),
+    (37, 6, 4, 72, False, False),
+    (37, 6, 4, 128, True, False),
+    (300, 8, 7, 64, True, True),
 ]
 
 
@@ -147,16 +148,17 @@ def test_gelu_is_that_of_autograd():
 
 @pytest.mark.parametrize("case", ROTATED, ids=str)
 def test_rows_turn_as_transformers_turns_them_and_back_as_autograd_does(case):
-    rows, table, num_rotated, backward = rotate_arguments(*case)
+    rows, table, num_rotated, backward, column_sums = rotate_arguments(*case)
     given = rows.double().requires_grad_()
     expected = rotated_by_transformers(given, table.double(), num_rotated)
     if not backward:
-        assert rotate(rows, table, num_rotated, False).numel() == 0
+        assert rotate(rows, table, num_rotated, False, False).numel() == 0
         assert_close([rows], [expected.detach()], 2e-6)
         return
     (wanted,) = torch.autograd.grad(expected, given, rows.double())
-    sums = rotate(rows, table, num_rotated, True)
-    assert_close((rows, sums), (wanted, wanted.sum(0)), 2e-6)
+    sums = rotate(rows, table, num_rotated, True, column_sums)
+    expected = wanted.sum(0) if column_sums else wanted.new_empty(0)
+    assert_close((rows, sums), (wanted, expected), 2e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -167,6 +169,7 @@ def test_what_is_said_of_the_ops_shapes_is_so(case):
     torch.library.opcheck(gelu_backward, gelu_arguments(7, 64), test_utils=checks)
     torch.library.opcheck(rotate, rotate_arguments(*ROTATED[3]), test_utils=checks)
     torch.library.opcheck(rotate, rotate_arguments(*ROTATED[4]), test_utils=checks)
+    torch.library.opcheck(rotate, rotate_arguments(*ROTATED[5]), test_utils=checks)
     rows, weight = torch.randn(5, 8), torch.randn(12, 8)
     torch.library.opcheck(linear_again, (rows, weight, torch.randn(12), rows), test_utils=checks)
 
@@ -269,6 +272,40 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     for name, grad in expected.items():
         worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_layers_make_nothing_that_only_weights_gradients_take(
+    tiny_model, batch_of, mixed, monkeypatch, frozen
+):
+    """What MLPs took once more, and the sums of biases: the gradients are held above."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model()
+    if frozen:
+        set_trainable(model, ["vision_encoder", "projector"])
+    asked = {"swiglu": [], "gelu": [], "rope": []}
+
+    def watch(kind, place, name):
+        plain = getattr(place, name)
+
+        def act(*arguments):
+            if kind != "rope" or arguments[3]:  # rotates back
+                asked[kind].append(arguments[-1])
+            return plain(*arguments)
+
+        monkeypatch.setattr(place, name, act)
+
+    watch("swiglu", quack_ops, "plain_swiglu_linear_backward")
+    watch("gelu", quack_ops, "plain_gelu_linear_backward")
+    watch("rope", fused, "plain_rotate")
+    PackedModel(model, "reference", compile_layers=True, products="quack").train()(
+        batch_of(mixed)
+    ).loss_sum.backward()
+    # Back through the language model's two layers, then the encoder's.
+    assert asked == {"swiglu": [not frozen] * 2, "gelu": [True] * 2, "rope": [not frozen] * 2 + [True] * 2}
 
 
 def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(

@@ -36,15 +36,18 @@ def test_gelu_and_its_products_are_those_of_autograd():
     expected.retain_grad()
     close((wide, activated), (expected, F.gelu(expected, approximate="tanh")))
     F.linear(F.gelu(expected, approximate="tanh"), out).backward(grad)
-    d_wide, again, sums = products.gelu_linear_backward(grad, out, wide)
+    d_wide, again, sums = products.gelu_linear_backward(grad, out, wide, True)
     close((d_wide, again, sums.double()), (expected.grad, activated, bias.grad))
+    d_wide, again, sums = products.gelu_linear_backward(grad, out, wide, False)
+    close((d_wide, sums.double()), (expected.grad, bias.grad))
+    assert again.shape == (0, WIDE)
     close(products.rows_product(d_wide, into), rows.grad)
 
 
 def test_products_turn_what_comes_out():
     rows, weight, bias, table = draw(R, W), draw(6 * 8, W), draw(6 * 8), draw(R, 8)
     expected = F.linear(rows, weight, bias).detach()
-    rotate(expected, table.detach(), 4, False)
+    rotate(expected, table.detach(), 4, False, False)
     close(products.linear_rotate(rows, weight, bias, table, 4), expected)
 
 
@@ -55,8 +58,11 @@ def test_swiglu_and_its_products_are_those_of_autograd():
     close(activated, expected)
     close(products.gate_up_again(rows, gate, up, grad), gate_up)
     F.linear(expected, out).backward(grad)
-    d_gate_up, again = products.swiglu_linear_backward(grad, out, gate_up)
+    d_gate_up, again = products.swiglu_linear_backward(grad, out, gate_up, True)
     close(again, expected)
+    same, nothing = products.swiglu_linear_backward(grad, out, gate_up, False)
+    assert torch.equal(same, d_gate_up)
+    assert nothing.shape == (0, WIDE)
     close(products.gate_up_rows_grad(d_gate_up, gate, up), rows.grad)
     close(products.gate_up_weights_grad(d_gate_up, rows.detach()), torch.cat((gate.grad, up.grad)))
 
@@ -87,11 +93,13 @@ def test_what_is_said_of_the_ops_shapes_is_so():
     for op, arguments in (
         (products.linear_gelu, (rows, gate, bias, True)),
         (products.linear_gelu, (rows, gate, bias, False)),
-        (products.gelu_linear_backward, (rows, out, wide)),
+        (products.gelu_linear_backward, (rows, out, wide, True)),
+        (products.gelu_linear_backward, (rows, out, wide, False)),
         (products.linear_swiglu, (rows, gate, up, True)),
         (products.linear_swiglu, (rows, gate, up, False)),
         (products.gate_up_again, (rows, gate, up, rows)),
-        (products.swiglu_linear_backward, (rows, out, both)),
+        (products.swiglu_linear_backward, (rows, out, both, True)),
+        (products.swiglu_linear_backward, (rows, out, both, False)),
         (products.gate_up_rows_grad, (both, gate, up)),
         (products.gate_up_weights_grad, (both, rows)),
         (products.linear_add, (rows, gate, bias, wide)),
@@ -159,7 +167,7 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
     widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
     found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
-    assert len(found) == (10 if gated else 6)
+    assert len(found) == (11 if gated else 7)
     assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(products, broken)

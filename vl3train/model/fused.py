@@ -153,25 +153,27 @@ def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
 
 
 @torch.library.custom_op("vl3train::rotate", mutates_args=("rows",))
-def rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
+def rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
     """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, whose pairs lie together; in float32.
 
-    ``table`` (R, D) is turning_table's. ``backward`` rotates a gradient back, and gives the (W,) float32 column sums of
-    what comes out, the heads that do not turn among them; else the result is empty.
+    ``table`` (R, D) is turning_table's. ``backward`` rotates a gradient back. ``column_sums`` are (W,) float32, of what
+    comes out, the heads that do not turn among them: a bias's gradient; else the result is empty.
     """
     if rows.is_cuda:
         from vl3train.model.rotate_kernel import rotate_kernel
 
-        return rotate_kernel(rows, table, num_rotated, backward)
-    return plain_rotate(rows, table, num_rotated, backward)
+        return rotate_kernel(rows, table, num_rotated, backward, column_sums)
+    return plain_rotate(rows, table, num_rotated, backward, column_sums)
 
 
 @rotate.register_fake
-def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
-    return rows.new_empty((rows.shape[1] if backward else 0,), dtype=torch.float32)
+def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
+    return rows.new_empty((rows.shape[1] if column_sums else 0,), dtype=torch.float32)
 
 
-def plain_rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
+def plain_rotate(
+    rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool
+) -> Tensor:
     """``rotate`` in torch's own ops."""
     pairs = rows.view(len(rows), -1, table.shape[1] // 2, 2)
     one, other = pairs[:, :num_rotated].float().unbind(3)
@@ -179,7 +181,7 @@ def plain_rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) 
     s = -s if backward else s
     turned = torch.stack((one * c - other * s, other * c + one * s), 3)
     pairs[:, :num_rotated] = turned.to(rows.dtype)
-    if not backward:
+    if not column_sums:
         return rows.new_empty((0,), dtype=torch.float32)
     still = pairs[:, num_rotated:].float()
     return torch.cat((turned.sum(0).flatten(), still.sum(0).flatten()))

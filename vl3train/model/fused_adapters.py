@@ -83,7 +83,7 @@ class AdaptedSwigluMlp(torch.autograd.Function):
             gate_up = gate_up_again(torch.cat((normed, inner), 1), *wide, grad)
         d_inner_down = grad @ down_b * scaling
         d_gate_up, activated = swiglu_linear_backward(
-            torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up
+            torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up, True
         )
         d_normed, d_inner = gate_up_rows_grad(d_gate_up, *wide).split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * scaling
@@ -141,7 +141,7 @@ class AdaptedNormAttention(torch.autograd.Function):
             qkv = linear_rotate(wide_rows, weight, bias, table, ctx.rotated)
         else:
             qkv = nn.functional.linear(wide_rows, weight, bias)
-            rotate(qkv, table, ctx.rotated, False)
+            rotate(qkv, table, ctx.rotated, False, False)
         out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
         ctx.save_for_backward(
             rows, norm_weight, table, cu_seqlens, qkv, out, log_sum_exp, inner, *weights, *a, *b
@@ -156,7 +156,7 @@ class AdaptedNormAttention(torch.autograd.Function):
         weights, a, b = (linears[start : start + 3] for start in (0, 3, 6))
         of_norm, head_dim = ctx.needs_input_grad[1], ctx.of_attention[0]
         d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
-        rotate(d_qkv, table, ctx.rotated, True)
+        rotate(d_qkv, table, ctx.rotated, True, False)
         d_wide = rows_product(d_qkv, _qkv_weight(weights, b, head_dim, d_out))
         d_normed, d_inner = d_wide.split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * ctx.scaling

@@ -58,7 +58,7 @@ class NormAttention(torch.autograd.Function):
             qkv = linear_rotate(normed, weight, bias, table, ctx.rotated)
         else:
             qkv = F.linear(normed, weight, bias)
-            rotate(qkv, table, ctx.rotated, False)
+            rotate(qkv, table, ctx.rotated, False, False)
         out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
         ctx.save_for_backward(
             rows, norm_weight, norm_bias, table, cu_seqlens, qkv, out, log_sum_exp, *weights
@@ -75,7 +75,7 @@ class NormAttention(torch.autograd.Function):
         head_dim = ctx.of_attention[0]
         d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
         weight = merged(weights, head_dim)
-        bias_sums = rotate(d_qkv, table, ctx.rotated, True)
+        bias_sums = rotate(d_qkv, table, ctx.rotated, True, any(of_linears[3:]))
         d_rows, normed, sums = norm_backward(
             [rows_product(d_qkv, weight) if ctx.quack else d_qkv @ weight],
             rows,

@@ -79,7 +79,7 @@ class GeluMlp(torch.autograd.Function):
             normed = normed_rows(rows, norm_weight, norm_bias, ctx.eps, True)
             wide = linear_again(normed, wide_weight, wide_bias, grad)
         if ctx.quack:
-            d_wide, activated, wide_sums = gelu_linear_backward(grad, weight, wide)
+            d_wide, activated, wide_sums = gelu_linear_backward(grad, weight, wide, of_weight)
         else:
             d_wide = grad @ weight
             activated, wide_sums = gelu_backward(d_wide, wide)
@@ -157,7 +157,9 @@ class SwigluMlp(torch.autograd.Function):
         normed = normed_rows(rows, norm_weight, None, ctx.eps, False) if again else None
         weights = gate_weight, up_weight, weight
         if ctx.quack:
-            activated, d_normed, weight_grads = _back_through_quack(grad, normed, *weights, wide, of_weights)
+            activated, d_normed, weight_grads = _back_through_quack(
+                grad, normed, *weights, wide, of_weights, of_weight
+            )
         else:
             activated, d_normed, weight_grads = _back_through_torch(grad, normed, *weights, wide)
         d_rows, made, sums = norm_backward(
@@ -201,10 +203,12 @@ def _back_through_quack(
     weight: Tensor,
     wide: list[Tensor],
     of_weights: list[Tensor],
+    of_weight: bool,
 ) -> Back:
-    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none."""
+    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none. Where the last
+    product's weight is frozen, not ``of_weight``, what that took is left empty."""
     gate_up = wide[0] if normed is None else gate_up_again(normed, gate_weight, up_weight, grad)
-    d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up)
+    d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up, of_weight)
     d_normed = gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
 
     def weight_grads(rows: Tensor) -> tuple[Tensor | None, ...]:

@@ -158,7 +158,12 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
             "swiglu_linear_backward": (
                 products.swiglu_linear_backward,
                 products.plain_swiglu_linear_backward,
-                (grad, out.t().contiguous(), both),
+                (grad, out.t().contiguous(), both, True),
+            ),
+            "swiglu_linear_backward, nothing again": (  # as above
+                lambda *arguments: products.swiglu_linear_backward(*arguments)[0],
+                lambda *arguments: products.plain_swiglu_linear_backward(*arguments)[0],
+                (grad, out.t().contiguous(), both, False),
             ),
             "gate_up_rows_grad": (
                 products.gate_up_rows_grad,
@@ -203,7 +208,12 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
             "gelu_linear_backward": (
                 products.gelu_linear_backward,
                 products.plain_gelu_linear_backward,
-                (grad, weight, wide),
+                (grad, weight, wide, True),
+            ),
+            "gelu_linear_backward, nothing again": (
+                lambda *arguments: products.gelu_linear_backward(*arguments)[::2],
+                lambda *arguments: products.plain_gelu_linear_backward(*arguments)[::2],
+                (grad, weight, wide, False),
             ),
             "linear_add": (
                 products.linear_add,

@@ -41,7 +41,7 @@ def plain_linear_rotate(
 ) -> Tensor:
     """``linear_rotate`` in torch's own ops, as all that are called plain here."""
     qkv = F.linear(rows, weight, bias)
-    plain_rotate(qkv, table, num_rotated, False)
+    plain_rotate(qkv, table, num_rotated, False, False)
     return qkv
 
 
@@ -71,29 +71,35 @@ def plain_linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) ->
 
 
 @torch.library.custom_op("vl3train::gelu_linear_backward", mutates_args=())
-def gelu_linear_backward(grad: Tensor, weight: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_linear_backward(
+    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Back through the product with (W, I) ``weight`` and the GELU of (R, I) ``wide`` before it.
 
-    ``grad`` (R, W) -> the gradient of ``wide``, its GELU again, both (R, I), and the (I,) float32 column sums of the
-    gradient.
+    ``grad`` (R, W) -> the gradient of ``wide``, its GELU ``again``, both (R, I), and the (I,) float32 column sums of
+    the gradient. Without ``again`` the second is left empty.
     """
     if grad.is_cuda:
         from vl3train.model.quack_products import gelu_linear_backward_kernel
 
-        return gelu_linear_backward_kernel(grad, weight, wide)
-    return plain_gelu_linear_backward(grad, weight, wide)
+        return gelu_linear_backward_kernel(grad, weight, wide, again)
+    return plain_gelu_linear_backward(grad, weight, wide, again)
 
 
 @gelu_linear_backward.register_fake
-def _(grad: Tensor, weight: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums = wide.new_empty((wide.shape[1],), dtype=torch.float32)
-    return wide.new_empty(wide.shape), wide.new_empty(wide.shape), sums
+def _(grad: Tensor, weight: Tensor, wide: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, width = wide.shape
+    sums = wide.new_empty((width,), dtype=torch.float32)
+    return wide.new_empty((num_rows, width)), wide.new_empty((num_rows if again else 0, width)), sums
 
 
-def plain_gelu_linear_backward(grad: Tensor, weight: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_gelu_linear_backward(
+    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``gelu_linear_backward``."""
     d_wide = grad @ weight
-    return d_wide, *plain_gelu_backward(d_wide, wide)
+    activated, sums = plain_gelu_backward(d_wide, wide)
+    return d_wide, activated if again else wide.new_empty((0, wide.shape[1])), sums
 
 
 @torch.library.custom_op("vl3train::linear_swiglu", mutates_args=())
@@ -143,24 +149,30 @@ def plain_gate_up(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tenso
 
 
 @torch.library.custom_op("vl3train::swiglu_linear_backward", mutates_args=())
-def swiglu_linear_backward(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_linear_backward(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
     """Back through the product with (W, I) ``weight`` and the SwiGLU of ``gate_up`` before it.
 
-    ``grad`` (R, W) -> the gradient of ``gate_up``, in its order, and silu(gate) * up again, (R, I).
+    ``grad`` (R, W) -> the gradient of ``gate_up``, in its order, and silu(gate) * up ``again``, (R, I), or empty:
+    only the weight's gradient takes it, and a fifth of what the kernel reads and writes is spared where that is frozen.
     """
     if grad.is_cuda:
         from vl3train.model.quack_products import swiglu_linear_backward_kernel
 
-        return swiglu_linear_backward_kernel(grad, weight, gate_up)
-    return plain_swiglu_linear_backward(grad, weight, gate_up)
+        return swiglu_linear_backward_kernel(grad, weight, gate_up, again)
+    return plain_swiglu_linear_backward(grad, weight, gate_up, again)
 
 
 @swiglu_linear_backward.register_fake
-def _(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_up.new_empty(gate_up.shape), gate_up.new_empty((gate_up.shape[0], weight.shape[1]))
+def _(grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    num_rows = gate_up.shape[0]
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty((num_rows if again else 0, weight.shape[1]))
 
 
-def plain_swiglu_linear_backward(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def plain_swiglu_linear_backward(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
     """``swiglu_linear_backward``, its arithmetic in float32 at least."""
     high = torch.promote_types(grad.dtype, torch.float32)
     d_activated = (grad @ weight).to(high)
@@ -168,7 +180,8 @@ def plain_swiglu_linear_backward(grad: Tensor, weight: Tensor, gate_up: Tensor) 
     share = torch.sigmoid(gate)
     d_gate = d_activated * up * share * (1 + gate * (1 - share))
     d_gate_up = torch.stack((d_gate, d_activated * gate * share), 2).flatten(1)
-    return d_gate_up.to(grad.dtype), (gate * share * up).to(grad.dtype)
+    activated = gate * share * up if again else gate_up.new_empty((0, weight.shape[1]))
+    return d_gate_up.to(grad.dtype), activated.to(grad.dtype)
 
 
 @torch.library.custom_op("vl3train::gate_up_rows_grad", mutates_args=())

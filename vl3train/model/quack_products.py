@@ -10,10 +10,11 @@ from typing import Any
 import quack.gemm
 import quack.gemm_interface
 import torch
+from quack.activation import dgelu_tanh_approx, dswiglu
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.library import dgelu_dbias_mod, dswiglu_mod, identity_epi, linear_act_mod
 from quack.epilogue.math import pack, unpack
-from quack.epilogue.ops import RowVecLoad
+from quack.epilogue.ops import RowVecLoad, RowVecReduce
 from quack.epilogue.rotary import rotary_cos_sin_load
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_act, gemm_tuned
@@ -43,6 +44,20 @@ def _bias_and_turn(acc, table, bias):
     one, other = unpack(acc + bias)
     c, s = unpack(table)
     return {"D": pack(one * c - other * s, other * c + one * s)}
+
+
+# quack's dgelu_dbias_mod and dswiglu_mod without what they take once more of the product before.
+@gemm_epilogue(reduces={"dbias": RowVecReduce("dbias")})
+def _gelu_back(acc, c):
+    dx, _ = dgelu_tanh_approx(c, acc)
+    return {"D": dx, "dbias": dx}
+
+
+@gemm_epilogue(mode="packed_cd_b16x2")
+def _swiglu_back(acc, c):
+    x, y = unpack(c)
+    dx, dy, _ = dswiglu(x, y, acc)
+    return {"D": pack(dx, dy)}
 
 
 def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False) -> GemmConfig:
@@ -79,7 +94,7 @@ _ACTIVATED = tuple(  # asked for in gemm_act's own words, by which quack remembe
 def forget_plans() -> None:
     """Let quack plan anew, once there are many plans: some milliseconds, and no kernel is compiled again."""
     caches = [quack.gemm._gemm_plan_cache, quack.gemm_interface._gemm_iface_plan_cache]
-    own = (_bias_and_rows, _rows_added, _bias_added, _bias_and_turn)
+    own = (_bias_and_rows, _rows_added, _bias_added, _bias_and_turn, _gelu_back, _swiglu_back)
     for mod in (dgelu_dbias_mod, dswiglu_mod, identity_epi, *own, *_ACTIVATED):
         caches += [mod._plan_cache, mod._call_cache, mod.__dict__.get("_sink_shape_cache", {})]
     for cache in caches:
@@ -118,13 +133,16 @@ def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -
     return rows.new_empty((0, len(weight))) if wide is None else wide, activated
 
 
-def gelu_linear_backward_kernel(grad: Tensor, weight: Tensor, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_linear_backward_kernel(
+    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``vl3train::gelu_linear_backward``."""
-    d_wide, activated = torch.empty_like(wide), torch.empty_like(wide)
+    d_wide, activated = torch.empty_like(wide), wide.new_empty((again * len(wide), wide.shape[1]))
     num_tiles = -(-len(wide) // _TURNS.tile_m)
     sums = wide.new_empty((num_tiles, wide.shape[1]), dtype=torch.float32)
-    outputs = {"postact": activated, "dbias": sums}
-    dgelu_dbias_mod.gemm(grad.contiguous(), weight, d_wide, wide, epi_args=outputs, b_kn=True, **_as(_TURNS))
+    epilogue, outputs = (dgelu_dbias_mod, {"postact": activated}) if again else (_gelu_back, {})
+    outputs["dbias"] = sums
+    epilogue.gemm(grad.contiguous(), weight, d_wide, wide, epi_args=outputs, b_kn=True, **_as(_TURNS))
     return d_wide, activated, sums.sum(0)
 
 
@@ -151,14 +169,15 @@ def gate_up_kernel(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tens
     return _of_halves(rows.contiguous(), _joined(gate_weight, up_weight).t(), "B", rows.shape[1])
 
 
-def swiglu_linear_backward_kernel(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_linear_backward_kernel(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
     """As ``vl3train::swiglu_linear_backward``."""
     d_gate_up = torch.empty_like(gate_up)
-    activated = gate_up.new_empty((len(gate_up), weight.shape[1]))
-    tile = _GATED_BACKWARD[grad.shape[1] > WIDE]
-    dswiglu_mod.gemm(
-        grad.contiguous(), weight, d_gate_up, gate_up, epi_args={"postact": activated}, b_kn=True, **_as(tile)
-    )
+    activated = gate_up.new_empty((again * len(gate_up), weight.shape[1]))
+    tile = _as(_GATED_BACKWARD[grad.shape[1] > WIDE])
+    epilogue, outputs = (dswiglu_mod, {"postact": activated}) if again else (_swiglu_back, {})
+    epilogue.gemm(grad.contiguous(), weight, d_gate_up, gate_up, epi_args=outputs, b_kn=True, **tile)
     return d_gate_up, activated
 
 

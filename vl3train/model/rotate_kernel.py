@@ -17,20 +17,22 @@ TILE = (2, 64)
 CHUNK_SIZES = (8, 4, 2)
 """Values of a chunk, the first of which heads are whole numbers: 8, 16 bytes in bfloat16, for those of 72 and 128."""
 STEPS = {False: 2, True: 8}
-"""Tiles below one another that a program takes for each block of columns, forward and backward, where each program
-leaves a row of sums: the table's rows stay in its cache. 173 and 272 us for 49 472 rows of 48 heads of 72 (H100)."""
+"""Tiles below one another that a program takes for each block of columns, without sums and with them, of which each
+program leaves a row: the table's rows stay in its cache. 173 and 272 us for 49 472 rows of 48 heads of 72 (H100)."""
 
 
-def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool) -> Tensor:
+def rotate_kernel(
+    rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool
+) -> Tensor:
     """As ``vl3train::rotate``. Raises ValueError for rows with gaps between them."""
     num_rows, width = rows.shape
     head_dim = table.shape[1]
     if not rows.is_contiguous():
         raise ValueError("rotate works in place and takes whole rows only")
     tile_rows, chunks = TILE
-    programs = triton.cdiv(num_rows, tile_rows * STEPS[backward])
+    programs = triton.cdiv(num_rows, tile_rows * STEPS[column_sums])
     rotated = num_rotated * head_dim
-    sums = rows.new_empty((programs if backward else 0, width), dtype=torch.float32)
+    sums = rows.new_empty((programs if column_sums else 0, width), dtype=torch.float32)
     _rotate[(programs,)](
         rows,
         table.contiguous(),
@@ -38,16 +40,17 @@ def rotate_kernel(rows: Tensor, table: Tensor, num_rotated: int, backward: bool)
         num_rows,
         width,
         rotated,
-        width if backward else rotated,
+        width if column_sums else rotated,
         HEAD_DIM=head_dim,
         BACKWARD=backward,
+        SUMS=column_sums,
         ROWS=tile_rows,
         CHUNKS=chunks,
         CHUNK=next(size for size in CHUNK_SIZES if head_dim % size == 0),
-        STEPS=STEPS[backward],
+        STEPS=STEPS[column_sums],
         num_warps=4,
     )
-    return sums.sum(0) if backward else rows.new_empty((0,), dtype=torch.float32)
+    return sums.sum(0) if column_sums else rows.new_empty((0,), dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=OF_A_PACK)
@@ -61,6 +64,7 @@ def _rotate(
     columns,
     HEAD_DIM: tl.constexpr,
     BACKWARD: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -88,8 +92,8 @@ def _rotate(
             new = tl.join(one * c - other * s, other * c + one * s)
             new = tl.reshape(new, (ROWS, CHUNKS, CHUNK))
             tl.store(rows + at, new, mask=inside & turns)
-            if BACKWARD:
+            if SUMS:
                 totals += tl.where(turns, new, x)
-        if BACKWARD:
+        if SUMS:
             below = tl.sum(totals, axis=0)[None, :, :]
             tl.store(sums + program * width + at_column, below, mask=there)
