@@ -220,7 +220,11 @@ def test_a_checkpoint_of_the_original_code_loads_with_equal_logits(tiny_model, m
     assert (loaded.config.image_token_id, loaded.config.video_token_id) == (151655, 151656)
     loaded.config.image_token_id = loaded.model.config.image_token_id = 118
     loaded.config.video_token_id = loaded.model.config.video_token_id = 119
+    found, expected = ({**one.state_dict(), **dict(one.named_buffers())} for one in (loaded, model))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     with torch.no_grad():
         for conversation in mixed:
             inputs = conversation.stock_inputs()
-            assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+            # All bits but the last: on some CPUs a product's rounding goes by where its tensors lie.
+            torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
