@@ -14,6 +14,7 @@ from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts
 from vl3train.demo.questions import TASKS
 from vl3train.engine import host_piece
+from vl3train.model import packed_forward
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +60,11 @@ def late_link(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LateCopy], list[Lat
         lambda sources, targets, queue, after=(): LateCopy(queue, sources, targets, after),
     )
     return queues
+
+
+@pytest.fixture(scope="module")
+def most_supervised():
+    """Nearly all tokens of each pack: its last layer works for all, and takes the most that it can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_forward, "last_positions", lambda _: None)
+        yield

@@ -20,6 +20,8 @@ from vl3train.engine.zero import Zero
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels, pack_size
 
+pytestmark = pytest.mark.usefixtures("most_supervised")
+
 
 @pytest.fixture(scope="module")
 def rank():

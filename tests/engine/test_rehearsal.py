@@ -27,25 +27,31 @@ def rank():
 
 
 def record_layers(packed, monkeypatch):
-    """(rows, level) of each layer that runs from now on."""
+    """(rows, level, positions that come out) of each layer that runs from now on."""
     run_layer, ran = packed._run_layer, []
 
     def recorded(body, layer, hidden, *args):
-        ran.append((len(hidden), args[-2]))
+        ran.append((len(hidden), args[-2], args[-3]))
         return run_layer(body, layer, hidden, *args)
 
     monkeypatch.setattr(packed, "_run_layer", recorded)
     return ran
 
 
-def test_one_layer_of_each_tower_runs_at_each_level_in_turn(rank, monkeypatch):
+def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
     ran, chosen = record_layers(packed, monkeypatch), packed.choose_levels
     batches = [pack(3, 50), pack(2, 60), pack(1, 70), pack(0, 80)]
     rehearse(engine, packed, batches, automatic_levels())
     expected = []
     for batch, level in zip(batches, ["elementwise", "mlp", "layer", "elementwise"], strict=True):
-        expected += [(len(batch.pixel_values), level), (len(batch.input_ids), level)]
+        tokens, positions = len(batch.input_ids), batch.supervised_positions
+        assert 2 <= len(positions) <= tokens / 2
+        expected += [
+            (len(batch.pixel_values), level, None),
+            (tokens, level, None),
+            (tokens, level, positions),
+        ]
     assert ran == expected
     assert packed.choose_levels is chosen
     ran.clear()
@@ -151,5 +157,5 @@ def test_after_it_a_gpu_has_nothing_to_load(rank, tmp_path):
         events = json.loads((tmp_path / name).read_text())["traceEvents"]
         return sum(event.get("name") == "Lazy Function Loading" for event in events)
 
-    rehearse(engine, packed, packs, [Levels((level,), (level,))])
+    rehearse(engine, packed, packs, [Levels((level,), (level,) * 2)])
     assert loads("after.json") == 0

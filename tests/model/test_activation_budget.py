@@ -21,6 +21,7 @@ def tower(layers, mlp, layer, pair, trains=True):
         num_layers=layers,
         mlp_row=mlp,
         layer_row=mlp + layer,
+        projection_row=layer // 4,
         layer_pair=pair,
         forward_row=2 * mlp + layer,
         backward_row=2 * (2 * mlp + layer),

@@ -40,6 +40,7 @@ def counted(model, batch, levels):
         Levels((NOTHING, LAYER), (LAYER, NOTHING)),
         Levels((OFFLOAD, OFFLOAD), (OFFLOAD, NOTHING)),
         Levels((NOTHING, NOTHING), (NOTHING, NOTHING)),
+        Levels((NOTHING, NOTHING), (NOTHING, LAYER)),
     ],
 )
 @pytest.mark.parametrize("trained", [("vision_encoder", "projector", "language_model"), ("projector",)])
@@ -93,3 +94,7 @@ def test_products_that_are_done_again_in_part(tiny_model, batch_of, mixed, level
     size = pack_size(batch)
     expected = 2 * again.vision.mlp_row * size.patches + again.language.mlp_row * size.tokens
     assert products - base == (expected if level is MLP else 0)
+    products, _ = counted(model, batch, Levels((NOTHING,) * 2, (NOTHING, level)))
+    assert products - base == again.of(batch, Levels((NOTHING,) * 2, (NOTHING, level))) - again.of(
+        batch, Levels((NOTHING,) * 2, (NOTHING,) * 2)
+    )

@@ -118,8 +118,13 @@ def fit_memory(
     every rank where the pack does not fit even with every layer's input on the host.
     """
     fitting = Fitting(engine, packed, batch, memory, pack_name, say)
+    # The budget counts the last layer like every other: whatever its share of supervised tokens, a pack takes no more.
+    packed.whole_last_layer = True
     with torch.random.fork_rng([engine.rank.device] if engine.rank.device.type == "cuda" else []):
-        fitted = fitting.run()
+        try:
+            fitted = fitting.run()
+        finally:
+            packed.whole_last_layer = False
     if engine.zero_stage == 3:
         # Computing a layer again gathers its weights from all ranks: all must do it in the same layers.
         packed.choose_levels = lambda *_: fitted.levels

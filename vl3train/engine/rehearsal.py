@@ -57,7 +57,7 @@ def rehearse_run(
     if machine.memory is Memory.auto:
         levels = automatic_levels()
     else:
-        levels = [Levels((machine.recompute_vision,), (machine.recompute_language,))]
+        levels = [Levels((machine.recompute_vision,), (machine.recompute_language,) * 2)]
 
     def batches() -> Iterator[Batch]:
         for number, pack in enumerate(packs):
@@ -75,16 +75,20 @@ def rehearse_run(
 
 
 def automatic_levels() -> list[Levels]:
-    """One layer of each tower at each level that machine.memory=auto chooses from; offload has the kernels of layer."""
+    """One layer of the encoder and two of the language model, whose last is unlike the others, at each level that
+    machine.memory=auto chooses from; offload has the kernels of layer."""
     return [
-        Levels((level,), (level,)) for level in level_scale(zero_stage=1) if level is not Recompute.offload
+        Levels((level,), (level,) * 2)
+        for level in level_scale(zero_stage=1)
+        if level is not Recompute.offload
     ]
 
 
 def rehearse(engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[Levels]) -> None:
     """Forward and backward pass of each batch, its loss counted zero times, with as many layers as ``levels`` have.
 
-    The layers of a tower are alike, so the first is enough. Batches take ``levels`` in turn;
+    The layers of a tower are alike, but for the language model's last (model/last_layer.py): one and the last are
+    enough. Batches take ``levels`` in turn;
     large ones come first, since the compiler tunes its kernels for the sizes that it meets first. Weights, gradients
     and random numbers stay as they were.
     """

@@ -1,11 +1,13 @@
 """Useful floating-point operations of a training step, from integers alone.
 
 What the model must do, once: forward, gradients of inputs where something below trains, gradients of weights
-that train. Causal attention counts half. Padding, recomputation, elementwise work and the optimizer count nothing.
+that train. Causal attention counts half; past attention the last layer counts for supervised tokens alone, since the
+loss reads no others. Padding, recomputation, elementwise work and the optimizer count nothing.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,8 @@ def flop_rates(hf_model: Any) -> FlopRates:
     projector_backward = vision_backward or trains["projector"]
     language_backward = projector_backward or trains["language_model"]
 
+    last = len(hf_model.model.language_model.layers) - 1
+    read_by_loss = re.compile(rf"lm_head|language_model\.layers\.{last}\.(self_attn\.o_proj|mlp)\.")
     rows = dict.fromkeys(("patch", "visual_token", "token", "supervised_token"), 0)
     for name, module in hf_model.named_modules():
         if ".original_module." in name or not isinstance(module, nn.Linear | nn.Conv2d):
@@ -67,7 +71,7 @@ def flop_rates(hf_model: Any) -> FlopRates:
                 first = name.endswith("readout.0")
                 row, input_gradient = "visual_token", vision_backward if first else projector_backward
             else:
-                row = "supervised_token" if "lm_head" in name else "token"
+                row = "supervised_token" if read_by_loss.search(f"{name}.") else "token"
                 input_gradient = language_backward
         rows[row] += 2 * work * (1 + input_gradient + module.weight.requires_grad)
 

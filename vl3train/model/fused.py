@@ -171,9 +171,7 @@ def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums
     return rows.new_empty((rows.shape[1] if column_sums else 0,), dtype=torch.float32)
 
 
-def plain_rotate(
-    rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool
-) -> Tensor:
+def plain_rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
     """``rotate`` in torch's own ops."""
     pairs = rows.view(len(rows), -1, table.shape[1] // 2, 2)
     one, other = pairs[:, :num_rotated].float().unbind(3)

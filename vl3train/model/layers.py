@@ -8,7 +8,6 @@ tests/model/test_packed_forward.py holds loss and gradients against the stock fo
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 from transformers.models.video_llama_3.modeling_video_llama_3 import apply_rotary_pos_emb_vision
@@ -28,13 +27,16 @@ from vl3train.model.attention import TORCH_VERSION, Segments, attend
 from vl3train.model.fused import turning_table
 from vl3train.model.fused_attention import NormAttention, NormLinears
 from vl3train.model.fused_mlp import GeluMlp, SwigluMlp
+from vl3train.model.kept_products import KEEP_NARROW_PRODUCTS, KEEP_PRODUCTS
+from vl3train.model.last_layer import rows_at
 from vl3train.model.offload import HostRows
 from vl3train.model.products import linear_add
 from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
-"""(layer, hidden rows, cos, sin, turning_table of both where layers are compiled, segments, whether the MLP is computed
-again, whether the passes of model/fused.py may serve, and quack's products with them) -> hidden rows."""
+"""(layer, hidden rows, cos, sin, turning_table of both where layers are compiled, segments, positions of the rows that
+go on past attention or None for all, whether the MLP is computed again, whether the passes of model/fused.py may serve,
+and quack's products with them) -> hidden rows."""
 
 FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
 """torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does
@@ -48,6 +50,7 @@ def encoder_layer(
     sin_PD: Tensor,
     table_PD: Tensor | None,
     segments: Segments,
+    positions: Tensor | None = None,
     mlp_again: bool = False,
     fused: bool = False,
     quack: bool = False,
@@ -65,6 +68,7 @@ def encoder_layer(
         quack,
         causal=False,
     )
+    hidden_PC, out_PC = rows_at(positions, hidden_PC), rows_at(positions, out_PC)
     project = attention.out_proj
     plain = _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
     if not (fused and plain and type(mlp.activation_fn) is GELUTanh):
@@ -88,6 +92,7 @@ def decoder_layer(
     sin_TD: Tensor,
     table_TD: Tensor | None,
     segments: Segments,
+    positions: Tensor | None = None,
     mlp_again: bool = False,
     fused: bool = False,
     quack: bool = False,
@@ -105,6 +110,7 @@ def decoder_layer(
         quack,
         causal=True,
     )
+    hidden_TH, out_TH = rows_at(positions, hidden_TH), rows_at(positions, out_TH)
     norm = layer.post_attention_layernorm
     with_adapters = fused and quack and type(norm) is Qwen2RMSNorm
     if fused and quack and _plain(hidden_TH, attention.o_proj):
@@ -194,19 +200,20 @@ def _run(
     lengths: tuple[int, ...],
     max_seqlen: int,
     backend: str,
+    positions: Tensor | None,
     recompute: str,
     quack: bool,
 ) -> Tensor:
     # Plain arguments, no record: torch.compile then sees max_seqlen as a number that may change.
     segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
-    inputs = (layer, hidden, cos, sin, table, segments)
+    inputs = (layer, hidden, cos, sin, table, segments, positions)
     fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
         return checkpoint(body, *inputs, False, fused, quack, use_reentrant=False)
     if recompute == "nothing" or torch.compiler.is_compiling():
         # The compiler keeps results of products and attention and computes the elementwise rest again.
         return body(*inputs, recompute == "mlp", fused, quack)
-    contexts = _KEEP_PRODUCTS if recompute == "elementwise" else _KEEP_NARROW_PRODUCTS
+    contexts = KEEP_PRODUCTS if recompute == "elementwise" else KEEP_NARROW_PRODUCTS
     return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -228,17 +235,21 @@ def run_layers(
     levels: Sequence[Recompute],
     products: str,
     compiled: bool,
+    positions: Tensor | None = None,
     before: Callable[[], None] | None = None,
     on_backward: Callable[[], None] | None = None,
 ) -> Tensor:
     """All layers of a tower, one after the other, each recomputing in the backward pass what its level says.
 
     As many layers run as there are ``levels``, the first ones: all but in a rehearsal (engine/rehearsal.py).
-    ``products`` is a name from model/product_check.py, for compiled layers. ``before`` is called before each layer,
+    ``products`` is a name from model/product_check.py, for compiled layers. Where there are ``positions``, only the
+    rows there come out of the last layer (model/last_layer.py). ``before`` is called before each layer,
     ``on_backward`` in the backward pass after each, when what the layer kept is freed.
     """
     host, table = HostRows(), turning_table(*rope) if compiled else None
-    for layer, level in zip(itertools.islice(layers, len(levels)), levels, strict=True):
+    for number, (layer, level) in enumerate(
+        zip(itertools.islice(layers, len(levels)), levels, strict=True), start=1
+    ):
         if before is not None:
             before()
         # Outside of what is compiled: the arithmetic is that of layer, and so is the graph.
@@ -256,40 +267,8 @@ def run_layers(
                 segments.lengths,
                 segments.max_seqlen,
                 segments.backend,
+                positions if number == len(levels) else None,
                 (Recompute.layer if offload else level).value,
                 products == "quack",
             )
     return hidden
-
-
-_aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default: 1, _aten.addmm.default: 2}
-"""Matrix products, with the position of their weight (in, out)."""
-_ATTENTION = {
-    "vl3train::qkv_attention",
-    "torch_attn::_varlen_attn",
-    "flash_attn::_flash_attn_varlen_forward",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_attention_math",
-}
-
-
-def _keep_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    if op in _PRODUCTS or op._schema.name in _ATTENTION:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_narrow_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    # The products that widen the row are the MLP's: 6 of 7 parts of what a layer would keep, a third of its work.
-    if op in _PRODUCTS:
-        width_in, width_out = args[_PRODUCTS[op]].shape
-        wide = width_out > width_in
-        return CheckpointPolicy.PREFER_RECOMPUTE if wide else CheckpointPolicy.MUST_SAVE
-    return _keep_products(_, op)
-
-
-_KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-_KEEP_NARROW_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_narrow_products)

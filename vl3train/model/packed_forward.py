@@ -19,6 +19,7 @@ from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.attention import make_segments
 from vl3train.model.compiling import compiled
+from vl3train.model.last_layer import last_positions
 from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 from vl3train.model.recomputation import Levels
@@ -64,6 +65,8 @@ class PackedModel(nn.Module):
         )
         self.choose_levels: Callable[[Batch, int], Levels] = lambda *_: given
         """(micro-batch, bytes for activations that others take meanwhile) -> what each layer computes again."""
+        self.whole_last_layer = False
+        """Whether the last layer works for all tokens, not for those alone that the loss reads."""
         self.before_layer: Callable[[], None] | None = None
         self.on_layer_backward: Callable[[], None] | None = None
         self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
@@ -94,12 +97,15 @@ class PackedModel(nn.Module):
         """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_levels`` takes them."""
         levels = self.choose_levels(batch, others) if self.training else self._nothing
         inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
-        hidden_TH = self._language_states(batch, inputs_TH, levels.language)
-        head = self.model.lm_head
-        supervised = batch.supervised_positions, batch.supervised_labels, batch.num_loss_chunks
-        if self.makes_logits_once and hidden_TH.requires_grad:
-            return PackedOutput(*loss_with_gradients(hidden_TH, head, self._grade, *supervised))
-        return PackedOutput(*supervised_loss(hidden_TH, head, self._score, *supervised))
+        positions = None if self.whole_last_layer else last_positions(batch)
+        hidden = self._language_states(batch, inputs_TH, levels.language, positions)
+        head, places = self.model.lm_head, batch.supervised_positions
+        if positions is not None:
+            places = torch.arange(len(positions), device=positions.device)
+        supervised = places, batch.supervised_labels, batch.num_loss_chunks
+        if self.makes_logits_once and hidden.requires_grad:
+            return PackedOutput(*loss_with_gradients(hidden, head, self._grade, *supervised))
+        return PackedOutput(*supervised_loss(hidden, head, self._score, *supervised))
 
     def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute]) -> Tensor:
         """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""
@@ -125,8 +131,8 @@ class PackedModel(nn.Module):
             levels,
             self.products,
             self.compile_layers,
-            self.before_layer,
-            self.on_layer_backward,
+            before=self.before_layer,
+            on_backward=self.on_layer_backward,
         )
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
         rows_NC = merged_MC.index_select(0, batch.kept) if batch.kept.shape[0] else merged_MC[:1]
@@ -142,8 +148,10 @@ class PackedModel(nn.Module):
             return embeds_TH + (visual_NH.sum() * 0).to(embeds_TH.dtype)
         return embeds_TH.index_copy(0, batch.placeholder_positions, visual_NH.to(embeds_TH.dtype))
 
-    def _language_states(self, batch: Batch, inputs_TH: Tensor, levels: Sequence[Recompute]) -> Tensor:
-        """(T, H) final hidden states."""
+    def _language_states(
+        self, batch: Batch, inputs_TH: Tensor, levels: Sequence[Recompute], positions: Tensor | None
+    ) -> Tensor:
+        """(T, H) final hidden states, or (U, H), those at ``positions``."""
         language_model = self.model.model.language_model
         cos_1TD, sin_1TD = language_model.rotary_emb(inputs_TH.unsqueeze(0), batch.position_ids.unsqueeze(0))
         rope = cos_1TD.squeeze(0), sin_1TD.squeeze(0)
@@ -154,7 +162,7 @@ class PackedModel(nn.Module):
             self.attention,
             compiled=self.compile_layers,
         )
-        hidden_TH = run_layers(
+        hidden = run_layers(
             self._run_layer,
             decoder_layer,
             language_model.layers,
@@ -164,10 +172,11 @@ class PackedModel(nn.Module):
             levels,
             self.products,
             self.compile_layers,
+            positions,
             self.before_layer,
             self.on_layer_backward,
         )
-        return self._norm(language_model.norm, hidden_TH)
+        return self._norm(language_model.norm, hidden)
 
 
 class PatchProduct(nn.Conv2d):

@@ -13,6 +13,7 @@ from torch import nn
 
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
+from vl3train.model.last_layer import last_positions
 from vl3train.model.trainable import part_of
 
 NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise)
@@ -61,6 +62,8 @@ class TowerWork:
     """The products that widen the row."""
     layer_row: int
     """All products but the last, whose result no gradient needs."""
+    projection_row: int
+    """The product that follows attention."""
     layer_pair: int
     forward_row: int
     """All products."""
@@ -76,6 +79,12 @@ class TowerWork:
         if level is Recompute.mlp:
             return self.mlp_row * rows
         return self.layer_row * rows + self.layer_pair * pairs
+
+    def past_attention(self, level: Recompute) -> int:
+        """What of it one row of a layer at this level does again after attention."""
+        if not self.has_backward or level in NOTHING_AGAIN:
+            return 0
+        return self.mlp_row + (self.projection_row if level is not Recompute.mlp else 0)
 
     def forward(self, rows: int, pairs: int) -> int:
         """Operations of the whole tower's forward pass."""
@@ -99,10 +108,12 @@ class RecomputeRates:
 
     def of(self, batch: Batch, levels: Levels) -> int:
         """Operations of one micro-batch that are done again."""
-        size = pack_size(batch)
+        size, positions = pack_size(batch), last_positions(batch)
+        left_out = 0 if positions is None else size.tokens - positions.shape[0]
         return (
             sum(self.vision.of(level, size.patches, size.patch_pairs) for level in levels.vision)
             + sum(self.language.of(level, size.tokens, size.token_pairs) for level in levels.language)
+            - self.language.past_attention(levels.language[-1]) * left_out
             + self.supervised_token * batch.supervised_positions.shape[0]
         )
 
@@ -137,11 +148,16 @@ def recompute_rates(hf_model: Any, *, logits_again: bool) -> RecomputeRates:
     language_backward = bool(trained)  # every part that trains has its gradient through the language model
     return RecomputeRates(
         vision=_tower_work(
-            encoder_layers, ("fc1",), 4 * vision.hidden_size, has_backward="vision_encoder" in trained
+            encoder_layers,
+            ("fc1",),
+            "out_proj",
+            4 * vision.hidden_size,
+            has_backward="vision_encoder" in trained,
         ),
         language=_tower_work(
             decoder_layers,
             ("gate_proj", "up_proj"),
+            "o_proj",
             4 * text_dim * text.num_attention_heads,
             has_backward=language_backward,
         ),
@@ -150,7 +166,7 @@ def recompute_rates(hf_model: Any, *, logits_again: bool) -> RecomputeRates:
 
 
 def _tower_work(
-    layers: nn.ModuleList, widening: tuple[str, ...], pair: int, *, has_backward: bool
+    layers: nn.ModuleList, widening: tuple[str, ...], projection: str, pair: int, *, has_backward: bool
 ) -> TowerWork:
     """``widening`` are the MLP's products that widen the row, the one that narrows it again is left out."""
     layer: Any = layers[0]
@@ -159,6 +175,7 @@ def _tower_work(
         num_layers=len(layers),
         mlp_row=mlp_row,
         layer_row=mlp_row + _products(layer.self_attn),
+        projection_row=_products(getattr(layer.self_attn, projection)),
         layer_pair=pair,
         forward_row=_products(layer),
         backward_row=has_backward * (_products(layer) + _products(layer, trained=True)),

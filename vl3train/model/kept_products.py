@@ -1,0 +1,41 @@
+"""Which results a layer that is not compiled keeps, where it computes only a part of its work again."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default: 1, _aten.addmm.default: 2}
+"""Matrix products, with the position of their weight (in, out)."""
+_ATTENTION = {
+    "vl3train::qkv_attention",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_attention_math",
+}
+
+
+def _keep_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    if op in _PRODUCTS or op._schema.name in _ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_narrow_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    # The products that widen the row are the MLP's: 6 of 7 parts of what a layer would keep, a third of its work.
+    if op in _PRODUCTS:
+        width_in, width_out = args[_PRODUCTS[op]].shape
+        wide = width_out > width_in
+        return CheckpointPolicy.PREFER_RECOMPUTE if wide else CheckpointPolicy.MUST_SAVE
+    return _keep_products(_, op)
+
+
+KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+KEEP_NARROW_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_narrow_products)
