@@ -19,6 +19,7 @@ from vl3train.model.gradient_products import add_gate_up_weights_grad, add_weigh
 from vl3train.model.init_from_parts import load_model
 from vl3train.model.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import set_trainable
 
 
 @pytest.fixture
@@ -88,6 +89,37 @@ def test_products_add_to_sums_on_a_cpu():
 def test_products_add_to_sums_on_a_gpu():
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     check_products("cuda", torch.bfloat16, 1e-3)
+
+
+@pytest.mark.parametrize("products", ["torch", "quack"])
+def test_gate_and_up_of_frozen_layers_lie_together(tiny_model_dir, rank, tmp_path, products):
+    """And are saved, each whole, as before."""
+    hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
+    set_trainable(hf_model, ["vision_encoder", "projector"])
+    before = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
+    packed = PackedModel(hf_model, "reference", compile_layers=True, products=products)
+    trained = [parameter for parameter in packed.parameters() if parameter.requires_grad]
+    engine = Zero(
+        packed,
+        torch.optim.SGD([{"name": "all", "params": trained, "lr": 0.0}]),
+        machine=MachineConfig(),
+        optim=OptimConfig(max_grad_norm=0),
+        num_micro_batches=1,
+        rank=rank,
+    )
+    for layer in hf_model.model.language_model.layers:
+        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
+        assert (up.data_ptr() == gate.data_ptr() + gate.nbytes) == (products == "quack")
+        assert gate.is_contiguous()
+        assert up.is_contiguous()
+    after = hf_model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    engine.save(tmp_path)
+    with torch.no_grad():
+        hf_model.model.language_model.layers[0].mlp.up_proj.weight.zero_()
+    engine.load(tmp_path)
+    after = hf_model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("level", [Recompute.elementwise, Recompute.mlp, Recompute.layer], ids=str)

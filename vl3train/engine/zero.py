@@ -67,6 +67,8 @@ class Zero:
             config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
             dist_init_required=False,
         )
+        if self.zero_stage < 3:
+            model.lay_frozen_weights_together()
         for parameter in model.parameters():
             # Of an engine before this one: layers would add to it still.
             parameter.__dict__.pop("grad_sum", None)

@@ -93,6 +93,21 @@ class PackedModel(nn.Module):
         plain = all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears)
         return [[linear.weight for linear in linears] for linears in by_product] if plain else []
 
+    def lay_frozen_weights_together(self) -> None:
+        """Lay the weights of gate and up of a frozen layer one below the other in memory; for a model on its device.
+
+        quack's products take both as one matrix (model/quack_products.py), and copy them together in each pass where
+        they lie apart. Those that train lie so in DeepSpeed's buffers.
+        """
+        if self.products != "quack":
+            return
+        for layer in self.model.model.language_model.layers:
+            linears: list[Any] = [layer.mlp.gate_proj, layer.mlp.up_proj]
+            if all(type(linear) is nn.Linear and not linear.weight.requires_grad for linear in linears):
+                together = torch.cat([linear.weight.detach() for linear in linears])
+                for linear, weight in zip(linears, together.chunk(2), strict=True):
+                    linear.weight.data = weight
+
     def forward(self, batch: Batch, *, others: int = 0) -> PackedOutput:
         """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_levels`` takes them."""
         levels = self.choose_levels(batch, others) if self.training else self._nothing
