@@ -80,7 +80,9 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
     if row.zero_stage < 3:
         started = time.perf_counter()
         given = Levels((Recompute(row.recompute_vision),), (Recompute(row.recompute_language),) * 2)
-        rehearse(engine, packed, other_batches(row), automatic_levels() if row.memory == "auto" else [given])
+        rehearse(
+            engine, packed, other_batches(row), automatic_levels(packed) if row.memory == "auto" else [given]
+        )
         say(f"rehearsed in {time.perf_counter() - started:.1f} s")
     if row.memory == "auto" and device.type == "cuda":
         widths = row_bytes(packed)

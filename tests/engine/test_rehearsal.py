@@ -42,7 +42,7 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
     ran, chosen = record_layers(packed, monkeypatch), packed.choose_levels
     batches = [pack(3, 50), pack(2, 60), pack(1, 70), pack(0, 80)]
-    rehearse(engine, packed, batches, automatic_levels())
+    rehearse(engine, packed, batches, automatic_levels(packed))
     expected = []
     for batch, level in zip(batches, ["elementwise", "mlp", "layer", "elementwise"], strict=True):
         tokens, positions = len(batch.input_ids), batch.supervised_positions
@@ -68,7 +68,7 @@ def test_levels_come_back_when_a_pack_does_not_fit(rank, monkeypatch):
 
     monkeypatch.setattr(engine, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        rehearse(engine, packed, [pack(1, 50)], automatic_levels())
+        rehearse(engine, packed, [pack(1, 50)], automatic_levels(packed))
     assert packed.choose_levels is chosen
 
 
@@ -89,7 +89,7 @@ def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_
         # What dropout would do.
         packed._run_layer = lambda *args, run_layer=run_layer: (torch.rand(1), run_layer(*args))[1]
         if rehearsed:
-            rehearse(engine, packed, packs, automatic_levels())
+            rehearse(engine, packed, packs, automatic_levels(packed))
         losses = []
         for _ in range(2):
             for number, batch in enumerate(steps):
@@ -130,7 +130,7 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
         figures.append([(line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
     assert figures[0] == figures[1]
     ((patches, levels),) = rehearsed
-    assert levels == automatic_levels()
+    assert [level.vision[0].value for level in levels] == ["elementwise", "mlp", "layer"]
     assert patches == sorted(patches, reverse=True)
     assert len(patches) == 2 * cfg.step.global_packs, "both steps, and no two packs alike"
     said = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from vl3train.model.activation_budget import OFFLOAD_WORK_A_BYTE, ActivationBudg
 from vl3train.model.recomputation import Levels, PackSize, RecomputeRates, TowerWork
 
 SCALE = level_scale(1)
-L = Recompute.layer
+L, NOTHING, ELEMENTWISE = Recompute.layer, Recompute.nothing, Recompute.elementwise
 
 
 def tower(layers, mlp, layer, pair, trains=True):
@@ -179,3 +180,59 @@ def test_layers_that_keep_most_come_last_and_words_say_how_many():
 
 def test_what_does_not_fit_keeps_least():
     assert budget(-5, 0, *PUBLISHED).levels(PACK).vision == (Recompute.offload,) * 27
+
+
+def with_nothing(total, of_vision, *, more_vision=2 * I_VISION, more_language=2 * I_LANGUAGE):
+    """A budget that has measured what layers keep more at nothing, of each row."""
+    found = budget(total, of_vision, *PUBLISHED)
+    return replace(
+        found,
+        vision_kept={
+            Recompute.nothing: found.vision_kept[Recompute.elementwise] + more_vision,
+            **found.vision_kept,
+        },
+        language_kept={
+            Recompute.nothing: found.language_kept[Recompute.elementwise] + more_language,
+            **found.language_kept,
+        },
+    )
+
+
+@pytest.mark.parametrize("of_vision", [20, 45, 200])
+@pytest.mark.parametrize("total", [8, 30, 60, 70, 80, 200])
+@pytest.mark.parametrize("others", [0, 5])
+def test_what_elementwise_layers_leave_spares_elementwise_work(total, of_vision, others):
+    total, of_vision, others = total * 2**30, of_vision * 2**30, others * 2**30
+    found = with_nothing(total, of_vision)
+    levels = found.levels(PACK, others=others)
+    plain = Levels(
+        *(tuple(level if level is not NOTHING else ELEMENTWISE for level in own) for own in levels)
+    )
+    spared = found.can_spare(PACK, others)
+
+    def fits(levels):
+        vision, needed = found.needed_bytes(PACK, levels)
+        return vision <= of_vision - spared and needed <= total - spared
+
+    assert fits(levels) or levels == found.least_kept()
+    # By operations the choice is that of a budget that knows nothing of it, with as much room for one layer at work.
+    for position, own in enumerate(levels):
+        assert list(own) == sorted(own, key=list(Recompute).index, reverse=True), "what keeps most comes last"
+        if ELEMENTWISE in own:
+            more = list(own)
+            more[own.index(NOTHING) - 1 if NOTHING in own else -1] = NOTHING
+            more = levels._replace(**{levels._fields[position]: tuple(more)})
+            assert not fits(more), "one layer more would fit"
+    assert price(found, PACK, levels) == price(found, PACK, plain)
+    if total == of_vision == 200 * 2**30:
+        assert set(levels.vision + levels.language) == {NOTHING}
+    if total == 8 * 2**30:
+        assert NOTHING not in levels.vision + levels.language[:-1]
+
+
+def test_a_tower_that_keeps_no_more_at_nothing_stays_at_elementwise():
+    found = with_nothing(200 * 2**30, 200 * 2**30)
+    language_kept = {level: size for level, size in found.language_kept.items() if level is not NOTHING}
+    levels = replace(found, language_kept=language_kept).levels(PACK)
+    assert set(levels.vision) == {NOTHING}
+    assert set(levels.language) == {ELEMENTWISE}

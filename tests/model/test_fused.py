@@ -220,8 +220,9 @@ class Adapted(nn.Linear):
         (["vision_encoder", "projector"], Recompute.mlp, False, 8, 2),
         (["vision_encoder", "projector", "language_model"], Recompute.nothing, True, 6, 0),
         (["language_model"], Recompute.nothing, False, 4, 0),
+        (["vision_encoder", "projector", "language_model"], Recompute.nothing, False, 8, 2),
     ],
-    ids=["stage 1", "adapted", "frozen encoder"],
+    ids=["stage 1", "adapted", "frozen encoder", "nothing again"],
 )
 @pytest.mark.parametrize("products", ["torch", "quack"])
 def test_compiled_layers_take_them_and_give_the_same_gradients(
@@ -274,9 +275,10 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
+@pytest.mark.parametrize("level", [Recompute.nothing, Recompute.elementwise], ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_layers_make_nothing_that_only_weights_gradients_take(
-    tiny_model, batch_of, mixed, monkeypatch, frozen
+def test_nothing_is_made_again_that_was_kept_or_that_only_frozen_weights_would_take(
+    tiny_model, batch_of, mixed, monkeypatch, frozen, level
 ):
     """What MLPs took once more, and the sums of biases: the gradients are held above."""
     monkeypatch.setattr(
@@ -301,11 +303,20 @@ def test_frozen_layers_make_nothing_that_only_weights_gradients_take(
     watch("swiglu", quack_ops, "plain_swiglu_linear_backward")
     watch("gelu", quack_ops, "plain_gelu_linear_backward")
     watch("rope", fused, "plain_rotate")
-    PackedModel(model, "reference", compile_layers=True, products="quack").train()(
-        batch_of(mixed)
-    ).loss_sum.backward()
+    how = {
+        "recompute_vision": level,
+        "recompute_language": level,
+        "compile_layers": True,
+        "products": "quack",
+    }
+    PackedModel(model, "reference", **how).train()(batch_of(mixed)).loss_sum.backward()
     # Back through the language model's two layers, then the encoder's.
-    assert asked == {"swiglu": [not frozen] * 2, "gelu": [True] * 2, "rope": [not frozen] * 2 + [True] * 2}
+    again = level is Recompute.elementwise
+    assert asked == {
+        "swiglu": [again and not frozen] * 2,
+        "gelu": [again] * 2,
+        "rope": [not frozen] * 2 + [True] * 2,
+    }
 
 
 def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
@@ -347,7 +358,7 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
         widths.add(of_both)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     wide = {}
-    for level in (Recompute.elementwise, Recompute.mlp):
+    for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
         kept = {}
 
         def keep(tensor, kept=kept):
@@ -366,8 +377,9 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             packed(batch).loss_sum.backward()
         wide[level] = len(kept)
-    in_language = {"torch": 2 * 2, "quack": 2}[products]  # gate and up, or both in one
-    assert wide == {Recompute.elementwise: 2 + in_language, Recompute.mlp: 0}, "of two layers in each tower"
+    # Of two layers in each tower: what GELU takes, gate and up or both in one, and what quack's products give beside.
+    elementwise, nothing = {"torch": (2 + 2 * 2, 2 + 2 * 2), "quack": (2 + 2, 2 + 2 + 2 * 2)}[products]
+    assert wide == {Recompute.nothing: nothing, Recompute.elementwise: elementwise, Recompute.mlp: 0}
 
 
 @pytest.mark.gpu

@@ -241,6 +241,8 @@ class Fitting:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
         towers = zip(start._fields, (self.size.patches, self.size.tokens), strict=True)
         scale = level_scale(self.engine.zero_stage)
+        if self.packed.keeps_more_at_nothing:
+            scale = (Recompute.nothing, *scale)
         kept: dict[str, dict[Recompute, int]] = {}
         for tower, rows in towers:
             least: int = getattr(self.row_bytes, tower)[0]
@@ -258,8 +260,11 @@ class Fitting:
                         continue  # a level of which not even one layer fits is none to choose
                     more = -(-(dry.kept_bytes - first.kept_bytes) // rows)
                     found[level] = more + (0 if level_of_start is Recompute.offload else least)
+            # A level that keeps no less than the one before it is none to choose either.
             if least and found.get(Recompute.mlp, 0) >= found.get(Recompute.elementwise, 0):
-                found.pop(Recompute.mlp, None)  # a level that keeps no less is none to choose either
+                found.pop(Recompute.mlp, None)
+            if found.get(Recompute.nothing, 0) <= found.get(Recompute.elementwise, 0):
+                found.pop(Recompute.nothing, None)  # as in frozen layers
             kept[f"{tower}_kept"] = {level: found[level] for level in scale if level in found}
         return kept
 

@@ -55,7 +55,7 @@ def rehearse_run(
     machine = cfg.machine
     packs = packs_of_many_sizes(data.plan, first, last_step, num_sizes(cfg.step.max_tokens))
     if machine.memory is Memory.auto:
-        levels = automatic_levels()
+        levels = automatic_levels(packed)
     else:
         levels = [Levels((machine.recompute_vision,), (machine.recompute_language,) * 2)]
 
@@ -74,14 +74,11 @@ def rehearse_run(
     )
 
 
-def automatic_levels() -> list[Levels]:
+def automatic_levels(packed: PackedModel) -> list[Levels]:
     """One layer of the encoder and two of the language model, whose last is unlike the others, at each level that
     machine.memory=auto chooses from; offload has the kernels of layer."""
-    return [
-        Levels((level,), (level,) * 2)
-        for level in level_scale(zero_stage=1)
-        if level is not Recompute.offload
-    ]
+    scale = ((Recompute.nothing,) if packed.keeps_more_at_nothing else ()) + level_scale(zero_stage=1)
+    return [Levels((level,), (level,) * 2) for level in scale if level is not Recompute.offload]
 
 
 def rehearse(engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[Levels]) -> None:

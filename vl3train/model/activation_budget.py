@@ -23,7 +23,8 @@ that it is taken last."""
 def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
     """The levels that ``machine.memory=auto`` chooses from, dearest in memory first.
 
-    ZeRO-3's linear layers cannot be computed again in part.
+    ZeRO-3's linear layers cannot be computed again in part. Where ``nothing`` is measured beside ``elementwise``, what
+    those leave of the budget goes to it.
     """
     if zero_stage == 3:
         return (Recompute.nothing, Recompute.layer, Recompute.offload)
@@ -54,7 +55,8 @@ class ActivationBudget:
         ``others`` take bytes of the budget too: as many as the pack can spare.
 
         Exact: layers of a tower are alike, so every count of layers at each level is looked at (4495 for 28 layers
-        at 4 levels), about a millisecond. Where nothing fits, the levels that keep least.
+        at 4 levels), about a millisecond. Where nothing fits, the levels that keep least. Elementwise work counts no
+        operations, and is the cheapest to do again: it is spared with the bytes that are left over.
         """
         vision = self._choices(self.vision_kept, self.rates.vision, size.patches, size.patch_pairs)
         language = self._choices(self.language_kept, self.rates.language, size.tokens, size.token_pairs)
@@ -71,10 +73,32 @@ class ActivationBudget:
             return self.least_kept()
         work = np.where(fits, vision.work + least_work[last], np.iinfo(np.int64).max)
         chosen = int(np.argmin(work))
-        return Levels(
+        levels = Levels(
             self._spread(self.vision_kept, self.rates.vision, chosen),
             self._spread(self.language_kept, self.rates.language, int(order[best[last[chosen]]])),
         )
+        return self._keep_more(size, levels, spared)
+
+    def _keep_more(self, size: PackSize, levels: Levels, spared: int) -> Levels:
+        """As many layers at nothing in place of elementwise as the rest of the budget has room for, the last first."""
+        for tower, kept, rows in (
+            ("language", self.language_kept, size.tokens),
+            ("vision", self.vision_kept, size.patches),
+        ):
+            own: tuple[Recompute, ...] = getattr(levels, tower)
+            number = own.count(Recompute.elementwise)  # they come last
+            if not number or not {Recompute.nothing, Recompute.elementwise} <= kept.keys():
+                continue
+            more = rows * (kept[Recompute.nothing] - kept[Recompute.elementwise])
+            vision, total = self.needed_bytes(size, levels)
+            # The last layer of the tower whose backward pass runs makes less again by what it keeps more.
+            number = min(number, (self.total_bytes - spared - total) // more + (tower == "language"))
+            if tower == "vision":
+                number = min(number, (self._most_of_vision - spared - vision) // more + 1)
+            number = max(number, 0)
+            own = (*own[: len(own) - number], *(Recompute.nothing,) * number)
+            levels = levels._replace(**{tower: own})
+        return levels
 
     def room_beside(self, size: PackSize, levels: Levels) -> list[int]:
         """Bytes of the budget that nobody takes when each layer has run forward, the encoder's layers first.
@@ -130,12 +154,13 @@ class ActivationBudget:
     @staticmethod
     def _choices(kept: dict[Recompute, int], work: TowerWork, rows: int, pairs: int) -> Choices:
         """Every way to spread a tower's layers over the levels."""
-        counts = _counts(work.num_layers, len(kept))
-        again = {level: work.of(level, rows, pairs) for level in kept}
-        if Recompute.offload in kept:
+        scale = _chosen_from(kept)
+        counts = _counts(work.num_layers, len(scale))
+        again = {level: work.of(level, rows, pairs) for level in scale}
+        if Recompute.offload in scale:
             again[Recompute.offload] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
-        kept_bytes = counts @ np.array([rows * size for size in kept.values()], np.int64)
-        made_again = np.array([rows * _made_again(kept, level) for level in kept], np.int64)
+        kept_bytes = counts @ np.array([rows * kept[level] for level in scale], np.int64)
+        made_again = np.array([rows * _made_again(kept, level) for level in scale], np.int64)
         level_of_last = np.argmax(counts > 0, axis=1)  # what keeps most comes last, as _spread says
         return Choices(
             kept_bytes,
@@ -146,7 +171,8 @@ class ActivationBudget:
     @staticmethod
     def _spread(kept: dict[Recompute, int], work: TowerWork, choice: int) -> tuple[Recompute, ...]:
         # What keeps most comes last: it is freed first, and offloaded rows have the longest time for their way.
-        counts = dict(zip(kept, _counts(work.num_layers, len(kept))[choice].tolist(), strict=True))
+        scale = _chosen_from(kept)
+        counts = dict(zip(scale, _counts(work.num_layers, len(scale))[choice].tolist(), strict=True))
         return tuple(level for level in reversed(counts) for _ in range(counts[level]))
 
 
@@ -156,6 +182,11 @@ class Choices(NamedTuple):
     kept_bytes: np.ndarray
     needed_bytes: np.ndarray  # with what the last layer makes again
     work: np.ndarray
+
+
+def _chosen_from(kept: dict[Recompute, int]) -> list[Recompute]:
+    """The levels that are weighed by operations: elementwise does as many again as nothing."""
+    return [level for level in kept if level is not Recompute.nothing or Recompute.elementwise not in kept]
 
 
 def _made_again(kept: dict[Recompute, int], level: Recompute) -> int:

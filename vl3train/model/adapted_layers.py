@@ -63,10 +63,10 @@ def adapted_add(rows: Tensor, linear: nn.Module, added: Tensor) -> Tensor:
     return linear_add(rows, weight[0], bias[0], torch.addmm(added, inner, b[0].t()))
 
 
-def adapted_mlp(rows: Tensor, norm: Any, linears: Sequence[nn.Module], again: bool) -> Tensor:
+def adapted_mlp(rows: Tensor, norm: Any, linears: Sequence[nn.Module], level: str) -> Tensor:
     """Norm, MLP and residual; ``linears`` are gate, up and down."""
     weights, _, a, b, scaling = _parts(rows, linears)
-    return AdaptedSwigluMlp.apply(rows, norm.weight, norm.variance_epsilon, again, scaling, *weights, *a, *b)
+    return AdaptedSwigluMlp.apply(rows, norm.weight, norm.variance_epsilon, level, scaling, *weights, *a, *b)
 
 
 def adapted_attention(

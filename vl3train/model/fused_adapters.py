@@ -42,7 +42,7 @@ class AdaptedSwigluMlp(torch.autograd.Function):
         rows: Tensor,
         norm_weight: Tensor,
         eps: float,
-        again: bool,
+        level: str,
         scaling: float,
         gate: Tensor,
         up: Tensor,
@@ -57,24 +57,24 @@ class AdaptedSwigluMlp(torch.autograd.Function):
         """(R, W) rows -> (R, W).
 
         ``gate`` and ``up`` (I, W), ``down`` (W, I), then each one's A and B. Of the (R, I) rows ``gate_up`` alone is
-        kept, and ``again`` computes that again, too.
+        kept, at ``level`` mlp not even that, and at nothing what SwiGLU gives, too.
         """
         normed = normed_rows(rows, norm_weight, None, eps, False)
         inner = normed @ torch.cat((gate_a, up_a)).t() * scaling
         wide = beside([gate, up], [gate_b, up_b], None).chunk(2)
-        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *wide, not again)
+        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *wide, level != "mlp")
         inner_down = activated @ down_a.t() * scaling
         result = linear_add(activated, down, None, torch.addmm(rows, inner_down, down_b.t()))
         of_weights = gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b
-        kept = None if again else gate_up
-        ctx.save_for_backward(rows, norm_weight, inner, inner_down, *of_weights, kept)
+        kept = None if level == "mlp" else gate_up, activated if level == "nothing" else None
+        ctx.save_for_backward(rows, norm_weight, inner, inner_down, *of_weights, *kept)
         ctx.eps, ctx.scaling = eps, scaling
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of rows, norm and adapters."""
-        rows, norm_weight, inner, inner_down, *of_weights, gate_up = ctx.saved_tensors
+        rows, norm_weight, inner, inner_down, *of_weights, gate_up, activated = ctx.saved_tensors
         gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b = of_weights
         of_norm = ctx.needs_input_grad[1]
         wide, again, scaling = beside([gate, up], [gate_b, up_b], grad).chunk(2), gate_up is None, ctx.scaling
@@ -82,9 +82,10 @@ class AdaptedSwigluMlp(torch.autograd.Function):
             normed = normed_rows(rows, norm_weight, None, ctx.eps, False)
             gate_up = gate_up_again(torch.cat((normed, inner), 1), *wide, grad)
         d_inner_down = grad @ down_b * scaling
-        d_gate_up, activated = swiglu_linear_backward(
-            torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up, True
+        d_gate_up, activated_again = swiglu_linear_backward(
+            torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up, activated is None
         )
+        activated = activated_again if activated is None else activated
         d_normed, d_inner = gate_up_rows_grad(d_gate_up, *wide).split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * scaling
         d_normed = torch.addmm(d_normed, d_inner, torch.cat((gate_a, up_a)))

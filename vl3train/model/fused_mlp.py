@@ -45,7 +45,7 @@ class GeluMlp(torch.autograd.Function):
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
-        again: bool,
+        level: str,
         quack: bool,
         wide_weight: Tensor,
         wide_bias: Tensor,
@@ -55,31 +55,36 @@ class GeluMlp(torch.autograd.Function):
         """(R, W) rows -> (R, W).
 
         ``wide_weight`` (I, W) and ``weight`` (W, I). Handed over is ``bias_in``, which was added to every row. Of the
-        (R, I) rows nothing is kept but what GELU takes, and ``again`` computes that again, too.
+        (R, I) rows what GELU takes alone is kept, at ``level`` mlp not even that, and at nothing what it gives, too,
+        where one of quack's products gives it: the compiler would make it again.
         """
         normed = normed_rows(rows, norm_weight, norm_bias, eps, True)
         if quack:
-            wide, activated = linear_gelu(normed, wide_weight, wide_bias, not again)
+            wide, activated = linear_gelu(normed, wide_weight, wide_bias, level != "mlp")
             result = linear_add(activated, weight, bias, rows)
         else:
             wide = F.linear(normed, wide_weight, wide_bias)
-            result = rows + F.linear(F.gelu(wide, approximate="tanh"), weight, bias)
-        kept = None if again else wide
-        ctx.save_for_backward(rows, norm_weight, norm_bias, wide_weight, wide_bias, weight, kept)
+            activated = F.gelu(wide, approximate="tanh")
+            result = rows + F.linear(activated, weight, bias)
+        kept = None if level == "mlp" else wide, activated if quack and level == "nothing" else None
+        ctx.save_for_backward(rows, norm_weight, norm_bias, wide_weight, wide_bias, weight, *kept)
         ctx.eps, ctx.quack = eps, quack
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of the tensors, in their order."""
-        rows, norm_weight, norm_bias, wide_weight, wide_bias, weight, wide = ctx.saved_tensors
+        rows, norm_weight, norm_bias, wide_weight, wide_bias, weight, wide, activated = ctx.saved_tensors
         _, of_in, *of_norm, _, _, _, of_wide, of_wide_bias, of_weight, of_bias = ctx.needs_input_grad
         again = wide is None
         if again:
             normed = normed_rows(rows, norm_weight, norm_bias, ctx.eps, True)
             wide = linear_again(normed, wide_weight, wide_bias, grad)
         if ctx.quack:
-            d_wide, activated, wide_sums = gelu_linear_backward(grad, weight, wide, of_weight)
+            d_wide, made, wide_sums = gelu_linear_backward(
+                grad, weight, wide, of_weight and activated is None
+            )
+            activated = made if activated is None else activated
         else:
             d_wide = grad @ weight
             activated, wide_sums = gelu_backward(d_wide, wide)
@@ -121,14 +126,14 @@ class SwigluMlp(torch.autograd.Function):
         rows: Tensor,
         norm_weight: Tensor,
         eps: float,
-        again: bool,
+        level: str,
         quack: bool,
         gate_weight: Tensor,
         up_weight: Tensor,
         weight: Tensor,
         *sums: Tensor,
     ) -> Tensor:
-        """(R, W) rows -> (R, W); ``gate_weight`` and ``up_weight`` (I, W), ``weight`` (W, I); ``again`` as above.
+        """(R, W) rows -> (R, W); ``gate_weight`` and ``up_weight`` (I, W), ``weight`` (W, I); ``level`` as above.
 
         ``sums`` are none, or those of gate's and up's gradients (2 I, W) and of ``weight``'s (W, I), which the ops of
         model/gradient_products.py add to.
@@ -136,30 +141,32 @@ class SwigluMlp(torch.autograd.Function):
         normed = normed_rows(rows, norm_weight, None, eps, False)
         wide: tuple[Tensor, ...]
         if quack:
-            gate_up, activated = linear_swiglu(normed, gate_weight, up_weight, not again)
+            gate_up, activated = linear_swiglu(normed, gate_weight, up_weight, level != "mlp")
             wide = (gate_up,)
         else:
             wide = gate, up = F.linear(normed, gate_weight), F.linear(normed, up_weight)
             activated = F.silu(gate) * up
         ctx.num_sums = len(sums)
-        kept = () if again else wide
-        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, *sums, *kept)
+        kept = () if level == "mlp" else wide
+        of_weight = activated if quack and level == "nothing" else None
+        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, of_weight, *sums, *kept)
         ctx.eps, ctx.quack = eps, quack
         return linear_add(activated, weight, None, rows) if quack else rows + F.linear(activated, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of the tensors, in their order."""
-        rows, norm_weight, gate_weight, up_weight, weight, *kept = ctx.saved_tensors
+        rows, norm_weight, gate_weight, up_weight, weight, activated, *kept = ctx.saved_tensors
         of_weights, wide = kept[: ctx.num_sums], kept[ctx.num_sums :]
         _, of_norm, _, _, _, of_gate, of_up, of_weight = ctx.needs_input_grad[:8]
         again = not wide
         normed = normed_rows(rows, norm_weight, None, ctx.eps, False) if again else None
         weights = gate_weight, up_weight, weight
         if ctx.quack:
-            activated, d_normed, weight_grads = _back_through_quack(
-                grad, normed, *weights, wide, of_weights, of_weight
+            made_again, d_normed, weight_grads = _back_through_quack(
+                grad, normed, *weights, wide, of_weights, of_weight and activated is None
             )
+            activated = made_again if activated is None else activated
         else:
             activated, d_normed, weight_grads = _back_through_torch(grad, normed, *weights, wide)
         d_rows, made, sums = norm_backward(
@@ -203,12 +210,12 @@ def _back_through_quack(
     weight: Tensor,
     wide: list[Tensor],
     of_weights: list[Tensor],
-    of_weight: bool,
+    activated_again: bool,
 ) -> Back:
-    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none. Where the last
-    product's weight is frozen, not ``of_weight``, what that took is left empty."""
+    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none. What the last
+    product took is left empty if not ``activated_again``."""
     gate_up = wide[0] if normed is None else gate_up_again(normed, gate_weight, up_weight, grad)
-    d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up, of_weight)
+    d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up, activated_again)
     d_normed = gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
 
     def weight_grads(rows: Tensor) -> tuple[Tensor | None, ...]:

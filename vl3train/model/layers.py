@@ -35,8 +35,8 @@ from vl3train.model.qkv_attention import SERVED
 
 Layer = Callable[..., Tensor]
 """(layer, hidden rows, cos, sin, turning_table of both where layers are compiled, segments, positions of the rows that
-go on past attention or None for all, whether the MLP is computed again, whether the passes of model/fused.py may serve,
-and quack's products with them) -> hidden rows."""
+go on past attention or None for all, the level as a word, of which mlp and nothing mean something to a layer, whether
+the passes of model/fused.py may serve, and quack's products with them) -> hidden rows."""
 
 FUNCTIONS_ARE_REPEATED = TORCH_VERSION >= (2, 13)
 """torch 2.11's compiler keeps what an autograd.Function computes although the layer asks to compute it again; 2.14 does
@@ -51,7 +51,7 @@ def encoder_layer(
     table_PD: Tensor | None,
     segments: Segments,
     positions: Tensor | None = None,
-    mlp_again: bool = False,
+    level: str = "elementwise",
     fused: bool = False,
     quack: bool = False,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def encoder_layer(
     plain = _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
     if not (fused and plain and type(mlp.activation_fn) is GELUTanh):
         hidden_PC = hidden_PC + project(out_PC)
-        return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), mlp_again)
+        return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), level)
     handed_over = project.bias.detach()
     if quack:
         hidden_PC = linear_add(out_PC, project.weight, handed_over, hidden_PC)
@@ -82,7 +82,7 @@ def encoder_layer(
     norm, fc1, fc2 = layer.layer_norm2, mlp.fc1, mlp.fc2
     weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
     of_norm = norm.weight, norm.bias, norm.eps
-    return GeluMlp.apply(hidden_PC, project.bias, *of_norm, mlp_again, quack, *weights)
+    return GeluMlp.apply(hidden_PC, project.bias, *of_norm, level, quack, *weights)
 
 
 def decoder_layer(
@@ -93,7 +93,7 @@ def decoder_layer(
     table_TD: Tensor | None,
     segments: Segments,
     positions: Tensor | None = None,
-    mlp_again: bool = False,
+    level: str = "elementwise",
     fused: bool = False,
     quack: bool = False,
 ) -> Tensor:
@@ -121,13 +121,13 @@ def decoder_layer(
         hidden_TH = hidden_TH + attention.o_proj(out_TH)
     linears, swiglu = (mlp.gate_proj, mlp.up_proj, mlp.down_proj), type(mlp.act_fn) is SiLUActivation
     if with_adapters and swiglu and adapters_of(hidden_TH, *linears):
-        return adapted_mlp(hidden_TH, norm, linears, mlp_again)
+        return adapted_mlp(hidden_TH, norm, linears, level)
     if not (fused and swiglu and _plain(hidden_TH, norm, *linears)):
-        return hidden_TH + _maybe_again(mlp, norm(hidden_TH), mlp_again)
+        return hidden_TH + _maybe_again(mlp, norm(hidden_TH), level)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     sums = [weight.grad_sum for weight in (weights[0], weights[2]) if quack and hasattr(weight, "grad_sum")]
     of_norm = norm.weight, norm.variance_epsilon
-    return SwigluMlp.apply(hidden_TH, *of_norm, mlp_again, quack, *weights, *sums)
+    return SwigluMlp.apply(hidden_TH, *of_norm, level, quack, *weights, *sums)
 
 
 def _attention(
@@ -174,8 +174,8 @@ def _attention(
     return rows, attend(q, k, v, segments, causal=causal, scale=scale).flatten(-2)
 
 
-def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, again: bool) -> Tensor:
-    return checkpoint(body, rows, use_reentrant=False) if again else body(rows)
+def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, level: str) -> Tensor:
+    return checkpoint(body, rows, use_reentrant=False) if level == "mlp" else body(rows)
 
 
 def _plain(rows: Tensor, *modules: nn.Module) -> bool:
@@ -209,10 +209,11 @@ def _run(
     inputs = (layer, hidden, cos, sin, table, segments, positions)
     fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
-        return checkpoint(body, *inputs, False, fused, quack, use_reentrant=False)
+        return checkpoint(body, *inputs, "elementwise", fused, quack, use_reentrant=False)
     if recompute == "nothing" or torch.compiler.is_compiling():
-        # The compiler keeps results of products and attention and computes the elementwise rest again.
-        return body(*inputs, recompute == "mlp", fused, quack)
+        # The compiler keeps results of products and attention, and of the elementwise rest at most what products of
+        # quack give beside theirs.
+        return body(*inputs, recompute, fused, quack)
     contexts = KEEP_PRODUCTS if recompute == "elementwise" else KEEP_NARROW_PRODUCTS
     return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 

@@ -83,6 +83,11 @@ class PackedModel(nn.Module):
         """Whether the loss makes its gradients with the logits: compiled layers, whose weights are whole, do so."""
         return self.compile_layers
 
+    @property
+    def keeps_more_at_nothing(self) -> bool:
+        """Whether compiled layers keep more at nothing than at elementwise (config/choices.py)."""
+        return self.compile_layers and self.products == "quack"
+
     def weights_with_sums(self) -> list[list[Tensor]]:
         """Those whose layers add a gradient to ``grad_sum``, if they have one: by product, in the sum's order."""
         if not self.compile_layers or self.products != "quack":
