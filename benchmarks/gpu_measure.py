@@ -128,7 +128,7 @@ def measure(
     step, work = prepare(row, rank, device)
     timed: list[tuple[float, dict[str, Any]]] = []
     found: dict[str, Any] = {}
-    warm_up, recompiles = 0.0, 0
+    warm_up, recompiles, breaks = 0.0, 0, 0
     wait_for_all(device)
     ended = time.perf_counter()
     for number in range(WARM_UP_STEPS + row.steps):
@@ -138,7 +138,12 @@ def measure(
         started, ended = ended, time.perf_counter()
         took = ended - started
         compiles = take_compiles()
-        print(f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}", flush=True)
+        print(
+            f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}",
+            *compiles.breaks,
+            flush=True,
+        )
+        breaks += len(compiles.breaks)  # those before the first step, too
         if number < WARM_UP_STEPS:
             warm_up += took
             continue
@@ -149,6 +154,7 @@ def measure(
             "tokens_a_pack": max(of_step["longest"] for of_step in work.steps),
             "warm_up_seconds": warm_up,
             "recompiles": recompiles,
+            "graph_breaks": breaks,
             "loss": loss,
         }
         tell(found)

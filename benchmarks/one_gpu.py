@@ -35,7 +35,13 @@ HEAD = [
     "| row | useful TFLOP/s a GPU | ms a pack | tokens/s | patches/s | peak GiB | recompiles |",
     "|---|---|---|---|---|---|---|",
 ]
-UNITS = {"tflops": "TFLOP/s", "peak_gib": "GiB", "tokens_a_pack": "tokens", "recompiles": ""}
+UNITS = {
+    "tflops": "TFLOP/s",
+    "peak_gib": "GiB",
+    "tokens_a_pack": "tokens",
+    "recompiles": "",
+    "graph_breaks": "",
+}
 SPELLED = {"host_syncs": "", "data_wait_fraction": ""}
 """Figures that keep their own name, of the rows that take them."""
 

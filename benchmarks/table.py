@@ -35,7 +35,7 @@ ROWS_HEAD = (
     "| row | useful TFLOP/s a GPU | aim | ms a pack | tokens/s | patches/s | peak GiB | recompiles | steps | machine |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
 )
-IN_ROWS = ("peak_gib_", "tokens_a_pack_", "recompiles_")
+IN_ROWS = ("peak_gib_", "tokens_a_pack_", "recompiles_", "graph_breaks_")
 """Figures of a row that the table of rows has; ``recompiles`` itself is a figure of its own."""
 
 FOLDER = Path(__file__).resolve().parent

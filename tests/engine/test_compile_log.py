@@ -88,7 +88,12 @@ def test_graphs_are_those_of_torchs_counter(backend):
 
     for function in (broken, lambda x: x, lambda x: x.sum()):
         torch.compile(function)(rows(5))
-    assert take_compiles().graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    found = take_compiles()
+    assert found.graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert found.breaks == ("not compiled in one piece: User-inserted graph break. Message: None",)
+    function = compiled(scaled, enabled=True)
+    function(rows(5), True)
+    assert take_compiles().breaks == (), "each is told once"
 
 
 def test_more_graphs_than_torch_keeps_records_of_by_itself_are_all_counted(backend):

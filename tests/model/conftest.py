@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,3 +227,12 @@ def stock_gradients() -> Callable[..., tuple[float, dict[str, Tensor]]]:
         return total, {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def in_one_piece() -> Iterator[None]:
+    """What is compiled is compiled whole: torch goes on without where its tracer cannot follow, and says nothing."""
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    yield
+    assert not breaks

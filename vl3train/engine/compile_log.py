@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch._dynamo.utils import CompilationMetrics, clear_compilation_metrics, get_compilation_metrics
+from torch._dynamo.utils import (
+    CompilationMetrics,
+    clear_compilation_metrics,
+    counters,
+    get_compilation_metrics,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +26,15 @@ class Compiles:
     ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
     call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
     (torch's own counter "unique_graphs"). ``reasons`` has a line for each: function, seconds, and the first guard that
-    failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others.
+    failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others. ``breaks`` has a line for
+    each thing that the tracer could not follow, with the part of a layer that runs without being compiled as its price;
+    TORCH_LOGS=graph_breaks prints where.
     """
 
     seconds: float = 0.0
     graphs: int = 0
     reasons: tuple[str, ...] = ()
+    breaks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """As the console tells it, without reasons.
@@ -43,11 +51,14 @@ def take_compiles() -> Compiles:
     if not records:
         return Compiles()
     clear_compilation_metrics()
+    breaks = tuple(map(_break, counters["graph_break"]))
+    counters["graph_break"].clear()
     return Compiles(
         seconds=sum(map(_seconds, records)),
         # Only the record of a trace has it: none of a backward graph, of kernels' trials, or of a failure.
         graphs=sum(bool(record.graph_op_count) for record in records),
         reasons=_reasons(records),
+        breaks=breaks,
     )
 
 
@@ -70,6 +81,16 @@ def _reasons(records: Sequence[CompilationMetrics]) -> tuple[str, ...]:
         name = f"{forward.co_name} ({Path(forward.co_filename or '').name}:{forward.co_firstlineno})"
         lines.append(f"{name}, {seconds:.1f} s: {_why(forward.recompile_reason)}")
     return tuple(lines)
+
+
+def _break(reason: str) -> str:
+    """torch's explanation in one line.
+
+    >>> _break("Failed to trace builtin operator\\n  Explanation: Dynamo does not know `not_`.\\n  Hint: Avoid it.")
+    'not compiled in one piece: Dynamo does not know `not_`.'
+    """
+    explained = re.search(r"Explanation: (.*)", reason)
+    return f"not compiled in one piece: {explained[1] if explained else reason.splitlines()[0]}"
 
 
 def _why(reason: str | None) -> str:

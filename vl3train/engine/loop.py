@@ -148,9 +148,9 @@ def levels_of_step(run: Run, batches: Sequence[Batch]) -> list[Levels]:
 
 
 def tell_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
-    """A line on the console, and one below it for each of ``reasons``; nothing where nothing was compiled."""
+    """A line on the console, below it one for each of ``reasons`` and of what broke a graph, if there are any."""
     if compiles.seconds:
-        run.console.message("\n  ".join([f"{when}: {compiles}", *reasons]))
+        run.console.message("\n  ".join([f"{when}: {compiles}", *compiles.breaks, *reasons]))
 
 
 def evaluate_run(run: Run, *, step: int, when: str) -> None:

@@ -147,7 +147,8 @@ class SwigluMlp(torch.autograd.Function):
             wide = gate, up = F.linear(normed, gate_weight), F.linear(normed, up_weight)
             activated = F.silu(gate) * up
         ctx.num_sums = len(sums)
-        kept = () if level == "mlp" else wide
+        ctx.again = level == "mlp"  # of torch 2.11's tracer one may not ask whether a tuple is empty
+        kept = () if ctx.again else wide
         of_weight = activated if quack and level == "nothing" else None
         ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, of_weight, *sums, *kept)
         ctx.eps, ctx.quack = eps, quack
@@ -159,7 +160,7 @@ class SwigluMlp(torch.autograd.Function):
         rows, norm_weight, gate_weight, up_weight, weight, activated, *kept = ctx.saved_tensors
         of_weights, wide = kept[: ctx.num_sums], kept[ctx.num_sums :]
         _, of_norm, _, _, _, of_gate, of_up, of_weight = ctx.needs_input_grad[:8]
-        again = not wide
+        again = ctx.again
         normed = normed_rows(rows, norm_weight, None, ctx.eps, False) if again else None
         weights = gate_weight, up_weight, weight
         if ctx.quack:
