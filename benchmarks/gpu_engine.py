@@ -38,8 +38,13 @@ Step = Callable[[list[Any], int], float]
 """(what one step is made of, supervised tokens of all ranks) -> loss."""
 
 
-def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]) -> Step:
-    """One step through vl3train's train_step, on batches; ``batches`` are all that will come, of all ranks."""
+def own_step(
+    row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
+) -> tuple[Step, dict[str, str]]:
+    """One step through vl3train's train_step, on batches, and whose kernels make attention and products.
+
+    ``batches`` are all that will come, of all ranks.
+    """
     machine = MachineConfig(
         dtype=Dtype.bfloat16,
         zero_stage=row.zero_stage,
@@ -102,7 +107,7 @@ def own_step(row: Row, hf_model: Any, device: torch.device, batches: list[Batch]
             engine, batches, num_supervised_tokens=num_supervised, num_sources=1, stop_requested=False
         ).loss
 
-    return step
+    return step, {"attention": attention.name, "products": products.name}
 
 
 def other_batches(row: Row) -> Iterator[Batch]:

@@ -42,6 +42,7 @@ class Work:
 
     def __init__(self, row: Row, rates: FlopRates, rank: int) -> None:
         self.row, self.rank, self.rates = row, rank, rates
+        self.kernels: dict[str, str] = {}  # by what they make, where it is ours to choose
         num_steps = WARM_UP_STEPS + row.steps
         self.all_batches: list[Batch] = []  # of all steps and ranks
         packs = draw_packs(
@@ -109,7 +110,7 @@ def prepare(row: Row, rank: int, device: torch.device) -> tuple[Step, Work]:
     if row.way in ("padded", "packed_stock"):
         step = stock_step(row, hf_model, device)
     else:
-        step = own_step(row, hf_model, device, work.all_batches)
+        step, work.kernels = own_step(row, hf_model, device, work.all_batches)
     print(f"ready for the first step {time.perf_counter() - started:.0f} s later", flush=True)
     return step, work
 
@@ -155,6 +156,7 @@ def measure(
             "warm_up_seconds": warm_up,
             "recompiles": recompiles,
             "graph_breaks": breaks,
+            "kernels": work.kernels,
             "loss": loss,
         }
         tell(found)

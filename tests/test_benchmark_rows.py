@@ -129,7 +129,15 @@ def test_figures_of_a_row():
         "tflops_2b_liger",
         "tokens_a_pack_2b_liger",
         "recompiles_2b_liger",
+        "graph_breaks_2b_liger",
     ]
+    assert found["kernels"] == {}, "transformers' own"
+
+
+def test_a_row_says_whose_kernels_it_ran_and_whether_layers_were_compiled_whole():
+    found = measure("2b_given", tiny(ROWS["2b_given"]), 0, CPU)
+    assert found["kernels"] == {"attention": "reference", "products": "torch"}
+    assert found["graph_breaks"] == 0
 
 
 def test_packs_are_shared_equally_and_evenly():
@@ -261,7 +269,7 @@ def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
 def test_products_are_timed_side_by_side(capsys):
     products_main(["--tiny"])
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[0].strip() for row in rows[2:]] == ["encoder"] * 4 + ["2B"] * 5 + ["7B"] * 5
+    assert [row[0].strip() for row in rows[2:]] == ["encoder"] * 4 + ["2B"] * 6 + ["7B"] * 6
     assert all(float(time) > 0 for row in rows[2:] for time in row[2:])
 
 
