@@ -226,5 +226,6 @@ def test_a_checkpoint_of_the_original_code_loads_with_equal_logits(tiny_model, m
     with torch.no_grad():
         for conversation in mixed:
             inputs = conversation.stock_inputs()
-            # All bits but the last: on some CPUs a product's rounding goes by where its tensors lie.
+            # Not to the bit: one sample is one token, and where MKL takes its SSE code (MKL_ENABLE_INSTRUCTIONS=AVX) a
+            # product of one row is rounded by where the weight lies.
             torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
