@@ -20,8 +20,6 @@ from vl3train.engine.loop import train
 from vl3train.engine.memory import fit_memory
 from vl3train.engine.ranks import RunError, join
 from vl3train.engine.zero import Zero
-from vl3train.model import packed_forward
-from vl3train.model.last_layer import last_positions
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
 
@@ -294,20 +292,3 @@ def test_on_a_gpu_real_packs_stay_within_the_limit(monkeypatch, compile_layers):
         memory.reset_peak()
         engine.backward(engine.forward(other).loss_sum * 0)
         assert memory.peak() <= limit
-
-
-def test_the_budget_is_found_as_if_all_tokens_were_supervised(small, monkeypatch):
-    """So a pack with more of them than the worst one fits as well."""
-    engine, packed = small
-    monkeypatch.setattr(packed_forward, "last_positions", last_positions)
-    seen, mlp = [], packed.model.model.language_model.layers[-1].mlp
-    hook = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    worst = pack(3, 300)
-    try:
-        fitted_in(small, worst, ROOMY)
-        assert set(seen) == {len(worst.input_ids)}
-        seen.clear()
-        engine.backward(engine.forward(worst).loss_sum * 0)
-        assert set(seen) == {len(worst.supervised_positions)}
-    finally:
-        hook.remove()

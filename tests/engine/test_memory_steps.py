@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from tests.engine.test_memory import ROOMY, counted, pack, peak_of
+from tests.engine.test_memory import ROOMY, counted, engine_of, fitted_in, pack, peak_of
 from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.schema import MachineConfig, OptimConfig
@@ -17,6 +17,8 @@ from vl3train.engine.optim import build_optimizer
 from vl3train.engine.ranks import join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero import Zero
+from vl3train.model import packed_forward
+from vl3train.model.last_layer import last_positions
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.recomputation import Levels, pack_size
 
@@ -216,3 +218,17 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
     assert 0 < spared - 16000 < early <= room
     assert early <= all_of_them
     assert peaks[-1] <= limit
+
+
+def test_the_budget_is_found_as_if_all_tokens_were_supervised(rank, monkeypatch):
+    """So a pack with more of them than the worst one fits as well."""
+    engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
+    monkeypatch.setattr(packed_forward, "last_positions", last_positions)
+    seen, mlp = [], packed.model.model.language_model.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    worst = pack(3, 300)
+    fitted_in((engine, packed), worst, ROOMY)
+    assert set(seen) == {len(worst.input_ids)}
+    seen.clear()
+    engine.backward(engine.forward(worst).loss_sum * 0)
+    assert set(seen) == {len(worst.supervised_positions)}
