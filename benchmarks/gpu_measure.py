@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
 import time
 import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +15,7 @@ from benchmarks.gpu_engine import Step, own_step
 from benchmarks.gpu_model import build_row_model, mix_of
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_stock import stock_step
+from benchmarks.host_syncs import count_syncs
 from benchmarks.packs import draw_packs, pack_batch
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.compile_log import take_compiles
@@ -29,7 +25,6 @@ from vl3train.model.flops import FlopRates, flop_rates
 WARM_UP_STEPS = 2
 """The first compiles, and makes AdamW's states; where these wait on the host they cross the link twice within it, and
 the second step pays for that."""
-SYNC_WARNING = "called a synchronizing CUDA operation"
 
 
 class Work:
@@ -140,7 +135,8 @@ def measure(
         took = ended - started
         compiles = take_compiles()
         print(
-            f"{name} rank {rank} step {number}: {took:.2f} s, loss {loss:.4f}, {compiles}",
+            f"{name} rank {rank} step {number}: {took:.2f} s, {step_tflops(row, took, of_step):.4g} useful TFLOP/s, "
+            f"loss {loss:.4f}, {compiles}",
             *compiles.breaks,
             flush=True,
         )
@@ -184,7 +180,14 @@ def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.
         # Each is a wait for the device that no count of waits sees: memory ran out and had to be given back first.
         "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if cuda else None,
         "step_seconds": [took for took, _ in timed],
+        # Packs differ in their work: seconds alone do not tell which step was slow.
+        "step_tflops": [step_tflops(row, took, of_step) for took, of_step in timed],
     }
+
+
+def step_tflops(row: Row, took: float, of_step: dict[str, Any]) -> float:
+    """Useful TFLOP/s of one step on each GPU."""
+    return of_step["flops"] / row.ranks / took / 1e12
 
 
 def wait_for_all(device: torch.device) -> None:
@@ -193,54 +196,6 @@ def wait_for_all(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
-
-
-def count_syncs(act: Callable[[], Any]) -> Counter[str]:
-    """How often the host waits for the GPU while ``act`` runs, by line of Python.
-
-    torch's sync debug mode tells; torch.cuda.synchronize and waits for events, which it passes over, are watched.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn")
-    found: Counter[str] = Counter()
-
-    def note(message: Any, *_: Any, **__: Any) -> None:
-        if SYNC_WARNING in str(message):
-            found[caller()] += 1
-
-    def noted(wait: Callable[..., Any]) -> Callable[..., Any]:
-        def act_noted(*arguments: Any) -> Any:
-            found[caller()] += 1
-            return wait(*arguments)
-
-        return act_noted
-
-    with (
-        warnings.catch_warnings(),
-        mock.patch.object(torch.cuda, "synchronize", noted(torch.cuda.synchronize)),
-        mock.patch.object(torch.cuda.Event, "synchronize", noted(torch.cuda.Event.synchronize)),
-    ):
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        try:
-            act()
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-    return found
-
-
-def caller() -> str:
-    """The innermost line outside torch and this file that led here, with its text."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if "/torch/" not in file and file != __file__ and not file.endswith("/warnings.py"):
-            short = "/".join(file.split("/")[-3:])
-            return f"{short}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}"
-        frame = frame.f_back
-    return "unknown"
 
 
 def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:

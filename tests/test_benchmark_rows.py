@@ -17,10 +17,11 @@ from benchmarks.curve_tables import Curve, differences
 from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
-from benchmarks.gpu_measure import SYNC_WARNING, count_syncs, lasting_product, measure, prepare, shares
+from benchmarks.gpu_measure import lasting_product, measure, prepare, shares
 from benchmarks.gpu_model import build_model
 from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
+from benchmarks.host_syncs import SYNC_WARNING, count_syncs
 from benchmarks.kernel_kinds import kind_of, union_seconds
 from benchmarks.loss_curves import packed_curve, stock_curve
 from benchmarks.packs import TINY, draw_packs, draw_sample, pack_batch
@@ -122,6 +123,9 @@ def test_a_ratio_to_stock_is_to_its_best_row():
 def test_figures_of_a_row():
     found = measure("2b_liger", tiny(ROWS["2b_liger"]), 0, CPU)
     assert len(found["step_seconds"]) == tiny(ROWS["2b_liger"]).steps
+    seconds, rates = found["step_seconds"], found["step_tflops"]
+    work = sum(took * rate for took, rate in zip(seconds, rates, strict=True))
+    assert work / sum(seconds) == pytest.approx(found["tflops"])
     of_packs = found["work_a_pack_tflop"] / found["seconds_a_pack"]
     assert found["tflops"] == pytest.approx(of_packs)
     lines = list(one_gpu.figure_lines("2b_liger", ROWS["2b_liger"], found))
