@@ -125,7 +125,9 @@ def measure(
     timed: list[tuple[float, dict[str, Any]]] = []
     found: dict[str, Any] = {}
     warm_up, recompiles, breaks = 0.0, 0, 0
+    mappings: list[int] = []
     wait_for_all(device)
+    mapped = memory_mappings(device)
     ended = time.perf_counter()
     for number in range(WARM_UP_STEPS + row.steps):
         of_step = work.steps[number]
@@ -136,22 +138,25 @@ def measure(
         compiles = take_compiles()
         print(
             f"{name} rank {rank} step {number}: {took:.2f} s, {step_tflops(row, took, of_step):.4g} useful TFLOP/s, "
-            f"loss {loss:.4f}, {compiles}",
+            f"loss {loss:.4f}, {compiles}, memory mapped or given back {memory_mappings(device) - mapped} times",
             *compiles.breaks,
             flush=True,
         )
         breaks += len(compiles.breaks)  # those before the first step, too
+        before, mapped = mapped, memory_mappings(device)
         if number < WARM_UP_STEPS:
             warm_up += took
             continue
         recompiles += compiles.graphs
         timed.append((took, of_step))
+        mappings.append(mapped - before)
         found = {
             **rates_of(row, timed, device),
             "tokens_a_pack": max(of_step["longest"] for of_step in work.steps),
             "warm_up_seconds": warm_up,
             "recompiles": recompiles,
             "graph_breaks": breaks,
+            "step_mappings": mappings,
             "kernels": work.kernels,
             "loss": loss,
         }
@@ -188,6 +193,14 @@ def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.
 def step_tflops(row: Row, took: float, of_step: dict[str, Any]) -> float:
     """Useful TFLOP/s of one step on each GPU."""
     return of_step["flops"] / row.ranks / took / 1e12
+
+
+def memory_mappings(device: torch.device) -> int:
+    """How often torch took memory of the device or gave some back so far: to give back waits for all that runs."""
+    if device.type != "cuda":
+        return 0
+    statistics = torch.cuda.memory_stats(device)
+    return int(statistics["num_device_alloc"] + statistics["num_device_free"])
 
 
 def wait_for_all(device: torch.device) -> None:

@@ -126,6 +126,7 @@ def test_figures_of_a_row():
     seconds, rates = found["step_seconds"], found["step_tflops"]
     work = sum(took * rate for took, rate in zip(seconds, rates, strict=True))
     assert work / sum(seconds) == pytest.approx(found["tflops"])
+    assert found["step_mappings"] == [0] * len(seconds), "a CPU maps none"
     of_packs = found["work_a_pack_tflop"] / found["seconds_a_pack"]
     assert found["tflops"] == pytest.approx(of_packs)
     lines = list(one_gpu.figure_lines("2b_liger", ROWS["2b_liger"], found))
