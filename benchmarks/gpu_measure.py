@@ -136,14 +136,14 @@ def measure(
         started, ended = ended, time.perf_counter()
         took = ended - started
         compiles = take_compiles()
+        before, mapped = mapped, memory_mappings(device)
         print(
             f"{name} rank {rank} step {number}: {took:.2f} s, {step_tflops(row, took, of_step):.4g} useful TFLOP/s, "
-            f"loss {loss:.4f}, {compiles}, memory mapped or given back {memory_mappings(device) - mapped} times",
+            f"loss {loss:.4f}, {compiles}, memory mapped or given back {mapped - before} times",
             *compiles.breaks,
             flush=True,
         )
         breaks += len(compiles.breaks)  # those before the first step, too
-        before, mapped = mapped, memory_mappings(device)
         if number < WARM_UP_STEPS:
             warm_up += took
             continue
