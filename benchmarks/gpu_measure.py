@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 import traceback
 from collections.abc import Callable
@@ -214,12 +215,39 @@ def wait_for_all(device: torch.device) -> None:
 def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
     """In a process of its own: send the figures, or the reason why there are none."""
     device = torch.device("cpu") if tiny else torch.device("cuda", rank)
-    if row.way == "command":
-        from benchmarks.gpu_command import measure_command  # loads the data plane, which other rows need not
 
-        send(pipe, lambda: measure_command(row, device))
-    else:
-        send(pipe, lambda: measure(name, row, rank, device, lambda so_far: pipe.send({"so_far": so_far})))
+    def act() -> dict[str, Any]:
+        if row.gpu_gib is not None and not tiny:
+            for taken in range(row.ranks) if row.way == "command" else [rank]:
+                take_memory(torch.device("cuda", taken), row.gpu_gib)
+        if row.way == "command":
+            # Loads the data plane, which other rows need not.
+            from benchmarks.gpu_command import measure_command
+
+            return measure_command(row, device)
+        return measure(name, row, rank, device, lambda so_far: pipe.send({"so_far": so_far}))
+
+    send(pipe, act)
+
+
+def take_memory(device: torch.device, leave_gib: float) -> None:
+    """Take what the GPU has beyond ``leave_gib`` past torch's allocator, as if it were another process's.
+
+    RuntimeError where the GPU has less.
+    """
+    torch.cuda.set_device(device)
+    _, total = torch.cuda.mem_get_info(device)  # makes the context, which is part of what is left
+    beyond = total - int(leave_gib * 2**30)
+    if beyond < 0:
+        raise RuntimeError(f"gpu_gib={leave_gib}, and the GPU has {total / 2**30:.1f} GiB")
+    runtime = ctypes.CDLL(
+        f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}"
+    )  # the one torch has loaded
+    if error := runtime.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(beyond)):
+        raise RuntimeError(f"cudaMalloc of {beyond / 2**30:.1f} GiB: error {error}")
+    print(
+        f"{beyond / 2**30:.1f} GiB taken, {leave_gib} of {total / 2**30:.1f} GiB left to the row", flush=True
+    )
 
 
 def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:

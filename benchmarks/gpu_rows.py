@@ -42,6 +42,8 @@ class Row:
     cudnn_attention: bool = True  # padded: whether torch may choose cuDNN's, as it does on Hopper
     steps: int = 4  # that are timed
     packs_a_step: int = 4  # on each rank
+    gpu_gib: float | None = None
+    """As if each GPU had no more memory than this: 79.1 makes a larger one hold what an H100 of 80 GB holds."""
     host_syncs: bool = False  # count the waits of one more step
     max_seconds: float = 900.0
     """Then its processes are ended, and the row says so. On a new machine all kernels are compiled first: row 2b was

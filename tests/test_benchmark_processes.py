@@ -47,7 +47,8 @@ def test_rank_0_speaks_for_the_row():
 )
 def test_what_goes_wrong_is_told_and_ended_at_once(child, reason):
     started = time.monotonic()
-    found = in_own_processes(child, "some", Row(ranks=2 if child is one_fails else 1, max_seconds=3), True)
+    row = Row(ranks=2 if child is one_fails else 1, max_seconds=3 if child is never_answers else 60)
+    found = in_own_processes(child, "some", row, True)
     assert found == {"failed": reason}
     assert time.monotonic() - started < 30
 
@@ -60,8 +61,8 @@ def tells_and_sleeps(name, row, rank, tiny, pipe):
 
 
 def test_what_was_measured_before_the_time_was_over_is_not_lost(tmp_path):
-    found = in_own_processes(tells_and_sleeps, str(tmp_path / "pid"), Row(ranks=2, max_seconds=3), True)
-    assert found == {"tflops": 2.0, "rank": 0, "ended_early": "not done within 3 s"}
+    found = in_own_processes(tells_and_sleeps, str(tmp_path / "pid"), Row(ranks=2, max_seconds=8), True)
+    assert found == {"tflops": 2.0, "rank": 0, "ended_early": "not done within 8 s"}
 
 
 def test_every_row_names_a_way_and_can_be_made_small():

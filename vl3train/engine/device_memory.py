@@ -10,7 +10,7 @@ import torch
 from vl3train.engine.ranks import RunError
 
 MARGIN = 0.03
-"""Share of the device's memory that stays free, for what packs of changing lengths leave between them."""
+"""Share of what this process may hold that stays free, for what packs of changing lengths leave between them."""
 
 
 class DeviceMemory(Protocol):
@@ -40,8 +40,8 @@ class CudaMemory:
         self._device = device
 
     def limit(self) -> int:  # noqa: D102 - as DeviceMemory says
-        free, total = torch.cuda.mem_get_info(self._device)
-        return free + torch.cuda.memory_reserved(self._device) - int(MARGIN * total)
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int((free + torch.cuda.memory_reserved(self._device)) * (1 - MARGIN))
 
     def held(self) -> int:  # noqa: D102
         return torch.cuda.memory_allocated(self._device)
