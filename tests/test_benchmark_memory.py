@@ -15,19 +15,27 @@ from vl3train.engine.device_memory import CudaMemory
 GPU = torch.device("cuda", 0)
 
 
-def held_memory(name, row, rank, tiny, pipe):
+def taken_memory(name, row, rank, tiny, pipe):
+    torch.cuda.init()
+    before, total = torch.cuda.mem_get_info(GPU)
     gpu_measure.take_memory(GPU, row.gpu_gib)
+    after, _ = torch.cuda.mem_get_info(GPU)
     pipe.send(
-        {"limit": CudaMemory(GPU).limit() / 2**30, "allocated": torch.cuda.max_memory_allocated()},
+        {
+            "taken": before - after,
+            "beyond": total - 2**30 * row.gpu_gib,
+            "of_torch": torch.cuda.max_memory_reserved(GPU),
+        }
     )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_a_row_has_no_more_memory_than_it_is_given():
-    found = in_own_processes(held_memory, "some", Row(gpu_gib=6.0), False)
-    assert 4.5 < found["limit"] <= 6.0 * 0.97
-    assert found["allocated"] == 0
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(GPU))
+    found = in_own_processes(taken_memory, "some", Row(gpu_gib=total - free / 2), False)
+    assert found["taken"] == pytest.approx(found["beyond"], abs=2**22)
+    assert found["of_torch"] == 0
 
 
 def test_memory_that_cannot_be_taken_is_told(monkeypatch):
