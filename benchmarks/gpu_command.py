@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -28,35 +29,40 @@ SAMPLES_A_PACK = 17
 POLL_SECONDS = 0.005
 
 
-def measure_command(row: Row, device: torch.device) -> dict[str, Any]:
-    """Run ``vl3train train`` on drawn shards; figures from the wall-clock between lines of its metrics.jsonl."""
+def measure_command(
+    row: Row, device: torch.device, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Run ``vl3train train`` on drawn shards; figures from the wall-clock between lines of its metrics.jsonl.
+
+    ``tell`` gets the figures so far after each step: what a time limit cuts off is not lost. What the run says is
+    shown as it comes, for the same reason.
+    """
     with tempfile.TemporaryDirectory() as folder:
         words = prepare_run(row, device, Path(folder))
-        log = Path(folder) / "log"
-        with log.open("wb") as file:
-            processes = start_ranks(words, row.ranks, file)
+        metrics = Path(folder) / "run" / "metrics.jsonl"
+        times: list[float] = []
+        found: dict[str, Any] = {}
+        processes = start_ranks(words, row.ranks)
         try:
-            times = watch(Path(folder) / "run" / "metrics.jsonl", WARM_UP_STEPS + row.steps, processes)
+            for late in watch(metrics, WARM_UP_STEPS + row.steps, processes):
+                times.append(late)
+                if len(times) > WARM_UP_STEPS:
+                    lines = metrics.read_text().splitlines()[: len(times)]
+                    found = figures(times, [json.loads(line) for line in lines], row)
+                    tell(found)
         finally:
             for process in processes:  # the run's last act would be a checkpoint of 24 GB
                 process.kill()
                 process.wait()
-            print(log.read_text(errors="replace")[-3000:], flush=True)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        return figures(times, [json.loads(line) for line in lines[: len(times)]], row)
+        return found
 
 
-def start_ranks(words: list[str], ranks: int, log: IO[bytes]) -> list[subprocess.Popen[bytes]]:
+def start_ranks(words: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
     """What torchrun would start. It would give each a session of its own, and they would outlive this row."""
-    command = [sys.executable, "-m", "vl3train.train", *words]
+    command = [sys.executable, "-u", "-m", "vl3train.train", *words]
     of_host = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return [
-        subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**of_host, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+        subprocess.Popen(command, env={**of_host, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
 
@@ -127,17 +133,18 @@ def write_weights(size: str, device: str, folder: Path) -> None:
     )
 
 
-def watch(metrics: Path, wanted: int, processes: list[subprocess.Popen[bytes]]) -> list[float]:
-    """When each of the first ``wanted`` lines came, in seconds."""
-    times: list[float] = []
-    while len(times) < wanted:
+def watch(metrics: Path, wanted: int, processes: list[subprocess.Popen[bytes]]) -> Iterator[float]:
+    """When each of the first ``wanted`` lines came, in seconds, as it comes."""
+    seen = 0
+    while seen < wanted:
         time.sleep(POLL_SECONDS)
-        written = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        times += [time.perf_counter()] * (min(written, wanted) - len(times))
-        codes = [process.poll() for process in processes]
-        if any(code is not None for code in codes) and len(times) < wanted:
-            raise RuntimeError(f"a rank ended (exit codes {codes}) after {len(times)} of {wanted} steps")
-    return times
+        codes = [process.poll() for process in processes]  # before the lines: what a rank wrote last counts
+        written = min(wanted, metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
+        for _ in range(seen, written):
+            yield time.perf_counter()
+        seen = written
+        if any(code is not None for code in codes) and seen < wanted:
+            raise RuntimeError(f"a rank ended (exit codes {codes}) after {seen} of {wanted} steps")
 
 
 def figures(times: list[float], lines: list[dict[str, Any]], row: Row) -> dict[str, Any]:

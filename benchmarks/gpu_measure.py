@@ -216,6 +216,9 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
     """In a process of its own: send the figures, or the reason why there are none."""
     device = torch.device("cpu") if tiny else torch.device("cuda", rank)
 
+    def tell(so_far: dict[str, Any]) -> None:
+        pipe.send({"so_far": so_far})
+
     def act() -> dict[str, Any]:
         if row.gpu_gib is not None and not tiny:
             for taken in range(row.ranks) if row.way == "command" else [rank]:
@@ -224,8 +227,8 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
             # Loads the data plane, which other rows need not.
             from benchmarks.gpu_command import measure_command
 
-            return measure_command(row, device)
-        return measure(name, row, rank, device, lambda so_far: pipe.send({"so_far": so_far}))
+            return measure_command(row, device, tell)
+        return measure(name, row, rank, device, tell)
 
     send(pipe, act)
 

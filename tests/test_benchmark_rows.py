@@ -166,9 +166,13 @@ def test_two_ranks_by_the_command(monkeypatch, capsys):
     assert lines[0]["settings"]["ranks"] == 2
 
 
-def test_the_train_command_is_timed_on_drawn_shards():
+def test_the_train_command_is_timed_on_drawn_shards_and_told_as_it_goes(capfd):
     row = replace(tiny(ROWS["2b_train_command"]), steps=2)
-    found = measure_command(row, CPU)
+    told = []
+    found = measure_command(row, CPU, told.append)
+    assert [len(so_far["step_seconds"]) for so_far in told] == [2, 3]
+    assert told[-1] == found
+    assert "step 1" in capfd.readouterr().out  # what the run says
     assert found["tflops"] > 0
     assert found["skipped_samples"] == 0
     assert 0 <= found["data_wait_fraction"] < 1
