@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, on the CPU, in minutes. Installs what it needs into the active environment, else into .venv.
+# The whole test suite, on the CPU, in minutes: on as many cores as there are, up to four, unless arguments say what to
+# run. Installs what it needs into the active environment, else into .venv.
 #
 #   bash scripts/test.sh [pytest's arguments]      bash scripts/test.sh tests/config -k rules
 set -euo pipefail
@@ -13,12 +14,13 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   # shellcheck disable=SC1091
   source .venv/bin/activate
 fi
-if ! python -c 'import vl3train, deepspeed, hatchling, hypothesis, pytest' 2>/dev/null; then
+if ! python -c 'import vl3train, deepspeed, hatchling, hypothesis, pytest, xdist' 2>/dev/null; then
   echo "installing vl3train with its test extra (torch is large: some minutes)"
   python -m pip install -e '.[dev]'
 fi
 
 # One thread a process: tests start processes of their own, and two cores are enough for neither's default.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-if [ $# -eq 0 ]; then set -- tests; fi
+# Tests take from a second to a minute: a worker that has none left takes some of another's.
+if [ $# -eq 0 ]; then set -- tests -n logical --maxprocesses=4 --dist worksteal; fi
 exec python -m pytest "$@"
