@@ -25,7 +25,8 @@ class Compiles:
 
     ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
     call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
-    (torch's own counter "unique_graphs"). ``reasons`` has a line for each: function, seconds, and the first guard that
+    (torch's own counter "unique_graphs"); ``on_disk`` of them took their code from torch's cache there, filled by an
+    earlier process, and were traced only. ``reasons`` has a line for each: function, seconds, and the first guard that
     failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others. ``breaks`` has a line for
     each thing that the tracer could not follow, with the part of a layer that runs without being compiled as its price;
     TORCH_LOGS=graph_breaks prints where.
@@ -33,16 +34,18 @@ class Compiles:
 
     seconds: float = 0.0
     graphs: int = 0
+    on_disk: int = 0
     reasons: tuple[str, ...] = ()
     breaks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """As the console tells it, without reasons.
 
-        >>> str(Compiles(seconds=3.21, graphs=1)), str(Compiles(seconds=40.0, graphs=8))
-        ('1 graph compiled in 3.2 s', '8 graphs compiled in 40.0 s')
+        >>> str(Compiles(seconds=3.21, graphs=1)), str(Compiles(seconds=40.0, graphs=8, on_disk=7))
+        ('1 graph compiled in 3.2 s', '8 graphs compiled in 40.0 s, 7 of them found on disk')
         """
-        return f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled in {self.seconds:.1f} s"
+        found = f", {self.on_disk} of them found on disk" if self.on_disk else ""
+        return f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled in {self.seconds:.1f} s{found}"
 
 
 def take_compiles() -> Compiles:
@@ -57,6 +60,7 @@ def take_compiles() -> Compiles:
         seconds=sum(map(_seconds, records)),
         # Only the record of a trace has it: none of a backward graph, of kernels' trials, or of a failure.
         graphs=sum(bool(record.graph_op_count) for record in records),
+        on_disk=counters["aot_autograd"].pop("autograd_cache_hit", 0),
         reasons=_reasons(records),
         breaks=breaks,
     )

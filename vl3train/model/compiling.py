@@ -37,6 +37,9 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
     functorch_config.aggressive_recomputation = True
     functorch_config.is_non_builtin_to_include = True
+    # Graphs with torch.autograd.Function in them are kept on disk as well; torch plans to make this its default
+    # (https://github.com/facebookresearch/fairchem/pull/2162). What it is looked up by has the function's body in it.
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
     # Two towers, with and without gradients, short rows and long: past its own limit of 8 torch would go on
     # without compiling, and say so in a warning alone.
     dynamo_config.recompile_limit = 32
