@@ -85,12 +85,15 @@ def _is_speed(line: dict[str, Any]) -> bool:
 def _gpu_row(line: dict[str, Any]) -> str:
     """A row of benchmarks/one_gpu.py in one line; what it was taken with stands in the figures below."""
     name, more = line["figure"].removeprefix("useful_").removeprefix("tflops_"), line["more"]
+    if line["figure"].startswith("useful_"):
+        name = line["row"]  # the issue's name of the figure may leave out how it was had
     peak, aim = more["peak_gib"], AIMS.get(line["figure"], "")
+    gpus = f"{ranks} x " if (ranks := line.get("settings", {}).get("ranks", 1)) > 1 else ""
     return (
         f"| {name} | {line['value']:.4g} | {aim} | {more['seconds_a_pack'] * 1e3:,.0f} | "
         f"{more['tokens_a_second']:,.0f} | {more['patches_a_second']:,.0f} | "
         f"{'' if peak is None else f'{peak:.1f}'} | {more.get('recompiles', '')} | {len(more['step_seconds'])} | "
-        f"{line['machine'].removeprefix('NVIDIA ').partition(' ')[0]} |"
+        f"{gpus}{line['machine'].removeprefix('NVIDIA ').partition(' ')[0]} |"
     )
 
 

@@ -54,9 +54,12 @@ def test_rows_of_the_gpu_are_lines_of_one_table():
         if line["figure"] == "useful_tflops_7b":
             more = line["more"]
             cells = [f"{line['value']:.4g}", "500", f"{more['seconds_a_pack'] * 1e3:,.0f}"]
-            assert f"| 7b | {' | '.join(cells)} | " in page
+            assert f"| 7b_one_gpu | {' | '.join(cells)} | " in page
             steps = len(more["step_seconds"])
             assert f"| {more['peak_gib']:.1f} | 0 | {steps} | H200 |" in page
+        if line["figure"] == "tflops_7b_two_gpus":
+            assert f"| 7b_two_gpus | {line['value']:.4g} |" in page
+            assert "| 4 | 2 x H200 |" in page
     assert "| peak_gib_7b |" not in page, "said once"
     assert "| longest_pack_2b |" in page
     assert "| recompiles |" in page
