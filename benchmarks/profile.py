@@ -2,10 +2,12 @@
 
     python -m benchmarks.profile --row 2b              # trace and table to benchmarks/results, or $OUT
     python -m benchmarks.profile --row 2b --tiny       # two layers, on the CPU
+    python -m benchmarks.profile --row 7b_one_gpu --packs 4 --steps 6 --step 3   # the step that a row of six printed
 
 Writes profile_ROW.trace.json.gz (open it in https://ui.perfetto.dev), profile_ROW.json and profile_ROW.md. Times are
-of kernels on the GPU, of operations less their callees on a CPU. Idle is the step's wall-clock less the union of the
-kernels. Under the profiler a step is slower than without; the shares are what to read.
+of kernels on the GPU, of operations less their callees on a CPU. Idle is the step's wall-clock less the union of
+kernels and copies; the longest stretches without a kernel are told with what the host did in them. Under the profiler
+a step is slower than without; the shares are what to read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_measure import prepare, send, wait_for_all
+from benchmarks.gpu_gaps import gaps
+from benchmarks.gpu_measure import WARM_UP_STEPS, prepare, send, wait_for_all
 from benchmarks.gpu_process import in_own_processes
 from benchmarks.gpu_rows import ROWS, Row, tiny
 from benchmarks.kernel_kinds import UNMATCHED, kind_of, union_seconds
@@ -47,41 +50,66 @@ def main() -> None:
     parser.add_argument(
         "--packs", type=int, default=2, help="packs in the profiled step: a trace of four is large"
     )
+    parser.add_argument(
+        "--steps", type=int, default=1, help="that the row times: packs are drawn for all of them together"
+    )
+    parser.add_argument(
+        "--step", type=int, help="which is profiled, by the number that a row prints; left out: the last"
+    )
     args = parser.parse_args()
+    if args.step is not None and not 0 <= args.step < WARM_UP_STEPS + args.steps:
+        parser.error(
+            f"--step {args.step}: with --steps {args.steps} there are 0 to {WARM_UP_STEPS + args.steps - 1}"
+        )
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    profile_rows([args.row], tiny_model=args.tiny, folder=folder, packs=args.packs)
+    profile_rows(
+        [args.row], tiny_model=args.tiny, folder=folder, packs=args.packs, steps=args.steps, step=args.step
+    )
 
 
-def profile_rows(names: Sequence[str], *, tiny_model: bool, folder: Path, packs: int = 2) -> None:
-    """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason."""
+def profile_rows(
+    names: Sequence[str],
+    *,
+    tiny_model: bool,
+    folder: Path,
+    packs: int = 2,
+    steps: int = 1,
+    step: int | None = None,
+) -> None:
+    """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason.
+
+    ``step`` of a row with ``steps`` timed ones, the last if it is left out.
+    """
+    profiled = WARM_UP_STEPS + steps - 1 if step is None else step
     for name in names:
         row = tiny(ROWS[name]) if tiny_model else ROWS[name]
-        row = replace(row, packs_a_step=packs, steps=1, max_seconds=row.max_seconds + SECONDS_TO_WRITE)
+        row = replace(row, packs_a_step=packs, steps=steps, max_seconds=row.max_seconds + SECONDS_TO_WRITE)
         if row.way == "command":
             print(f"{name}: the command runs in a process of its own, which is not profiled")
             continue
-        found = in_own_processes(partial(child, folder), name, row, tiny_model)
+        found = in_own_processes(partial(child, folder, profiled), name, row, tiny_model)
         print(found["table"] if "table" in found else f"{name}: {found['failed']}", flush=True)
 
 
-def child(folder: Path, name: str, row: Row, rank: int, tiny_model: bool, pipe: Any) -> None:
+def child(folder: Path, profiled: int, name: str, row: Row, rank: int, tiny_model: bool, pipe: Any) -> None:
     """In a process of its own: profile, write, send the table."""
     device = torch.device("cpu") if tiny_model else torch.device("cuda", rank)
-    send(pipe, lambda: profile_row(name, row, rank, device, folder))
+    send(pipe, lambda: profile_row(name, row, rank, device, folder, profiled))
 
 
-def profile_row(name: str, row: Row, rank: int, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Warm up, profile one step, write trace, JSON and Markdown (rank 0); returns the table."""
+def profile_row(
+    name: str, row: Row, rank: int, device: torch.device, folder: Path, profiled: int
+) -> dict[str, Any]:
+    """Run the steps up to ``profiled``, profile it, write trace, JSON and Markdown (rank 0); returns the table."""
     step, work = prepare(row, rank, device)
-    *warm_up, last = range(len(work.steps))
-    for number in warm_up:
+    for number in range(profiled):
         step(work.data(number), work.steps[number]["supervised"])
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     wait_for_all(device)
     with torch.profiler.profile(activities=kinds) as profiler:
         started = time.perf_counter()
-        step(work.data(last), work.steps[last]["supervised"])
+        step(work.data(profiled), work.steps[profiled]["supervised"])
         wait_for_all(device)
         wall = time.perf_counter() - started
     if rank:
@@ -124,6 +152,7 @@ def summary(events: Iterable[dict[str, Any]], wall: float) -> dict[str, Any]:
             {"name": n[:160], "kind": kind_of(n), "seconds": sum(v), "calls": len(v)} for n, v in ranked[:40]
         ],
         "unmatched": [{"name": n[:160], "seconds": sum(v), "calls": len(v)} for n, v in unmatched[:TOP]],
+        "gaps": gaps(complete)[:TOP],
     }
 
 
@@ -172,6 +201,13 @@ def markdown(found: dict[str, Any]) -> str:
         for one in shown:
             name, ms = one["name"].replace("|", " "), one["seconds"] * 1e3
             lines.append(f"| `{name}` | {one.get('kind', '')} | {ms:.2f} | {one['calls']} |")
+    if found["gaps"]:
+        lines += ["\n| ms without a kernel | at | before | the host meanwhile |", "|---:|---:|---|---|"]
+    for gap in found["gaps"]:
+        name = gap["before"].replace("|", " ")
+        lines.append(
+            f"| {gap['ms']:.1f} | {gap['at_ms']:.0f} ms | `{name}` | {gap['host'].replace('|', ' ')} |"
+        )
     return "\n".join(lines) + "\n"
 
 
