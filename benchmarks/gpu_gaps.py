@@ -48,8 +48,8 @@ def _host(events: Sequence[dict[str, Any]], begin: float, launch: dict[str, Any]
     if launch["ts"] + launch["dur"] <= begin:
         return "had launched it before: it waits for a copy or another stream"
     own = [e for e in events if e.get("tid") == launch["tid"] and e["ts"] < launch["ts"] + launch["dur"]]
-    calls = [e for e in own if e["cat"] in CALLS and e["ts"] + e["dur"] > begin]
-    longest = max(calls, key=lambda e: e["ts"] + e["dur"] - max(e["ts"], begin), default=launch)
+    calls = [e for e in own if e["cat"] in CALLS]  # the launch is one
+    longest = max(calls, key=lambda e: e["ts"] + e["dur"] - max(e["ts"], begin))
     end = longest["ts"] + longest["dur"]
     around = [
         e for e in own if e["cat"] == "cpu_op" and e["ts"] <= longest["ts"] and e["ts"] + e["dur"] >= end

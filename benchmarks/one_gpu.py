@@ -3,6 +3,7 @@
     python -m benchmarks.one_gpu                       # every row
     python -m benchmarks.one_gpu --rows 2b stock_2b    # some of them
     python -m benchmarks.one_gpu --list
+    python -m benchmarks.one_gpu --rows 2b --set gpu_gib=79.1   # on a larger GPU: with an 80 GB card's memory
 
 Each row is a process of its own (one for each rank): the model with random weights, four packs a step on each GPU
 through vl3train's collate, Zero and train_step (DeepSpeed, float32 masters and states, clipping), two steps to

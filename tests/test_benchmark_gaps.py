@@ -46,15 +46,15 @@ def test_a_gap_is_told_with_the_call_that_kept_the_host():
 def test_a_kernel_that_waits_for_a_copy_had_been_launched_before():
     events = [
         event("cuda_runtime", "cudaLaunchKernel", 1, 0.1, correlation=2),
-        event("kernel", "first", 10, 20, correlation=1),
-        event("kernel", "side", 12, 28, correlation=4),
+        event("kernel", "first", 10, 30, correlation=1),
+        event("kernel", "side", 12, 8, correlation=4),
         event("kernel", "second", 45, 5, correlation=2),
         event("kernel", "third", 51, 5, correlation=3),
         event("kernel", "fourth", 90, 5, correlation=3),
     ]
     longest, other = gaps(events)
     assert (longest["ms"], longest["host"]) == (34, "its launch is not in the trace")
-    assert other["ms"] == 5, "the kernel beside the first one ends at 40"
+    assert other["ms"] == 5, "the first one ends at 40, another began later and ended before"
     assert other["host"] == "had launched it before: it waits for a copy or another stream"
     assert gaps([]) == []
 

@@ -195,7 +195,8 @@ class MachineConfig:
     optim.state_dtype=float32; best with memory=auto."""
 
     compile_layers: bool = False
-    """torch.compile each layer: half a minute at the start, then far fewer kernels. Not with zero_stage=3."""
+    """torch.compile each layer: a minute or two at a first start, less where torch still has its graphs on disk; then
+    far fewer kernels. Not with zero_stage=3."""
 
     loss_chunk_tokens: int = 2048
     """Supervised tokens whose logits exist at one time."""
