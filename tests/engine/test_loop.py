@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,37 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
-from vl3train.cli.check import check_config
+from tests.engine.runs import figures, run, weights
 from vl3train.engine import host_memory, loop
-from vl3train.engine.loop import train
-from vl3train.engine.ranks import OneRankError, RunError, join
-
-ROOT = Path(__file__).parents[2]
-
-
-def config(words):
-    cfg = check_config(Namespace(overrides=words, config=None, config_dir=None), dp_size=1)
-    return cfg
-
-
-def run(words):
-    """One run of the loop in this process, a world of one."""
-    cfg = config(words)
-    train(cfg, join(cfg.machine))
-    return Path(cfg.run.output_dir)
-
-
-def figures(folder, *names):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        tuple(json.dumps(line[name]) for name in ("step", "loss", "grad_norm", "source_losses", *names))
-        for line in lines
-    ]
-
-
-def weights(folder):
-    latest = (folder / "checkpoints" / "latest").read_text()
-    return load_file(folder / "checkpoints" / latest / "weights" / "model.safetensors")
+from vl3train.engine.ranks import OneRankError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -188,41 +153,6 @@ def test_layers_that_are_not_compiled_take_no_time_to_compile(stage1):
     assert {line[4:] for line in figures(stage1, "compile_seconds", "recompiles")} == {("0.0", "0")}
 
 
-def compiled_run(words, folder, monkeypatch, *, dynamic):
-    """Figures of two steps, traced as on a GPU, without kernels."""
-    real = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, dynamic=dynamic))
-    torch._dynamo.reset()
-    words = [*words, "stage=1", f"run.output_dir={folder}", "machine.compile_layers=true"]
-    run([*words, "step.global_packs=1", "run.num_steps=2", "run.evaluate_at_end=false"])
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_later_pack_compiles_nothing_anew(demo_words, tmp_path, monkeypatch):
-    """Neither the encoder, which trains, nor the frozen language model."""
-    first, second = compiled_run(demo_words, tmp_path, monkeypatch, dynamic=True)
-    assert first["recompiles"] > 0 == second["recompiles"]
-    assert first["tokens"] != second["tokens"]
-
-
-def test_a_step_says_what_it_compiled_and_why(demo_words, tmp_path, monkeypatch, capsys):
-    first, second = compiled_run(demo_words, tmp_path, monkeypatch, dynamic=False)
-    assert first["recompiles"] >= second["recompiles"] > 0
-    assert all(0 < line["compile_seconds"] < line["step_seconds"] for line in (first, second))
-    told = capsys.readouterr().out.splitlines()
-    start = told.index(f"step 2: {second['recompiles']} graphs compiled in {second['compile_seconds']:.1f} s")
-    reasons = told[start + 1 : start + 1 + second["recompiles"]]
-    assert any(line.startswith("  _run (layers.py:") for line in reasons)
-    # torch names the newest graph that did not fit, which may be the other tower's or the last layer's.
-    other = [line for line in reasons if "size mismatch at index 0" not in line]
-    assert all("check_obj_id(body.__code__" in line or "positions" in line for line in other), other
-    assert len(other) < len(reasons)
-    of_steps = [line for line in told if " step " in line and "loss" in line]
-    for line, text in zip((first, second), of_steps, strict=True):
-        assert f"compiled {line['compile_seconds']:.1f} s" in text
-    assert not any(line.startswith("step 1:") for line in told), "the first step is known to compile"
-
-
 def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):
     words = [*demo_words, "stage=1", f"run.output_dir={stage1}", "run.num_steps=6"]
     with pytest.raises(RunError, match=r"step\.max_tokens: the checkpoint has 512, this run has 600"):
@@ -307,56 +237,3 @@ def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_p
     assert any("projector" in name for name in moved), (
         "parts beside the adapters train in full and are saved too"
     )
-
-
-def torchrun(words, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "vl3train.train", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        **kwargs,
-    )
-
-
-@pytest.mark.two_processes
-def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(
-    stage1, demo_words, tmp_path
-):
-    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
-    words += ["run.num_steps=9", "run.evaluate_at_end=false", "data.num_workers=1"]
-    straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
-    assert torchrun(straight).wait(timeout=240) == 0
-    killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
-    process = torchrun(killed)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
-    assert torchrun(killed).wait(timeout=240) == 0
-    assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
-
-
-@pytest.mark.two_processes
-def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
-    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them."""
-    words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
-    words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
-    process = torchrun(words, stdout=subprocess.PIPE, text=True)
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=120)
-    done = len(figures(tmp_path))
-    assert f"stopped on request after step {done}; start again to go on" in told
-    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"

@@ -1,0 +1,38 @@
+"""Runs of the training loop on the small demo, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from vl3train.cli.check import check_config
+from vl3train.engine.loop import train
+from vl3train.engine.ranks import join
+
+
+def config(words):
+    cfg = check_config(Namespace(overrides=words, config=None, config_dir=None), dp_size=1)
+    return cfg
+
+
+def run(words):
+    """One run of the loop in this process, a world of one."""
+    cfg = config(words)
+    train(cfg, join(cfg.machine))
+    return Path(cfg.run.output_dir)
+
+
+def figures(folder, *names):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        tuple(json.dumps(line[name]) for name in ("step", "loss", "grad_norm", "source_losses", *names))
+        for line in lines
+    ]
+
+
+def weights(folder):
+    latest = (folder / "checkpoints" / "latest").read_text()
+    return load_file(folder / "checkpoints" / latest / "weights" / "model.safetensors")

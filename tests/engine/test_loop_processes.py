@@ -1,0 +1,69 @@
+"""Runs of two real processes, killed or asked to stop, go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine.runs import figures, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(words, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "vl3train.train", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.two_processes
+def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(demo_words, tmp_path):
+    words = [*demo_words, "run.evaluate_at_end=false"]
+    stage1 = run([*words, "stage=1", f"run.output_dir={tmp_path / 'stage1'}", "run.num_steps=1"])
+    words += ["stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000001/weights'}"]
+    words += ["run.num_steps=9", "data.num_workers=1"]
+    straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
+    assert torchrun(straight).wait(timeout=240) == 0
+    killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
+    process = torchrun(killed)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
+    assert torchrun(killed).wait(timeout=240) == 0
+    assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
+
+
+@pytest.mark.two_processes
+def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
+    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them."""
+    words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
+    words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
+    process = torchrun(words, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    done = len(figures(tmp_path))
+    assert f"stopped on request after step {done}; start again to go on" in told
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"
