@@ -7,7 +7,7 @@ import torch
 
 from vl3train.config.choices import Recompute
 from vl3train.engine.compile_log import take_compiles
-from vl3train.model.compiling import compiled
+from vl3train.model.compiling import compiled, sources_tag
 from vl3train.model.packed_forward import PackedModel
 
 
@@ -67,3 +67,41 @@ def test_another_backward_pass_is_not_taken_from_the_disk(empty_cache):
         compiled(function.apply, enabled=True)(rows).sum().backward()
         assert torch.equal(rows.grad, torch.full((5, 3), factor))
         assert take_compiles().on_disk == on_disk
+
+
+def test_an_op_whose_backward_pass_is_another_is_not_taken_from_the_disk(empty_cache):
+    """A graph has an op's name, not its code: the tag has that."""
+    factor = 2
+
+    @torch.library.custom_op("test_compile_cache::doubled", mutates_args=())
+    def doubled(rows: torch.Tensor) -> torch.Tensor:
+        return rows * 2
+
+    doubled.register_fake(torch.empty_like)
+    doubled.register_autograd(lambda ctx, gradient: gradient * factor)
+
+    def gradient_and_found():
+        as_a_new_process()
+        rows = torch.ones(5, 3, requires_grad=True)
+        compiled(lambda rows: doubled(rows) + 1, enabled=True)(rows).sum().backward()
+        return rows.grad[0, 0].item(), take_compiles().on_disk
+
+    assert gradient_and_found() == (2, 0)
+    assert gradient_and_found() == (2, 1)
+    factor = 3
+    assert gradient_and_found() == (2, 1), "torch does not see it: where this fails, the tag can go"
+    with torch.compiler.config.patch(cache_key_tag="of other sources"):
+        assert gradient_and_found() == (3, 0)
+
+
+def test_the_tag_changes_with_the_sources(tmp_path):
+    tags = []
+    for name, text in (("ops.py", "1"), ("ops.py", "2"), ("more.py", "2"), ("notes.txt", "2")):
+        (tmp_path / name).write_text(text)
+        sources_tag.cache_clear()
+        tags.append(sources_tag(tmp_path))
+    assert len(set(tags)) == 3
+    assert tags[2] == tags[3]
+    compiled(abs, enabled=True)
+    compiled(abs, enabled=True)
+    assert torch.compiler.config.cache_key_tag.count("vl3train-") == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +41,11 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     functorch_config.aggressive_recomputation = True
     functorch_config.is_non_builtin_to_include = True
     # Graphs with torch.autograd.Function in them are kept on disk as well; torch plans to make this its default
-    # (https://github.com/facebookresearch/fairchem/pull/2162). What it is looked up by has the function's body in it.
+    # (https://github.com/facebookresearch/fairchem/pull/2162). They are looked up by the function's body too, but of
+    # an op of ours by its name alone: hence the tag.
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    if (tag := sources_tag(Path(__file__).parent)) not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
     # Two towers, with and without gradients, short rows and long: past its own limit of 8 torch would go on
     # without compiling, and say so in a warning alone.
     dynamo_config.recompile_limit = 32
@@ -48,3 +54,12 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     # engine/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
     set_compilation_metrics_limit(1024)
     return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def sources_tag(folder: Path) -> str:
+    """Another one for each state of the Python files in ``folder``, whose ops a graph on disk was made with."""
+    sources = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        sources.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return f"vl3train-{sources.hexdigest()[:16]}"
