@@ -75,6 +75,8 @@ def main() -> None:
     if args.list:
         print("\n".join(f"{name}: {row}" for name, row in ROWS.items()))
         return
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("rows need a CUDA device, and there is none; --tiny runs them small on the CPU")
     run_rows(args)
     if args.profile:
         from benchmarks.profile import profile_rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import table
+from benchmarks import one_gpu, table
 from benchmarks.figures import Figures
 from benchmarks.mixture import mixture
 from benchmarks.plane_plan import balance_figures, first_fit_per_rank, in_child, next_fit
@@ -63,3 +65,13 @@ def test_rows_of_the_gpu_are_lines_of_one_table():
     assert "| peak_gib_7b |" not in page, "said once"
     assert "| longest_pack_2b |" in page
     assert "| recompiles |" in page
+
+
+def test_without_a_gpu_no_row_is_run_and_no_line_is_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["one_gpu", "--rows", "2b"])
+    with pytest.raises(SystemExit):
+        one_gpu.main()
+    assert "--tiny runs them small on the CPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
