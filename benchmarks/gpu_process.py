@@ -29,10 +29,17 @@ class RowEndedError(Exception):
 Child = Callable[[str, Row, int, bool, Any], None]
 
 
-def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str, Any]:
+def in_own_processes(
+    child: Child,
+    name: str,
+    row: Row,
+    tiny: bool,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """What rank 0 of the row sends, or ``{"failed": reason}``; memory and compiled code go with the processes.
 
-    ``stopped`` says in words what has asked for the end of all rows.
+    ``stopped`` says in words what has asked for the end of all rows. ``keep`` gets the same, without that, before the
+    processes are ended: one that gives back much memory takes seconds for it, which whoever ends this may not wait.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # for the ranks, which import torch anew
     context: Any = multiprocessing.get_context("spawn")
@@ -50,6 +57,8 @@ def in_own_processes(child: Child, name: str, row: Row, tiny: bool) -> dict[str,
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         found = collect(pipes, row.max_seconds)
+        if not {"failed", "stopped"} <= found.keys():
+            keep({key: value for key, value in found.items() if key != "stopped"})
         if "failed" not in found and "ended_early" not in found:
             for process in processes:
                 process.join(SECONDS_TO_LEAVE)

@@ -20,7 +20,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -118,17 +118,24 @@ def run_rows(args: argparse.Namespace) -> None:
                 )
         for name in args.rows:
             row, label = changed(ROWS[name], args), name + args.tag
-            found = run_row(label, row, args.tiny)
-            if "failed" in found:
-                line = {"figure": figure_name(row, "tflops", label), "value": None, "failed": found["failed"]}
-                put(line, f"| {label} | {found['failed']} | | | | | |")
-                continue
-            stopped = found.pop("stopped", "")  # its figures are written, and no more rows run
-            done[name] = found
-            for number, line in enumerate(figure_lines(label, row, found)):
-                put(line, table_line(label, found) if number == 0 else "")
-            if stopped:
+
+            def write(found: dict[str, Any], row: Row = row, label: str = label) -> None:
+                if "failed" in found:
+                    line = {
+                        "figure": figure_name(row, "tflops", label),
+                        "value": None,
+                        "failed": found["failed"],
+                    }
+                    put(line, f"| {label} | {found['failed']} | | | | | |")
+                    return
+                for number, line in enumerate(figure_lines(label, row, found)):
+                    put(line, table_line(label, found) if number == 0 else "")
+
+            found = run_row(label, row, args.tiny, write)
+            if stopped := found.pop("stopped", ""):  # its figures are written, and no more rows run
                 sys.exit(stopped)
+            if "failed" not in found:
+                done[name] = found
         for line in compared(done):
             put(line, f"| {line['figure']} | {line['value']:.3f} | | | | | |")
     if keep:
@@ -155,11 +162,13 @@ def setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{key} takes {known[key]}, not {value!r}") from error
 
 
-def run_row(name: str, row: Row, tiny_model: bool) -> dict[str, Any]:
-    """The row's figures, or why there are none."""
+def run_row(name: str, row: Row, tiny_model: bool, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The row's figures, or why there are none; ``keep`` gets them first."""
     if not tiny_model and torch.cuda.device_count() < row.ranks:
-        return {"failed": f"needs {row.ranks} GPUs, here {torch.cuda.device_count()}"}
-    return in_own_processes(child, name, row, tiny_model)
+        found = {"failed": f"needs {row.ranks} GPUs, here {torch.cuda.device_count()}"}
+        keep(found)
+        return found
+    return in_own_processes(child, name, row, tiny_model, keep)
 
 
 def figure_name(row: Row, key: str, label: str) -> str:
