@@ -112,6 +112,7 @@ ROWS: dict[str, Row] = {
         figures={"tflops": "useful_tflops_7b", "peak_gib": "peak_gib_7b"},
     ),
     "7b": Row(model="7b", ranks=2),
+    "7b_states_on_host": Row(model="7b", ranks=2, **ONE_H100),
     "7b_train_command": Row(
         way="command",
         model="7b",
