@@ -48,11 +48,10 @@ def _host(events: Sequence[dict[str, Any]], begin: float, launch: dict[str, Any]
     if launch["ts"] + launch["dur"] <= begin:
         return "had launched it before: it waits for a copy or another stream"
     own = [e for e in events if e.get("tid") == launch["tid"] and e["ts"] < launch["ts"] + launch["dur"]]
-    calls = [e for e in own if e["cat"] in CALLS]  # the launch is one
+    calls = [e for e in own if e.get("cat") in CALLS]  # the launch is one
     longest = max(calls, key=lambda e: e["ts"] + e["dur"] - max(e["ts"], begin))
     end = longest["ts"] + longest["dur"]
-    around = [
-        e for e in own if e["cat"] == "cpu_op" and e["ts"] <= longest["ts"] and e["ts"] + e["dur"] >= end
-    ]
+    operations = [e for e in own if e.get("cat") == "cpu_op"]
+    around = [e for e in operations if e["ts"] <= longest["ts"] and e["ts"] + e["dur"] >= end]
     within = f" in {min(around, key=lambda e: e['dur'])['name'][:60]}" if around else ""
     return f"{longest['name'][:60]}{within}, {longest['dur'] / 1e3:.1f} ms"

@@ -243,14 +243,12 @@ def take_memory(device: torch.device, leave_gib: float) -> None:
     beyond = total - int(leave_gib * 2**30)
     if beyond < 0:
         raise RuntimeError(f"gpu_gib={leave_gib}, and the GPU has {total / 2**30:.1f} GiB")
-    runtime = ctypes.CDLL(
-        f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}"
-    )  # the one torch has loaded
-    if error := runtime.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(beyond)):
+    loaded = f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}"  # by torch
+    error = ctypes.CDLL(loaded).cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(beyond))
+    if error:
         raise RuntimeError(f"cudaMalloc of {beyond / 2**30:.1f} GiB: error {error}")
-    print(
-        f"{beyond / 2**30:.1f} GiB taken, {leave_gib} of {total / 2**30:.1f} GiB left to the row", flush=True
-    )
+    left = f"{leave_gib} of {total / 2**30:.1f} GiB"
+    print(f"{beyond / 2**30:.1f} GiB taken, {left} left to the row", flush=True)
 
 
 def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
