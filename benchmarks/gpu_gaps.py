@@ -7,8 +7,9 @@ from typing import Any
 
 LEAST_MS = 2.0
 """Of a gap that is told."""
-CALLS = {"cuda_runtime", "cuda_driver", "overhead"}
-"""What kineto calls the host's calls of CUDA; CUDA's loading of a kernel, "Lazy Function Loading", is an overhead."""
+CALLS, OVERHEAD = {"cuda_runtime", "cuda_driver"}, "overhead"
+"""What kineto calls the host's calls of CUDA, and what these do beside, such as "Lazy Function Loading" of a kernel;
+whether that carries the number of the thread is not relied on."""
 
 
 def gaps(events: Sequence[dict[str, Any]], least_ms: float = LEAST_MS) -> list[dict[str, Any]]:
@@ -47,8 +48,10 @@ def _host(events: Sequence[dict[str, Any]], begin: float, launch: dict[str, Any]
         return "its launch is not in the trace"
     if launch["ts"] + launch["dur"] <= begin:
         return "had launched it before: it waits for a copy or another stream"
-    own = [e for e in events if e.get("tid") == launch["tid"] and e["ts"] < launch["ts"] + launch["dur"]]
+    until = [e for e in events if e["ts"] < launch["ts"] + launch["dur"]]
+    own = [e for e in until if e.get("tid") == launch["tid"]]
     calls = [e for e in own if e.get("cat") in CALLS]  # the launch is one
+    calls += [e for e in until if e.get("cat") == OVERHEAD]
     longest = max(calls, key=lambda e: e["ts"] + e["dur"] - max(e["ts"], begin))
     end = longest["ts"] + longest["dur"]
     operations = [e for e in own if e.get("cat") == "cpu_op"]

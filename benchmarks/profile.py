@@ -32,6 +32,7 @@ from benchmarks.gpu_process import in_own_processes
 from benchmarks.gpu_rows import ROWS, Row, tiny
 from benchmarks.kernel_kinds import UNMATCHED, kind_of, union_seconds
 
+PACKS, STEPS = 2, 1
 TOP = 15
 SECONDS_TO_WRITE = 180.0
 """More than a row has otherwise: a trace of a step is some hundred megabytes before it is packed."""
@@ -44,14 +45,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--row", default="2b", choices=[name for name, row in ROWS.items() if row.way != "command"]
+        "--row",
+        default="2b",
+        metavar="ROW",
+        choices=[name for name, row in ROWS.items() if row.way != "command"],
+        help="one that benchmarks.one_gpu --list names, but for those of the train command",
     )
     parser.add_argument("--tiny", action="store_true", help="a two-layer model on the CPU")
     parser.add_argument(
-        "--packs", type=int, default=2, help="packs in the profiled step: a trace of four is large"
+        "--packs", type=int, default=PACKS, help="packs in the profiled step: a trace of four is large"
     )
     parser.add_argument(
-        "--steps", type=int, default=1, help="that the row times: packs are drawn for all of them together"
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="that the row times: packs are drawn for all of them together",
     )
     parser.add_argument(
         "--step", type=int, help="which is profiled, by the number that a row prints; left out: the last"
@@ -61,6 +69,8 @@ def main() -> None:
         parser.error(
             f"--step {args.step}: with --steps {args.steps} there are 0 to {WARM_UP_STEPS + args.steps - 1}"
         )
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("rows need a CUDA device, and there is none; --tiny profiles them small on the CPU")
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     profile_rows(
         [args.row], tiny_model=args.tiny, folder=folder, packs=args.packs, steps=args.steps, step=args.step
@@ -72,8 +82,8 @@ def profile_rows(
     *,
     tiny_model: bool,
     folder: Path,
-    packs: int = 2,
-    steps: int = 1,
+    packs: int = PACKS,
+    steps: int = STEPS,
     step: int | None = None,
 ) -> None:
     """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason.

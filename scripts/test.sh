@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, on the CPU, in minutes: on as many cores as there are, up to four, unless arguments say what to
-# run. Installs what it needs into the active environment, else into .venv.
+# The whole test suite, on the CPU, in minutes: on as many cores as there are, up to four, unless there is a GPU or arguments
+# say what to run. Installs what it needs into the active environment, else into .venv.
 #
 #   bash scripts/test.sh [pytest's arguments]      bash scripts/test.sh tests/config -k rules
 set -euo pipefail
@@ -21,6 +21,8 @@ fi
 
 # One thread a process: tests start processes of their own, and two cores are enough for neither's default.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-# Tests take from a second to a minute: a worker that has none left takes some of another's.
+# Tests take from a second to a minute: a worker that has none left takes some of another's. With a GPU, one after the
+# other: those marked gpu measure its memory.
+if [ $# -eq 0 ] && nvidia-smi -L >/dev/null 2>&1; then set -- tests; fi
 if [ $# -eq 0 ]; then set -- tests -n logical --maxprocesses=4 --dist worksteal; fi
 exec python -m pytest "$@"

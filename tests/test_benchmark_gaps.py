@@ -31,7 +31,7 @@ def test_a_gap_is_told_with_the_call_that_kept_the_host():
         event("gpu_memcpy", "Memcpy HtoD", 20, 60, tid=8),
         event("cpu_op", "aten::linear", 19, 52),
         event("cpu_op", "aten::mm", 20, 50),
-        event("overhead", "Lazy Function Loading", 21, 47),
+        event("overhead", "Lazy Function Loading", 21, 47, tid=0),
         event("cuda_runtime", "cudaLaunchKernel", 69, 0.1, correlation=2),
         event("cuda_runtime", "cudaStreamSynchronize", 1, 68, tid=2),
         event("kernel", "second", 71, 5, correlation=2, tid=7),

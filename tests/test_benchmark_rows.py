@@ -157,13 +157,15 @@ def test_packs_are_shared_equally_and_evenly():
 
 
 @pytest.mark.two_processes
-def test_two_ranks_by_the_command(monkeypatch, capsys):
+def test_two_ranks_by_the_command_and_a_tiny_run_keeps_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["one_gpu", "--tiny", "--rows", "7b"])
     one_gpu.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert lines[0]["figure"] == "tflops_7b"
     assert lines[0]["value"] > 0
     assert lines[0]["settings"]["ranks"] == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_train_command_is_timed_on_drawn_shards_and_told_as_it_goes(capfd):

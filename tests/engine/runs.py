@@ -13,14 +13,9 @@ from vl3train.engine.loop import train
 from vl3train.engine.ranks import join
 
 
-def config(words):
-    cfg = check_config(Namespace(overrides=words, config=None, config_dir=None), dp_size=1)
-    return cfg
-
-
 def run(words):
     """One run of the loop in this process, a world of one."""
-    cfg = config(words)
+    cfg = check_config(Namespace(overrides=words, config=None, config_dir=None), dp_size=1)
     train(cfg, join(cfg.machine))
     return Path(cfg.run.output_dir)
 

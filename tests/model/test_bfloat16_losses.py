@@ -11,19 +11,19 @@ from vl3train.model import packed_forward as packed_module
 from vl3train.model.packed_forward import PackedModel, head_dims
 
 
-def token_losses(model, batch, backend, dtype):
-    """Losses of the supervised tokens in a copy of ``model`` that computes in ``dtype``, and how to have them again."""
+def losses_of(model, batch, backend, dtype):
+    """What computes the losses of the supervised tokens, and gradients, in a copy of ``model`` of that dtype."""
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         parameter.data = parameter.data.to(dtype)
     packed = PackedModel(copied, backend)
 
-    def again():
+    def compute():
         output = packed(batch)
         output.loss_sum.backward()
         return output.token_losses.detach()
 
-    return again(), again
+    return compute
 
 
 def bfloat16_model(tiny_model):
@@ -46,8 +46,8 @@ ROUNDED = 0.1
 
 def test_bfloat16_rounds_no_more_than_kernels_are_allowed(tiny_model, batch_of, mixed, monkeypatch):
     model, batch = bfloat16_model(tiny_model), batch_of(mixed)
-    exact, _ = token_losses(model, batch, "reference", torch.float32)
-    rounded, _ = token_losses(model, batch, "reference", torch.bfloat16)
+    exact = losses_of(model, batch, "reference", torch.float32)()
+    rounded = losses_of(model, batch, "reference", torch.bfloat16)()
     assert rms(rounded - exact) < ROUNDED
     # One segment in place of several is what a kernel with wrong bounds would give.
     bounds = packed_module.make_segments
@@ -56,7 +56,7 @@ def test_bfloat16_rounds_no_more_than_kernels_are_allowed(tiny_model, batch_of, 
         return bounds(cu_seqlens[[0, -1]], (num_rows,), num_rows, backend, compiled=compiled)
 
     monkeypatch.setattr(packed_module, "make_segments", one_segment)
-    wrong, _ = token_losses(model, batch, "reference", torch.float32)
+    wrong = losses_of(model, batch, "reference", torch.float32)()
     assert rms(wrong - exact) > 2 * ROUNDED
 
 
@@ -69,10 +69,11 @@ def test_cuda_kernels_give_the_losses_of_the_reference_without_a_sync(tiny_model
     losses = {}
     for backend, dtype in (("reference", torch.float32), ("torch_varlen", torch.bfloat16)):
         name = choose_attention(backend, torch.device("cuda"), head_dims(model), dtype).name
-        _, again = token_losses(model, batch, name, dtype)  # kernels load and plans are made here
+        compute = losses_of(model, batch, name, dtype)
+        compute()  # kernels load and plans are made here
         torch.cuda.set_sync_debug_mode("error")
         try:
-            losses[backend] = again()
+            losses[backend] = compute()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert rms(losses["torch_varlen"] - losses["reference"]) < ROUNDED

@@ -38,7 +38,6 @@ def test_layers_are_found_on_disk_and_give_the_same_gradients(tiny_model, batch_
     (first, expected), (second, gradients) = found
     assert first.on_disk == 0
     assert second.on_disk == second.graphs == first.graphs > 0
-    assert second.seconds < first.seconds
     for name, gradient in gradients.items():
         assert (gradient is None) == (expected[name] is None), name
         assert gradient is None or torch.equal(gradient, expected[name]), name

@@ -25,11 +25,11 @@ class Compiles:
 
     ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
     call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
-    (torch's own counter "unique_graphs"); ``on_disk`` of them took their code from torch's cache there, filled by an
-    earlier process, and were traced only. ``reasons`` has a line for each: function, seconds, and the first guard that
-    failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others. ``breaks`` has a line for
-    each thing that the tracer could not follow, with the part of a layer that runs without being compiled as its price;
-    TORCH_LOGS=graph_breaks prints where.
+    (torch's own counter "unique_graphs"); ``on_disk`` of them took their code from torch's cache there, filled by what
+    was compiled before, and were traced only. ``reasons`` has a line for each: function, seconds, and the first guard
+    that failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others. ``breaks`` has a
+    line for each thing that the tracer could not follow, with the part of a layer that runs without being compiled as
+    its price; TORCH_LOGS=graph_breaks prints where.
     """
 
     seconds: float = 0.0
