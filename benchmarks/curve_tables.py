@@ -14,7 +14,6 @@ import torch
 
 from benchmarks.figures import machine
 from vl3train.config.choices import Dtype
-from vl3train.engine.ranks import Rank
 
 WINDOW = 10
 SHOWN = (1, 50, 100, 150, 200)
@@ -67,9 +66,9 @@ def noise(found: dict[Curve, list[float]]) -> dict[str, float]:
     return differences(found, first, replace(first, seed=1))
 
 
-def figure_lines(found: dict[Curve, list[float]], rank: Rank) -> Iterator[dict[str, Any]]:
+def figure_lines(found: dict[Curve, list[float]], cuda: bool) -> Iterator[dict[str, Any]]:
     """One JSON line a curve with all its losses, and one for the noise."""
-    where = torch.cuda.get_device_name() if rank.device.type == "cuda" else machine()
+    where = torch.cuda.get_device_name() if cuda else machine()
     packages = ("torch", "transformers", "deepspeed")
     origin = {
         "machine": where,
@@ -101,8 +100,12 @@ def figure_lines(found: dict[Curve, list[float]], rank: Rank) -> Iterator[dict[s
                 "aim": noise(found)["window"],
                 "note": f"{what}; from transformers in float32, same data",
             }
-        settings = {**asdict(curve), "dtype": curve.dtype.value}
-        yield {**line, "better": "lower", **origin, "settings": settings, "more": {"losses": losses}}
+        yield {**line, "better": "lower", **origin, **curve_line(curve, losses)}
+
+
+def curve_line(curve: Curve, losses: list[float]) -> dict[str, Any]:
+    """What ``kept_curves`` reads a curve from."""
+    return {"settings": {**asdict(curve), "dtype": curve.dtype.value}, "more": {"losses": losses}}
 
 
 def kept_curves(file: Path) -> dict[Curve, list[float]]:

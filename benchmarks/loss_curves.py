@@ -2,12 +2,13 @@
 
     python -m benchmarks.loss_curves            # on a CPU the second order of the data for the reference alone
     python -m benchmarks.loss_curves --tiny     # a few steps; nothing is kept
+    python -m benchmarks.loss_curves --processes 7   # curves side by side, on all GPUs
 
 Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
 and clipping; only who computes the gradient differs. What run-to-run noise is show the reference with the samples of
 each step turned round (other rounding, nothing else) and on a second order of the data (seed 1). JSON lines go to
-benchmarks/results/loss_curves.jsonl (or $OUT), the tables to loss_curves.md beside it; docs/numerics.md says what
-they mean.
+benchmarks/results/loss_curves.jsonl (or $OUT), each curve's losses as soon as it is drawn, the tables to loss_curves.md
+beside it; docs/numerics.md says what they mean.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.curve_tables import Curve, figure_lines, kept_curves, markdown
+from benchmarks.curve_tables import Curve, curve_line, figure_lines, kept_curves, markdown
 from benchmarks.curve_task import Task, make_task
 from benchmarks.gpu_engine import PlainEngine
 from benchmarks.gpu_stock import full_loss, padded_inputs
 from benchmarks.packs import pack_batch
-from vl3train.config.choices import Device, Dtype, MasterDtype
+from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
@@ -72,18 +76,26 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="only the tables again, from the curves that were kept"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="curves drawn at a time, spread over the GPUs that are there"
+    )
     args = parser.parse_args()
     out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     if args.table:
         (out / "loss_curves.md").write_text(markdown(kept_curves(out / "loss_curves.jsonl")))
         return
-    machine_config = MachineConfig(device=Device.cpu if args.tiny else Device.auto)
-    rank = join(machine_config)
+    cuda = torch.cuda.is_available() and not args.tiny
+    drawn = curves(cuda=cuda, tiny=args.tiny)
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
-        drawn = curves(cuda=rank.device.type == "cuda", tiny=args.tiny)
-        found = draw_all(drawn, task, rank, num_steps=4 if args.tiny else 200)
-    lines, table = list(figure_lines(found, rank)), markdown(found)
+        with (Path(os.devnull) if args.tiny else out / "loss_curves.jsonl").open("w") as file:
+            for curve, losses in draw_all(drawn, task, 4 if args.tiny else 200, args.processes, cuda):
+                found[curve] = losses
+                file.write(json.dumps(curve_line(curve, losses)) + "\n")
+                file.flush()
+    found = {curve: found[curve] for curve in drawn}  # tables have the reference first
+    lines, table = list(figure_lines(found, cuda)), markdown(found)
     print(table)
     if args.tiny:
         print("\n".join(json.dumps(line) for line in lines))
@@ -92,16 +104,36 @@ def main() -> None:
     (out / "loss_curves.md").write_text(table)
 
 
-def draw_all(drawn: Sequence[Curve], task: Task, rank: Rank, num_steps: int) -> dict[Curve, list[float]]:
-    """The losses of every curve, in order of its steps."""
-    found = {}
-    for curve in drawn:
-        started = time.perf_counter()
-        steps = task.steps(num_steps, SAMPLES_A_STEP, curve.seed)
-        found[curve] = (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
-        seconds = time.perf_counter() - started
-        print(f"{curve.name}, seed {curve.seed}: {seconds:.0f} s, last {found[curve][-1]:.4f}", flush=True)
-    return found
+def draw_all(
+    drawn: Sequence[Curve], task: Task, num_steps: int, processes: int, cuda: bool
+) -> Iterator[tuple[Curve, list[float]]]:
+    """The losses of every curve in order of its steps, as soon as it is drawn."""
+    context = get_context("spawn")
+    gpus: Any = context.Queue()
+    for number in range(processes):
+        gpus.put(number % torch.cuda.device_count() if cuda else None)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=take_gpu, initargs=(gpus,)) as pool:
+        # Compiled ones take longest: the last first.
+        asked = {pool.submit(draw, curve, task, num_steps): curve for curve in reversed(drawn)}
+        for done in as_completed(asked):
+            yield asked[done], done.result()
+
+
+def take_gpu(gpus: Any) -> None:
+    """A drawing process's first act: the GPU that is its own, or none."""
+    gpu = gpus.get()
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
+
+
+def draw(curve: Curve, task: Task, num_steps: int) -> list[float]:
+    """The losses of one curve, in order of its steps."""
+    started = time.perf_counter()
+    rank = join(MachineConfig())
+    steps = task.steps(num_steps, SAMPLES_A_STEP, curve.seed)
+    losses = (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
+    seconds = time.perf_counter() - started
+    print(f"{curve.name}, seed {curve.seed}: {seconds:.0f} s, last {losses[-1]:.4f}", flush=True)
+    return losses
 
 
 def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]], rank: Rank) -> list[float]:
