@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -73,7 +74,7 @@ def figure_lines(found: dict[Curve, list[float]], cuda: bool) -> Iterator[dict[s
     origin = {
         "machine": where,
         "versions": {name: version(name) for name in packages},
-        "command": "python -m benchmarks.loss_curves",
+        "command": " ".join(["python -m benchmarks.loss_curves", *sys.argv[1:]]),
     }
     what = "largest difference of means of 10 steps, nats a token"
     yield {

@@ -7,8 +7,8 @@
 Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
 and clipping; only who computes the gradient differs. What run-to-run noise is show the reference with the samples of
 each step turned round (other rounding, nothing else) and on a second order of the data (seed 1). JSON lines go to
-benchmarks/results/loss_curves.jsonl (or $OUT), each curve's losses as soon as it is drawn, the tables to loss_curves.md
-beside it; docs/numerics.md says what they mean.
+benchmarks/results/loss_curves.jsonl (or $OUT), loss_curves_gpu.jsonl on a GPU, each curve's losses as soon as it is
+drawn, the tables to Markdown beside it; docs/numerics.md says what they mean.
 """
 
 from __future__ import annotations
@@ -82,14 +82,16 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     if args.table:
-        (out / "loss_curves.md").write_text(markdown(kept_curves(out / "loss_curves.jsonl")))
+        for kept in out.glob("loss_curves*.jsonl"):
+            kept.with_suffix(".md").write_text(markdown(kept_curves(kept)))
         return
     cuda = torch.cuda.is_available() and not args.tiny
     drawn = curves(cuda=cuda, tiny=args.tiny)
+    kept = out / f"loss_curves{'_gpu' if cuda else ''}.jsonl"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
-        with (Path(os.devnull) if args.tiny else out / "loss_curves.jsonl").open("w") as file:
+        with (Path(os.devnull) if args.tiny else kept).open("w") as file:
             for curve, losses in draw_all(drawn, task, 4 if args.tiny else 200, args.processes, cuda):
                 found[curve] = losses
                 file.write(json.dumps(curve_line(curve, losses)) + "\n")
@@ -100,8 +102,8 @@ def main() -> None:
     if args.tiny:
         print("\n".join(json.dumps(line) for line in lines))
         return
-    (out / "loss_curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (out / "loss_curves.md").write_text(table)
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept.with_suffix(".md").write_text(table)
 
 
 def draw_all(

@@ -42,9 +42,10 @@ UNITS = {
     "tokens_a_pack": "tokens",
     "recompiles": "",
     "graph_breaks": "",
+    "data_wait_fraction": "",
 }
-SPELLED = {"host_syncs": "", "data_wait_fraction": ""}
-"""Figures that keep their own name, of the rows that take them."""
+SPELLED = {"host_syncs": ""}
+"""The figure that keeps its own name, of the row that takes it."""
 
 
 def results_folder() -> Path:

@@ -22,7 +22,8 @@ AIMS = {
     "longest_pack_2b": 131072,
     "longest_pack_7b_lora": 65536,
     "deepspeed_overhead": 0.05,
-    "data_wait_fraction": 0.05,
+    "data_wait_fraction_2b_train_command": 0.05,
+    "data_wait_fraction_7b_train_command": 0.05,
     "host_syncs": 1,
 }
 """Of figures that do not carry their own."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_measure, one_gpu, profile
-from benchmarks.curve_tables import Curve, differences
+from benchmarks.curve_tables import Curve, curve_line, differences, kept_curves
 from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
@@ -23,17 +23,15 @@ from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
 from benchmarks.host_syncs import SYNC_WARNING, count_syncs
 from benchmarks.kernel_kinds import kind_of, union_seconds
-from benchmarks.loss_curves import packed_curve, stock_curve
+from benchmarks.loss_curves import draw_all
 from benchmarks.packs import TINY, draw_packs, draw_sample, pack_batch
 from benchmarks.products import main as products_main
 from vl3train.config.choices import Dtype
-from vl3train.config.schema import MachineConfig
 from vl3train.contracts.records import RenderSettings
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.data.media import DecodeLimits
 from vl3train.data.samples import render_sample
 from vl3train.data.tokens import ChatTokenizer
-from vl3train.engine.ranks import join
 
 CPU = torch.device("cpu")
 
@@ -172,13 +170,15 @@ def test_the_train_command_is_timed_on_drawn_shards_and_told_as_it_goes(capfd):
     row = replace(tiny(ROWS["2b_train_command"]), steps=2)
     told = []
     found = measure_command(row, CPU, told.append)
-    assert [len(so_far["step_seconds"]) for so_far in told] == [2, 3]
+    assert [len(so_far["step_seconds"]) for so_far in told] == [1, 2]
     assert told[-1] == found
     assert "step 1" in capfd.readouterr().out  # what the run says
     assert found["tflops"] > 0
     assert found["skipped_samples"] == 0
     assert 0 <= found["data_wait_fraction"] < 1
-    assert len(found["step_seconds"]) == 2 + 2 - 1
+    assert sum(found["step_seconds"]) == pytest.approx(found["seconds_a_pack"] * row.packs_a_step * 2)
+    assert len(found["step_tflops"]) == 2
+    assert found["recompiles"] == 0
 
 
 def test_drawn_shards_have_the_sizes_of_drawn_packs(tmp_path):
@@ -264,19 +264,20 @@ def test_idle_is_what_no_kernel_covers():
 
 
 def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
-    task, rank = make_task(tmp_path, scale=0.02, part_steps=2), join(MachineConfig())
-    steps = task.steps(5, 8, seed=0)
-    found = {
-        curve: (packed_curve if curve.packed else stock_curve)(curve, task, steps, rank)
-        for curve in (Curve(packed=packed, dtype=Dtype.float32) for packed in (False, True))
-    }
-    stock, packed = found
+    task = make_task(tmp_path, scale=0.02, part_steps=2)
+    stock, packed = (Curve(packed=packed, dtype=Dtype.float32) for packed in (False, True))
+    turned = replace(stock, turned=True)
+    kept = tmp_path / "curves.jsonl"
+    with kept.open("w") as file:
+        for curve, losses in draw_all([stock, packed, turned], task, num_steps=5, processes=2, cuda=False):
+            print(json.dumps(curve_line(curve, losses)), file=file)
+    found = kept_curves(kept)
+    assert found.keys() == {stock, packed, turned}
+    assert {len(losses) for losses in found.values()} == {5}
     assert differences(found, packed, stock)["first_50_steps"] < 1e-4
     assert found[packed][0] != found[packed][-1]
-    turned = replace(stock, turned=True)
-    found[turned] = stock_curve(turned, task, steps, rank)
     assert 0 < differences(found, turned, stock)["first_50_steps"] < 1e-4
-    assert task.steps(5, 8, seed=1)[0] != steps[0]
+    assert task.steps(5, 8, seed=1)[0] != task.steps(5, 8, seed=0)[0]
 
 
 def test_products_are_timed_side_by_side(capsys):
