@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_curves            # on a CPU the second order of the data for the reference alone
     python -m benchmarks.loss_curves --tiny     # a few steps; nothing is kept
-    python -m benchmarks.loss_curves --processes 7   # curves side by side, on all GPUs
+    python -m benchmarks.loss_curves --processes 3   # curves drawn at a time; five on each GPU if left out
 
 Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
 and clipping; only who computes the gradient differs. What run-to-run noise is show the reference with the samples of
@@ -47,6 +47,8 @@ from vl3train.model.trainable import parameter_groups
 RATES = {"vision_encoder": 2e-3, "projector": 2e-3, "language_model": 1e-3}  # configs/model/debug.yaml
 SAMPLES_A_STEP = 8
 PACKS_A_STEP = 2
+PROCESSES_A_GPU = 5
+"""A small model waits for the host nearly all the time."""
 
 
 def curves(*, cuda: bool, tiny: bool) -> list[Curve]:
@@ -77,7 +79,9 @@ def main() -> None:
         "--table", action="store_true", help="only the tables again, from the curves that were kept"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="curves drawn at a time, spread over the GPUs that are there"
+        "--processes",
+        type=int,
+        help=f"curves drawn at a time, spread over the GPUs: {PROCESSES_A_GPU} on each if left out, 1 on a CPU",
     )
     args = parser.parse_args()
     out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
@@ -86,13 +90,14 @@ def main() -> None:
             kept.with_suffix(".md").write_text(markdown(kept_curves(kept)))
         return
     cuda = torch.cuda.is_available() and not args.tiny
+    processes = args.processes or (PROCESSES_A_GPU * torch.cuda.device_count() if cuda else 1)
     drawn = curves(cuda=cuda, tiny=args.tiny)
     kept = out / f"loss_curves{'_gpu' if cuda else ''}.jsonl"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
         with (Path(os.devnull) if args.tiny else kept).open("w") as file:
-            for curve, losses in draw_all(drawn, task, 4 if args.tiny else 200, args.processes, cuda):
+            for curve, losses in draw_all(drawn, task, 4 if args.tiny else 200, processes, cuda):
                 found[curve] = losses
                 file.write(json.dumps(curve_line(curve, losses)) + "\n")
                 file.flush()

@@ -129,6 +129,14 @@ def test_mistakes_are_told_all_at_once_with_what_exists():
     assert len(found) == len(expected)
 
 
+def test_a_path_that_no_option_has_is_told_which_could(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.touch()
+    folder, file = told("stage=1", str(tmp_path), str(recipe))
+    assert folder.startswith(f"{tmp_path}: is not key=value; say what it is: data.root={tmp_path} has")
+    assert file.startswith(f"{recipe}: is not key=value; say what it is: data.recipe={recipe} names")
+
+
 def test_all_that_must_be_set_is_asked_for_at_once(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text("stage: {number: 2}\n")

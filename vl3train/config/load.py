@@ -228,6 +228,10 @@ def _read_override(
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         way_out = "quote what the shell or YAML would read otherwise, as in 'key=\"a b\"'"
+        if Path(text).is_dir():
+            way_out = f"say what it is: data.root={text} has shards, stage.init_from={text} is a checkpoint"
+        elif Path(text).is_file():
+            way_out = f"say what it is: data.recipe={text} names sources, --config {text} lays options over the groups"
         found.append(Problem(text, "", "is not key=value", way_out))
         return
     key = override.key_or_group
