@@ -7,8 +7,9 @@
 Every curve starts from the same weights and sees the same samples in the same steps, with the same AdamW, schedule
 and clipping; only who computes the gradient differs. What run-to-run noise is show the reference with the samples of
 each step turned round (other rounding, nothing else) and on a second order of the data (seed 1). JSON lines go to
-benchmarks/results/loss_curves.jsonl (or $OUT), loss_curves_gpu.jsonl on a GPU, each curve's losses as soon as it is
-drawn, the tables to Markdown beside it; docs/numerics.md says what they mean.
+benchmarks/results/loss_curves.jsonl (or $OUT), loss_curves_gpu.jsonl on a GPU, and the tables to Markdown beside it
+when all are drawn; till then each curve's losses stand in a file that ends in .part. docs/numerics.md says what they
+mean.
 """
 
 from __future__ import annotations
@@ -93,10 +94,11 @@ def main() -> None:
     processes = args.processes or (PROCESSES_A_GPU * torch.cuda.device_count() if cuda else 1)
     drawn = curves(cuda=cuda, tiny=args.tiny)
     kept = out / f"loss_curves{'_gpu' if cuda else ''}.jsonl"
+    part = kept.with_suffix(".jsonl.part")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(Path(folder), scale=0.02 if args.tiny else 0.25, part_steps=2 if args.tiny else 40)
-        with (Path(os.devnull) if args.tiny else kept).open("w") as file:
+        with (Path(os.devnull) if args.tiny else part).open("w") as file:
             for curve, losses in draw_all(drawn, task, 4 if args.tiny else 200, processes, cuda):
                 found[curve] = losses
                 file.write(json.dumps(curve_line(curve, losses)) + "\n")
@@ -109,6 +111,7 @@ def main() -> None:
         return
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kept.with_suffix(".md").write_text(table)
+    part.unlink()
 
 
 def draw_all(
@@ -117,8 +120,9 @@ def draw_all(
     """The losses of every curve in order of its steps, as soon as it is drawn."""
     context = get_context("spawn")
     gpus: Any = context.Queue()
+    names = visible_gpus() if cuda else [""]
     for number in range(processes):
-        gpus.put(number % torch.cuda.device_count() if cuda else None)
+        gpus.put(names[number % len(names)])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=take_gpu, initargs=(gpus,)) as pool:
         # Compiled ones take longest: the last first.
         asked = {pool.submit(draw, curve, task, num_steps): curve for curve in reversed(drawn)}
@@ -126,10 +130,15 @@ def draw_all(
             yield asked[done], done.result()
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(number) for number in range(torch.cuda.device_count())]
+
+
 def take_gpu(gpus: Any) -> None:
-    """A drawing process's first act: the GPU that is its own, or none."""
-    gpu = gpus.get()
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
+    """A drawing process's first act: it sees the GPU that is its own, or none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 def draw(curve: Curve, task: Task, num_steps: int) -> list[float]:
