@@ -85,6 +85,8 @@ def main() -> None:
         help=f"curves drawn at a time, spread over the GPUs: {PROCESSES_A_GPU} on each if left out, 1 on a CPU",
     )
     args = parser.parse_args()
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes {args.processes}: at least 1")
     out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     if args.table:
         for kept in out.glob("loss_curves*.jsonl"):

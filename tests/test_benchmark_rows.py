@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from benchmarks import gpu_measure, one_gpu, profile
-from benchmarks.curve_tables import Curve, curve_line, differences, kept_curves
-from benchmarks.curve_task import make_task
 from benchmarks.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.gpu_command import measure_command
 from benchmarks.gpu_measure import lasting_product, measure, prepare, shares
@@ -23,10 +21,8 @@ from benchmarks.gpu_rows import ROWS, tiny
 from benchmarks.gpu_stock import packed_inputs, padded_inputs, set_varlen_attention
 from benchmarks.host_syncs import SYNC_WARNING, count_syncs
 from benchmarks.kernel_kinds import kind_of, union_seconds
-from benchmarks.loss_curves import draw_all
 from benchmarks.packs import TINY, draw_packs, draw_sample, pack_batch
 from benchmarks.products import main as products_main
-from vl3train.config.choices import Dtype
 from vl3train.contracts.records import RenderSettings
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.data.media import DecodeLimits
@@ -261,23 +257,6 @@ def test_idle_is_what_no_kernel_covers():
     assert "| idle: no kernel runs | 0.0 | 20.0% | |" in profile.markdown({"row": "2b", "packs": 2, **found})
     assert union_seconds([]) == 0
     assert kind_of("triton_red_fused__to_copy_native_layer_norm_backward_5") == "norms"
-
-
-def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
-    task = make_task(tmp_path, scale=0.02, part_steps=2)
-    stock, packed = (Curve(packed=packed, dtype=Dtype.float32) for packed in (False, True))
-    turned = replace(stock, turned=True)
-    kept = tmp_path / "curves.jsonl"
-    with kept.open("w") as file:
-        for curve, losses in draw_all([stock, packed, turned], task, num_steps=5, processes=2, cuda=False):
-            print(json.dumps(curve_line(curve, losses)), file=file)
-    found = kept_curves(kept)
-    assert found.keys() == {stock, packed, turned}
-    assert {len(losses) for losses in found.values()} == {5}
-    assert differences(found, packed, stock)["first_50_steps"] < 1e-4
-    assert found[packed][0] != found[packed][-1]
-    assert 0 < differences(found, turned, stock)["first_50_steps"] < 1e-4
-    assert task.steps(5, 8, seed=1)[0] != task.steps(5, 8, seed=0)[0]
 
 
 def test_products_are_timed_side_by_side(capsys):

@@ -135,6 +135,8 @@ def test_a_path_that_no_option_has_is_told_which_could(tmp_path: Path):
     folder, file = told("stage=1", str(tmp_path), str(recipe))
     assert folder.startswith(f"{tmp_path}: is not key=value; say what it is: data.root={tmp_path} has")
     assert file.startswith(f"{recipe}: is not key=value; say what it is: data.recipe={recipe} names")
+    [no_path] = told("stage=1", "a(" * 200)
+    assert "is not key=value; quote what the shell" in no_path
 
 
 def test_all_that_must_be_set_is_asked_for_at_once(tmp_path: Path):

@@ -8,6 +8,7 @@ named instead of only the first. A value replaces what stood there, dicts and li
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from argparse import ArgumentParser
@@ -228,9 +229,9 @@ def _read_override(
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         way_out = "quote what the shell or YAML would read otherwise, as in 'key=\"a b\"'"
-        if Path(text).is_dir():
+        if os.path.isdir(text):  # pathlib raises where the text is longer than a name may be
             way_out = f"say what it is: data.root={text} has shards, stage.init_from={text} is a checkpoint"
-        elif Path(text).is_file():
+        elif os.path.isfile(text):
             way_out = f"say what it is: data.recipe={text} names sources, --config {text} lays options over the groups"
         found.append(Problem(text, "", "is not key=value", way_out))
         return
