@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import NoReturn
 
 from vl3train.cli.check import check_config
 from vl3train.config.launch import launched_ranks
@@ -60,24 +61,29 @@ def start(cfg: TrainConfig) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{cfg.run.output_dir}: this run is finished; another run.output_dir starts a new one")
         return 0
-    from vl3train.engine.ranks import OneRankError, RunError, join
+    from vl3train.engine.failure import report_failure
+    from vl3train.engine.ranks import join
 
-    rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
-    from vl3train.engine.loop import train
-
+    rank = None
     try:
+        rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
+        from vl3train.engine.loop import train
+
         train(cfg, rank)
-    except RunError as error:
-        if rank.is_first or isinstance(error, OneRankError):
-            print(f"\n{error}", file=sys.stderr)
-        return 1
+    except BaseException as error:  # whatever it is, this process ends now: the other ranks wait for it
+        return report_failure(error, rank)
     return 0
 
 
-if __name__ == "__main__":
+def run_process() -> NoReturn:
+    """``main`` as a process of its own, which ends without waiting for its loader's workers."""
     code = main()
     if "torch" not in sys.modules:  # refused, or finished before: there is no process group to leave
         sys.exit(code)
     from vl3train.engine.ranks import leave
 
     leave(code)
+
+
+if __name__ == "__main__":
+    run_process()

@@ -23,7 +23,7 @@ from vl3train.data.index import Index
 from vl3train.data.media import DecodeLimits
 from vl3train.data.packing import rank_packs
 from vl3train.data.plan import Plan
-from vl3train.data.processes import clean_processes
+from vl3train.data.processes import clean_processes, end_with_parent
 from vl3train.data.samples import blank_sample
 
 
@@ -131,5 +131,6 @@ def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: boo
             generator=torch.Generator(),
             num_workers=min(num_workers, count),
             pin_memory=pin_memory,
+            worker_init_fn=end_with_parent,
             multiprocessing_context=clean_processes() if num_workers and count else None,
         )

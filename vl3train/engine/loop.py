@@ -30,8 +30,17 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
     start_deaf_workers()
     with told_if_out_of_memory(cfg, rank, "model, optimizer and first layers were put there"):
         run = start_run(cfg, rank)
+    try:
+        run_steps(run, StopRequest())
+    finally:
+        run.console.close()  # or a failure's cause would stand above the bar, and the terminal without its cursor
+    run.tracker.finish()
+
+
+def run_steps(run: Run, stop: StopRequest) -> None:
+    """Every step from ``run.cursor`` on, with logs, checkpoints and evaluations at their times."""
+    cfg, rank = run.cfg, run.rank
     tell_compiles(run, "before the first step", take_compiles())
-    stop = StopRequest()
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
 
@@ -85,7 +94,6 @@ def train(cfg: TrainConfig, rank: Rank) -> None:
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
         f"newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
     )
-    run.finish()
 
 
 def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatches]]:

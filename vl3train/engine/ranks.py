@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -90,14 +90,18 @@ def join(machine: MachineConfig) -> Rank:
     return Rank(index=dist.get_rank(), dp_size=dist.get_world_size(), device=device)
 
 
-def leave(exit_code: int = 0) -> None:
+def leave(exit_code: int = 0) -> NoReturn:
     """End this process after all ranks are done.
 
     ``os._exit`` after a barrier: the destructors of a gloo group abort now and then ("terminate called without
     an active exception"), which turns a finished run into a failed one.
     """
     if exit_code == 0 and dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:  # another rank failed after this one was done
+            print(f"not every rank came to its end: {error}", file=sys.stderr)
+            exit_code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -76,11 +76,6 @@ class Run:
             "config": as_plain(self.cfg),
         }
 
-    def finish(self) -> None:
-        """Close console and tracker after the last act."""
-        self.console.close()
-        self.tracker.finish()
-
 
 @dataclass(kw_only=True)
 class BadSampleLimit:

@@ -1,0 +1,52 @@
+"""How the process of a rank ends when something was raised: at once, with the cause as the last thing printed."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from vl3train.engine.ranks import OneRankError, Rank, RunError
+
+FAILED = 1
+INTERRUPTED = 130
+"""128 + SIGINT, as shells count it."""
+
+
+def report_failure(error: BaseException, rank: Rank | None) -> int:
+    """Print what ended this rank and hand it to the launcher; returns the exit code for ``ranks.leave``.
+
+    The caller must leave through ``os._exit``: Python's own exit joins the loader's workers, which ignore SIGTERM,
+    and would wait for ever, and the other ranks with it.
+
+    Args:
+        error: Anything raised. A RunError stands on every rank alike and is printed by the first, without traceback.
+        rank: None where the process had not joined the others yet.
+    """
+    _record_for_torchrun(error)
+    if isinstance(error, RunError):
+        if rank is None or rank.is_first or isinstance(error, OneRankError):
+            print(f"\n{error}", file=sys.stderr)
+        return FAILED
+    where = "before it joined the others" if rank is None else f"rank {rank.index} of {rank.dp_size}"
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{where}: interrupted (SIGINT); nothing was saved", file=sys.stderr)
+        return INTERRUPTED
+    traceback.print_exception(error)
+    print(f"\n{where}: the run ends with {summary(error)}", file=sys.stderr)
+    return FAILED
+
+
+def summary(error: BaseException) -> str:
+    """One line: the class and its message.
+
+    >>> summary(IndexError("list index out of range"))
+    'IndexError: list index out of range'
+    """
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _record_for_torchrun(error: BaseException) -> None:
+    """Where torchrun started this process, its closing table names the first rank that failed, and why."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
