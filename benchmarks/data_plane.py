@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout
 
+from benchmarks.data.plan import plan_figures
 from benchmarks.figures import Figures
-from benchmarks.plane_plan import plan_figures
 
 
 def decode_figures(figures: Figures, quick: bool) -> None:

@@ -29,19 +29,19 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from benchmarks.data_wait import waited_shares
-from benchmarks.drawn_media import encode_jpeg, pictures, write_clip
+from benchmarks.data.drawn_media import encode_jpeg, pictures, write_clip
+from benchmarks.data.wait import waited_shares
 from benchmarks.figures import machine
 from vl3train.config.data_options import DataConfig
 from vl3train.contracts.records import RenderSettings
 from vl3train.contracts.tokens import CHAT_TEMPLATE
-from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
-from vl3train.data.decoding import keep_freed_memory
-from vl3train.data.firewall import Decoder, decode_server
-from vl3train.data.items import store_sample
-from vl3train.data.media import DecodeLimits, plan_clip, read_frames
-from vl3train.data.samples import measure_sample, render_sample
-from vl3train.data.tokens import ChatTokenizer
+from vl3train.data.media.clips import DecodeLimits, plan_clip, read_frames
+from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.render.decode_server import keep_freed_memory
+from vl3train.data.render.samples import measure_sample, render_sample
+from vl3train.data.render.visual_items import store_sample
 
 DATA = DataConfig()
 LIMITS = DecodeLimits(max_pixels=DATA.decode_max_pixels, max_seconds=DATA.decode_max_seconds)
@@ -89,7 +89,7 @@ def figure(name: str, value: float, unit: str, better: str = "higher", **more: A
 def measure_images(folder: Path, photographs: Path | None, count: int) -> Iterator[dict[str, Any]]:
     """1024x768 JPEGs at the paper's full token budget: ours in this process, behind the firewall, transformers'."""
     from vl3train.demo.tokenizer import train_tokenizer
-    from vl3train.model.conversion import build_processor
+    from vl3train.model.weights.processor import build_processor
 
     train_tokenizer(TEXTS, folder, vocab_size=300)
     processor = build_processor(folder)

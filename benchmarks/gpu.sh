@@ -38,7 +38,7 @@ for part in "${@:-check rows command curves profile sweep}"; do
         ;;
       curves) run curves python -m benchmarks.loss_curves ;;
       profile) run profile python -m benchmarks.profile ;;
-      sweep) run sweep python -m benchmarks.norm_kernels --sweep ;;
+      sweep) run sweep python -m benchmarks.kernels.norms --sweep ;;
       *)
         echo "no part '$one'; see the head of this file" >&2
         exit 2

@@ -28,20 +28,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.curve_tables import Curve, curve_line, figure_lines, kept_curves, markdown
-from benchmarks.curve_task import Task, make_task
-from benchmarks.gpu_engine import PlainEngine
-from benchmarks.gpu_stock import full_loss, padded_inputs
-from benchmarks.packs import pack_batch
+from benchmarks.curves.tables import Curve, curve_line, figure_lines, kept_curves, markdown
+from benchmarks.curves.task import Task, make_task
+from benchmarks.data.packs import pack_batch
+from benchmarks.gpu.engine import PlainEngine
+from benchmarks.gpu.stock import full_loss, padded_inputs
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.engine.kernels import choose_kernels
-from vl3train.engine.optim import build_optimizer, rate_factor, set_rates
+from vl3train.engine.optim.build import build_optimizer, rate_factor, set_rates
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
-from vl3train.engine.zero import Zero
+from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import parameter_groups
 

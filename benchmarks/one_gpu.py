@@ -9,9 +9,9 @@ Each row is a process of its own (one for each rank): the model with random weig
 through vl3train's collate, Zero and train_step (DeepSpeed, float32 masters and states, clipping), two steps to
 warm up, the others timed by wall-clock, each on packs of its own. 2b_train_command times the whole training loop,
 from JPEGs on disk. Rows of stock, liger and position_ids drive transformers' own forward over samples of the same
-mix; 2b_plain_loop leaves DeepSpeed out. Useful work is vl3train.model.flops: padding, recomputation and the optimizer
-count nothing. JSON lines go to benchmarks/results/one_gpu.jsonl (or $OUT) as soon as a row is done, the table as
-Markdown beside it.
+mix; 2b_plain_loop leaves DeepSpeed out. Useful work is vl3train.model.activations.flops: padding, recomputation and
+the optimizer count nothing. JSON lines go to benchmarks/results/one_gpu.jsonl (or $OUT) as soon as a row is done, the
+table as Markdown beside it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_measure import child, product_child
-from benchmarks.gpu_process import in_own_processes
-from benchmarks.gpu_rows import COMPARED, ROWS, Row, quick, tiny
+from benchmarks.gpu.measure import child, product_child
+from benchmarks.gpu.process import in_own_processes
+from benchmarks.gpu.rows import COMPARED, ROWS, Row, quick, tiny
 
 HEAD = [
     "| row | useful TFLOP/s a GPU | ms a pack | tokens/s | patches/s | peak GiB | recompiles |",

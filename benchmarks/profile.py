@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_gaps import gaps
-from benchmarks.gpu_measure import WARM_UP_STEPS, prepare, send, wait_for_all
-from benchmarks.gpu_process import in_own_processes
-from benchmarks.gpu_rows import ROWS, Row, tiny
-from benchmarks.kernel_kinds import UNMATCHED, kind_of, union_seconds
+from benchmarks.gpu.gaps import gaps
+from benchmarks.gpu.measure import WARM_UP_STEPS, prepare, send, wait_for_all
+from benchmarks.gpu.process import in_own_processes
+from benchmarks.gpu.rows import ROWS, Row, tiny
+from benchmarks.kernels.kinds import UNMATCHED, kind_of, union_seconds
 
 PACKS, STEPS = 2, 1
 TOP = 15

@@ -33,7 +33,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def processor(tokenizer_dir: Path):  # type: ignore[no-untyped-def]
     """A real VideoLlama3Processor with the published pixel budgets."""
-    from vl3train.model.conversion import build_processor
+    from vl3train.model.weights.processor import build_processor
 
     return build_processor(tokenizer_dir)
 

@@ -10,12 +10,12 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import NoReturn
 
-from vl3train.cli.check import check_config
 from vl3train.config.launch import launched_ranks
 from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
+from vl3train.preview.check_config import check_config
 
 EXAMPLES = """\
 examples:

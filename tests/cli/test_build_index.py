@@ -13,12 +13,12 @@ from tests.cli.indexed import config_words
 from tests.data.faults_fixture import jpeg
 from tests.data.shards_fixture import make_recipe
 from vl3train.cli import build_index
-from vl3train.cli.build_index import tokenizer_source
 from vl3train.cli.main import main
 from vl3train.config.load import load_config
 from vl3train.data.pipeline import open_data
-from vl3train.data.shards import write_members
-from vl3train.model.conversion import build_processor
+from vl3train.data.prepare.write_shards import write_members
+from vl3train.model.weights.processor import build_processor
+from vl3train.preview.opened import tokenizer_source
 
 
 def test_a_run_finds_the_index_that_the_command_made(tmp_path, tiny_model_dir, capsys):

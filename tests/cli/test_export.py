@@ -17,7 +17,7 @@ from vl3train.cli.main import main
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters, save_adapter
-from vl3train.model.conversion import WrongExport, save_weights
+from vl3train.model.weights.hf_folder import WrongExport, save_weights
 
 
 def run_export(*words: str | Path) -> int:
@@ -151,7 +151,7 @@ def test_a_damaged_export_is_put_aside(run, tmp_path, capsys, monkeypatch):
         weights["model.language_model.norm.weight"] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("vl3train.model.conversion.save_weights", damage)
+    monkeypatch.setattr("vl3train.model.weights.hf_folder.save_weights", damage)
     assert run_export(run, tmp_path / "out") == 1
     assert "differs: model.language_model.norm.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

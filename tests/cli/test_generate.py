@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 
-from vl3train.cli.answer import Asker, Request
 from vl3train.cli.main import main
 from vl3train.contracts.tokens import IMAGE_PAD, VIDEO_PAD
-from vl3train.data.media import DecodeLimits, decode_clip
-from vl3train.model.conversion import save_weights
+from vl3train.data.media.clips import DecodeLimits, decode_clip
+from vl3train.inference.answer import Asker
+from vl3train.inference.requests import Request
+from vl3train.model.weights.hf_folder import save_weights
 
 
 @pytest.fixture(scope="module")

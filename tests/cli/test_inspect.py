@@ -15,10 +15,10 @@ from PIL import Image
 
 from tests.cli.indexed import words
 from tests.data.conftest import drawn_picture
-from vl3train.cli import step_samples
 from vl3train.cli.main import main
-from vl3train.cli.step_samples import frame_picture
-from vl3train.data.patches import resize_and_patchify
+from vl3train.data.media.patches import resize_and_patchify
+from vl3train.preview import step_samples
+from vl3train.preview.step_samples import frame_picture
 
 __all__ = ["words"]
 
@@ -41,10 +41,10 @@ def shown(words, tmp_path_factory):
 
 
 def test_page_and_table_hold_the_samples_of_the_step(shown, words, tmp_path):
-    from vl3train.cli.build_index import tokenizer_source
     from vl3train.config.load import load_config
     from vl3train.data.pipeline import open_data
-    from vl3train.model.conversion import build_processor
+    from vl3train.model.weights.processor import build_processor
+    from vl3train.preview.opened import tokenizer_source
 
     cfg = load_config(words)
     build_processor(tokenizer_source(cfg)).save_pretrained(tmp_path)

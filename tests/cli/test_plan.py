@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.cli.indexed import words
-from vl3train.cli import opened as opened_module
-from vl3train.cli import plan_picture
 from vl3train.cli.main import main
-from vl3train.cli.plan_estimate import GPUS, estimate, rank_memory
-from vl3train.cli.plan_figures import plan_figures
 from vl3train.config.load import load_config
 from vl3train.data.pipeline import open_data
+from vl3train.preview import opened as opened_module
+from vl3train.preview import plan_picture
+from vl3train.preview.plan_estimate import GPUS, estimate, rank_memory
+from vl3train.preview.plan_figures import plan_figures
 
 __all__ = ["words"]
 
@@ -30,8 +30,8 @@ def test_doctests():
 @pytest.fixture(scope="module")
 def made(words, tmp_path_factory, tiny_model_dir):
     """The config, its data and the plan's figures."""
-    from vl3train.cli.build_index import tokenizer_source
-    from vl3train.model.conversion import build_processor
+    from vl3train.model.weights.processor import build_processor
+    from vl3train.preview.opened import tokenizer_source
 
     cfg, folder = load_config(words), tmp_path_factory.mktemp("processor")
     build_processor(tokenizer_source(cfg)).save_pretrained(folder)

@@ -10,13 +10,12 @@ import pytest
 
 from tests.cli.indexed import words
 from vl3train.cli.main import main
-from vl3train.cli.opened import opened
-from vl3train.cli.step_samples import decoding
-from vl3train.cli.verify import packed_model
-from vl3train.cli.verifying import check_decoding, check_labels, check_splits
-from vl3train.cli.verifying_model import check_packed, check_stock, fitting
 from vl3train.contracts.tokens import IGNORE_INDEX
-from vl3train.data.tokens import ChatTokenizer
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.preview.opened import opened
+from vl3train.preview.step_samples import decoding
+from vl3train.preview.verify_data import check_decoding, check_labels, check_splits
+from vl3train.preview.verify_model import check_packed, check_stock, fitting, packed_model
 
 __all__ = ["words"]
 
@@ -100,7 +99,7 @@ def shown(samples):
 def test_attention_across_samples_is_found_by_losses_and_by_gradients(made, monkeypatch):
     """One segment for the whole row: the model then sees the samples before."""
     from vl3train.contracts.records import Batch
-    from vl3train.data import batches
+    from vl3train.data import collate as data_collate
 
     *_, samples, model = made
     chosen = fitting([*shown(samples), *list(samples.values())[:6]], (4000, 9000))
@@ -118,8 +117,8 @@ def test_attention_across_samples_is_found_by_losses_and_by_gradients(made, monk
         bounds = batch.cu_seqlens[[0, -1]]
         return dataclasses.replace(batch, cu_seqlens=bounds, segment_lengths=(sum(batch.segment_lengths),))
 
-    real = batches.collate
-    monkeypatch.setattr(batches, "collate", one_segment)
+    real = data_collate.collate
+    monkeypatch.setattr(data_collate, "collate", one_segment)
     verdict = check_packed(model, chosen)
     assert not verdict.passed
     assert any(re.search(r"loss \S+ packed, \S+ alone", why) for why in verdict.reasons)

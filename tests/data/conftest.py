@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vl3train.data.media import DecodeLimits
+from vl3train.data.media.clips import DecodeLimits
 
 LIMITS = DecodeLimits(max_pixels=4_000_000, max_seconds=60.0)
 

@@ -15,11 +15,11 @@ import av
 import numpy as np
 
 from tests.data.conftest import drawn_picture, picture_bytes, still_and_moving
+from tests.data.shards.test_tar_headers import make_tar
 from tests.data.shards_fixture import train_config
-from tests.data.test_members import make_tar
 from vl3train.contracts.records import Cursor
-from vl3train.data.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.pipeline import open_data, train_steps
+from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
 
 Members = list[tuple[str, bytes]]
 BEFORE, AFTER = "a0", "z9"

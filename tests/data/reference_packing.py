@@ -1,4 +1,4 @@
-"""The rules of data/balance.py once more, in plain Python with no bound on integers, written to be read."""
+"""The rules of data/plan/balance.py once more, in plain Python with no bound on integers, written to be read."""
 
 from __future__ import annotations
 

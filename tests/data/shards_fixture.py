@@ -19,7 +19,7 @@ from vl3train.config.schema import (
     StepConfig,
     TrainConfig,
 )
-from vl3train.data.shards import write_shards
+from vl3train.data.prepare.write_shards import write_shards
 
 
 def write_clip(path: Path, frames: list[np.ndarray], rate: int = 5) -> None:

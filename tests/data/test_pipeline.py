@@ -13,8 +13,8 @@ import torch
 
 from tests.data.shards_fixture import make_recipe, train_config
 from vl3train.contracts.records import Cursor
-from vl3train.data.index import NoIndex
 from vl3train.data.pipeline import evaluation_batches, open_data, train_steps
+from vl3train.data.shards.index import NoIndex
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
 from vl3train.contracts.tokens import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
 from vl3train.demo.build import draw_questions
 from vl3train.demo.parts import PartSizes, answer_loss, make_debug_parts, tokenize
-from vl3train.model.init_from_parts import init_from_parts
+from vl3train.model.weights.from_parts import init_from_parts
 
 SIZES = PartSizes(vision_hidden=64, vision_layers=1, text_hidden=64, text_layers=2, steps=60, batch_samples=8)
 

@@ -13,7 +13,7 @@ from tests.engine.late_link import LateCopy
 from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts
 from vl3train.demo.questions import TASKS
-from vl3train.engine import host_piece
+from vl3train.engine.optim import offload_chunk
 from vl3train.model import packed_forward
 
 
@@ -53,9 +53,9 @@ def late_link(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LateCopy], list[Lat
     device_waits = types.SimpleNamespace(wait_event=lambda event: event.synchronize())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device_waits)
     queues: tuple[list[LateCopy], list[LateCopy]] = [], []
-    monkeypatch.setattr(host_piece, "_streams", lambda _: queues)
+    monkeypatch.setattr(offload_chunk, "_streams", lambda _: queues)
     monkeypatch.setattr(
-        host_piece,
+        offload_chunk,
         "_copy",
         lambda sources, targets, queue, after=(): LateCopy(queue, sources, targets, after),
     )

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vl3train.model import offload
+from vl3train.model.activations import offload
 
 
 class CountedMemory(TorchDispatchMode):

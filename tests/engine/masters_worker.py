@@ -1,4 +1,4 @@
-"""One process of tests/engine/test_zero.py: a checkpoint of masters that are not float32.
+"""One process of tests/engine/zero/test_engine.py: a checkpoint of masters that are not float32.
 
 Run as ``torchrun --nproc-per-node N masters_worker.py MODEL_DIR OUT``: OUT gets a folder for each master_dtype, and
 found.pt, from rank 0, says how many parameters there are and which of the runs came back as they were saved.
@@ -14,12 +14,12 @@ import torch
 from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
-from vl3train.engine.optim import build_optimizer
+from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import join, leave
 from vl3train.engine.step import train_step
-from vl3train.engine.zero import Zero
-from vl3train.model.init_from_parts import load_model
+from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
+from vl3train.model.weights.from_parts import load_model
 
 
 def main() -> None:

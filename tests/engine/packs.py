@@ -8,7 +8,7 @@ import numpy as np
 
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
-from vl3train.data.batches import collate
+from vl3train.data.collate import collate
 
 
 def random_samples(config: Any, count: int, seed: int = 0) -> list[RenderedSample]:

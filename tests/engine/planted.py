@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from vl3train import train
-from vl3train.data.fetch import PackDataset
+from vl3train.data.loader import PackDataset
 
 
 def raise_planted(*_args, **_settings):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from vl3train.cli.check import check_config
 from vl3train.engine.loop import train
 from vl3train.engine.ranks import join
+from vl3train.preview.check_config import check_config
 
 
 def run(words):

@@ -1,4 +1,4 @@
-"""One process of tests/engine/test_zero.py: the gradient of one global batch, split in a given way.
+"""One process of tests/engine/zero/test_engine.py: the gradient of one global batch, split in a given way.
 
 Run as ``torchrun --nproc-per-node N split_worker.py MODEL_DIR OUT DTYPE``. The optimizer is plain SGD with rate 1,
 so the change of the weights is the gradient.
@@ -15,10 +15,10 @@ from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.ranks import Rank, join, leave
-from vl3train.engine.zero import Zero
-from vl3train.model.init_from_parts import load_model
+from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
+from vl3train.model.weights.from_parts import load_model
 
 
 def gradient(

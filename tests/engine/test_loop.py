@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.engine.runs import figures, run, weights
-from vl3train.engine import host_memory, loop
+from vl3train.engine import loop
+from vl3train.engine.memory import host as memory_host
 from vl3train.engine.ranks import OneRankError, RunError
 
 
@@ -70,7 +71,7 @@ NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.mas
 def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
     stage1, demo_words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(host_memory, "free_in_groups", lambda: 2**20)
+    monkeypatch.setattr(memory_host, "free_in_groups", lambda: 2**20)
     start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
     words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
     with pytest.raises(

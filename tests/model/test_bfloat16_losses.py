@@ -63,7 +63,7 @@ def test_bfloat16_rounds_no_more_than_kernels_are_allowed(tiny_model, batch_of, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_kernels_give_the_losses_of_the_reference_without_a_sync(tiny_model, batch_of, mixed):
-    from vl3train.model.attention import choose_attention
+    from vl3train.model.attention.backends import choose_attention
 
     model, batch = bfloat16_model(tiny_model).to("cuda"), batch_of(mixed).to("cuda")
     losses = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vl3train.config.choices import Recompute
-from vl3train.engine.compile_log import take_compiles
+from vl3train.engine.monitor.compile_log import take_compiles
 from vl3train.model.compiling import compiled, sources_tag
 from vl3train.model.packed_forward import PackedModel
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vl3train.engine.compile_log import take_compiles
+from vl3train.engine.monitor.compile_log import take_compiles
 from vl3train.model.compiling import compiled
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 

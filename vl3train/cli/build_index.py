@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vl3train.config.load import add_config_arguments, load_config
-from vl3train.config.paths import resolve_weights
-from vl3train.config.schema import TrainConfig
+from vl3train.preview.opened import tokenizer_source
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -49,8 +48,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Index training and held-out samples, and say what cannot be used."""
     from vl3train.data.pipeline import open_data, store_frames
-    from vl3train.data.shards import Refusal, describe_refused
-    from vl3train.model.conversion import build_processor
+    from vl3train.data.prepare.write_shards import Refusal, describe_refused
+    from vl3train.model.weights.processor import build_processor
 
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
     console = Console(highlight=False, soft_wrap=True)
@@ -109,13 +108,3 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[source], completed=done, total=total)
 
         yield show
-
-
-def tokenizer_source(cfg: TrainConfig) -> str | Path:
-    """Folder or hub name of the tokenizer a run with this config takes."""
-    if cfg.model.tokenizer_from is not None:
-        return cfg.model.tokenizer_from
-    if cfg.stage.init_from is not None:
-        return resolve_weights(cfg.stage.init_from)
-    assert cfg.model.language_model_from is not None, "config rules refuse a run without a tokenizer"
-    return cfg.model.language_model_from

@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 
 from vl3train.cli.arguments import count
-from vl3train.cli.build_index import tokenizer_source
 from vl3train.config.load import add_config_arguments, load_config
 from vl3train.config.rules import full_rates
 from vl3train.contracts.records import Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
-from vl3train.data.packing import COSTS
+from vl3train.data.plan.costs import COSTS
+from vl3train.preview.opened import tokenizer_source
 
 if TYPE_CHECKING:
     from vl3train.contracts.records import Batch
@@ -54,9 +54,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Time the packs, fit, and print the line for the command line."""
-    from vl3train.cli.verify import packed_model
-    from vl3train.model.conversion import build_processor
     from vl3train.model.trainable import set_trainable
+    from vl3train.model.weights.processor import build_processor
+    from vl3train.preview.verify_model import packed_model
 
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
     console = Console(highlight=False, soft_wrap=True)
@@ -94,7 +94,7 @@ def kinds(max_tokens: int, max_patches: int) -> list[Kind]:
 
 def made_batch(kind: Kind, merge_size: int) -> Batch:
     """A batch of that kind; pixels are grey, half of the tokens are supervised. Tokens are at least the visual ones."""
-    from vl3train.data.batches import collate
+    from vl3train.data.collate import collate
 
     num_patches = kind.frames * kind.side**2
     num_visual = num_patches // merge_size**2

@@ -41,12 +41,12 @@ def main(args: Namespace) -> int:
         raise ConfigError(found)
 
     from vl3train.data.pipeline import evaluation_batches, open_data
-    from vl3train.engine.console import Console
     from vl3train.engine.evaluate import evaluate, table_rows
+    from vl3train.engine.monitor.console import Console
     from vl3train.engine.ranks import join
-    from vl3train.model.attention import choose_attention
-    from vl3train.model.conversion import load_trained
+    from vl3train.model.attention.backends import choose_attention
     from vl3train.model.packed_forward import PackedModel, head_dims
+    from vl3train.model.weights.hf_folder import load_trained
 
     rank = join(cfg.machine)
     console = Console(args.run, stage_name=cfg.stage.name, enabled=True)

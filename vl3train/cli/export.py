@@ -78,7 +78,7 @@ def export_model(args: argparse.Namespace, out: Path) -> str:
     from transformers import AutoProcessor
     from transformers.utils import logging
 
-    from vl3train.model.conversion import (
+    from vl3train.model.weights.hf_folder import (
         WrongExport,
         load_trained,
         locate_trained,
@@ -118,7 +118,7 @@ def export_adapter(source: str, out: Path) -> str:
     Raises:
         ValueError: ``source`` holds no adapters.
     """
-    from vl3train.model.conversion import locate_trained
+    from vl3train.model.weights.hf_folder import locate_trained
 
     weights, adapter = locate_trained(source)
     if adapter is None:
@@ -135,7 +135,7 @@ def compare_logits(model: Any, loaded: Any, processor: Any) -> None:
     """Raise WrongExport unless both models give equal logits for an image, a clip and text together."""
     import torch
 
-    from vl3train.model.conversion import WrongExport
+    from vl3train.model.weights.hf_folder import WrongExport
 
     draw = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 70, 98), dtype=torch.uint8, generator=draw)

@@ -16,14 +16,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vl3train.contracts.tokens import RESERVED_TOKENS
+from vl3train.inference.requests import as_line, parse_request, read_requests
 
 if TYPE_CHECKING:
-    from vl3train.cli.answer import Request
-
-REQUEST_KEYS = ("prompt", "image", "video", "system")
+    from vl3train.inference.requests import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out is not None and Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists; nothing was written. Give another file or remove that one")
 
-    from vl3train.cli.answer import Asker
+    from vl3train.inference.answer import Asker
 
     asker = Asker.load(
         args.model,
@@ -115,78 +113,3 @@ def requests_of(args: argparse.Namespace) -> list[tuple[str, Request]]:
     if request is None:
         raise ValueError("\n".join(problems))
     return [("", request)]
-
-
-def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
-    """The requests of a JSON-lines file. Raises ValueError naming every bad line at once."""
-    found: list[tuple[str, Request]] = []
-    problems = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}: "
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}is not JSON ({error})")
-            continue
-        request, wrong = parse_request(fields, media_root)
-        problems.extend(where + problem for problem in wrong)
-        if request is not None:
-            found.append((where, request))
-    if problems:
-        raise ValueError(f"{len(problems)} problems in the requests\n" + "\n".join(problems))
-    if not found:
-        raise ValueError(f"{file} holds no request")
-    return found
-
-
-def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[str]]:
-    """A request from plain values and everything that is wrong with them; a request only if nothing is."""
-    from vl3train.cli.answer import Request
-
-    if not isinstance(fields, dict):
-        return None, [f"is a {type(fields).__name__}, not an object with {', '.join(REQUEST_KEYS)}"]
-    problems = [
-        f"unknown key {key!r}; there are {', '.join(REQUEST_KEYS)}"
-        for key in fields
-        if key not in REQUEST_KEYS
-    ]
-    for key in ("prompt", "system"):
-        text = fields.get(key)
-        if not isinstance(text, str) and not (key == "system" and text is None):
-            problems.append(f"{key} is {'missing' if text is None else 'no text'}")
-            continue
-        taken = [token for token in RESERVED_TOKENS if token in (text or "")]
-        problems.extend(
-            f"{key} holds {token}, which the model reads as structure; remove it" for token in taken
-        )
-    media: dict[str, tuple[Path, ...]] = {}
-    for key in ("image", "video"):
-        value = fields.get(key)
-        names = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            problems.append(f"{key} is neither a path nor a list of paths")
-            continue
-        media[key] = tuple(media_root / name for name in names)
-        problems.extend(f"{key} {path} does not exist" for path in media[key] if not path.is_file())
-    if problems:
-        return None, problems
-    return (
-        Request(
-            prompt=fields["prompt"], images=media["image"], videos=media["video"], system=fields.get("system")
-        ),
-        [],
-    )
-
-
-def as_line(request: Request) -> dict[str, Any]:
-    """The plain values of a request; what it lacks is left out."""
-    line: dict[str, Any] = {"prompt": request.prompt}
-    if request.images:
-        line["image"] = [str(path) for path in request.images]
-    if request.videos:
-        line["video"] = [str(path) for path in request.videos]
-    if request.system is not None:
-        line["system"] = request.system
-    return line

@@ -19,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vl3train.cli.arguments import count
-from vl3train.cli.inspect_page import ShownPack, ShownSample, step_page
-from vl3train.cli.opened import opened, split_step
-from vl3train.cli.step_samples import (
+from vl3train.config.load import add_config_arguments
+from vl3train.contracts.records import BadSample
+from vl3train.preview.inspect_page import ShownPack, ShownSample, step_page
+from vl3train.preview.opened import opened, split_step
+from vl3train.preview.step_samples import (
     Place,
     data_address,
     decoding,
@@ -30,13 +32,11 @@ from vl3train.cli.step_samples import (
     step_places,
     text_pieces,
 )
-from vl3train.config.load import add_config_arguments
-from vl3train.contracts.records import BadSample
 
 if TYPE_CHECKING:
-    from vl3train.data.fetch import OpenData
-    from vl3train.data.firewall import Decoder
-    from vl3train.data.tokens import ChatTokenizer
+    from vl3train.data.loader import OpenData
+    from vl3train.data.render.chat_tokens import ChatTokenizer
+    from vl3train.data.render.decode_client import Decoder
 
 TEXT_SHOWN = 300
 """Characters of a sample's text in the terminal; the page has all of it."""
@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Print the table, write the page; 1 where a sample of it cannot be used."""
-    from vl3train.data.tokens import ChatTokenizer
+    from vl3train.data.render.chat_tokens import ChatTokenizer
 
     args.overrides, step = split_step(args.overrides)
     if step is None:

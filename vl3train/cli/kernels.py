@@ -37,8 +37,8 @@ def main(args: Namespace) -> int:
     """Print the table; 1 when what ``auto`` takes is wrong."""
     import torch
 
-    from vl3train.model.attention import BACKENDS, choose_attention
-    from vl3train.model.kernel_check import check_kernel
+    from vl3train.model.attention.backends import BACKENDS, choose_attention
+    from vl3train.model.attention.check import check_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -71,7 +71,7 @@ def main(args: Namespace) -> int:
 
 def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     """Print quack's table, or why there is none; whether one of its products is wrong."""
-    from vl3train.model.product_check import Widths, product_errors, why_not_quack
+    from vl3train.model.kernels.check import Widths, product_errors, why_not_quack
 
     all_widths = {
         name: Widths(*widths, gated=name != "encoder", heads=SHAPES[name][:3])

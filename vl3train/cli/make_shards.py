@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vl3train.cli.arguments import count
 
 if TYPE_CHECKING:
-    from vl3train.data.looking import Looking
+    from vl3train.data.prepare.check_media import Looking
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -70,7 +70,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Write the shards, or check; 1 and nothing written where records are bad and --skip-bad is not given."""
-    from vl3train.data.shards import REFUSED_FILE, AnnotationProblems, describe_refused, write_shards
+    from vl3train.data.prepare.write_shards import (
+        REFUSED_FILE,
+        AnnotationProblems,
+        describe_refused,
+        write_shards,
+    )
 
     if args.check:
         return check(args)
@@ -116,7 +121,7 @@ def main(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     """Print every kind of fault with its number and first examples; 1 where there is one. Nothing is written."""
-    from vl3train.data.shards import check_annotations, describe_refused
+    from vl3train.data.prepare.write_shards import check_annotations, describe_refused
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -138,8 +143,8 @@ def check(args: Namespace) -> int:
 def _looking(args: Namespace) -> Looking | None:
     """How media are decoded, with the limits of a run that sets none; one process for each core."""
     from vl3train.config.data_options import DataConfig
-    from vl3train.data.looking import Looking
-    from vl3train.data.media import DecodeLimits
+    from vl3train.data.media.clips import DecodeLimits
+    from vl3train.data.prepare.check_media import Looking
 
     if not args.decode:
         return None

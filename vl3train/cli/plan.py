@@ -19,8 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vl3train.cli.arguments import share
-from vl3train.cli.opened import opened
-from vl3train.cli.plan_estimate import (
+from vl3train.config.load import add_config_arguments
+from vl3train.config.schema import TrainConfig
+from vl3train.preview.opened import opened
+from vl3train.preview.plan_estimate import (
     CLIP_FRAMES_PER_CORE_SECOND,
     GPUS,
     IMAGE_PATCHES_PER_CORE_SECOND,
@@ -28,10 +30,8 @@ from vl3train.cli.plan_estimate import (
     UTILISATION,
     estimate,
 )
-from vl3train.cli.plan_figures import Group, PlanFigures, plan_figures
-from vl3train.cli.plan_picture import bars, draw_plan
-from vl3train.config.load import add_config_arguments
-from vl3train.config.schema import TrainConfig
+from vl3train.preview.plan_figures import Group, PlanFigures, plan_figures
+from vl3train.preview.plan_picture import bars, draw_plan
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -13,8 +13,8 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from vl3train.cli.check import check_config
 from vl3train.config.load import add_config_arguments
+from vl3train.preview.check_config import check_config
 
 
 def add_arguments(parser: ArgumentParser) -> None:

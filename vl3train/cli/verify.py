@@ -13,16 +13,15 @@ examples:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from vl3train.cli.arguments import count
-from vl3train.cli.opened import opened
-from vl3train.cli.step_samples import decoding
-from vl3train.cli.verifying import (
+from vl3train.config.load import add_config_arguments
+from vl3train.preview.opened import opened
+from vl3train.preview.step_samples import decoding
+from vl3train.preview.verify_data import (
     REASONS_SHOWN,
     Verdict,
     check_decoding,
@@ -30,10 +29,7 @@ from vl3train.cli.verifying import (
     check_splits,
     drawn_rows,
 )
-from vl3train.cli.verifying_model import check_packed, check_stock, fitting
-from vl3train.config.choices import Device
-from vl3train.config.load import add_config_arguments
-from vl3train.config.schema import TrainConfig
+from vl3train.preview.verify_model import check_packed, check_stock, fitting, packed_model
 
 MODEL_SAMPLES = 16
 
@@ -47,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Print the verdicts; 0 when all passed, else 1."""
-    from vl3train.data.tokens import ChatTokenizer
+    from vl3train.data.render.chat_tokens import ChatTokenizer
 
     console = Console(highlight=False, soft_wrap=True)
     verdicts: list[Verdict] = []
@@ -79,31 +75,3 @@ def main(args: Namespace) -> int:
     verdict = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
     console.print(Text(verdict, style="bold red" if failed else "bold green"))
     return int(bool(failed))
-
-
-def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
-    """The model that the run would start from, on the device it would run on. float32 on a CPU."""
-    import torch
-
-    from vl3train.engine.build import build_model
-    from vl3train.model.attention import choose_attention
-    from vl3train.model.packed_forward import PackedModel, head_dims
-    from vl3train.model.product_check import choose_products
-
-    on_cuda = cfg.machine.device is not Device.cpu and torch.cuda.is_available()
-    device = torch.device("cuda" if on_cuda else "cpu")
-    model = build_model(cfg, None, processor_dir)
-    model = model.to(device) if on_cuda else model.float()
-    dtype, machine = next(model.parameters()).dtype, cfg.machine
-    attention = choose_attention(machine.attention.value, device, head_dims(model), dtype)
-    products = choose_products(
-        machine.products.value, model.config, device, dtype, compiled=machine.compile_layers
-    )
-    return PackedModel(
-        model,
-        attention.name,
-        recompute_vision=machine.recompute_vision,
-        recompute_language=machine.recompute_language,
-        compile_layers=machine.compile_layers,
-        products=products.name,
-    ).eval()

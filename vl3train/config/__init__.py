@@ -1,0 +1,1 @@
+"""Every option, its default and meaning; the rules between them."""

@@ -21,7 +21,7 @@ class MasterDtype(Enum):
 
 
 class Attention(Enum):
-    """Kernel for variable-length attention (model/attention.py)."""
+    """Kernel for variable-length attention (model/attention/backends.py)."""
 
     auto = "auto"
     flash_attn_4 = "flash_attn_4"
@@ -31,7 +31,7 @@ class Attention(Enum):
 
 
 class Products(Enum):
-    """Who makes the matrix products of compiled layers (model/product_check.py)."""
+    """Who makes the matrix products of compiled layers (model/kernels/check.py)."""
 
     auto = "auto"
     quack = "quack"

@@ -15,7 +15,7 @@ PART_MODEL_TYPES = {
     "vision_encoder_from": ("siglip", "siglip_vision_model"),
     "language_model_from": ("qwen2",),
 }
-"""``model_type`` that model/init_from_parts.py takes each part from."""
+"""``model_type`` that model/weights/from_parts.py takes each part from."""
 
 
 def starts_from(cfg: TrainConfig) -> str:

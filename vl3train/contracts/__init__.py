@@ -1,0 +1,1 @@
+"""Records that pass between layers, with their shapes; integer geometry; token names."""

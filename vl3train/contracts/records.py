@@ -79,7 +79,7 @@ class Pack:
     num_tokens: int
     num_patches: int
     num_supervised_tokens: int
-    cost: int  # integer work units: see data/plan.py
+    cost: int  # integer work units: see data/plan/plan.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

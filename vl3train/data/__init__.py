@@ -1,0 +1,1 @@
+"""From shards to batches: the order of acts, the loader, the recipe."""

@@ -12,17 +12,17 @@ import torch
 
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, Cursor, RenderSettings
-from vl3train.data.fetch import BadEntry, OpenData, PackDataset, fetch
-from vl3train.data.index import open_index
-from vl3train.data.indexing import build_index
-from vl3train.data.media import DecodeLimits
-from vl3train.data.order import OrderRules
-from vl3train.data.plan import Plan
-from vl3train.data.plan_cache import default_folder, delete_unused
+from vl3train.data.loader import BadEntry, OpenData, PackDataset, fetch
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.plan.cache import default_folder, delete_unused
+from vl3train.data.plan.order import OrderRules
+from vl3train.data.plan.plan import Plan
+from vl3train.data.prepare.build_index import build_index
+from vl3train.data.prepare.store_frames import store_recipe
 from vl3train.data.recipe import load_recipe, recipe_problems
-from vl3train.data.remote import RangeCache
-from vl3train.data.storing import store_recipe
-from vl3train.data.tokens import ChatTokenizer
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.data.shards.index import open_index
+from vl3train.data.shards.remote import RangeCache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""A drawn data set and a debug model, to see everything run without a download."""

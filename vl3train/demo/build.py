@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
-from vl3train.data.shards import write_shards
+from vl3train.data.prepare.write_shards import write_shards
 from vl3train.demo.clips import encode
 from vl3train.demo.questions import TASKS, Question
 from vl3train.demo.scenes import draw

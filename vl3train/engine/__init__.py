@@ -1,0 +1,1 @@
+"""One run: start, loop, step, checkpoint, evaluation."""

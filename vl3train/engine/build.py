@@ -15,10 +15,11 @@ from vl3train.config.paths import resolve_weights
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import OpenData, open_data
-from vl3train.engine.console import Console
+from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank
-from vl3train.model.conversion import build_processor, save_weights
-from vl3train.model.init_from_parts import check_vocabulary, init_from_parts, load_model
+from vl3train.model.weights.from_parts import check_vocabulary, init_from_parts, load_model
+from vl3train.model.weights.hf_folder import save_weights
+from vl3train.model.weights.processor import build_processor
 
 transformers_logging.disable_progress_bar()  # one bar a rank, for a second
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from vl3train.engine.ranks import OneRankError, Rank, RunError
-from vl3train.engine.zero import Zero
+from vl3train.engine.zero.engine import Zero
 
 
 def checkpoint_name(step: int) -> str:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import Rank
-from vl3train.model.attention import KernelChoice
-from vl3train.model.kernel_check import right_attention
+from vl3train.model.attention.backends import KernelChoice
+from vl3train.model.attention.check import right_attention
+from vl3train.model.kernels.check import choose_products
 from vl3train.model.packed_forward import head_dims
-from vl3train.model.product_check import choose_products
 
 
 class Kernels(NamedTuple):

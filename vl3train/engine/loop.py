@@ -14,15 +14,15 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
-from vl3train.engine.compile_log import Compiles, take_compiles
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
-from vl3train.engine.optim import rate_factor, set_rates
-from vl3train.engine.out_of_memory import told_if_out_of_memory
+from vl3train.engine.memory.oom import told_if_out_of_memory
+from vl3train.engine.monitor.compile_log import Compiles, take_compiles
+from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
 from vl3train.engine.stop import StopRequest, start_deaf_workers
-from vl3train.model.recomputation import Levels
+from vl3train.model.activations.work import Levels
 
 
 def train(cfg: TrainConfig, rank: Rank) -> None:

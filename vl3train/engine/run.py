@@ -29,21 +29,21 @@ from vl3train.engine.build import (
     write_processor,
 )
 from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_other_identity
-from vl3train.engine.console import Console, truncate_metrics
-from vl3train.engine.host_memory import require
 from vl3train.engine.kernels import choose_kernels
-from vl3train.engine.memory import fit_run
-from vl3train.engine.meter import Meter, make_meter
-from vl3train.engine.optim import build_optimizer, optimizer_cost
+from vl3train.engine.memory.fit import fit_run
+from vl3train.engine.memory.host import require
+from vl3train.engine.memory.warmup import rehearse_run
+from vl3train.engine.monitor.console import Console, truncate_metrics
+from vl3train.engine.monitor.meter import Meter, make_meter
+from vl3train.engine.monitor.wandb_tracker import Tracker
+from vl3train.engine.optim.build import build_optimizer, optimizer_cost
 from vl3train.engine.ranks import Rank, RunError
-from vl3train.engine.rehearsal import rehearse_run
-from vl3train.engine.track import Tracker
-from vl3train.engine.zero import Zero
+from vl3train.engine.zero.engine import Zero
 from vl3train.model.adapters import add_adapters, save_adapter
-from vl3train.model.conversion import save_weights
-from vl3train.model.init_from_parts import assert_rope_float32
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
+from vl3train.model.weights.from_parts import assert_rope_float32
+from vl3train.model.weights.hf_folder import save_weights
 
 
 @dataclass(kw_only=True)
@@ -233,7 +233,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
 
 
 def seed_everything(seed: int) -> None:
-    """One seed for every generator; the data's order does not use them (data/order.py has its own)."""
+    """One seed for every generator; the data's order does not use them (data/plan/order.py has its own)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vl3train.contracts.records import Batch
-from vl3train.engine.zero import Zero
+from vl3train.engine.zero.engine import Zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from multiprocessing import forkserver, resource_tracker
 
-from vl3train.data.processes import clean_processes
+from vl3train.data.render.processes import clean_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -51,7 +51,7 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     dynamo_config.recompile_limit = 32
     dynamo_config.fail_on_recompile_limit_hit = True
     V.set_choices_handler(_Choices())
-    # engine/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
+    # engine/monitor/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
     set_compilation_metrics_limit(1024)
     return torch.compile(function, dynamic=True)
 
@@ -60,6 +60,6 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
 def sources_tag(folder: Path) -> str:
     """Another one for each state of the Python files in ``folder``, whose ops a graph on disk was made with."""
     sources = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        sources.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    for file in sorted(folder.rglob("*.py")):
+        sources.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return f"vl3train-{sources.hexdigest()[:16]}"

@@ -17,12 +17,12 @@ from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
-from vl3train.model.attention import make_segments
+from vl3train.model.activations.last_layer import last_positions
+from vl3train.model.activations.work import Levels
+from vl3train.model.attention.backends import make_segments
 from vl3train.model.compiling import compiled
-from vl3train.model.last_layer import last_positions
-from vl3train.model.layers import decoder_layer, encoder_layer, layer_runner, run_layers
+from vl3train.model.layers.layers import decoder_layer, encoder_layer, layer_runner, run_layers
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
-from vl3train.model.recomputation import Levels
 
 
 class PackedOutput(NamedTuple):
@@ -40,7 +40,7 @@ class PackedModel(nn.Module):
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
     ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
     the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_levels`` is set to
-    something else (engine/memory.py does); ``compile_layers`` fuses them, and ``products`` (model/product_check.py)
+    something else (engine/memory/fit.py does); ``compile_layers`` fuses them, and ``products`` (model/kernels/check.py)
     says who makes their products. ``before_layer`` is called in the forward pass before each layer,
     ``on_layer_backward`` in the backward pass after each.
     """
@@ -101,8 +101,8 @@ class PackedModel(nn.Module):
     def lay_frozen_weights_together(self) -> None:
         """Lay the weights of gate and up of a frozen layer one below the other in memory; for a model on its device.
 
-        quack's products take both as one matrix (model/quack_products.py), and copy them together in each pass where
-        they lie apart. Those that train lie so in DeepSpeed's buffers.
+        quack's products take both as one matrix (model/kernels/quack_gemm.py), and copy them together in each pass
+        where they lie apart. Those that train lie so in DeepSpeed's buffers.
         """
         if self.products != "quack":
             return

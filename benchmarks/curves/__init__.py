@@ -1,0 +1,1 @@
+"""Loss curves side by side."""

@@ -1,0 +1,1 @@
+"""The data plane: decoding, planning, waiting for data."""

@@ -1,0 +1,82 @@
+"""VideoLLaMA3 of the published shapes with random weights, made where it will train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+from benchmarks.data.packs import PUBLISHED, TINY, Mix
+from benchmarks.gpu.rows import Row
+from vl3train.config.choices import AdapterKind
+from vl3train.config.schema import AdapterConfig
+from vl3train.model.adapters import add_adapters
+from vl3train.model.trainable import set_trainable
+from vl3train.model.weights.from_parts import assert_rope_float32
+
+TEXT: dict[str, dict[str, int]] = {
+    "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),
+    "tiny": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
+}
+VOCABULARY = {"2b": 151936, "7b": 152064, "tiny": 1024}
+VISION = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27)
+TINY_VISION = dict(hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+
+
+def mix_of(size: str) -> Mix:
+    """What samples the model of this size is given."""
+    return TINY if size == "tiny" else PUBLISHED
+
+
+def model_config(size: str) -> VideoLlama3Config:
+    """The published config of ``2b`` or ``7b``, or two layers of everything."""
+    tied, mix = size != "7b", mix_of(size)
+    config = VideoLlama3Config(
+        text_config={
+            "model_type": "qwen2",
+            "num_hidden_layers": 2 if size == "tiny" else 28,
+            "vocab_size": VOCABULARY[size],
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": tied,
+            "use_cache": False,
+            **TEXT[size],
+        },
+        vision_config={
+            "num_channels": 3,
+            "patch_size": 14,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            **(TINY_VISION if size == "tiny" else VISION),
+        },
+        image_token_id=mix.image_pad_id,
+        video_token_id=mix.video_pad_id,
+        tie_word_embeddings=tied,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def build_model(size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of ``model_config(size)``, drawn on ``device`` in ``dtype``: no copy on the host, none in float32."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = VideoLlama3ForConditionalGeneration(model_config(size))
+    finally:
+        torch.set_default_dtype(before)
+    assert_rope_float32(model)
+    return model
+
+
+def build_row_model(row: Row, device: torch.device) -> Any:
+    """The row's model, the parts that the row trains switched on, adapters added."""
+    hf_model = build_model(row.model, device)
+    set_trainable(hf_model, row.trains)
+    if row.lora:
+        add_adapters(hf_model, AdapterConfig(kind=AdapterKind.lora, dropout=row.lora_dropout))
+    return hf_model

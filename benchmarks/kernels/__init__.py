@@ -1,0 +1,1 @@
+"""Single kernels, each beside its alternative."""

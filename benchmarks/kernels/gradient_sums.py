@@ -1,0 +1,64 @@
+"""A micro-batch's gradients into their float32 sums: vl3train's way against torch's own and torch.compile's.
+
+    python -m benchmarks.kernels.gradient_sums            # a Markdown table; needs a GPU
+
+The gradients of one layer of the language model of the 2B, and of one of the encoder. GB/s counts what must be moved:
+each gradient once, each sum twice where it is added to and once where it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.norms import milliseconds
+from vl3train.engine.zero.gradient_sums import Pairs, add_gradients, put_gradients
+from vl3train.model.compiling import compiled
+
+LAYERS = {
+    "2B": [1536, 2048 * 1536, 2048, 1536 * 1536, 1536, 2 * 8960 * 1536, 8960 * 1536],
+    "encoder": [*(1152,) * 10, *(1152 * 1152,) * 4, 4304 * 1152, 4304, 1152 * 4304],
+}
+"""Values of each parameter."""
+COPIES = 4
+"""Layers at once, so that nothing stays in a cache."""
+
+
+def one_by_one(act: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Pairs], None]:
+    """A call for each gradient."""
+
+    def act_on(pairs: Pairs) -> None:
+        for total, gradient in pairs:
+            act(total, gradient)
+
+    return act_on
+
+
+def main() -> None:
+    """Two lines for each kind of layer."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| layer | act | torch, ms | torch.compile, ms | vl3train, ms | GB/s |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name, sizes in LAYERS.items():
+        pairs = [
+            (torch.zeros(size, device="cuda"), torch.randn(size, device="cuda").bfloat16())
+            for size in sizes * COPIES
+        ]
+        for act, plain, own, num_bytes in (
+            ("put", torch.Tensor.copy_, put_gradients, 6),
+            ("add", torch.Tensor.add_, add_gradients, 10),
+        ):
+            ways = one_by_one(plain), one_by_one(compiled(plain, enabled=True)), own
+            times = [milliseconds(way, (pairs,)) / COPIES for way in ways]
+            speed = sum(sizes) * num_bytes / times[-1] / 1e6
+            print(f"| {name} | {act} | {' | '.join(f'{ms:.4f}' for ms in times)} | {speed:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The index tells where each sample lies and how long it is; nothing is lost, nothing stale is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import webdataset
+
+from tests.data.conftest import LIMITS
+from tests.data.render.test_samples import SETTINGS
+from tests.data.shards.test_tar_headers import make_tar
+from tests.data.shards_fixture import make_source
+from vl3train.contracts.records import BadSample
+from vl3train.data.prepare.build_index import build_index
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.data.render.samples import render_sample
+from vl3train.data.shards.index import NoIndex, index_folder, open_index
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"), images=5, clips=3, texts=6, seed=0)
+
+
+@pytest.fixture
+def shards(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "shards")
+
+
+@pytest.fixture
+def build(tokenizer_dir):
+    def build(shards, settings=SETTINGS, limits=LIMITS, num_workers=0):
+        calls = []
+        build_index(
+            shards,
+            settings,
+            tokenizer_dir=tokenizer_dir,
+            limits=limits,
+            num_workers=num_workers,
+            decode_seconds=30.0,
+            progress=lambda done, total: calls.append((done, total)),
+        )
+        return calls
+
+    return build
+
+
+def opened(shards, settings=SETTINGS, limits=LIMITS):
+    return open_index([("small", 1.0, shards)], settings, limits)
+
+
+def test_lengths_are_those_of_the_rendered_samples_and_bytes_those_of_webdataset(
+    shards, build, tokenizer_dir
+):
+    assert build(shards)[-1] == (14, 14)
+    index = opened(shards)
+    tokenizer = ChatTokenizer.from_folder(tokenizer_dir)
+    tars = sorted(map(str, shards.glob("*.tar")))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    assert index.num_samples == len(samples) == 14
+    kinds = set()
+    for row, theirs in enumerate(samples):
+        conversation, parts = index.read_sample(row)
+        assert conversation == theirs["json"]
+        assert parts == {k: v for k, v in theirs.items() if k[0].isdigit()}
+        planned = index.lengths(row)
+        sample = render_sample(
+            conversation, parts, SETTINGS, tokenizer, LIMITS, key=index.key(row), source=0, planned=planned
+        )
+        assert len(sample.input_ids) == planned.num_tokens
+        assert len(sample.patches) == planned.num_patches
+        assert (sample.labels >= 0).sum() == planned.num_supervised_tokens
+        assert index.sample_table().num_patch_pairs[row] == sum(t * (h * w) ** 2 for t, h, w in planned.grids)
+        assert index.key(row) == f"small/{index.shard(row).stem}/{theirs['__key__']}"
+        kinds.add(planned.modality)
+    assert kinds == {"text", "image", "video"}
+
+
+def test_several_processes_make_the_same_index(shards, build, tmp_path):
+    build(shards)
+    other = shutil.copytree(shards, tmp_path / "other", ignore=shutil.ignore_patterns("index-*"))
+    build(other, num_workers=2)
+    assert opened(other).fingerprint == opened(shards).fingerprint
+    assert opened(other).rows.equals(opened(shards).rows)
+
+
+def test_a_second_pass_measures_only_what_changed(shards, build):
+    build(shards)
+    assert build(shards) == []
+    changed = sorted(shards.glob("*.tar"))[1]
+    os.utime(changed, (1, 1))
+    assert build(shards)[-1] == (6, 6)
+    (index_folder(shards, SETTINGS) / "manifest.json").unlink()  # as a killed pass leaves it
+    assert build(shards) == []
+    assert opened(shards).num_samples == 14
+
+
+def test_bad_samples_are_counted_with_their_reason(tmp_path, build):
+    text = b'{"turns": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, '
+    text += b'{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}'
+    picture = text.replace(b'{"type": "text", "text": "a"}', b'{"type": "image", "part": "0.png"}')
+    members = [
+        ("good.json", text),
+        ("torn.0.png", b"no picture"),
+        ("torn.json", picture),
+        ("words.json", b"not json"),
+        ("alone.0.png", b"x"),
+        ("code.json", text),
+        ("code.pyd", b"x"),
+        ("absent.json", picture),
+    ]
+    make_tar(tmp_path / "a.tar", members)
+    build(tmp_path)
+    index = opened(tmp_path)
+    assert index.num_samples == 2
+    reasons = {key.rpartition("/")[2]: reason for key, reason in index.refused}
+    assert set(reasons) == {"torn", "words", "alone", "absent"}
+    assert "conversation is missing" in reasons["alone"]
+    assert "cannot be read" in reasons["torn"]
+    manifest = json.loads((index_folder(tmp_path, SETTINGS) / "manifest.json").read_text())
+    assert (manifest["shards"][0]["samples"], manifest["shards"][0]["refused"]) == (6, 4)
+    assert manifest["shards"][0]["unread_parts"] == {"pyd": 1}
+
+
+def test_what_is_whole_of_damaged_shards_is_used_and_the_damage_told(shards, build):
+    first, second, *_ = sorted(shards.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:-12000])
+    second.write_bytes(b"<html>" * 200)
+    build(shards)
+    index = opened(shards)
+    reasons = dict(index.refused)
+    assert "damaged header at byte 0" in reasons[f"small/{second.stem}/@0"]
+    assert "nothing behind it" in reasons[f"small/{second.stem}/@0"]
+    (cut,) = [reason for key, reason in reasons.items() if key.startswith(f"small/{first.stem}/@")]
+    assert "cut off" in cut
+    assert 2 <= index.num_samples < 14 - 6
+
+
+def test_flipped_bits_are_found_when_the_sample_is_read(shards, build):
+    build(shards)
+    index = opened(shards)
+    row = next(row for row in range(14) if index.lengths(row).modality == "image")
+    offset = index.rows["part_offsets"][row].as_py()[0]
+    data = bytearray(index.shard(row).read_bytes())
+    data[offset + 40] ^= 4
+    index.shard(row).write_bytes(data)
+    with pytest.raises(BadSample, match="crc32"):
+        index.read_sample(row)
+    index.shard(row).write_bytes(data[: offset + 3])
+    with pytest.raises(BadSample, match="ends before"):
+        index.read_sample(row)
+
+
+def test_an_index_for_other_settings_or_shards_is_not_used(shards, build):
+    with pytest.raises(NoIndex, match="no index"):
+        opened(shards)
+    build(shards)
+    other = dataclasses.replace(SETTINGS, fps=1.0)
+    with pytest.raises(NoIndex, match=r"fps=2.0, now 1.0"):
+        opened(shards, other)
+    with pytest.raises(NoIndex, match="limits"):
+        opened(shards, limits=dataclasses.replace(LIMITS, max_pixels=10))
+    before = opened(shards).fingerprint
+    make_tar(shards / "more.tar", [("a.json", b"1")])
+    with pytest.raises(NoIndex, match=r"more\.tar"):
+        opened(shards)
+    build(shards)
+    assert opened(shards).fingerprint != before
+
+
+def test_a_source_without_held_out_samples_has_none(shards, build):
+    build(shards)
+    index = open_index([("none", 1.0, None), ("small", 1.0, shards)], SETTINGS, LIMITS)
+    assert index.sizes == (0, 14)
+    assert {index.source(row) for row in range(14)} == {1}
+    assert open_index([("none", 1.0, None)], SETTINGS, LIMITS).num_samples == 0

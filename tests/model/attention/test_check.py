@@ -1,0 +1,69 @@
+"""A wrong kernel never serves: auto goes on to the next one and says why, a forced one is refused with the figure.
+
+No GPU here: the device is only named, and which backends exist and which are wrong is set by the test.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from vl3train.model.attention import backends as attention_backends
+from vl3train.model.attention import check as attention_check
+from vl3train.model.attention.check import KernelError, check_kernel, kernel_problem, right_attention
+
+
+@pytest.fixture
+def config(tiny_model_dir):
+    return AutoConfig.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Every backend is there; those in the returned dict have the given error in dq."""
+    errors: dict[str, float] = {}
+    monkeypatch.setattr(attention_backends, "_problem", lambda *_: None)
+
+    def check(backend, device, *, heads, kv_heads, head_dim, causal, dtype):
+        found = {"out": 0.002, "dq": errors.get(backend, 0.002), "dk": 0.002, "dv": 0.002}
+        return KernelError(backend, heads, kv_heads, head_dim, causal, found)
+
+    monkeypatch.setattr(attention_check, "check_kernel", check)
+    return errors
+
+
+def choose(requested, config):
+    return right_attention(requested, config, torch.device("cuda"), (12, 16), torch.bfloat16)
+
+
+def test_auto_passes_over_wrong_kernels_and_says_so(gpu, config):
+    assert choose("auto", config).name == attention_backends.BACKENDS[0]
+    gpu.update({attention_backends.BACKENDS[0]: 1.2, attention_backends.BACKENDS[1]: float("nan")})
+    choice = choose("auto", config)
+    assert choice.name == attention_backends.BACKENDS[2]
+    assert "dq 1.2" in choice.reason
+    assert "dq nan" in choice.reason
+
+
+def test_a_forced_wrong_kernel_is_refused_with_its_figure(gpu, config):
+    gpu["torch_varlen"] = 1.2
+    with pytest.raises(ValueError, match=r"machine.attention=torch_varlen is wrong .* dq 1\.2"):
+        choose("torch_varlen", config)
+
+
+def test_nothing_right_is_refused(gpu, config):
+    gpu.update(dict.fromkeys(attention_backends.BACKENDS, 1.0))
+    with pytest.raises(ValueError, match=r"machine\.attention=reference is wrong"):
+        choose("auto", config)
+
+
+def test_the_reference_is_right_by_float64_and_a_broken_one_is_not(config, monkeypatch):
+    cpu = torch.device("cpu")
+    assert kernel_problem("reference", config, cpu, torch.float32) is None
+    original = attention_backends.reference
+    monkeypatch.setattr(
+        attention_backends, "reference", lambda q, k, v, *rest: original(q * 1.1, k, v, *rest)
+    )
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 16, "causal": True}
+    assert not check_kernel("reference", cpu, **shape, dtype=torch.float32).is_right

@@ -1,0 +1,191 @@
+"""Compiled layers take the fused passes, keep what they should, and give the gradients of layers without."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from vl3train.config.choices import Recompute
+from vl3train.model.kernels import gemm_ops as quack_ops
+from vl3train.model.kernels import ops
+from vl3train.model.kernels.gemm_ops import plain_gelu_linear_backward
+from vl3train.model.kernels.ops import plain_gelu_backward, plain_norm_backward
+from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED, attention_half
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import part_of, set_trainable
+
+
+class Adapted(nn.Linear):
+    """No plain Linear, so to be called as a module, like one with an adapter."""
+
+
+@pytest.mark.parametrize(
+    ("trained", "recompute", "adapted", "norms", "gelus"),
+    [
+        # a layer has two norms; where the MLP of the encoder is called as a module, its norm goes with it
+        (["vision_encoder", "projector"], Recompute.mlp, False, 8, 2),
+        (["vision_encoder", "projector", "language_model"], Recompute.nothing, True, 6, 0),
+        (["language_model"], Recompute.nothing, False, 4, 0),
+        (["vision_encoder", "projector", "language_model"], Recompute.nothing, False, 8, 2),
+    ],
+    ids=["stage 1", "adapted", "frozen encoder", "nothing again"],
+)
+@pytest.mark.parametrize("products", ["torch", "quack"])
+def test_compiled_layers_take_them_and_give_the_same_gradients(
+    tiny_model,
+    batch_of,
+    mixed,
+    stock_gradients,
+    monkeypatch,
+    trained,
+    recompute,
+    adapted,
+    norms,
+    gelus,
+    products,
+):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model()
+    _, stock = stock_gradients(model, mixed)
+    set_trainable(model, trained)
+    if adapted:
+        for layer in model.model.vision_model.encoder.layers:
+            layer.self_attn.out_proj.__class__ = Adapted
+    packed = PackedModel(
+        model,
+        "reference",
+        recompute_vision=recompute,
+        recompute_language=recompute,
+        compile_layers=True,
+        products=products,
+    ).train()
+    if products == "quack":
+        # The heads of the tiny model, so that products turn them.
+        monkeypatch.setattr(attention_half, "ROTATED_HEADS", (12, 16))
+    ran = []
+    gelu_ops = {"torch": (ops, plain_gelu_backward), "quack": (quack_ops, plain_gelu_linear_backward)}
+    for place, op in ((ops, plain_norm_backward), gelu_ops[products]):
+        monkeypatch.setattr(place, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
+    packed(batch_of(mixed)).loss_sum.backward()
+    if recompute is Recompute.layer and not FUNCTIONS_ARE_REPEATED:
+        norms = gelus = 0
+    assert (ran.count(plain_norm_backward), len(ran) - ran.count(plain_norm_backward)) == (norms, gelus)
+    expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("level", [Recompute.nothing, Recompute.elementwise], ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_nothing_is_made_again_that_was_kept_or_that_only_frozen_weights_would_take(
+    tiny_model, batch_of, mixed, monkeypatch, frozen, level
+):
+    """What MLPs took once more, and the sums of biases: the gradients are held above."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model()
+    if frozen:
+        set_trainable(model, ["vision_encoder", "projector"])
+    asked = {"swiglu": [], "gelu": [], "rope": []}
+
+    def watch(kind, place, name):
+        plain = getattr(place, name)
+
+        def act(*arguments):
+            if kind != "rope" or arguments[3]:  # rotates back
+                asked[kind].append(arguments[-1])
+            return plain(*arguments)
+
+        monkeypatch.setattr(place, name, act)
+
+    watch("swiglu", quack_ops, "plain_swiglu_linear_backward")
+    watch("gelu", quack_ops, "plain_gelu_linear_backward")
+    watch("rope", ops, "plain_rotate")
+    how = {
+        "recompute_vision": level,
+        "recompute_language": level,
+        "compile_layers": True,
+        "products": "quack",
+    }
+    PackedModel(model, "reference", **how).train()(batch_of(mixed)).loss_sum.backward()
+    # Back through the language model's two layers, then the encoder's.
+    again = level is Recompute.elementwise
+    assert asked == {
+        "swiglu": [again and not frozen] * 2,
+        "gelu": [again] * 2,
+        "rope": [not frozen] * 2 + [True] * 2,
+    }
+
+
+def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
+    tiny_model, batch_of, mixed, monkeypatch
+):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model = tiny_model(layers=3)
+    for layer in (*model.model.vision_model.encoder.layers, *model.model.language_model.layers):
+        layer.self_attn.q_proj.__class__ = Adapted
+    packed = PackedModel(model, "reference", compile_layers=True).train()
+    graphs = []
+    for conversations in (mixed, mixed[:2], mixed[1:]):
+        model.zero_grad()
+        packed(batch_of(conversations)).loss_sum.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    PackedModel(model, "reference").train()(batch_of(mixed[1:])).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        worst = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp(min=1e-3)
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("products", ["torch", "quack"])
+def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, products):
+    """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    model, batch = tiny_model(), batch_of(mixed)
+    widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
+    of_both = 2 * model.config.text_config.intermediate_size
+    if products == "quack":
+        widths.add(of_both)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    wide = {}
+    for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            if tensor.dim() == 2 and tensor.shape[1] in widths and tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.shape
+            return tensor
+
+        packed = PackedModel(
+            model,
+            "reference",
+            recompute_vision=level,
+            recompute_language=level,
+            compile_layers=True,
+            products=products,
+        ).train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed(batch).loss_sum.backward()
+        wide[level] = len(kept)
+    # Of two layers in each tower: what GELU takes, gate and up or both in one, and what quack's products give beside.
+    elementwise, nothing = {"torch": (2 + 2 * 2, 2 + 2 * 2), "quack": (2 + 2, 2 + 2 + 2 * 2)}[products]
+    assert wide == {Recompute.nothing: nothing, Recompute.elementwise: elementwise, Recompute.mlp: 0}

@@ -1,0 +1,182 @@
+"""Compiled layers take adapters into their products, and give what peft's modules give."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from vl3train.config.choices import AdapterKind, Recompute
+from vl3train.config.schema import AdapterConfig
+from vl3train.model.adapters import add_adapters
+from vl3train.model.kernels import gemm_ops as quack_ops
+from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED, lora_halves
+from vl3train.model.layers.lora_dispatch import adapter_of
+from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, beside
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import set_trainable
+
+RANK = 8
+
+
+def adapted_model(tiny_model, trained, alpha=6, rank=RANK):
+    """B starts as zeros, and would hide most mistakes."""
+    model = tiny_model()
+    set_trainable(model, trained)
+    config = AdapterConfig(kind=AdapterKind.lora, rank=rank, alpha=alpha, dropout=0.0)
+    peft_model = add_adapters(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, peft_model
+
+
+def loss_and_gradients(model, batch, **how):
+    model.zero_grad()
+    output = PackedModel(model, "reference", **how).train()(batch)
+    output.loss_sum.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.loss_sum.detach(), found
+
+
+@pytest.fixture
+def compile_on_cpu(monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("level", list(Recompute)[:4], ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["rope apart", "rope in the product"])
+def test_loss_and_gradients_are_those_of_pefts_modules(
+    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, level, turned
+):
+    model, _ = adapted_model(tiny_model, ["projector", "language_model"])
+    batch = batch_of(mixed)
+    loss, expected = loss_and_gradients(model, batch)
+    assert sum("lora_" in name for name in expected) == 2 * 7 * 2
+    if turned:
+        monkeypatch.setattr(lora_halves, "ROTATED_HEADS", (16,))
+    ran = []
+    plain = quack_ops.plain_swiglu_linear_backward
+    monkeypatch.setattr(
+        quack_ops, "plain_swiglu_linear_backward", lambda *args: ran.append(args[1].shape) or plain(*args)
+    )
+    how = {"recompute_vision": level, "recompute_language": level, "compile_layers": True}
+    found_loss, found = loss_and_gradients(model, batch, products="quack", **how)
+    width, wide = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
+    repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
+    assert ran == [(width + RANK, wide)] * 2 * repeated, (
+        "each layer's MLP, the adapter's rank beside the rows"
+    )
+    assert found_loss == pytest.approx(loss.item(), rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
+        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
+
+
+def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed, compile_on_cpu):
+    model, _ = adapted_model(tiny_model, ["projector", "language_model"])
+    width, wide = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
+    # Rows or weights beside B: of down, of gate and up, of q, k, v.
+    beside_b = [width + number * RANK for number in (1, 2, 3)]
+    widths = [(columns,) for columns in (wide, 2 * wide, *beside_b)]
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    counts = {}
+    for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            if tensor.shape[1:] in widths and tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.shape
+            return tensor
+
+        how = {"recompute_language": level, "compile_layers": True, "products": "quack"}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss_and_gradients(model, batch_of(mixed), **how)
+        counts[level] = len(kept)
+    # Of two layers: gate and up in one, and what SwiGLU gives.
+    assert counts == {Recompute.nothing: 2 + 2, Recompute.elementwise: 2, Recompute.mlp: 0}
+
+
+def test_what_is_said_of_the_ops_shape_is_so():
+    weights, b = [torch.randn(6, 4), torch.randn(2, 4)], [torch.randn(6, 3), torch.randn(2, 5)]
+    found = beside(weights, b, None)
+    expected = torch.zeros(8, 12)
+    expected[:6, :4], expected[6:, :4], expected[:6, 4:7], expected[6:, 7:] = *weights, *b
+    assert torch.equal(found, expected)
+    torch.library.opcheck(beside, (weights, b, weights[0]), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_only_plain_adapters_that_are_on_are_taken(tiny_model):
+    model, peft_model = adapted_model(tiny_model, ["language_model"])
+    linear = model.model.language_model.layers[0].mlp.up_proj
+    assert adapter_of(linear).scaling == 6 / RANK
+    assert adapter_of(linear.base_layer) is None
+    with peft_model.disable_adapter():
+        assert adapter_of(linear) is None
+    linear.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert adapter_of(linear) is None
+    linear.lora_dropout["default"] = torch.nn.Identity()
+    linear.base_layer.weight.requires_grad_(True)
+    assert adapter_of(linear) is None
+    linear.base_layer.weight.requires_grad_(False)
+    linear.lora_B["default"].half()
+    assert adapter_of(linear) is None
+    linear.lora_B["default"].float()
+    peft_model.merge_adapter()
+    assert adapter_of(linear) is None
+    peft_model.unmerge_adapter()
+    assert adapter_of(linear) is not None
+    model, _ = adapted_model(tiny_model, ["language_model"], rank=4)
+    assert adapter_of(model.model.language_model.layers[0].mlp.up_proj) is None, "no multiple of 8"
+
+
+def drawn(*shape, device, dtype, scale=1.0):
+    return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def check_mlp(device, dtype, tolerance, again):
+    """Against the sentence that defines it, in float64: every gradient to a share of its largest value."""
+    torch.manual_seed(0)
+    width, wide, rank, scaling = 256, 512, 16, 0.25
+    draw = functools.partial(drawn, device=device, dtype=dtype)
+    rows, norm = draw(200, width), draw(width)
+    weights = [draw(*shape, scale=0.06) for shape in ((wide, width), (wide, width), (width, wide))]
+    a = [draw(rank, weight.shape[1], scale=0.06) for weight in weights]
+    b = [draw(len(weight), rank, scale=0.06) for weight in weights]
+    grad = torch.randn(200, width, device=device).to(dtype)
+    trained = [rows, *a, *b]
+    found = AdaptedSwigluMlp.apply(rows, norm.detach(), 1e-6, again, scaling, *weights, *a, *b)
+    found = [found, *torch.autograd.grad(found, trained, grad)]
+
+    high = [tensor.detach().double().requires_grad_() for tensor in trained]
+    (x, *of_a), of_b = high[:4], high[4:]
+    gate, up, down = (weight.detach().double() for weight in weights)
+    normed = norm.detach().double() * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    def linear(values, weight, place):
+        return values @ weight.t() + scaling * values @ of_a[place].t() @ of_b[place].t()
+
+    activated = torch.nn.functional.silu(linear(normed, gate, 0)) * linear(normed, up, 1)
+    expected = x + linear(activated, down, 2)
+    expected = [expected, *torch.autograd.grad(expected, high, grad.double())]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).abs().max() / other.abs().max() < tolerance
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_mlp_is_what_it_says(again):
+    check_mlp("cpu", torch.float32, 1e-5, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("again", [False, True])
+def test_the_mlp_on_a_gpu_is_what_it_says(again):
+    pytest.importorskip("quack", reason="quack is not installed")
+    check_mlp("cuda", torch.bfloat16, 0.03, again)

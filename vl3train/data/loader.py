@@ -1,0 +1,136 @@
+"""Planned packs are read, decoded and laid into batches, in worker processes that keep no position of their own.
+
+A worker is asked for micro-batch i and computes from the plan what that is. What was prefetched when a run dies
+is fetched again by the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vl3train.contracts.records import BadSample, Batch, Cursor, Pack, RenderedSample, RenderSettings
+from vl3train.data.collate import collate
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.plan.costs import rank_packs
+from vl3train.data.plan.plan import Plan
+from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.render.processes import clean_processes, end_with_parent
+from vl3train.data.render.samples import blank_sample
+from vl3train.data.shards.index import Index
+
+
+class BadEntry(NamedTuple):
+    """A sample that could not be used when its turn came: one line of the ledger."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class FetchedPack(NamedTuple):
+    """A micro-batch, and what went wrong with it. A tuple, so that DataLoader can pin what is inside."""
+
+    batch: Batch
+    bad: tuple[BadEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenData:
+    """The data of a run, opened: what there is, in which order it comes, how it is rendered."""
+
+    index: Index
+    plan: Plan
+    settings: RenderSettings
+    tokenizer_dir: Path
+    limits: DecodeLimits
+    decode_seconds: float  # wall-clock limit of one sample
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The recipe's sources; ``Batch.segment_sources`` are numbers of these."""
+        return self.index.source_names
+
+
+def micro_batch_packs(packs: list[Pack], dp_size: int) -> list[list[Pack]]:
+    """The packs that run at the same time: one list for each micro-batch, with a pack for each rank."""
+    shares = [rank_packs(packs, rank, dp_size) for rank in range(dp_size)]
+    return [list(row) for row in zip(*shares, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackDataset(Dataset[FetchedPack]):
+    """Micro-batch i of one rank, counted from step ``first``."""
+
+    data: OpenData
+    first: Cursor
+    rank: int
+    dp_size: int
+    loss_chunk_tokens: int
+    decode_address: str = ""  # of the decode server; ``fetch`` fills it in
+
+    def __getitem__(self, number: int) -> FetchedPack:
+        plan = self.data.plan
+        steps, micro_batch = divmod(number, plan.step.global_packs // self.dp_size)
+        cursor = plan.cursor_at(self.first.step + steps, near=self.first)
+        packs = micro_batch_packs(plan.step_packs(cursor), self.dp_size)[micro_batch]
+        # By the largest pack of all ranks: ZeRO-3 gathers weights once a chunk, on every rank or on none.
+        most = max(pack.num_supervised_tokens for pack in packs)
+        return self._fetch(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
+
+    def _fetch(self, pack: Pack, num_loss_chunks: int) -> FetchedPack:
+        bad: list[BadEntry] = []
+        samples, first_patch = [], 0
+        for row in pack.samples:
+            samples.append(self._render(row, first_patch, bad))
+            first_patch += len(samples[-1].patches)
+        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_skipped_samples=len(bad))
+        return FetchedPack(batch, tuple(bad))
+
+    def _render(self, row: int, first_patch: int, bad: list[BadEntry]) -> RenderedSample:
+        """The sample; where it cannot be used, one of its lengths without pictures or supervised tokens."""
+        index, planned = self.data.index, self.data.index.lengths(row)
+        key, source = index.key(row), index.source(row)
+        try:
+            conversation, parts = index.read_sample(row)
+            decoder = _decoder(self.decode_address, self.data.decode_seconds, self.data.plan.step.max_patches)
+            return decoder.render(
+                conversation, parts, planned, key=key, source=source, first_patch=first_patch
+            )
+        except BadSample as error:
+            bad.append(BadEntry(str(index.shard(row)), key, str(error)))
+            return blank_sample(planned, key=key, source=source)
+        except Exception as error:
+            error.add_note(f"while rendering {key}")
+            raise
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(address: str, seconds: float, num_patches: int) -> Decoder:
+    """This process's own decode process; it lives until the next address is asked for."""
+    return Decoder(address, seconds, num_patches)
+
+
+def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool) -> Iterator[FetchedPack]:
+    """Micro-batches 0 to ``count`` in order; the next two of each worker are made meanwhile."""
+    data = dataset.data
+    with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
+        yield from DataLoader(
+            dataclasses.replace(dataset, decode_address=address),
+            batch_size=None,
+            sampler=range(count),
+            # Its own: else each loader draws a seed from torch's global generator, and a resumed run, which makes
+            # them at other moments, would have another dropout.
+            generator=torch.Generator(),
+            num_workers=min(num_workers, count),
+            pin_memory=pin_memory,
+            worker_init_fn=end_with_parent,
+            multiprocessing_context=clean_processes() if num_workers and count else None,
+        )

@@ -1,0 +1,1 @@
+"""Bytes of pictures and clips into patches."""

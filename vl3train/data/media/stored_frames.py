@@ -1,0 +1,106 @@
+"""A clip as the frames that training takes of it, decoded once: about 40 times cheaper to read again.
+
+A stored clip is one line of JSON and then JPEGs end to end: ``{"vl3train_frames": 1, "rule": ..., "height": ...,
+"width": ..., "times": [...], "sizes": [...]}``. Frames have the size that the model sees. The rule by which they
+were taken stands with them, and another rule is refused: frames that are not there cannot be taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from vl3train.contracts.records import BadSample
+from vl3train.data.media.clips import ClipPlan, DecodeLimits
+
+STORED_SUFFIX = "frames"
+START = b'{"vl3train_frames": 1'
+JPEG_QUALITY = 95
+"""With 4:2:0, as the clips themselves have it."""
+MAX_HEADER_BYTES = 1_000_000
+
+
+def is_stored(data: bytes) -> bool:
+    """Whether these are stored frames and not a clip."""
+    return data.startswith(START)
+
+
+def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: dict[str, Any]) -> bytes:
+    """Frames, each (height, width, 3) uint8 and all of one size, as a stored clip."""
+    jpegs, shape = [], (0, 0)
+    for frame in frames:
+        shape = frame.shape[:2]
+        jpegs.append(
+            simplejpeg.encode_jpeg(
+                np.ascontiguousarray(frame), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420"
+            )
+        )
+    header = {
+        "vl3train_frames": 1,
+        "rule": rule,
+        "height": shape[0],
+        "width": shape[1],
+        "times": list(times),
+        "sizes": [len(jpeg) for jpeg in jpegs],
+    }
+    return json.dumps(header).encode() + b"\n" + b"".join(jpegs)
+
+
+def plan_stored(data: bytes, rule: dict[str, Any], limits: DecodeLimits) -> ClipPlan:
+    """All the frames of a stored clip.
+
+    Raises:
+        BadSample: damaged, over the limits, or taken by another rule.
+    """
+    header, _ = _header(data)
+    if header["rule"] != rule:
+        differing = [f"{key}={header['rule'].get(key)}, now {rule[key]}" for key in rule]
+        differing = [
+            one for key, one in zip(rule, differing, strict=True) if header["rule"].get(key) != rule[key]
+        ]
+        raise BadSample(f"frames were stored with {'; '.join(differing)}; store them again from the clips")
+    height, width, times = header["height"], header["width"], header["times"]
+    if not times or height * width > limits.max_pixels:
+        raise BadSample(f"stored clip of {len(times)} frames of {width}x{height} pixels")
+    every = tuple(range(len(times)))
+    return ClipPlan(height, width, tuple(times), every, (0, len(every)), None)
+
+
+def read_stored(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
+    """The planned frames, each (height, width, 3) uint8 RGB."""
+    header, position = _header(data)
+    for number, size in enumerate(header["sizes"][: len(plan.picked)]):
+        try:
+            frame: np.ndarray = simplejpeg.decode_jpeg(data[position : position + size], "RGB")
+        except ValueError as error:
+            raise BadSample(f"stored frame {number} cannot be read: {error}") from error
+        if frame.shape != (plan.height, plan.width, 3):
+            raise BadSample(f"stored frame {number} is of size {frame.shape[1::-1]}")
+        position += size
+        yield frame
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The header, and where the first JPEG begins."""
+    end = data.find(b"\n", 0, MAX_HEADER_BYTES)
+    try:
+        header = json.loads(data[: max(end, 0)])
+        numbers = [header["height"], header["width"], *header["sizes"], *header["times"]]
+        whole = (
+            isinstance(header["rule"], dict)
+            and all(isinstance(number, (int, float)) and number >= 0 for number in numbers)
+            and all(
+                isinstance(number, int) for number in (header["height"], header["width"], *header["sizes"])
+            )
+            and len(header["sizes"]) == len(header["times"])
+            and end + 1 + sum(header["sizes"]) == len(data)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadSample(f"stored clip of {len(data)} bytes cannot be read: {error!r}") from error
+    if not whole:
+        raise BadSample(f"stored clip of {len(data)} bytes is damaged or cut off")
+    return header, end + 1

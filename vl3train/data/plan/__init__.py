@@ -1,0 +1,1 @@
+"""Samples into packs: pure functions of index, recipe, seed and step."""

@@ -1,0 +1,92 @@
+"""Planned epochs on disk, for all processes of a node to map into memory instead of planning them again.
+
+``FOLDER/<plan fingerprint>/epoch-N.order.npy`` and ``epoch-N.bounds.npy``. A file appears under its name only when
+it is whole; two processes that write the same one write the same bytes. Everything here may be deleted; what no run
+has used for ``UNUSED_DAYS`` is, at the start of a run, the rows of indexes (sample_table.py) with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+UNUSED_DAYS = 90
+OURS = ("index-*.arrow", "*/epoch-*.npy", "*.partial", "*/*.partial")
+
+
+def delete_unused(folder: Path) -> None:
+    """Delete what was not used for long: another index or another recipe makes other files, 2 GB for 10 M samples."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    for file in list(chain.from_iterable(folder.glob(pattern) for pattern in OURS)):
+        try:
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+        except (FileNotFoundError, PermissionError):
+            continue  # another process of the run was first, or it is somebody else's
+
+
+def mark_used(file: Path) -> None:
+    """Its time of change is when it was last used: the time of reading is not kept on every file system."""
+    with contextlib.suppress(PermissionError):  # somebody else's folder, theirs to clean
+        os.utime(file)
+
+
+def default_folder() -> Path:
+    """Where programs of this user keep what they can make again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vl3train" / "plans"
+
+
+def load_epoch(folder: Path, epoch: int, num_entries: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Order and bounds of an epoch, mapped; None where they are not there whole.
+
+    Args:
+        folder: of one plan.
+        epoch: its number.
+        num_entries: how many samples it must have.
+    """
+    bounds = load_bounds(folder, epoch, num_entries)
+    order = _mapped(_file(folder, epoch, "order"))
+    if bounds is None or order is None or len(order) != num_entries:
+        return None
+    return order, bounds
+
+
+def load_bounds(folder: Path, epoch: int, num_entries: int) -> np.ndarray | None:
+    """Where each step of an epoch begins, mapped; kept for epochs whose order is gone."""
+    bounds = _mapped(_file(folder, epoch, "bounds"))
+    return bounds if bounds is not None and bounds[-1] == num_entries else None
+
+
+def save_epoch(folder: Path, epoch: int, order: np.ndarray, bounds: np.ndarray) -> None:
+    """Write an epoch, and delete the orders of those before the last one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(_file(folder, epoch, "order"), order)
+    _write(_file(folder, epoch, "bounds"), bounds)
+    for old in range(epoch - 1):
+        _file(folder, old, "order").unlink(missing_ok=True)
+
+
+def _file(folder: Path, epoch: int, what: str) -> Path:
+    return folder / f"epoch-{epoch}.{what}.npy"
+
+
+def _mapped(file: Path) -> np.ndarray | None:
+    try:
+        found = np.load(file, mmap_mode="r")
+        mark_used(file)
+    except FileNotFoundError:
+        return None
+    return found if len(found) else None
+
+
+def _write(file: Path, array: np.ndarray) -> None:
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        np.save(stream, array)
+    partial.replace(file)

@@ -1,0 +1,264 @@
+"""Which samples share which pack in which step: a pure function of index, weights, seed and step.
+
+The order of an epoch is cut into steps once, each proved by packing it (balance.py): no sample is dropped or
+repeated, and any rank, worker or resumed run that asks for a step gets the same packs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vl3train.config.schema import ModelConfig, StepConfig
+from vl3train.contracts.records import Cursor, Pack
+from vl3train.data.plan import cache as plan_cache
+from vl3train.data.plan.balance import SHARE, cut_epoch, pack_step
+from vl3train.data.plan.costs import aims_of, caps_of, cost_numbers, mean_pack
+from vl3train.data.plan.order import OrderRules, epoch_counts, epoch_order
+from vl3train.data.plan.sample_table import SampleTable
+
+RULES = 2
+"""Raised when order, cut or packing come to differ: an older run is then refused instead of mis-resumed."""
+
+CACHED_FROM_SAMPLES = 300_000
+"""Smaller epochs are planned faster (under 0.2 s) than it is worth keeping them on disk."""
+
+SUMMED_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """One virtual epoch: step s has the samples ``order[bounds[s]:bounds[s + 1]]``."""
+
+    order: np.ndarray  # (n,) int32 or int64
+    bounds: np.ndarray  # (steps + 1,) int64
+
+
+@dataclass
+class Plan:
+    """The packs of every step. What it keeps are caches only: the last two epochs and the count of each."""
+
+    table: SampleTable
+    seed: int
+    step: StepConfig
+    costs: dict[str, int] = field(default_factory=lambda: ModelConfig().costs)
+    """``model.costs``."""
+    order: OrderRules = OrderRules()  # noqa: RUF009 - frozen
+    cache: Path | None = None
+    """Folder where long epochs are kept for the other processes of the node; None keeps none."""
+    dropped_samples: tuple[int, ...] = field(init=False)
+    """Samples larger than a whole pack, as rows of the table. They are in no step; the caller says so."""
+
+    def __post_init__(self) -> None:
+        fits = self._read_table()
+        ends = np.cumsum(self.table.sizes)
+        self._sizes = [
+            int(fits[end - size : end].sum()) for end, size in zip(ends, self.table.sizes, strict=True)
+        ]
+        self._numbers = cost_numbers(self.costs)
+        most = [int(values.max(initial=0)) for values in self._arrays]
+        squares = (most[0], most[0] ** 2, most[1], most[3])
+        if sum(int(cost) * size for cost, size in zip(self._numbers, squares, strict=True)) >= 2**63 // SHARE:
+            raise ValueError(
+                f"model.costs={self.costs}: work is counted in 64 bits; take a larger unit for all four"
+            )
+        self._means = mean_pack(self._sums(fits), int(fits.sum()), self._numbers, self.step)
+        self._epochs: dict[int, _Epoch] = {}
+        self._num_steps: dict[int, int] = {}
+
+    def _read_table(self) -> np.ndarray:
+        """The columns for the compiled code, and which samples fit a pack, (n,) bool."""
+        table, caps = self.table, caps_of(self.step)
+        items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
+        fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
+        self.dropped_samples = tuple(np.flatnonzero(~fits).tolist())
+        self._arrays = (
+            _as(table.num_tokens, np.int32),
+            _as(table.num_patches, np.int32),
+            _as(items if len(items) == len(fits) else np.zeros(len(fits)), np.int32),
+            _as(table.num_patch_pairs, np.int64),
+        )
+        return np.asarray(fits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made again: a process that is sent a plan maps or plans the epochs itself."""
+        state = {key: value for key, value in self.__dict__.items() if key != "dropped_samples"}
+        return {**state, "_epochs": {}, "_arrays": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read_table()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of everything that decides the packs of a step."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, object]:
+        """What the fingerprint is made of, for a message that says what differs."""
+        return {
+            "index": self.table.fingerprint,
+            "weights": list(self.table.weights),
+            "seed": self.seed,
+            **{f"step.{key}": value for key, value in dataclasses.asdict(self.step).items()},
+            **{f"order.{key}": value for key, value in dataclasses.asdict(self.order).items()},
+            "costs": dict(self.costs),
+            "rules": RULES,
+        }
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Steps of one virtual epoch; the last may be shorter, it still has K packs."""
+        if epoch not in self._num_steps:
+            folder = self._folder()
+            bounds = None if folder is None else plan_cache.load_bounds(folder, epoch, self._epoch_samples())
+            self._num_steps[epoch] = len(self._epoch(epoch).bounds if bounds is None else bounds) - 1
+        return self._num_steps[epoch]
+
+    def total_steps(self, num_epochs: float) -> int:
+        """Steps of ``num_epochs`` virtual epochs, a fraction of the last one rounded to whole steps."""
+        whole = int(num_epochs)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        if num_epochs > whole:
+            steps += round((num_epochs - whole) * self.steps_in_epoch(whole))
+        return max(1, steps)
+
+    def cursor_at(self, step: int, near: Cursor = Cursor()) -> Cursor:  # noqa: B008 - frozen
+        """Where global step ``step`` lies. From a cursor ``near`` before it, only the epochs between are looked at."""
+        if near.step > step:
+            near = Cursor()
+        epoch, first = near.epoch, near.step - near.step_in_epoch
+        while step >= first + self._steps_or_raise(epoch):
+            first += self.steps_in_epoch(epoch)
+            epoch += 1
+        return Cursor(epoch=epoch, step_in_epoch=step - first, step=step)
+
+    def advance(self, cursor: Cursor) -> Cursor:
+        """The cursor of the next step."""
+        if cursor.step_in_epoch + 1 < self._steps_or_raise(cursor.epoch):
+            return dataclasses.replace(cursor, step_in_epoch=cursor.step_in_epoch + 1, step=cursor.step + 1)
+        return Cursor(epoch=cursor.epoch + 1, step_in_epoch=0, step=cursor.step + 1)
+
+    def step_packs(self, cursor: Cursor) -> list[Pack]:
+        """The K packs of one step; a pack may be empty. ``Pack.samples`` are rows of the table."""
+        rows = self.step_rows(cursor)
+        found = pack_step(
+            rows, *self._arrays, self._numbers, self._means, self.step.global_packs, caps_of(self.step)
+        )
+        assert found.min() >= 0, "a step that was cut to go into its packs does not"
+        costs = self.sample_costs(rows)
+        packs = []
+        for number in range(self.step.global_packs):
+            (mine,) = np.nonzero(found == number)
+            packs.append(
+                Pack(
+                    samples=tuple(rows[mine].tolist()),
+                    num_tokens=int(self.table.num_tokens[rows[mine]].sum()),
+                    num_patches=int(self.table.num_patches[rows[mine]].sum()),
+                    num_supervised_tokens=int(self.table.num_supervised_tokens[rows[mine]].sum()),
+                    cost=int(costs[mine].sum()),
+                )
+            )
+        return packs
+
+    def step_rows(self, cursor: Cursor) -> np.ndarray:
+        """All samples of one step, as rows of the table, before they are put into packs."""
+        epoch = self._epoch(cursor.epoch)
+        first, end = epoch.bounds[cursor.step_in_epoch : cursor.step_in_epoch + 2].tolist()
+        return np.array(epoch.order[first:end])
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """All entries of a virtual epoch, step after step, as rows of the table; read only."""
+        return self._epoch(epoch).order
+
+    def sample_costs(self, rows: np.ndarray) -> np.ndarray:
+        """Work of some samples in the units of ``model.costs``, (n,) int64."""
+        _, patches, _, pairs = (values[rows].astype(np.int64) for values in self._arrays)
+        return self.language_costs(rows) + self._numbers[2] * patches + self._numbers[3] * pairs
+
+    def language_costs(self, rows: np.ndarray) -> np.ndarray:
+        """The language model's part of ``sample_costs``, (n,) int64."""
+        tokens = self._arrays[0][rows].astype(np.int64)
+        return np.asarray(self._numbers[0] * tokens + self._numbers[1] * tokens * tokens)
+
+    def _sums(self, fits: np.ndarray) -> dict[str, int]:
+        sums = dict.fromkeys(("token", "token_pair", "patch", "patch_pair", "item"), 0)
+        for first in range(0, len(fits), SUMMED_AT_A_TIME):
+            part = slice(first, first + SUMMED_AT_A_TIME)
+            tokens, patches, items, pairs = (
+                values[part][fits[part]].astype(np.int64) for values in self._arrays
+            )
+            found = (tokens, tokens * tokens, patches, pairs, items)
+            for name, values in zip(sums, found, strict=True):
+                sums[name] += int(values.sum())
+        return sums
+
+    def _steps_or_raise(self, epoch: int) -> int:
+        steps = self.steps_in_epoch(epoch)
+        if not steps:
+            raise ValueError("the plan has no sample to train on: every source is empty or refused")
+        return steps
+
+    def _epoch_samples(self) -> int:
+        return sum(epoch_counts(self._sizes, self.table.weights, self.order.max_epoch_samples))
+
+    def _folder(self) -> Path | None:
+        """Where this plan's epochs are kept, if they are worth it."""
+        if self.cache is None or self._epoch_samples() < CACHED_FROM_SAMPLES:
+            return None
+        return self.cache / self.fingerprint
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            for old in sorted(self._epochs)[:-1]:  # two epochs at most: workers run a little ahead
+                del self._epochs[old]
+            folder = self._folder()
+            kept = None if folder is None else plan_cache.load_epoch(folder, number, self._epoch_samples())
+            order, bounds = self._cut(number) if kept is None else kept
+            if folder is not None and kept is None:
+                plan_cache.save_epoch(folder, number, order, bounds)
+            self._epochs[number] = _Epoch(order, bounds)
+            self._num_steps[number] = len(bounds) - 1
+        return self._epochs[number]
+
+    def _cut(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order and bounds of an epoch."""
+        shards = self.table.shards
+        rows = None
+        if self.dropped_samples:
+            fits = np.ones(len(self._arrays[0]), bool)
+            fits[list(self.dropped_samples)] = False
+            rows = np.flatnonzero(fits)
+        order = epoch_order(
+            self._sizes,
+            self.table.weights,
+            seed=self.seed,
+            epoch=number,
+            rules=self.order,
+            shards=shards if rows is None or shards is None else shards[rows],
+        )
+        if rows is not None:
+            order = rows[order].astype(order.dtype)
+        step = self.step
+        most = len(order) if step.max_samples is None else step.max_samples
+        found: tuple[np.ndarray, np.ndarray] = cut_epoch(
+            order,
+            *self._arrays,
+            self._numbers,
+            self._means,
+            step.global_packs,
+            caps_of(step),
+            aims_of(step),
+            most,
+        )
+        return found
+
+
+def _as(values: np.ndarray, dtype: type) -> np.ndarray:
+    """One dtype for the compiled code, without a copy where it is that already."""
+    return np.ascontiguousarray(values, dtype)

@@ -1,0 +1,1 @@
+"""Passes over a whole data set: write shards, check media, store frames, build the index."""

@@ -1,0 +1,67 @@
+"""Media of records decoded before they become shards, behind the firewall, several at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from vl3train.contracts.records import BadSample
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.records.annotations import MediaFile
+from vl3train.data.records.conversation import Conversation
+from vl3train.data.render.decode_client import Decoder, decode_server
+
+Found = tuple[Conversation, tuple[MediaFile, ...]] | str
+"""A record and its files, or the reason why it cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looking:
+    """How media are decoded."""
+
+    limits: DecodeLimits
+    seconds: float  # wall-clock limit of one record
+    num_workers: int
+
+
+def looked_at(
+    records: Iterator[tuple[str, Found]], media_root: Path, looking: Looking
+) -> Iterator[tuple[str, Found]]:
+    """The same records in their order; one whose media cannot be decoded becomes its reason."""
+    own = threading.local()
+
+    def look(found: Found) -> Found:
+        if isinstance(found, str) or not found[1]:
+            return found
+        if not hasattr(own, "decoder"):
+            own.decoder = Decoder(address, looking.seconds)
+        try:
+            # Named by kind: a clip called .bin is a clip all the same.
+            parts = {
+                f"{number}.{medium.kind}": medium.data or (media_root / medium.path).read_bytes()
+                for number, medium in enumerate(found[1])
+            }
+            own.decoder.look(parts)
+        except BadSample as error:
+            number, colon, reason = str(error).partition(": ")
+            place = number.partition(".")[0]
+            named = colon and place.isdigit() and found[1][int(place)].path
+            return f"{named}: {reason}" if named else str(error)
+        return found
+
+    with decode_server(None, None, looking.limits) as address:
+        pool = ThreadPoolExecutor(looking.num_workers, thread_name_prefix="look")
+        try:
+            waiting: list[tuple[str, Future[Found]]] = []
+            for where, found in records:
+                waiting.append((where, pool.submit(look, found)))
+                if len(waiting) >= 4 * looking.num_workers:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            for where, future in waiting:
+                yield where, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # those at work end with the decode server

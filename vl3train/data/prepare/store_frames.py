@@ -1,0 +1,148 @@
+"""Shards with clips become shards with stored frames: the same samples, decoded once for all epochs.
+
+Restartable: a shard that is there and newer than its source is kept. The sources are left as they are; frames for
+another rate or size are taken from them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from vl3train.contracts.records import BadSample, RenderSettings
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.prepare.write_shards import REFUSED_FILE, write_members
+from vl3train.data.recipe import Recipe
+from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.shards.index import shard_files
+from vl3train.data.shards.read import read_parts
+from vl3train.data.shards.remote import SHARD_LIST, local_files
+from vl3train.data.shards.tar_headers import CONVERSATION_PART, ShardSample, shard_samples
+
+Members = dict[str, bytes]
+
+
+def store_recipe(
+    recipe: Recipe,
+    out: Path,
+    settings: RenderSettings,
+    *,
+    tokenizer_dir: Path,
+    limits: DecodeLimits,
+    num_workers: int,
+    decode_seconds: float,
+    progress: Callable[[str, int, int], None],
+) -> Path:
+    """Store the frames of all sources of a recipe below ``out``; the path of the recipe that names them.
+
+    Samples that cannot be used are left out and listed, with the reason, in refused.jsonl beside the shards.
+
+    Args:
+        num_workers: processes that decode.
+        decode_seconds: wall-clock limit of one sample.
+        progress: called with the source's name, samples done and samples in all.
+    """
+    sources = []
+    with decode_server(settings, tokenizer_dir, limits) as address:
+        for source in recipe.sources:
+            entry = {"name": source.name, "weight": source.weight}
+            for part, folder in (("shards", source.shards), ("held_out", source.held_out)):
+                if folder is None:
+                    continue
+                target = out / source.name / ("train" if part == "shards" else "held_out")
+                entry[part] = str(target.resolve())
+                store_folder(
+                    folder,
+                    target,
+                    address,
+                    num_threads=max(1, num_workers),
+                    decode_seconds=decode_seconds,
+                    progress=lambda done, total, name=source.name: progress(name, done, total),  # type: ignore[misc]
+                )
+            sources.append(entry)
+    about = f"{recipe.about} Clips are stored frames, taken at {settings.fps:g} a second."
+    path = out / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({"name": recipe.name, "about": about, "sources": sources}, sort_keys=False)
+    )
+    return path
+
+
+def store_folder(
+    shards: Path,
+    out: Path,
+    address: str,
+    *,
+    num_threads: int,
+    decode_seconds: float,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Store the frames of a folder of shards under the same shard names, through a decode server."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = total = 0
+    for shard in [shard for shard in shard_files(shards) if not _is_stored(shard, out)]:
+        refused: list[dict[str, str]] = []
+        with local_files([shard], out) as files:
+            samples = shard_samples(files[shard])
+            total += len(samples)
+
+            def kept(
+                shard: Path = shard,
+                file: Path = files[shard],
+                samples: list[ShardSample] = samples,
+                refused: list[dict[str, str]] = refused,
+                total: int = total,
+            ) -> Iterator[tuple[str, Members]]:
+                nonlocal done
+                for sample, stored in _stored(file, samples, address, num_threads, decode_seconds):
+                    done += 1
+                    progress(done, total)
+                    if isinstance(stored, str):
+                        refused.append({"where": f"{shard}: {sample.key}", "reason": stored})
+                    else:
+                        yield sample.key, stored
+
+            temporary = out / f"{shard.name}.partial"
+            write_members(temporary, kept())
+        if refused:
+            with (out / REFUSED_FILE).open("a", encoding="utf-8") as ledger:
+                ledger.writelines(json.dumps(line) + "\n" for line in refused)
+        os.replace(temporary, out / shard.name)
+
+
+def _is_stored(shard: Path, out: Path) -> bool:
+    target = out / shard.name
+    source = shard if shard.is_file() else shard.parent / SHARD_LIST  # of a remote shard: by the list
+    return target.is_file() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
+def _stored(
+    shard: Path, samples: list[ShardSample], address: str, num_threads: int, decode_seconds: float
+) -> Iterator[tuple[ShardSample, Members | str]]:
+    """Each sample with its new members, or with the reason why it has none; a few at a time, in order."""
+    own = threading.local()
+
+    def store(sample: ShardSample) -> Members | str:
+        if not hasattr(own, "decoder"):
+            own.decoder = Decoder(address, decode_seconds)
+        try:
+            if sample.fault is not None:
+                raise BadSample(sample.fault)
+            data = read_parts(shard, sample.parts)
+            return own.decoder.store(data.pop(CONVERSATION_PART, b""), data)
+        except BadSample as error:
+            return str(error)
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store")
+    try:
+        for first in range(0, len(samples), 4 * num_threads):
+            window = samples[first : first + 4 * num_threads]
+            yield from zip(window, pool.map(store, window), strict=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

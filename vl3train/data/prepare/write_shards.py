@@ -1,0 +1,275 @@
+"""Annotations and media become .tar shards that plain webdataset reads. The only door to webdataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+from vl3train.contracts.records import BadSample
+from vl3train.data.prepare.check_media import Looking, looked_at
+from vl3train.data.records.annotations import MediaFile, read_record
+from vl3train.data.records.conversation import Conversation
+from vl3train.data.records.record_files import read_annotations, source_problems
+from vl3train.data.shards.tar_headers import CONVERSATION_PART
+
+REFUSED_FILE = "refused.jsonl"
+SIGNATURES = (
+    ("jpg", rb"\xff\xd8\xff"),
+    ("png", rb"\x89PNG"),
+    ("webp", rb"RIFF.{4}WEBP"),
+    ("gif", rb"GIF8"),
+    ("mp4", rb".{4}ftyp"),
+    ("mkv", rb"\x1a\x45\xdf\xa3"),
+)
+"""How files begin; plain webdataset decodes by extension."""
+PATH_SHOWN = 80
+"""Characters of a path that is too long to be one: often it is a whole picture in base64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A record that became no sample, or a sample that cannot be used."""
+
+    where: str  # file and line, or the key of a sample in a shard
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of every record: ``num_written + len(refused)`` is their number."""
+
+    num_written: int
+    num_shards: int
+    refused: tuple[Refusal, ...]
+
+
+class AnnotationProblems(ValueError):  # noqa: N818 - the text is a report, not one error
+    """Records that cannot be written, every one of them in ``refused``."""
+
+    def __init__(self, refused: Sequence[Refusal], num_records: int) -> None:
+        self.refused = tuple(refused)
+        self.num_records = num_records
+        super().__init__(
+            "\n".join(
+                [f"{len(refused)} of {num_records} records cannot be used:", *describe_refused(refused)]
+            )
+        )
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without what differs from sample to sample: quoted words, paths, numbers.
+
+    >>> kind_of_reason("no such file: a/b.jpg; 3 images for 'x'")
+    'no such file: … … images for …'
+    """
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
+
+
+def describe_refused(refused: Sequence[Refusal], *, examples: int = 3) -> list[str]:
+    """One line for each kind of reason, the commonest first, with its first examples."""
+    kinds: dict[str, list[Refusal]] = {}
+    for refusal in refused:
+        kinds.setdefault(kind_of_reason(refusal.reason), []).append(refusal)
+    lines = []
+    for members in sorted(kinds.values(), key=len, reverse=True):
+        lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")
+        lines += [f"    {refusal.where}: {refusal.reason}" for refusal in members[:examples]]
+    return lines
+
+
+def check_annotations(
+    annotations: Sequence[str],
+    *,
+    media_root: Path,
+    columns: dict[str, str] | None,
+    progress: Callable[[str, int], None],
+    looking: Looking | None = None,
+) -> tuple[int, list[Refusal]]:
+    """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
+
+    With ``looking`` media are decoded, too.
+
+    Raises:
+        ValueError: there is no record; files are missing or of another kind, all of which are named.
+    """
+    if problems := source_problems(annotations):
+        raise ValueError("\n".join(problems))
+    refused: list[Refusal] = []
+    num_records = 0
+    records = _records(annotations, columns, media_root)
+    for where, found in records if looking is None else looked_at(records, media_root, looking):
+        num_records += 1
+        if isinstance(found, str):
+            refused.append(Refusal(where, found))
+        progress("checking", num_records)
+    if not num_records:
+        raise ValueError(f"no records in {', '.join(annotations)}")
+    return num_records, refused
+
+
+def write_shards(
+    annotations: Sequence[str],
+    out_dir: Path,
+    *,
+    media_root: Path,
+    columns: dict[str, str] | None,
+    max_samples: int,
+    max_bytes: int,
+    skip_bad: bool,
+    progress: Callable[[str, int], None],
+    looking: Looking | None = None,
+) -> ShardReport:
+    """Check every record, then write the good ones as ``out_dir/shard-000000.tar`` and so on.
+
+    Members are ``KEY.json`` and the media ``KEY.0.jpg``, ``KEY.1.mp4`` with their bytes untouched. The folder
+    appears under its name only when it is complete. ``progress(what, records)`` is called after each record.
+
+    Args:
+        annotations: files, or what ``sources.read_annotations`` opens besides.
+        columns: renames columns, see ``read_annotations``.
+        max_samples: of one shard.
+        max_bytes: of media in one shard; a shard closes when it has reached one of the two.
+        skip_bad: write the good records where some are bad; the bad ones are listed in refused.jsonl.
+        looking: decode the media of every record first; None: whether their files are there is all that is asked.
+
+    Raises:
+        FileExistsError: ``out_dir`` holds something already.
+        AnnotationProblems: there are bad records and not ``skip_bad``, or there is no good one.
+    """
+    out_dir = out_dir.resolve()  # a link to a folder of a larger disk stays one
+    if out_dir == Path.cwd():
+        raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
+    num_records, refused = check_annotations(
+        annotations, media_root=media_root, columns=columns, progress=progress, looking=looking
+    )
+    if (refused and not skip_bad) or len(refused) == num_records:
+        raise AnnotationProblems(refused, num_records)
+
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    if partial.exists():  # of a run that was killed; nobody else writes this name
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    bad = {refusal.where for refusal in refused}
+    good = (
+        found
+        for where, found in _records(annotations, columns, media_root)
+        if not isinstance(found, str) and where not in bad
+    )
+    num_written = num_shards = 0
+    while True:
+        shard = partial / f"shard-{num_shards:06d}.tar"
+        count = _write_shard(shard, good, media_root, num_written, max_samples, max_bytes, progress)
+        if not count:
+            shard.unlink()
+            break
+        num_written, num_shards = num_written + count, num_shards + 1
+    if num_written + len(refused) != num_records:
+        raise RuntimeError(
+            f"annotations changed while they were read: {num_written} of {num_records} written"
+        )
+    if refused:
+        lines = [json.dumps({"where": refusal.where, "reason": refusal.reason}) for refusal in refused]
+        (partial / REFUSED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.rename(partial, out_dir)
+    return ShardReport(num_written, num_shards, tuple(refused))
+
+
+def _write_shard(
+    shard: Path,
+    samples: Iterator[tuple[Conversation, tuple[MediaFile, ...]]],
+    media_root: Path,
+    first: int,
+    max_samples: int,
+    max_bytes: int,
+    progress: Callable[[str, int], None],
+) -> int:
+    """Fill one shard from ``samples``; how many went in."""
+    count = size = 0
+    with shard.open("wb") as file:
+        # A fixed time and no names of users: the same input gives the same bytes.
+        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+            while count < max_samples and size < max_bytes:
+                found = next(samples, None)
+                if found is None:
+                    break
+                conversation, media = found
+                names = [part_name(number, medium) for number, medium in enumerate(media)]
+                parts = {CONVERSATION_PART: conversation.to_json(names)}
+                for name, medium in zip(names, media, strict=True):
+                    stored = medium.data
+                    parts[name] = (media_root / medium.path).read_bytes() if stored is None else stored
+                writer.write({"__key__": f"{first + count:09d}", **parts})
+                count, size = count + 1, size + sum(map(len, parts.values()))
+                progress("writing", first + count)
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+def write_members(shard: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write samples, each a key and its members, into one shard."""
+    with shard.open("wb") as file:
+        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def part_name(number: int, medium: MediaFile) -> str:
+    """What a sample's medium is called in the shard, after the key; of bytes without a name, by what they are.
+
+    >>> part_name(1, MediaFile("a/b/clip.MP4", "video")), part_name(0, MediaFile("", "image", b"GIF89a"))
+    ('1.mp4', '0.gif')
+    """
+    suffix = re.sub(r"[^a-z0-9]", "", Path(medium.path).suffix.lower())
+    if not suffix and medium.data is not None:
+        suffix = next((name for name, start in SIGNATURES if re.match(start, medium.data, re.DOTALL)), "")
+    return f"{number}.{suffix or medium.kind}"
+
+
+def _records(
+    annotations: Sequence[str], columns: dict[str, str] | None, media_root: Path
+) -> Iterator[tuple[str, tuple[Conversation, tuple[MediaFile, ...]] | str]]:
+    """Where each record stands, and the record, or the reason why it cannot be used."""
+    for path in annotations:
+        for where, record in read_annotations(path, columns):
+            try:
+                if isinstance(record, BadSample):
+                    raise record
+                if not isinstance(record, Mapping):
+                    raise BadSample(f"a record is an object with keys, this is a {type(record).__name__}")
+                conversation, media = read_record(record, where=where)
+                for medium in media:
+                    if medium.data is None:
+                        _check_file(media_root / medium.path)
+            except BadSample as error:
+                yield where, str(error).removeprefix(f"{where}: ")
+            else:
+                yield where, (conversation, media)
+
+
+def _check_file(path: Path) -> None:
+    """Whether the file is there; what is in it is found out by the index, which decodes it."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
+        raise BadSample(f"no such file: {path}; paths start from --media-root") from None
+    except OSError as error:
+        raise BadSample(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BadSample(f"no file but a folder or device: {path}")
+    if not found.st_size:
+        raise BadSample(f"empty file: {path}")
+    if not os.access(path, os.R_OK):
+        raise BadSample(f"no permission to read: {path}")

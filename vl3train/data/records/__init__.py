@@ -1,0 +1,1 @@
+"""Any record that users have into a Conversation."""

@@ -1,0 +1,244 @@
+"""Decoding behind a wall: what a strange file can do is done to a process of its own, which is killed at a limit.
+
+One *decode server* for each rank has everything loaded and forks a *decode process* for whoever connects: a
+loader's worker, a thread of the index pass. A decode process gets bytes and gives back numbers. It opens no
+file, what it answers is never unpickled, and it dies alone: of a crash, of memory, or killed after
+``data.decode_seconds``. A native decoder that hangs listens to no Python signal handler; SIGKILL it must obey.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
+from vl3train.contracts.tokens import PATCH_VALUES
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.render.decode_server import Mailbox, Request, serve
+from vl3train.data.render.processes import clean_processes
+
+LONGEST_FOLDER = 90
+"""The path of a socket may have 104 bytes (108 on Linux); a queue's TMPDIR may be longer."""
+
+
+MAILBOX_BYTES = 2**20
+"""To begin with; it grows to the largest sample."""
+
+
+class DecodeServer:
+    """A running decode server, as the process that started it sees it. ``address`` is for everybody."""
+
+    def __init__(
+        self, settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
+    ) -> None:
+        folder = tempfile.mkdtemp(prefix="vl3train-")  # of mode 700: nobody else connects
+        if len(folder) > LONGEST_FOLDER:
+            os.rmdir(folder)
+            folder = tempfile.mkdtemp(prefix="vl3train-", dir="/tmp")
+        self.address = os.path.join(folder, "decode")
+        processes = clean_processes()
+        ours, theirs = processes.Pipe()
+        process = processes.Process(
+            target=serve, args=(self.address, theirs, settings, tokenizer_dir, limits), daemon=True
+        )
+        process.start()
+        theirs.close()
+        # Also when nobody calls close(), and before multiprocessing waits for its processes at exit.
+        self.close = weakref.finalize(self, _end_server, ours, process, folder)
+        try:
+            ours.recv_bytes()  # it listens
+        except EOFError:
+            self.close()
+            raise RuntimeError("the decode server did not start; its error stands above") from None
+
+
+def _end_server(ours: Connection, process: BaseProcess, folder: str) -> None:
+    ours.close()
+    process.join(5.0)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def decode_server(
+    settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
+) -> Iterator[str]:
+    """The address of a decode server that runs as long as the ``with`` block; without settings it only looks."""
+    server = DecodeServer(settings, tokenizer_dir, limits)
+    try:
+        yield server.address
+    finally:
+        server.close()
+
+
+class Decoder:
+    """One decode process, from the side that asks. Not for use by several threads at a time."""
+
+    def __init__(self, address: str, seconds: float, num_patches: int = 0) -> None:
+        """Connect.
+
+        Args:
+            address: of a decode server.
+            seconds: wall-clock limit of one sample.
+            num_patches: most patches that ``render`` is asked to hold at a time.
+        """
+        self._address, self._seconds = address, seconds
+        self._memory = _nameless_file(max(1, num_patches * PATCH_VALUES))
+        self._space = np.frombuffer(mmap.mmap(self._memory.fileno(), 0), np.uint8)
+        self._mail = _nameless_file(MAILBOX_BYTES)
+        self._mailbox = Mailbox(self._mail.fileno())
+        self._connection: Connection | None = None
+        self._pid = 0
+
+    def measure(
+        self, conversation: bytes, parts: Mapping[str, bytes], *, decode: bool = False
+    ) -> SampleLengths:
+        """``samples.measure_sample`` in the decode process.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        answer, _ = self._ask(parts, conversation, decode=decode)
+        return SampleLengths(
+            **{
+                **answer,
+                "grids": tuple(map(tuple, answer["grids"])),
+                "merge_sizes": tuple(answer["merge_sizes"]),
+                "kept_tokens": tuple(answer["kept_tokens"]),
+            }
+        )
+
+    def look(self, parts: Mapping[str, bytes]) -> None:
+        """``items.look_at`` in the decode process.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        self._ask(parts, b"", look=True)
+
+    def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
+        """``samples.store_sample`` in the decode process.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        answer, content = self._ask(parts, conversation, store=True)
+        ends = np.cumsum(answer["sizes"]).tolist()
+        return {
+            name: content[end - size : end]
+            for name, size, end in zip(answer["names"], answer["sizes"], ends, strict=True)
+        }
+
+    def render(
+        self,
+        conversation: bytes,
+        parts: Mapping[str, bytes],
+        planned: SampleLengths,
+        *,
+        key: str,
+        source: int,
+        first_patch: int = 0,
+    ) -> RenderedSample:
+        """``samples.render_sample`` in the decode process. Its patches are a view of memory that is used again.
+
+        Args:
+            first_patch: where in that memory they are put.
+
+        Raises:
+            BadSample: as there; or it took too long, or the process died of it.
+        """
+        answer, content = self._ask(parts, conversation, planned=planned, first_patch=first_patch)
+        ints = np.frombuffer(content, np.int64)
+        num_tokens, num_placed = planned.num_tokens, planned.num_visual_tokens
+        num_merged = sum(
+            t * h * w // merge**2 for (t, h, w), merge in zip(planned.grids, planned.merge_sizes, strict=True)
+        )
+        ids, labels, positions, keep = np.split(ints, np.cumsum([num_tokens, num_tokens, num_placed]))
+        if len(keep) != num_merged:
+            raise BadSample(f"the decode process answered {answer} for {planned}")
+        start = first_patch * PATCH_VALUES
+        return RenderedSample(
+            key=key,
+            source=source,
+            input_ids=ids,
+            labels=labels,
+            patches=self._space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
+            grids=np.array(planned.grids, np.int64).reshape(-1, 3),
+            merge_sizes=np.array(planned.merge_sizes, np.int64),
+            keep_mask=keep.astype(bool),
+            placeholder_positions=positions,
+        )
+
+    def close(self) -> None:
+        """Let the decode process end."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _ask(
+        self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
+    ) -> tuple[dict[str, Any], bytes]:
+        try:
+            answer, content = self._exchange(parts, conversation, **more)
+        except (EOFError, OSError):  # a decode process may be ended for what another process did to memory
+            self.close()
+            try:
+                answer, content = self._exchange(parts, conversation, **more)
+            except (EOFError, OSError):
+                self.close()
+                raise BadSample("the decode process died of it twice: a crash, or out of memory") from None
+        if "bad" in answer:
+            raise BadSample(answer["bad"])
+        if "bug" in answer:
+            raise RuntimeError(f"in the decode process:\n{answer['bug']}")
+        return answer, content
+
+    def _exchange(
+        self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
+    ) -> tuple[dict[str, Any], bytes]:
+        if self._connection is None:
+            self._connect()
+        assert self._connection is not None
+        self._connection.send(Request(conversation, self._mailbox.put(parts), self._seconds, **more))
+        if not self._connection.poll(self._seconds):
+            os.kill(self._pid, signal.SIGKILL)
+            self.close()
+            raise BadSample(f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended")
+        answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return answer, self._mailbox.take({"": answer.pop("content")})[""]
+
+    def _connect(self) -> None:
+        with socket.socket(socket.AF_UNIX) as connected:
+            try:
+                connected.connect(self._address)
+            except OSError as error:
+                raise RuntimeError(
+                    "the decode server is gone: the run is ending, or it was killed"
+                ) from error
+            socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._mail.fileno()])
+            self._connection = Connection(connected.detach())
+        self._pid = int(self._connection.recv_bytes())
+
+
+def _nameless_file(size: int) -> IO[bytes]:
+    """Memory that processes can share. Not of /dev/shm, which containers keep small."""
+    number = os.memfd_create("vl3train-patches") if hasattr(os, "memfd_create") else tempfile.mkstemp()[0]
+    file = os.fdopen(number, "r+b")
+    os.ftruncate(file.fileno(), size)
+    return file

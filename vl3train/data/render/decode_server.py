@@ -1,0 +1,205 @@
+"""The other side of the firewall: the decode server, and the decode processes that it forks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.contracts.tokens import PATCH_VALUES
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.media.patches import resize_and_patchify
+from vl3train.data.media.resampling import use_whole_vectors
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.data.render.samples import measure_sample, render_sample
+from vl3train.data.render.visual_items import look_at, store_sample
+
+OUT_OF_MEMORY_FIRST = "1000"
+"""oom_score_adj of decode processes: where memory runs out, the kernel ends one of these, not the training."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of /usr/include/malloc.h."""
+KEPT_BYTES = 256 * 2**20
+
+
+class Mailbox:
+    """Memory that two processes share, for the bytes that go with what they tell each other.
+
+    A socket would copy them four times, and wake both sides for each piece. Whoever has more to put makes it larger.
+    """
+
+    def __init__(self, number: int) -> None:
+        """``number``: of an open file of some bytes; it stays open."""
+        self._number = number
+        self._memory = mmap.mmap(number, 0)
+
+    def put(self, parts: Mapping[str, bytes]) -> dict[str, int]:
+        """Put them in one after the other; their sizes are what ``take`` wants."""
+        sizes = {name: len(data) for name, data in parts.items()}
+        if (total := sum(sizes.values())) > len(self._memory):
+            os.ftruncate(self._number, total)
+            self._memory = mmap.mmap(self._number, 0)
+        for data, end in zip(parts.values(), accumulate(sizes.values()), strict=True):
+            self._memory[end - len(data) : end] = data
+        return sizes
+
+    def take(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        """What the other side has put."""
+        if sum(sizes.values()) > len(self._memory):
+            self._memory = mmap.mmap(self._number, 0)
+        ends = accumulate(sizes.values())
+        return {
+            name: self._memory[end - size : end]
+            for (name, size), end in zip(sizes.items(), ends, strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a decode process is asked; pickled on its way there, never on its way back."""
+
+    conversation: bytes
+    sizes: dict[str, int]  # of its parts, which stand one after the other in the mailbox
+    seconds: float
+    planned: SampleLengths | None = None  # to render by; None: measure it
+    first_patch: int = 0  # where in the shared memory its patches go
+    store: bool = False  # turn its clips into stored frames
+    decode: bool = False  # where it is measured: decode every image and clip whole
+    look: bool = False  # only decode its parts: they belong to no rendered sample
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep the few megabytes of each picture for the next: faulting them in took a quarter of the time.
+
+    Of this process and those it forks; only glibc knows the call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES // 8)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def serve(
+    address: str,
+    parent: Connection,
+    settings: RenderSettings | None,
+    tokenizer_dir: Path | None,
+    limits: DecodeLimits,
+) -> None:
+    """Fork a decode process for each connection, until the parent is gone. One thread: forking is safe."""
+    os.setpgid(0, 0)  # Ctrl-C is the parent's, and the group can be ended as one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a queue sends it to all; the parent saves first
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    use_whole_vectors()
+    # Compiled, or read from numba's cache, here once: the decode processes forked from this one have it then.
+    resize_and_patchify(np.zeros((57, 57, 3), np.uint8), grid=(4, 4), merge_size=2)
+    resize_and_patchify(np.zeros((56, 56, 3), np.uint8), grid=(4, 4), merge_size=2)
+    tokenizer = None if tokenizer_dir is None else ChatTokenizer.from_folder(tokenizer_dir)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen(256)
+        parent.send_bytes(b"listening")
+        while parent not in wait([listening, parent]):
+            connected, _ = listening.accept()
+            with connected:
+                if os.fork() == 0:
+                    listening.close()
+                    parent.close()
+                    _decode(connected, settings, tokenizer, limits)
+    os.killpg(0, signal.SIGKILL)  # itself too
+
+
+def _decode(
+    connected: socket.socket,
+    settings: RenderSettings | None,
+    tokenizer: ChatTokenizer | None,
+    limits: DecodeLimits,
+) -> None:
+    """A decode process: answer requests until whoever asks is gone. Does not return."""
+    status = 1
+    try:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write(OUT_OF_MEMORY_FIRST)
+        _, (memory, mail), _, _ = socket.recv_fds(connected, 1, 2)
+        space = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
+        mailbox = Mailbox(mail)
+        connection = Connection(connected.detach())
+        connection.send_bytes(str(os.getpid()).encode())
+        while True:
+            request = connection.recv()
+            # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
+            signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
+            parts = mailbox.take(request.sizes)
+            answer, content = _answer(request, parts, space, settings, tokenizer, limits)
+            answer["content"] = mailbox.put({"": content})[""]
+            connection.send_bytes(json.dumps(answer).encode())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except (EOFError, ConnectionError):
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # not through what the server would do at its end
+
+
+def _answer(
+    request: Request,
+    parts: Mapping[str, bytes],
+    space: np.ndarray,
+    settings: RenderSettings | None,
+    tokenizer: ChatTokenizer | None,
+    limits: DecodeLimits,
+) -> tuple[dict[str, Any], bytes]:
+    planned = request.planned
+    try:
+        if request.look:
+            look_at(parts, limits)
+            return {}, b""
+        assert settings is not None, "a server without settings is only asked to look"
+        assert tokenizer is not None, "as settings"
+        if request.store:
+            members = store_sample(request.conversation, parts, settings, limits)
+            names, sizes = list(members), [len(data) for data in members.values()]
+            return {"names": names, "sizes": sizes}, b"".join(members.values())
+        if planned is None:
+            lengths = measure_sample(
+                request.conversation, parts, settings, tokenizer, limits, decode=request.decode
+            )
+            return dataclasses.asdict(lengths), b""
+        start = request.first_patch * PATCH_VALUES
+        sample = render_sample(
+            request.conversation,
+            parts,
+            settings,
+            tokenizer,
+            limits,
+            key="",
+            source=0,
+            planned=planned,
+            space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
+        )
+    except BadSample as error:
+        return {"bad": str(error)}, b""
+    except Exception:
+        return {"bug": traceback.format_exc()}, b""
+    arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)
+    return {}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()

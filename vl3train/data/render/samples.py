@@ -1,0 +1,176 @@
+"""One sample: measured for the index, rendered for a pack, or stood in for when it turned out bad."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
+from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.media.images import decode_image
+from vl3train.data.media.patches import prune_mask, prune_to_count
+from vl3train.data.records.shard_records import open_conversation
+from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
+from vl3train.data.render.visual_items import Item, by_packets_else_exact, lay_out, patch_space, write_patches
+
+
+def measure_sample(
+    conversation_bytes: bytes,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    tokenizer: ChatTokenizer,
+    limits: DecodeLimits,
+    *,
+    decode: bool = False,
+) -> SampleLengths:
+    """What the plan needs to know. Images give their header only; clips are decoded where frames are pruned.
+
+    Args:
+        decode: decode every image and clip whole: damage behind a header is found now, not in the run.
+
+    Raises:
+        BadSample: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
+            ``render_sample``.
+    """
+    conversation = open_conversation(conversation_bytes, parts)
+
+    def measure(exact: bool) -> SampleLengths:
+        items = lay_out(conversation, parts, settings, limits, exact)
+        masks = []
+        for item in items:
+            pruned = settings.prune_frames and item.grid[0] > 1
+            if decode and item.clip is None:
+                decode_image(item.data, limits, item.header)
+            if pruned or (decode and item.clip is not None):
+                patches = patch_space([item])
+                write_patches(item, limits, patches)
+            if pruned:
+                masks.append(prune_mask(patches, item.grid, item.merge_size))
+            else:
+                masks.append(np.ones(item.num_tokens, bool))
+        text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
+        num_supervised_tokens = int((text.labels != IGNORE_INDEX).sum())
+        if not num_supervised_tokens:
+            raise BadSample("no supervised token: the assistant says nothing")
+        return _lengths(items, masks, len(text.input_ids), num_supervised_tokens)
+
+    return by_packets_else_exact(measure)
+
+
+def render_sample(
+    conversation_bytes: bytes,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    tokenizer: ChatTokenizer,
+    limits: DecodeLimits,
+    *,
+    key: str,
+    source: int,
+    planned: SampleLengths | None,
+    space: np.ndarray | None = None,
+) -> RenderedSample:
+    """Decode and tokenize one sample. With ``planned`` its lengths are the plan's, or it is refused.
+
+    Of a pruned clip exactly the planned number of tokens is kept, so that another decoder's rounding cannot
+    break a pack.
+
+    Args:
+        space: (planned.num_patches, 588) uint8 that the patches are written to; None: a new array.
+
+    Raises:
+        BadSample: the sample is damaged, or its lengths are not those that were planned.
+    """
+    conversation = open_conversation(conversation_bytes, parts)
+
+    def render(exact: bool) -> RenderedSample:
+        items = lay_out(conversation, parts, settings, limits, exact)
+        if planned is not None:
+            _compare("grids", planned.grids, tuple(item.grid for item in items))
+            _compare("merge sizes", planned.merge_sizes, tuple(item.merge_size for item in items))
+        patches = patch_space(items) if space is None else space
+        masks, start = [], 0
+        for number, item in enumerate(items):
+            values = patches[start : start + item.num_patches]
+            start += item.num_patches
+            write_patches(item, limits, values)
+            if not settings.prune_frames or item.grid[0] == 1:
+                masks.append(np.ones(item.num_tokens, bool))
+            elif planned is None:
+                masks.append(prune_mask(values, item.grid, item.merge_size))
+            else:
+                masks.append(_pruned_as_planned(values, item, planned.kept_tokens[number]))
+        text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
+        found = _lengths(items, masks, len(text.input_ids), int((text.labels != IGNORE_INDEX).sum()))
+        if planned is not None:
+            for field in dataclasses.fields(SampleLengths):
+                _compare(field.name, getattr(planned, field.name), getattr(found, field.name))
+        return RenderedSample(
+            key=key,
+            source=source,
+            input_ids=text.input_ids,
+            labels=text.labels,
+            patches=patches,
+            grids=np.array(found.grids, np.int64).reshape(-1, 3),
+            merge_sizes=np.array(found.merge_sizes, np.int64),
+            keep_mask=np.concatenate([np.empty(0, bool), *masks]),
+            placeholder_positions=text.placeholder_positions,
+        )
+
+    return by_packets_else_exact(render)
+
+
+def blank_sample(planned: SampleLengths, *, key: str, source: int) -> RenderedSample:
+    """Stands in for a bad sample: the planned lengths, zero patches, no supervised token."""
+    masks = [np.empty(0, bool)]
+    for grid, merge_size, kept in zip(planned.grids, planned.merge_sizes, planned.kept_tokens, strict=True):
+        masks.append(np.arange(grid[0] * grid[1] * grid[2] // merge_size**2) < kept)
+    return RenderedSample(
+        key=key,
+        source=source,
+        input_ids=np.zeros(planned.num_tokens, np.int64),
+        labels=np.full(planned.num_tokens, IGNORE_INDEX, np.int64),
+        patches=np.zeros((planned.num_patches, PATCH_VALUES), np.uint8),
+        grids=np.array(planned.grids, np.int64).reshape(-1, 3),
+        merge_sizes=np.array(planned.merge_sizes, np.int64),
+        keep_mask=np.concatenate(masks),
+        placeholder_positions=np.arange(planned.num_visual_tokens, dtype=np.int64),
+    )
+
+
+def _pruned_as_planned(patches: np.ndarray, item: Item, count: int) -> np.ndarray:
+    try:
+        return prune_to_count(patches, item.grid, item.merge_size, count)
+    except ValueError as error:
+        raise BadSample(f"{error}; index the shards again") from error
+
+
+def _item_tokens(items: list[Item], masks: list[np.ndarray]) -> list[ItemTokens]:
+    return [
+        ItemTokens(tuple(int(kept) for kept in mask.reshape(item.grid[0], -1).sum(axis=1)), item.times)
+        for item, mask in zip(items, masks, strict=True)
+    ]
+
+
+def _lengths(
+    items: list[Item], masks: list[np.ndarray], num_tokens: int, num_supervised_tokens: int
+) -> SampleLengths:
+    kept = tuple(int(mask.sum()) for mask in masks)
+    kinds = sorted({"video" if item.clip else "image" for item in items})
+    return SampleLengths(
+        num_tokens=num_tokens,
+        num_supervised_tokens=num_supervised_tokens,
+        num_visual_tokens=sum(kept),
+        num_patches=sum(item.num_patches for item in items),
+        grids=tuple(item.grid for item in items),
+        merge_sizes=tuple(item.merge_size for item in items),
+        kept_tokens=kept,
+        modality="mixed" if len(kinds) > 1 else kinds[0] if kinds else "text",
+    )
+
+
+def _compare(what: str, planned: object, found: object) -> None:
+    if planned != found:
+        raise BadSample(f"{what}: planned {planned}, found {found}; index the shards again")

@@ -1,0 +1,194 @@
+"""The visual items of a sample: how large each is shown, and its patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vl3train.contracts.geometry import picture_grid, token_budget_pixels
+from vl3train.contracts.records import BadSample, RenderSettings
+from vl3train.contracts.tokens import PATCH_VALUES
+from vl3train.data.media.clips import ClipPlan, DecodeLimits, UnexpectedFrames, plan_clip, read_frames
+from vl3train.data.media.images import ImageHeader, decode_image, image_header
+from vl3train.data.media.patches import resize, resize_and_patchify
+from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
+from vl3train.data.records.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
+from vl3train.data.records.shard_records import open_conversation
+from vl3train.data.shards.tar_headers import CLIP_SUFFIXES, CONVERSATION_PART
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A visual item whose size is known and whose pixels are not decoded yet."""
+
+    data: bytes
+    grid: tuple[int, int, int]  # patches along time, height, width
+    merge_size: int
+    clip: ClipPlan | None  # None: an image, which has a
+    header: ImageHeader | None
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Of each frame, in seconds; empty for an image."""
+        return self.clip.times if self.clip else ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of all its frames."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens before pruning."""
+        return self.num_patches // self.merge_size**2
+
+
+def by_packets_else_exact(make: Callable[[bool], Made]) -> Made:
+    """Trust the number of frames that packets tell; where decoding proves it wrong, count by decoding."""
+    try:
+        return make(False)
+    except UnexpectedFrames:
+        return make(True)
+
+
+def lay_out(
+    conversation: Conversation,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    limits: DecodeLimits,
+    exact: bool,
+) -> list[Item]:
+    """Sizes of all visual items. All images and frames of the sample share its budget of visual tokens."""
+    contents = visual_items(conversation)
+    if missing := sorted({content.part for content in contents} - set(parts)):
+        raise BadSample(f"the conversation needs {missing}; the sample has {sorted(parts)}")
+    clips = [
+        None if isinstance(content, Image) else _plan(content, parts[content.part], settings, limits, exact)
+        for content in contents
+    ]
+    num_pictures = sum(len(clip.times) if clip else 1 for clip in clips)
+    items = []
+    for content, clip in zip(contents, clips, strict=True):
+        data = parts[content.part]
+        header = None
+        if clip is None:
+            header = image_header(data, limits)
+            num_frames, height, width = 1, header.height, header.width
+            merge_size = settings.image_merge_size
+            least, most = settings.image_min_pixels, settings.image_max_pixels
+        else:
+            num_frames, height, width = len(clip.times), clip.height, clip.width
+            merge_size = settings.video_merge_size
+            least, most = settings.video_min_pixels, settings.video_max_pixels // num_frames
+        budget = token_budget_pixels(
+            max_visual_tokens=settings.max_visual_tokens, num_pictures=num_pictures, merge_size=merge_size
+        )
+        try:
+            grid = picture_grid(
+                height, width, merge_size=merge_size, min_pixels=least, max_pixels=min(most, budget)
+            )
+        except ValueError as error:
+            raise BadSample(f"{content.part}: {error}") from error
+        items.append(Item(data, (num_frames, *grid), merge_size, clip, header))
+    return items
+
+
+def _plan(
+    content: Video | Stream, data: bytes, settings: RenderSettings, limits: DecodeLimits, exact: bool
+) -> ClipPlan:
+    """Which frames of a clip are shown; of a streamed clip none after its last message (train.py:332)."""
+    rule = _rule(content, settings)
+    plan = (
+        plan_stored(data, rule, limits)
+        if is_stored(data)
+        else plan_clip(data, **rule, limits=limits, exact=exact)
+    )
+    if isinstance(content, Video):
+        return plan
+    count = sum(seconds <= content.until for seconds in plan.times)
+    if not count:
+        raise BadSample(f"{content.part}: no frame comes before the last message, at {content.until} s")
+    return dataclasses.replace(plan, times=plan.times[:count], picked=plan.picked[:count])
+
+
+def _rule(content: Video | Stream, settings: RenderSettings) -> dict[str, Any]:
+    return {
+        "fps": settings.fps,
+        "min_frames": settings.min_frames,
+        "max_frames": settings.max_frames,
+        "start_seconds": content.start,
+        "end_seconds": content.end,
+    }
+
+
+def patch_space(items: list[Item]) -> np.ndarray:
+    """Room for the patches of some items, (P, 588) uint8."""
+    return np.empty((sum(item.num_patches for item in items), PATCH_VALUES), np.uint8)
+
+
+def write_patches(item: Item, limits: DecodeLimits, out: np.ndarray) -> None:
+    """Fill (P, 588) uint8. Frames are shrunk one by one: a long clip is never in memory at its own size."""
+    grid = item.grid[1:]
+    if item.clip is None:
+        picture = decode_image(item.data, limits, item.header)
+        resize_and_patchify(picture, grid=grid, merge_size=item.merge_size, out=out)
+        return
+    frames = out.reshape(item.grid[0], -1, PATCH_VALUES)
+    for number, frame in enumerate(_frames(item.data, item.clip)):
+        resize_and_patchify(frame, grid=grid, merge_size=item.merge_size, out=frames[number])
+
+
+def _frames(data: bytes, clip: ClipPlan) -> Iterator[np.ndarray]:
+    return read_stored(data, clip) if is_stored(data) else read_frames(data, clip)
+
+
+def store_sample(
+    conversation_bytes: bytes, parts: Mapping[str, bytes], settings: RenderSettings, limits: DecodeLimits
+) -> dict[str, bytes]:
+    """The members of the same sample with each clip replaced by the frames that are taken of it (stored_frames.py).
+
+    Frames are stored at the size they are shown in under these settings; other media keep their bytes.
+
+    Raises:
+        BadSample: it cannot be rendered.
+    """
+    conversation = open_conversation(conversation_bytes, parts)
+
+    def store(exact: bool) -> dict[str, bytes]:
+        contents = visual_items(conversation)
+        members, names = {}, {}
+        for content, item in zip(
+            contents, lay_out(conversation, parts, settings, limits, exact), strict=True
+        ):
+            if item.clip is None or isinstance(content, Image) or is_stored(item.data):
+                members[content.part] = item.data
+                continue
+            frames = (resize(frame[None], item.grid[1:])[0] for frame in _frames(item.data, item.clip))
+            names[content.part] = f"{len(members)}.{STORED_SUFFIX}"
+            members[names[content.part]] = pack_frames(frames, item.times, _rule(content, settings))
+        return {CONVERSATION_PART: rename_parts(conversation, names).to_json(), **members}
+
+    return by_packets_else_exact(store)
+
+
+def look_at(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
+    """Decode images whole, and of clips the first frame; how many follow is read from their packets.
+
+    Raises:
+        BadSample: one of them is damaged or over the limits.
+    """
+    whole = {"fps": 1.0, "min_frames": 1, "max_frames": 1}
+    for name, data in parts.items():
+        try:
+            if name.rpartition(".")[2] in CLIP_SUFFIXES:
+                plan_clip(data, **whole, limits=limits)  # type: ignore[arg-type]
+            else:
+                decode_image(data, limits)
+        except BadSample as error:
+            raise BadSample(f"{name}: {error}") from error

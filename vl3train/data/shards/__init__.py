@@ -1,0 +1,1 @@
+"""Where the bytes of each sample lie, in local and remote shards."""

@@ -1,0 +1,288 @@
+"""What is known of every sample before it is read: where it lies, its lengths, its checksum.
+
+One parquet file for each shard and a manifest, in ``<shard folder>/index-<settings fingerprint>/``. Written by
+build_index.py; read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.plan.cache import mark_used
+from vl3train.data.plan.sample_table import (
+    MAPPED_FROM_SAMPLES,
+    SampleTable,
+    columns,
+    for_the_plan,
+    map_rows,
+    refused_of,
+    rows_file,
+    write_rows,
+)
+from vl3train.data.shards.read import read_parts
+from vl3train.data.shards.remote import RangeCache, listed_shards
+from vl3train.data.shards.tar_headers import CONVERSATION_PART, Part
+
+MANIFEST = "manifest.json"
+USABLE = "ok"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("part_names", pa.list_(pa.string())),
+        ("part_offsets", pa.list_(pa.int64())),
+        ("part_sizes", pa.list_(pa.int64())),
+        ("part_crc32s", pa.list_(pa.int64())),
+        ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media: never opened
+        ("num_tokens", pa.int64()),
+        ("num_supervised_tokens", pa.int64()),
+        ("num_visual_tokens", pa.int64()),
+        ("num_patches", pa.int64()),
+        ("num_patch_pairs", pa.int64()),  # sum over frames of their patches squared: the encoder's attention
+        ("grids", pa.list_(pa.int32())),  # t, h, w of each visual item, flat
+        ("merge_sizes", pa.list_(pa.int32())),
+        ("kept_tokens", pa.list_(pa.int32())),
+        ("modality", pa.string()),
+        ("status", pa.string()),  # USABLE, or the reason why not
+    ]
+)
+
+
+class NoIndex(ValueError):  # noqa: N818 - says what is missing and how to make it
+    """There is no index for these shards and settings, or the shards have changed since."""
+
+
+def index_folder(shards: Path, settings: RenderSettings) -> Path:
+    """Where the index of a folder of shards lies."""
+    return shards / f"index-{settings.fingerprint()}"
+
+
+def shard_files(shards: Path) -> list[Path]:
+    """The shards of a folder, by name.
+
+    Raises:
+        NoIndex: the folder holds none.
+    """
+    found = {path.name: path for path in shards.glob("*.tar")}
+    found |= {name: shards / name for name in listed_shards(shards)}
+    if not found:
+        raise NoIndex(f"{shards}: no .tar shards; make them with `vl3train shards`")
+    return [found[name] for name in sorted(found)]
+
+
+def read_manifest(shards: Path, settings: RenderSettings, limits: DecodeLimits) -> dict[str, Any]:
+    """The manifest of a complete index that fits the shards as they are now.
+
+    Raises:
+        NoIndex: with what is missing or differs.
+    """
+    folder = index_folder(shards, settings)
+    way_out = "run `vl3train index`, or let training build it"
+    if not (folder / MANIFEST).is_file():
+        others = [path.parent.name for path in shards.glob(f"index-*/{MANIFEST}")]
+        made_for = _differing_settings(shards / others[0], settings) if others else ""
+        raise NoIndex(f"{shards}: no index for these settings{made_for}; {way_out}")
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["limits"] != dataclasses.asdict(limits):
+        raise NoIndex(f"{shards}: indexed with limits {manifest['limits']}, now {limits}; {way_out}")
+    indexed = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+    there = {path.name: path.stat().st_size if path.is_file() else None for path in shard_files(shards)}
+    if indexed != there:
+        changed = min(name for name, _ in set(indexed.items()) ^ set(there.items()))
+        raise NoIndex(f"{shards}: shards have changed since they were indexed, {changed} first; {way_out}")
+    return manifest
+
+
+def _differing_settings(folder: Path, settings: RenderSettings) -> str:
+    """What an index that is there was made with instead."""
+    made_with = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]
+    now = dataclasses.asdict(settings)
+    differing = [
+        f"{key}={made_with.get(key)}, now {now[key]}" for key in now if made_with.get(key) != now[key]
+    ]
+    return f" ({folder.name} was made with {'; '.join(differing)})"
+
+
+@dataclass(frozen=True)
+class Index:
+    """All usable samples of a recipe's sources, source after source. A sample's number here is its *row*."""
+
+    source_names: tuple[str, ...]
+    weights: tuple[float, ...]
+    sizes: tuple[int, ...]  # usable samples of each source
+    shards: tuple[Path, ...]
+    rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
+    refused: tuple[tuple[str, str], ...]
+    """Key and reason of every sample of these sources that cannot be used."""
+    unread_parts: tuple[tuple[str, str, int], ...]
+    """Source, suffix and number of members that are neither text nor media; they are never opened."""
+    fingerprint: str
+    cache: RangeCache | None = None  # of remote shards
+    file: Path | None = None
+    """Where ``rows`` are mapped from. Another process is sent this in place of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.file is None else {**self.__dict__, "rows": None, "refused": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["file"] is not None:
+            state["rows"] = map_rows(state["file"])
+            state["refused"] = refused_of(state["rows"])
+        self.__dict__.update(state)
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples."""
+        return int(self.rows.num_rows)
+
+    def source(self, row: int) -> int:
+        """Number of the row's source in the recipe."""
+        return int(np.searchsorted(np.cumsum(self.sizes), row, "right"))
+
+    def shard(self, row: int) -> Path:
+        """The row's shard file."""
+        return self.shards[self.rows["shard"][row].as_py()]
+
+    def key(self, row: int) -> str:
+        """source/shard/member."""
+        return f"{self.source_names[self.source(row)]}/{self.shard(row).stem}/{self.rows['key'][row].as_py()}"
+
+    def lengths(self, row: int) -> SampleLengths:
+        """What the index pass measured."""
+        values = self._row(row)
+        grids = values["grids"]
+        return SampleLengths(
+            num_tokens=values["num_tokens"],
+            num_supervised_tokens=values["num_supervised_tokens"],
+            num_visual_tokens=values["num_visual_tokens"],
+            num_patches=values["num_patches"],
+            grids=tuple((grids[i], grids[i + 1], grids[i + 2]) for i in range(0, len(grids), 3)),
+            merge_sizes=tuple(values["merge_sizes"]),
+            kept_tokens=tuple(values["kept_tokens"]),
+            modality=values["modality"],
+        )
+
+    def read_sample(self, row: int) -> tuple[bytes, dict[str, bytes]]:
+        """The conversation's JSON (empty where a caption is all), and its other parts by name.
+
+        Raises:
+            BadSample: the bytes are not those that were indexed.
+        """
+        values = self._row(row)
+        parts = [
+            Part(*fields)
+            for fields in zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
+        ]
+        data = read_parts(self.shard(row), parts, self.cache)
+        for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
+            if zlib.crc32(data[part.name]) != crc32:
+                raise BadSample(f"part {part.name}: its bytes differ from those indexed (crc32)")
+        return data.pop(CONVERSATION_PART, b""), data
+
+    def sample_table(self) -> SampleTable:
+        """What the plan reads."""
+        return SampleTable(
+            sizes=self.sizes,
+            weights=self.weights,
+            fingerprint=self.fingerprint,
+            file=self.file,
+            **columns(self.rows),
+        )
+
+    def _row(self, row: int) -> dict[str, Any]:
+        (values,) = self.rows.slice(row, 1).to_pylist()
+        return dict(values)
+
+
+def open_index(
+    sources: Sequence[tuple[str, float, Path | None]],
+    settings: RenderSettings,
+    limits: DecodeLimits,
+    cache: RangeCache | None = None,
+    folder: Path | None = None,
+) -> Index:
+    """The index of some sources, each a name, a weight and its folder of shards (None: it has no samples).
+
+    Args:
+        sources: in the order of the recipe.
+        settings: how samples are rendered.
+        limits: what a file's header may say.
+        cache: keeps what is read of remote shards.
+        folder: where the rows of a long index are kept for all processes of the node to map; None: each has them
+            in its own memory.
+
+    Raises:
+        NoIndex: one of them is missing or stale; every one is in the message.
+    """
+    shards, sizes, contents, faults, files = [], [], [], [], []
+    unread: Counter[tuple[str, str]] = Counter()
+    for name, _, shard_folder in sources:
+        sizes.append(0)
+        if shard_folder is None:
+            continue
+        try:
+            manifest = read_manifest(shard_folder, settings, limits)
+        except NoIndex as error:
+            faults.append(str(error))
+            continue
+        for entry in manifest["shards"]:
+            sizes[-1] += entry["samples"] - entry["refused"]
+            unread.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
+            shards.append(shard_folder / entry["name"])
+            files.append((name, index_folder(shard_folder, settings) / f"{entry['name']}.parquet"))
+            contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
+    if faults:
+        raise NoIndex("\n".join(faults))
+    fingerprint = hashlib.sha256(json.dumps([settings.fingerprint(), contents]).encode()).hexdigest()[:16]
+    file = rows_file(folder, fingerprint) if folder and sum(sizes) >= MAPPED_FROM_SAMPLES else None
+    if file is None or not file.is_file():
+        rows, refused = _read_rows(files)
+        if file is not None:
+            write_rows(file, rows, refused)
+    if file is not None:
+        mark_used(file)
+        rows = map_rows(file)
+    return Index(
+        source_names=tuple(name for name, _, _ in sources),
+        weights=tuple(weight for _, weight, _ in sources),
+        sizes=tuple(sizes),
+        shards=tuple(shards),
+        rows=rows,
+        refused=tuple(refused) if file is None else refused_of(rows),
+        unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
+        fingerprint=fingerprint,
+        cache=cache,
+        file=file,
+    )
+
+
+def _read_rows(files: Sequence[tuple[str, Path]]) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The usable rows of some parquet files, each with its source's name; key and reason of the others."""
+    tables, refused = [], []
+    for number, (name, path) in enumerate(files):
+        table = pq.read_table(path)
+        usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
+        bad = table.filter(pa.array(~usable))
+        stem = Path(path.stem).stem
+        refused += [
+            (f"{name}/{stem}/{key}", reason)
+            for key, reason in zip(bad["key"].to_pylist(), bad["status"].to_pylist(), strict=True)
+        ]
+        good = table.filter(pa.array(usable))
+        shard = pa.array(np.full(good.num_rows, number, np.int32))
+        tables.append(good.append_column("shard", shard).replace_schema_metadata(None))
+    empty = SCHEMA.append(pa.field("shard", pa.int32())).empty_table()
+    return for_the_plan(pa.concat_tables(tables) if tables else empty).combine_chunks(), refused

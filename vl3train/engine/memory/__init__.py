@@ -1,0 +1,1 @@
+"""Fits a run into the memory of its GPU and host."""

@@ -1,0 +1,219 @@
+"""The only door to DeepSpeed: forward, backward, step, and the state a checkpoint keeps.
+
+DeepSpeed by default divides by accumulation steps and averages over ranks. Both are undone here and nowhere
+else, so that the gradient of a step is that of the loss the step defines: the sum over its supervised tokens
+divided by their number in the global batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+from vl3train.config.choices import Dtype, MasterDtype
+from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.contracts.records import Batch
+from vl3train.engine.optim.build import state_bytes
+from vl3train.engine.optim.offload_adamw import HostAdamW
+from vl3train.engine.optim.offload_schedule import MeansSchedule
+from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.transfer import Reading, Transfer
+from vl3train.engine.zero.zero1_bf16 import drop_masters, keep_float32_sums
+from vl3train.model.packed_forward import PackedModel
+
+# On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# ZeRO-1 in bfloat16 prints a page of memory figures at every start, unasked.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+# DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+# transformers 5.23 renames a method that 5.20 has by the old name only.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
+
+
+class Zero:
+    """A model under DeepSpeed ZeRO."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        machine: MachineConfig,
+        optim: OptimConfig,
+        num_micro_batches: int,
+        rank: Rank,
+        save_frozen: bool = True,
+    ) -> None:
+        """Put ``model`` under ZeRO. ``save_frozen=False`` leaves frozen weights out of checkpoints: with adapters
+        they are the whole base model, which the run keeps once."""
+        self.rank = rank
+        self.save_frozen = save_frozen
+        self.zero_stage = machine.zero_stage
+        self.state_bytes = state_bytes(optim)  # of AdamW, for each parameter of this rank's share
+        host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
+            dist_init_required=False,
+        )
+        if self.zero_stage < 3:
+            model.lay_frozen_weights_together()
+        for parameter in model.parameters():
+            # Of an engine before this one: layers would add to it still.
+            parameter.__dict__.pop("grad_sum", None)
+        if isinstance(self.optimizer, BF16_Optimizer):
+            keep_float32_sums(
+                self.optimizer,
+                clip=optim.max_grad_norm,
+                on_norm=self._report,
+                summed_by_layers=model.weights_with_sums(),
+            )
+            if optim.master_dtype is MasterDtype.split:
+                assert host_adamw is not None, "nobody else updates masters that are split"
+                drop_masters(self.optimizer, host_adamw.keep_low_bits)
+            elif optim.master_dtype is MasterDtype.bfloat16:
+                drop_masters(self.optimizer)
+        self._transfer = Transfer(rank.device)
+        self._totals = torch.empty(0)  # of the step that is being made
+        self._reading: Reading | None = None  # what it reports
+        self.means: MeansSchedule | None = None  # where they wait on the host
+        if host_adamw is not None:
+            self.means = MeansSchedule(host_adamw)
+            model.before_layer = self.means.before_layer
+            model.on_layer_backward = self.means.after_layer_backward
+
+    def send(self, batch: Batch) -> None:
+        """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""
+        self._transfer.send(batch)
+
+    def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
+        """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
+        others = self.others(batch, first=first, last=last)
+        if self.means is not None and (first or last):
+            self.means.begin_forward(batch, others, first=first, last=last)
+        return self.engine(self._transfer.take(batch), others=others)
+
+    def others(self, batch: Batch, *, first: bool, last: bool) -> int:
+        """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""
+        return 0 if self.means is None else self.means.others(batch, first=first, last=last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
+        self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
+
+    def step(self, totals: Tensor) -> Reading:
+        """Clip and update once the last micro-batch is in.
+
+        Gives ``totals`` (n,) summed over ranks, in place, and behind them the L2 norm of the gradients before clipping.
+        Under ZeRO-1 in bfloat16 they are on their way before the update is.
+        """
+        dist.all_reduce(totals)
+        self._totals, self._reading = totals, None
+        if self.zero_stage == 0:
+            # DeepSpeed keeps no norm in this case. The last backward has already reduced the gradients.
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self._report(torch.nn.utils.get_total_norm(grads))
+        self.engine.step()
+        return self._reading or self._report(self.engine.get_global_grad_norm())
+
+    def _report(self, norm: float | Tensor) -> Reading:
+        norm = torch.as_tensor(norm, dtype=self._totals.dtype, device=self._totals.device)
+        self._reading = Reading(torch.cat([self._totals, norm.reshape(1)]))
+        return self._reading
+
+    def states_to_come(self) -> int:
+        """Bytes that AdamW's states will take on this rank's device, where no step has made them yet.
+
+        torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
+        """
+        if self.means is not None or any(getattr(self.optimizer, "optimizer", self.optimizer).state.values()):
+            return 0
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        size = sum(
+            getattr(p, "ds_numel", p.numel()) for p in trained
+        )  # ds_numel: whole, where ZeRO-3 has cut it
+        return -(-size // (self.rank.dp_size if self.zero_stage else 1)) * self.state_bytes
+
+    def finish_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch which is not the step's last one is done."""
+        self.engine.step()
+
+    def train(self, training: bool) -> None:
+        """Switch dropout and activation checkpointing on or off."""
+        self.engine.train(training)
+
+    def full_parameters(self, name: str, parameter: torch.nn.Parameter) -> Tensor | None:
+        """One whole parameter on rank 0's CPU, None elsewhere. Every rank must call this in the same order."""
+        if self.zero_stage < 3:
+            return parameter.detach().cpu().clone() if self.rank.is_first else None
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone() if self.rank.is_first else None
+
+    def full_state_dict(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Whole weights of ``module`` on rank 0's CPU; empty on other ranks. Tied weights appear once.
+
+        Every rank must call this: under ZeRO-3 it gathers.
+        """
+        state = {}
+        for name, parameter in module.named_parameters():
+            whole = self.full_parameters(name, parameter)
+            if whole is not None:
+                state[name] = whole
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and DeepSpeed's counters; every rank its share."""
+        self.engine.save_checkpoint(
+            str(folder), tag="state", save_latest=False, exclude_frozen_parameters=not self.save_frozen
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage.
+
+        The optimizer's options (rates, betas, weight decay) stay those of this run: torch stores them with the states.
+        """
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.save_frozen)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no state under {folder}")
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
+
+
+def deepspeed_config(
+    machine: MachineConfig, optim: OptimConfig, num_micro_batches: int, dp_size: int
+) -> dict[str, Any]:
+    """The DeepSpeed settings of a run. One micro-batch is one pack, so its batch size is 1."""
+    bf16 = machine.dtype is Dtype.bfloat16
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_micro_batches,
+        "train_batch_size": num_micro_batches * dp_size,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": {"stage": machine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        # Else DeepSpeed waits for the device, and for all that is copied beside it, in each micro-batch; the meter is
+        # ours (engine/monitor/meter.py).
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if bf16 and machine.zero_stage in (1, 2):
+        # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

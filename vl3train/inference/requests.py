@@ -1,0 +1,96 @@
+"""Questions as users write them: options, or lines of JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vl3train.contracts.tokens import RESERVED_TOKENS
+
+REQUEST_KEYS = ("prompt", "image", "video", "system")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question. Images come first, then videos, then the prompt."""
+
+    prompt: str
+    images: tuple[Path, ...] = ()
+    videos: tuple[Path, ...] = ()
+    system: str | None = None
+
+
+def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
+    """The requests of a JSON-lines file. Raises ValueError naming every bad line at once."""
+    found: list[tuple[str, Request]] = []
+    problems = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}: "
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}is not JSON ({error})")
+            continue
+        request, wrong = parse_request(fields, media_root)
+        problems.extend(where + problem for problem in wrong)
+        if request is not None:
+            found.append((where, request))
+    if problems:
+        raise ValueError(f"{len(problems)} problems in the requests\n" + "\n".join(problems))
+    if not found:
+        raise ValueError(f"{file} holds no request")
+    return found
+
+
+def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[str]]:
+    """A request from plain values and everything that is wrong with them; a request only if nothing is."""
+
+    if not isinstance(fields, dict):
+        return None, [f"is a {type(fields).__name__}, not an object with {', '.join(REQUEST_KEYS)}"]
+    problems = [
+        f"unknown key {key!r}; there are {', '.join(REQUEST_KEYS)}"
+        for key in fields
+        if key not in REQUEST_KEYS
+    ]
+    for key in ("prompt", "system"):
+        text = fields.get(key)
+        if not isinstance(text, str) and not (key == "system" and text is None):
+            problems.append(f"{key} is {'missing' if text is None else 'no text'}")
+            continue
+        taken = [token for token in RESERVED_TOKENS if token in (text or "")]
+        problems.extend(
+            f"{key} holds {token}, which the model reads as structure; remove it" for token in taken
+        )
+    media: dict[str, tuple[Path, ...]] = {}
+    for key in ("image", "video"):
+        value = fields.get(key)
+        names = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"{key} is neither a path nor a list of paths")
+            continue
+        media[key] = tuple(media_root / name for name in names)
+        problems.extend(f"{key} {path} does not exist" for path in media[key] if not path.is_file())
+    if problems:
+        return None, problems
+    return (
+        Request(
+            prompt=fields["prompt"], images=media["image"], videos=media["video"], system=fields.get("system")
+        ),
+        [],
+    )
+
+
+def as_line(request: Request) -> dict[str, Any]:
+    """The plain values of a request; what it lacks is left out."""
+    line: dict[str, Any] = {"prompt": request.prompt}
+    if request.images:
+        line["image"] = [str(path) for path in request.images]
+    if request.videos:
+        line["video"] = [str(path) for path in request.videos]
+    if request.system is not None:
+        line["system"] = request.system
+    return line

@@ -1,0 +1,1 @@
+"""What of a layer is kept for the backward pass, and what is recomputed."""

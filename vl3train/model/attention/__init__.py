@@ -1,0 +1,1 @@
+"""Variable-length attention backends, and the check of each against float64."""

@@ -1,0 +1,187 @@
+"""Attention over segments laid end to end: one function, four kernels, never swapped silently.
+
+T tokens (or patches), H query heads, Hkv key and value heads, D values a head, S segments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vl3train.model.attention.qkv_op import SERVED, qkv_attention, reference, repeat_heads
+
+BACKENDS = ("flash_attn_4", "flash_attn", "torch_varlen", "reference")
+"""In the order in which ``auto`` tries them."""
+
+MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn": 256, "torch_varlen": 256}
+
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+SEQLEN_STEP = 512
+"""max_seqlen is told to kernels rounded up to a multiple of this, so that few values ever occur."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """The kernel that serves, and why it was taken: printed when a run starts."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Bounds of the segments of one row, on the device for the kernel and on the host for everything else."""
+
+    cu_seqlens: Tensor  # (S+1,) int32
+    lengths: tuple[int, ...]  # S; read by the reference alone, where layers are not compiled
+    max_seqlen: int
+    backend: str
+
+
+def make_segments(
+    cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, backend: str, *, compiled: bool
+) -> Segments:
+    """Bounds for a row of ``num_rows`` tokens or patches.
+
+    What compiled layers take must not change from pack to pack, or each pack compiles them anew: so the longest
+    length is rounded up, and kernels, which do not read them, get no lengths. Raises ValueError when the lengths
+    do not add up to the row.
+    """
+    if sum(lengths) != num_rows:
+        raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {num_rows} tokens")
+    if backend == "reference" and not compiled:
+        return Segments(cu_seqlens, lengths, max(lengths), backend)
+    return Segments(cu_seqlens, (), -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
+
+
+def choose_attention(
+    requested: str,
+    device: torch.device,
+    head_dims: Sequence[int],
+    dtype: torch.dtype,
+    wrong: Mapping[str, str] | None = None,
+) -> KernelChoice:
+    """The kernel for every head dimension in ``head_dims``; ``auto`` takes the first that can serve.
+
+    ``wrong`` are backends that ``auto`` passes over, with the reason (model/attention/check.py finds them).
+    Raises ValueError when ``requested`` is no backend, or one that cannot serve here.
+    """
+    if requested == "auto":
+        refused: list[str] = []
+        for name in BACKENDS:
+            problem = (wrong or {}).get(name) or _problem(name, device, head_dims, dtype)
+            if problem is None:
+                reason = "; ".join(refused) or "first choice"
+                return KernelChoice(name, f"auto: {reason}")
+            refused.append(f"{name} {problem}")
+    if requested not in BACKENDS:
+        raise ValueError(f"machine.attention={requested}: it is one of auto, {', '.join(BACKENDS)}")
+    if problem := _problem(requested, device, head_dims, dtype):
+        raise ValueError(
+            f"machine.attention={requested} cannot serve: it {problem}; "
+            "machine.attention=auto takes one that can"
+        )
+    return KernelChoice(requested, "asked for")
+
+
+def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why the backend cannot serve, or None."""
+    if name == "reference":
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if wrong := [dim for dim in head_dims if dim % 8 or dim > MAX_HEAD_DIM[name]]:
+        return f"needs head dimensions that are multiples of 8 up to {MAX_HEAD_DIM[name]}, not {wrong}"
+    if (
+        name == "flash_attn_4"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device)[0] < 9
+    ):
+        return "needs a GPU of the Hopper generation or later"
+    try:
+        _kernel(name)
+    except (ImportError, AttributeError) as error:
+        return f"is not installed ({error})"
+    except (
+        RuntimeError
+    ) as error:  # how nvidia-cutlass-dsl, below flash-attn-4, says that a part of it is missing
+        return f"is not wholly installed ({error})"
+    return None
+
+
+_LOADED: dict[str, Callable[..., Any]] = {}
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    """The library function behind a backend; ImportError or AttributeError where there is none."""
+    if name not in _LOADED:
+        module, function = {
+            "flash_attn_4": ("vl3train.model.attention.flash_attn_4", "attend"),
+            "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+            "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+        }[name]
+        _LOADED[name] = getattr(importlib.import_module(module), function)
+    return _LOADED[name]
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    lengths: tuple[int, ...],
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """Softmax attention within each segment: ``q`` (T, H, D), ``k`` and ``v`` (T, Hkv, D) -> (T, H, D).
+
+    ``lengths`` and ``max_seqlen`` come from the host, so nothing waits for the device. Raises ValueError
+    when they do not fit the tensors: a ``max_seqlen`` below the longest segment gives NaN without a word in
+    every kernel.
+    """
+    if sum(lengths) != q.shape[0]:
+        raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {q.shape[0]} tokens")
+    if max_seqlen < max(lengths):
+        raise ValueError(f"max_seqlen={max_seqlen} is below the longest segment, {max(lengths)}")
+    return attend(q, k, v, Segments(cu_seqlens, lengths, max_seqlen, backend), causal=causal, scale=scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:
+    """``varlen_attention`` without its checks, for layers that torch.compile traces: see make_segments."""
+    cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
+    if segments.backend == "reference" and not torch.compiler.is_compiling():
+        return reference(q, k, v, segments.lengths, causal, scale)
+    if segments.backend in SERVED:
+        # The reference too: traced, it would read the lengths of each pack, and each would be compiled anew.
+        rows, (num_heads, head_dim) = torch.cat((q, k, v), 1).flatten(1), q.shape[1:]
+        out, _ = qkv_attention(
+            rows, cu_seqlens, head_dim, num_heads, max_seqlen, segments.backend, causal, scale
+        )
+        return out.unflatten(1, (num_heads, head_dim))
+    kernel = _kernel(segments.backend)
+    if segments.backend == "flash_attn":
+        return kernel(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
+        )
+    # torch 2.11 has no enable_gqa: there the key and value heads are repeated.
+    gqa: dict[str, bool] = {}
+    if q.shape[1] != k.shape[1]:
+        if TORCH_VERSION >= (2, 13):
+            gqa = {"enable_gqa": True}
+        else:
+            k, v = repeat_heads(q, k), repeat_heads(q, v)
+    window = (-1, 0) if causal else (-1, -1)
+    return kernel(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **gqa
+    )

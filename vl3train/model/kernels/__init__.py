@@ -1,0 +1,1 @@
+"""Optional fused operations, each with a plain reference and a check beside it."""

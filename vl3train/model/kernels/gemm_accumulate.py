@@ -1,0 +1,55 @@
+"""Gradients of weights added to their float32 sums by the product that makes them, as ops for model/layers/mlp_half.py.
+
+So they are not rounded to bfloat16 before they are summed, are not held until the micro-batch ends, and no pass adds
+them up. A weight whose layer does so has its sum as the attribute ``grad_sum``, (out, in) float32, which the engine
+gives it and sets to zero (engine/zero/zero1_bf16.py); it gets no ``grad``. Weights of one product have one sum, with
+the first of them: an op that changes two tensors of one buffer goes wrong in torch 2.11's compiler. R rows, W values
+a row, I of an MLP's wide rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vl3train.model.kernels.gemm_ops import plain_gate_up_weights_grad
+
+
+@torch.library.custom_op("vl3train::add_weight_grad", mutates_args=("total",))
+def add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    """``total`` (out, in) += what F.linear's weight gets from ``grad`` (R, out) and its ``rows`` (R, in)."""
+    if total.is_cuda:
+        torch.addmm(total, grad.t(), rows, out_dtype=torch.float32, out=total)
+    else:
+        plain_add_weight_grad(total, grad, rows)
+
+
+@add_weight_grad.register_fake
+def _(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    pass
+
+
+def plain_add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    """``add_weight_grad``."""
+    total.addmm_(grad.t().to(total.dtype), rows.to(total.dtype))
+
+
+@torch.library.custom_op("vl3train::add_gate_up_weights_grad", mutates_args=("total",))
+def add_gate_up_weights_grad(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
+    """``total`` (2 I, W) += gate_up_weights_grad of ``d_gate_up`` and ``rows`` (model/kernels/gemm_ops.py)."""
+    if total.is_cuda:
+        from vl3train.model.kernels.quack_gemm import add_gate_up_weights_grad_kernel
+
+        add_gate_up_weights_grad_kernel(total, d_gate_up, rows)
+    else:
+        plain_add_gate_up_weights_grad(total, d_gate_up, rows)
+
+
+@add_gate_up_weights_grad.register_fake
+def _(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
+    pass
+
+
+def plain_add_gate_up_weights_grad(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
+    """``add_gate_up_weights_grad``."""
+    total.add_(plain_gate_up_weights_grad(d_gate_up.to(total.dtype), rows.to(total.dtype)))

@@ -1,0 +1,271 @@
+"""Matrix products together with the pass over memory that follows them, as ops; model/layers/attention_half.py and
+mlp_half.py use them.
+
+R rows, W values a row, I of an MLP's wide rows. On a GPU quack's kernels do both at once (model/kernels/quack_gemm.py);
+here are the same formulas in torch, for the CPU. ``gate_up`` are rows (R, 2 I) that hold gate and up of each place side
+by side, as those kernels want them; ``gate_weight`` and ``up_weight`` are (I, W) each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vl3train.model.kernels.ops import plain_gelu_backward, plain_rotate
+
+ROTATED_HEADS = (128,)
+"""Widths of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; one for the encoder,
+of 144 for heads of 72, came out wrong (relative error 0.9, benchmarks/log.md)."""
+
+
+@torch.library.custom_op("vl3train::linear_rotate", mutates_args=())
+def linear_rotate(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
+    """F.linear, and RoPE on the first ``num_rotated`` heads of what comes out (see ``ops.rotate``)."""
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import linear_rotate_kernel
+
+        return linear_rotate_kernel(rows, weight, bias, table, num_rotated)
+    return plain_linear_rotate(rows, weight, bias, table, num_rotated)
+
+
+@linear_rotate.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[0]))
+
+
+def plain_linear_rotate(
+    rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
+) -> Tensor:
+    """``linear_rotate`` in torch's own ops, as all that are called plain here."""
+    qkv = F.linear(rows, weight, bias)
+    plain_rotate(qkv, table, num_rotated, False, False)
+    return qkv
+
+
+@torch.library.custom_op("vl3train::linear_gelu", mutates_args=())
+def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """F.linear of (R, W) ``rows`` and (I, W) ``weight``, (R, I), and its GELU by the tanh formula.
+
+    The first is left empty where it need not ``keep``.
+    """
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import linear_gelu_kernel
+
+        return linear_gelu_kernel(rows, weight, bias, keep)
+    return plain_linear_gelu(rows, weight, bias, keep)
+
+
+@linear_gelu.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    shape = rows.shape[0], weight.shape[0]
+    return rows.new_empty(shape if keep else (0, shape[1])), rows.new_empty(shape)
+
+
+def plain_linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """``linear_gelu``."""
+    wide = F.linear(rows, weight, bias)
+    return wide if keep else wide.new_empty((0, len(weight))), F.gelu(wide, approximate="tanh")
+
+
+@torch.library.custom_op("vl3train::gelu_linear_backward", mutates_args=())
+def gelu_linear_backward(
+    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the product with (W, I) ``weight`` and the GELU of (R, I) ``wide`` before it.
+
+    ``grad`` (R, W) -> the gradient of ``wide``, its GELU ``again``, both (R, I), and the (I,) float32 column sums of
+    the gradient. Without ``again`` the second is left empty.
+    """
+    if grad.is_cuda:
+        from vl3train.model.kernels.quack_gemm import gelu_linear_backward_kernel
+
+        return gelu_linear_backward_kernel(grad, weight, wide, again)
+    return plain_gelu_linear_backward(grad, weight, wide, again)
+
+
+@gelu_linear_backward.register_fake
+def _(grad: Tensor, weight: Tensor, wide: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, width = wide.shape
+    sums = wide.new_empty((width,), dtype=torch.float32)
+    return wide.new_empty((num_rows, width)), wide.new_empty((num_rows if again else 0, width)), sums
+
+
+def plain_gelu_linear_backward(
+    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``gelu_linear_backward``."""
+    d_wide = grad @ weight
+    activated, sums = plain_gelu_backward(d_wide, wide)
+    return d_wide, activated if again else wide.new_empty((0, wide.shape[1])), sums
+
+
+@torch.library.custom_op("vl3train::linear_swiglu", mutates_args=())
+def linear_swiglu(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """``gate_up`` of (R, W) ``rows``, left empty where it need not ``keep``, and silu(gate) * up, (R, I)."""
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import linear_swiglu_kernel
+
+        return linear_swiglu_kernel(rows, gate_weight, up_weight, keep)
+    return plain_linear_swiglu(rows, gate_weight, up_weight, keep)
+
+
+@linear_swiglu.register_fake
+def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    num_rows, width = rows.shape[0], gate_weight.shape[0]
+    return rows.new_empty((num_rows if keep else 0, 2 * width)), rows.new_empty((num_rows, width))
+
+
+def plain_linear_swiglu(
+    rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """``linear_swiglu``."""
+    gate_up = plain_gate_up(rows, gate_weight, up_weight)
+    gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
+    return gate_up if keep else gate_up.new_empty((0, gate_up.shape[1])), F.silu(gate) * up
+
+
+@torch.library.custom_op("vl3train::gate_up_again", mutates_args=())
+def gate_up_again(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
+    """``gate_up`` once more, in the backward pass: never before ``after`` (see ``ops.linear_again``)."""
+    del after
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import gate_up_kernel
+
+        return gate_up_kernel(rows, gate_weight, up_weight)
+    return plain_gate_up(rows, gate_weight, up_weight)
+
+
+@gate_up_again.register_fake
+def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], 2 * gate_weight.shape[0]))
+
+
+def plain_gate_up(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """``gate_up_again``."""
+    return torch.stack((F.linear(rows, gate_weight), F.linear(rows, up_weight)), 2).flatten(1)
+
+
+@torch.library.custom_op("vl3train::swiglu_linear_backward", mutates_args=())
+def swiglu_linear_backward(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
+    """Back through the product with (W, I) ``weight`` and the SwiGLU of ``gate_up`` before it.
+
+    ``grad`` (R, W) -> the gradient of ``gate_up``, in its order, and silu(gate) * up ``again``, (R, I), or empty:
+    only the weight's gradient takes it, and a fifth of what the kernel reads and writes is spared where that is frozen.
+    """
+    if grad.is_cuda:
+        from vl3train.model.kernels.quack_gemm import swiglu_linear_backward_kernel
+
+        return swiglu_linear_backward_kernel(grad, weight, gate_up, again)
+    return plain_swiglu_linear_backward(grad, weight, gate_up, again)
+
+
+@swiglu_linear_backward.register_fake
+def _(grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    num_rows = gate_up.shape[0]
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty((num_rows if again else 0, weight.shape[1]))
+
+
+def plain_swiglu_linear_backward(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+) -> tuple[Tensor, Tensor]:
+    """``swiglu_linear_backward``, its arithmetic in float32 at least."""
+    high = torch.promote_types(grad.dtype, torch.float32)
+    d_activated = (grad @ weight).to(high)
+    gate, up = gate_up.to(high).unflatten(1, (-1, 2)).unbind(2)
+    share = torch.sigmoid(gate)
+    d_gate = d_activated * up * share * (1 + gate * (1 - share))
+    d_gate_up = torch.stack((d_gate, d_activated * gate * share), 2).flatten(1)
+    activated = gate * share * up if again else gate_up.new_empty((0, weight.shape[1]))
+    return d_gate_up.to(grad.dtype), activated.to(grad.dtype)
+
+
+@torch.library.custom_op("vl3train::gate_up_rows_grad", mutates_args=())
+def gate_up_rows_grad(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """From the gradient of ``gate_up`` that of the rows it was made of, (R, W)."""
+    if d_gate_up.is_cuda:
+        from vl3train.model.kernels.quack_gemm import gate_up_rows_grad_kernel
+
+        return gate_up_rows_grad_kernel(d_gate_up, gate_weight, up_weight)
+    return plain_gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
+
+
+@gate_up_rows_grad.register_fake
+def _(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    return d_gate_up.new_empty((d_gate_up.shape[0], gate_weight.shape[1]))
+
+
+def plain_gate_up_rows_grad(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """``gate_up_rows_grad``."""
+    return d_gate_up @ torch.stack((gate_weight, up_weight), 1).flatten(0, 1)
+
+
+@torch.library.custom_op("vl3train::gate_up_weights_grad", mutates_args=())
+def gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
+    """From the gradient of ``gate_up`` those of the two weights, one below the other, (2 I, W)."""
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import gate_up_weights_grad_kernel
+
+        return gate_up_weights_grad_kernel(d_gate_up, rows)
+    return plain_gate_up_weights_grad(d_gate_up, rows)
+
+
+@gate_up_weights_grad.register_fake
+def _(d_gate_up: Tensor, rows: Tensor) -> Tensor:
+    return rows.new_empty((d_gate_up.shape[1], rows.shape[1]))
+
+
+def plain_gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
+    """``gate_up_weights_grad``."""
+    return (d_gate_up.t() @ rows).unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1).contiguous()
+
+
+@torch.library.custom_op("vl3train::linear_add", mutates_args=())
+def linear_add(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
+    """F.linear of ``rows`` (R, in) and ``weight`` (W, in), plus (R, W) ``added``; the kernel rounds once.
+
+    Differentiable, but for ``bias``, which has to be handed over (see model/layers/mlp_half.py).
+    """
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import linear_add_kernel
+
+        return linear_add_kernel(rows, weight, bias, added)
+    return F.linear(rows, weight, bias) + added
+
+
+@linear_add.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
+    return added.new_empty(added.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weight = ctx.saved_tensors
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError("linear_add has no gradient for its bias: hand it over detached")
+    return rows_product(grad, weight), grad.t() @ rows if ctx.needs_input_grad[1] else None, None, grad
+
+
+linear_add.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("vl3train::rows_product", mutates_args=())
+def rows_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` (R, K) @ ``weight`` (K, N), for many rows and a weight of no more than some thousand either way."""
+    if rows.is_cuda:
+        from vl3train.model.kernels.quack_gemm import rows_product_kernel
+
+        return rows_product_kernel(rows, weight)
+    return rows @ weight
+
+
+@rows_product.register_fake
+def _(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]))

@@ -1,0 +1,1 @@
+"""One layer over packs, with its gradients written out."""

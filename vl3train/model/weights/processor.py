@@ -1,0 +1,110 @@
+"""The processor and tokenizer of VideoLLaMA3, built with the pixel budgets of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vl3train.config.data_options import DataConfig
+from vl3train.contracts.tokens import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    PATCH_SIZE,
+    UPSTREAM_ADDED_TOKENS,
+    VIDEO_PAD,
+)
+
+
+def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
+    """The tokenizer with every token that VideoLLaMA3 knows; answers end in ``<|im_end|>``.
+
+    Qwen2.5's tokenizer has the two placeholders already, Qwen2's does not. The three tokens after them are
+    the original code's (train.py:641), in its order, so that their ids agree with its weights.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from))
+    known = tokenizer.get_vocab()
+    if lacking := [token for token in (IM_START, IM_END, END_OF_TEXT) if token not in known]:
+        raise ValueError(
+            f"tokenizer {tokenizer_from} has no {', '.join(lacking)}; take a Qwen2 or Qwen2.5 tokenizer"
+        )
+    for token in (IMAGE_PAD, VIDEO_PAD, *UPSTREAM_ADDED_TOKENS):
+        if token not in known:
+            tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.eos_token = IM_END
+    tokenizer.pad_token = END_OF_TEXT
+    # generate() continues at the right end of each row. save_pretrained writes the initial value only.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def build_processor(
+    tokenizer_from: str | Path,
+    *,
+    data: DataConfig | None = None,
+    image_merge_size: int = 1,
+    video_merge_size: int = 2,
+    prune_frames: bool = True,
+) -> Any:
+    """A ``VideoLlama3Processor`` that renders one image or one clip as training does.
+
+    Args:
+        tokenizer_from: Folder or hub name of a Qwen2 tokenizer, or of any folder that holds one.
+        data: Budgets and frame rate; None stands for the published ones.
+        image_merge_size: Side of the patch square merged into one visual token of an image.
+        video_merge_size: The same for a clip.
+        prune_frames: Drop visual tokens of a clip that repeat the frame before.
+
+    transformers divides a clip's pixels among its frames, but knows no budget that several items share:
+    ``image_processor.max_visual_tokens`` keeps it for ``vl3train generate``, which applies it.
+    """
+    from transformers import VideoLlama3ImageProcessor, VideoLlama3Processor, VideoLlama3VideoProcessor
+
+    data = data if data is not None else DataConfig()
+    budget = data.max_visual_tokens * PATCH_SIZE**2
+    half = [
+        0.5,
+        0.5,
+        0.5,
+    ]  # pixels in [-1, 1], as SigLIP's; the class default is the same, the constant is not ours
+    image_processor: Any = VideoLlama3ImageProcessor(
+        size={
+            "shortest_edge": data.image_min_pixels,
+            "longest_edge": min(data.image_max_pixels, budget * image_merge_size**2),
+        },
+        merge_size=image_merge_size,
+        patch_size=PATCH_SIZE,
+        image_mean=half,
+        image_std=half,
+    )
+    image_processor.max_visual_tokens = (
+        data.max_visual_tokens
+    )  # written to processor_config.json, and read back
+    video_processor = VideoLlama3VideoProcessor(
+        size={
+            "shortest_edge": data.video_min_pixels,
+            "longest_edge": min(data.video_max_pixels, budget * video_merge_size**2),
+        },
+        merge_size=video_merge_size,
+        patch_size=PATCH_SIZE,
+        image_mean=half,
+        image_std=half,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        # A whole clip given to the processor is sampled as in training. The class default would encode every
+        # frame of it. Frames that are sampled already need do_sample_frames=False.
+        do_sample_frames=True,
+        use_token_compression=prune_frames,
+        return_metadata=True,
+    )
+    return VideoLlama3Processor(
+        image_processor=image_processor,
+        tokenizer=prepare_tokenizer(tokenizer_from),
+        video_processor=video_processor,
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,49 @@
+"""A config as the command line makes it, with its recipe, and everything that is wrong with either."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from vl3train.config.load import read_config
+from vl3train.config.problems import ConfigError, Problem
+from vl3train.config.rules import problems
+from vl3train.config.schema import TrainConfig
+from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
+
+
+def check_config(args: Namespace, dp_size: int | None = None) -> TrainConfig:
+    """The config of a run that may start: for commands that took add_config_arguments.
+
+    ``dp_size`` is the number of ranks that the launch has; a machine.dp_size that says another is refused.
+    Raises ConfigError with everything that is wrong, also with the recipe.
+    """
+    cfg, _, found = examine(args, dp_size)
+    if cfg is None or found:
+        raise ConfigError(found)
+    return cfg
+
+
+def examine(
+    args: Namespace, dp_size: int | None = None
+) -> tuple[TrainConfig | None, Recipe | None, list[Problem]]:
+    """The config, its recipe, and all that is wrong with either."""
+    cfg, found = read_config(
+        args.overrides, config_file=args.config, config_dir=args.config_dir, dp_size=dp_size
+    )
+    if cfg is None:
+        return None, None, found
+    recipe, in_recipe = check_recipe(cfg)
+    return cfg, recipe, [*found, *problems(cfg), *in_recipe]
+
+
+def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe the run would read, and what is wrong with it."""
+    name = cfg.data.recipe or cfg.stage.recipe
+    try:
+        recipe = load_recipe(name, cfg.data.root)
+    except ValueError as error:
+        return None, [Problem("data.recipe", name, str(error).removeprefix(f"data.recipe={name}: "), "")]
+    if not Path(cfg.data.root).expanduser().is_dir():
+        return recipe, []  # data.root is a problem of its own; every source would be missing
+    return recipe, [Problem("data.recipe", name, text, "") for text in recipe_problems(recipe, cfg.data.root)]

@@ -1,0 +1,197 @@
+"""Estimates of time, memory and decoding, from shapes and a few measured constants. Estimates, not measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vl3train.config.choices import Dtype, Memory, Recompute
+from vl3train.config.rules import full_rates
+from vl3train.config.schema import TrainConfig
+from vl3train.engine.memory.device import MARGIN
+from vl3train.engine.optim.build import master_bytes, state_bytes
+from vl3train.engine.optim.offload_schedule import SCATTERED
+from vl3train.model.activations.budget import ActivationBudget, level_scale
+from vl3train.model.activations.work import PackSize, RecomputeRates, TowerWork
+from vl3train.preview.plan_figures import PlanFigures
+
+
+class Gpu(NamedTuple):
+    """A GPU by its data sheet: dense bfloat16 TFLOP/s and memory in GB."""
+
+    teraflops: float
+    gigabytes: float
+
+
+GPUS = {
+    "h200": Gpu(989, 141),
+    "h100": Gpu(989, 80),
+    "a100": Gpu(312, 80),
+    "a100-40": Gpu(312, 40),
+    "l40s": Gpu(362, 48),
+    "4090": Gpu(165, 24),
+}
+
+UTILISATION = 0.47
+"""Share of the data sheet's TFLOP/s: 461, 475 and 478 of 989 were measured with packed steps of the 2B on three H100s
+(as machine=one_h100 runs, recomputation not counted): benchmarks/log.md, round nine."""
+
+IMAGE_PATCHES_PER_CORE_SECOND = 720_000
+"""JPEG 1024 x 768 decoded, resized and patchified: 180 a second a core, 4015 patches each. This and the next two are
+of benchmarks/results/decode.jsonl."""
+CLIP_FRAMES_PER_CORE_SECOND = 41
+"""H.264 720p at 25 frames a second, sampled at 1: 1029 source frames a second a core."""
+STORED_FRAMES_PER_CORE_SECOND = 2900
+"""Frames stored as JPEG in the shard (`vl3train index --store-frames`), decoded, pruned and patchified."""
+
+
+class Shape(NamedTuple):
+    """Of the language model, and of the encoder."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+
+
+SHAPES = {"2b": Shape(1536, 28, 8960, 151_936), "7b": Shape(3584, 28, 18_944, 152_064)}
+ENCODER = Shape(1152, 27, 4304, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """For one GPU model; ``None`` where the constants do not reach."""
+
+    step_seconds: float
+    run_hours: float
+    peak_gib: float | None  # of the fullest rank
+    memory: dict[str, float]  # its parts in GiB
+    levels: (
+        str  # what machine.memory=auto would compute again of a full pack, by layers; empty where it is given
+    )
+    cores: float  # that decode images, and clips from their stored frames, as fast as the GPUs train
+    cores_unstored: float  # with clips decoded from 720p video
+
+
+def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: float) -> Estimate:
+    """Time from the work of a step, memory from shapes, cores from decode rates."""
+    trained = set(full_rates(cfg))
+    # A pass back through the language model is needed for what lies before it, trained or not.
+    passes = (
+        2 + ("language_model" in trained),
+        3 if "vision_encoder" in trained else 1,
+    )
+    kiloflops = passes[0] * figures.language_work + passes[1] * figures.encoder_work
+    ranks = cfg.machine.dp_size
+    seconds = (
+        kiloflops * 1e3 * float(figures.rank_balance.mean()) / (ranks * gpu.teraflops * 1e12 * utilisation)
+    )
+    steps = figures.steps_in_epoch
+    images = figures.image_patches / steps / IMAGE_PATCHES_PER_CORE_SECOND
+    stored, unstored = (
+        (images + figures.clip_frames / steps / rate) / seconds
+        for rate in (STORED_FRAMES_PER_CORE_SECOND, CLIP_FRAMES_PER_CORE_SECOND)
+    )
+    memory, levels = rank_memory(cfg, gpu)
+    return Estimate(
+        step_seconds=seconds,
+        run_hours=seconds * figures.num_steps / 3600,
+        peak_gib=sum(memory.values()) if memory else None,
+        memory=memory,
+        levels=levels,
+        cores=stored,
+        cores_unstored=unstored,
+    )
+
+
+def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool) -> int:
+    """Values that one layer keeps of each row until the backward pass, as config.schema.Recompute counts them.
+
+    ``gated``: the language model's MLP, which widens a row twice.
+    """
+    if level is Recompute.offload:
+        return 0
+    if level is Recompute.layer:
+        return hidden
+    if level is Recompute.nothing:
+        return 9 * hidden + 3 * intermediate
+    rows, wide = (5 * hidden, 2 * intermediate) if gated else (6 * hidden, intermediate)
+    return rows if level is Recompute.mlp else rows + wide
+
+
+def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
+    """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
+
+    The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much. The second
+    part of the result is ``Estimate.levels``.
+    """
+    shape = SHAPES.get(cfg.model.name)
+    if shape is None:
+        return {}, ""
+    machine, ranks = cfg.machine, cfg.machine.dp_size
+    width = 2 if machine.dtype is Dtype.bfloat16 else 4
+    parameters = sum(cfg.model.num_parameters.values())
+    trained = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
+    tokens, patches = cfg.step.max_tokens, cfg.step.max_patches
+
+    states = 0 if machine.states_on_host else state_bytes(cfg.optim)
+
+    def split(size: float, from_stage: int) -> float:
+        return size / ranks if machine.zero_stage >= from_stage else size
+
+    inner = tokens * (8 * shape.hidden + 3 * shape.intermediate) * width
+    encoder_inner = patches * (10 * ENCODER.hidden + 2 * ENCODER.intermediate) * width
+    parts = {
+        "weights": split(parameters * width, 3),
+        "gradients": split(trained * 4, 2),
+        "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + states), 1),
+        "activations": float(max(inner, encoder_inner)),  # of one layer at work
+        "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
+    }
+    levels = ""
+    if machine.memory is Memory.given:
+        kept_token = values_kept(machine.recompute_language, shape.hidden, shape.intermediate, gated=True)
+        kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
+        kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
+    else:
+        on_host = split(trained * state_bytes(cfg.optim), 1) if machine.states_on_host else 0
+        room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
+        kept, levels = chosen(cfg, shape, room, width)
+    parts["activations"] += kept
+    return {name: size / 2**30 for name, size in parts.items()}, levels
+
+
+def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, str]:
+    """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and the levels in words.
+
+    Attention is left out of what is computed again, so neighbouring levels may share the layers a little otherwise.
+    """
+    towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
+    for name, tower, gated in (("vision", ENCODER, False), ("language", shape, True)):
+        kept = {
+            level: width * values_kept(level, tower.hidden, tower.intermediate, gated=gated)
+            for level in level_scale(cfg.machine.zero_stage)
+        }
+        mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
+        every = mlp + 8 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
+        work = TowerWork(
+            num_layers=tower.layers,
+            mlp_row=mlp,
+            layer_row=mlp + 8 * tower.hidden**2,
+            projection_row=2 * tower.hidden**2,
+            layer_pair=0,
+            forward_row=every,
+            backward_row=2 * every,
+            has_backward=True,
+        )
+        towers[name] = kept, work
+    budget = ActivationBudget(
+        total_bytes=room,
+        vision_bytes=room,
+        vision_kept=towers["vision"][0],
+        language_kept=towers["language"][0],
+        rates=RecomputeRates(vision=towers["vision"][1], language=towers["language"][1], supervised_token=0),
+    )
+    size = PackSize(cfg.step.max_patches, 0, cfg.step.max_tokens, 0)
+    levels = budget.levels(size)
+    return sum(budget.kept_bytes(size, levels)), str(levels)

@@ -1,0 +1,125 @@
+"""What a plan says of a run, in numbers: from the index alone, nothing is decoded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute as pc
+
+from vl3train.config.schema import TrainConfig
+from vl3train.data.plan.costs import rank_packs
+
+if TYPE_CHECKING:
+    from vl3train.data.pipeline import OpenData
+
+STEPS_LOOKED_AT = 200
+MODALITIES = ("text", "image", "video", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Samples of one source or one modality, as one virtual epoch has them."""
+
+    name: str
+    samples: int
+    tokens: int
+    patches: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFigures:
+    """One virtual epoch, and some of its steps packed."""
+
+    num_steps: int  # of the run
+    steps_in_epoch: int
+    epoch: Group  # all samples of the epoch together
+    sources: tuple[Group, ...]
+    modalities: tuple[Group, ...]
+    lengths: dict[str, np.ndarray]  # tokens of each sample of the index, by modality
+    patches: dict[str, np.ndarray]  # patches likewise, where there are any
+    image_patches: int  # of the epoch
+    clip_frames: int  # of the epoch, sampled ones
+    drops: tuple[tuple[str, int, str], ...]  # reason, how many, an example's key
+    token_fill: np.ndarray  # (steps,) share of the packs' tokens in use, of the steps looked at
+    patch_fill: np.ndarray  # (steps,)
+    balance: np.ndarray  # (steps,) work of the costliest pack over the mean pack
+    rank_balance: np.ndarray  # (steps,) the same of ranks
+    language_work: float  # of a mean step, in units of model.costs
+    encoder_work: float
+
+
+def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
+    """Count the first virtual epoch and pack up to ``STEPS_LOOKED_AT`` steps spread over it."""
+    plan, index, table = data.plan, data.index, data.plan.table
+    steps = plan.steps_in_epoch(0)
+    order = np.asarray(plan.epoch_rows(0))
+    tokens, patches = np.asarray(table.num_tokens), np.asarray(table.num_patches)
+    supervised = np.asarray(table.num_supervised_tokens)
+    modality = _modalities(data)
+    source = np.repeat(np.arange(len(table.sizes)), table.sizes)
+
+    def group(name: str, rows: np.ndarray) -> Group:
+        sums = (int(values[rows].sum()) for values in (tokens, patches, supervised))
+        return Group(name, len(rows), *sums)
+
+    in_clips = np.isin(modality, ("video", "mixed"))
+    frames = _clip_frames(data, modality == "video")
+    looked_at = np.unique(np.linspace(0, max(0, steps - 2), min(steps, STEPS_LOOKED_AT)).astype(int)).tolist()
+    found = [plan.step_packs(plan.cursor_at(step)) for step in looked_at]
+    costs = np.array([[pack.cost for pack in packs] for packs in found], float)
+    ranks = np.array([_rank_costs(packs, cfg.machine.dp_size) for packs in found], float)
+    caps = len(found[0]) * cfg.step.max_tokens, len(found[0]) * cfg.step.max_patches
+    language, encoder = plan.language_costs(order).sum(), plan.sample_costs(order).sum()
+    return PlanFigures(
+        num_steps=cfg.run.num_steps or plan.total_steps(cfg.run.num_epochs),
+        steps_in_epoch=steps,
+        epoch=group("all", order),
+        sources=tuple(group(name, order[source[order] == i]) for i, name in enumerate(index.source_names)),
+        modalities=tuple(
+            group(name, mine) for name in MODALITIES if len(mine := order[modality[order] == name])
+        ),
+        lengths={name: tokens[modality == name] for name in MODALITIES if np.any(modality == name)},
+        patches={name: patches[modality == name] for name in MODALITIES[1:] if np.any(modality == name)},
+        image_patches=int(patches[order][~in_clips[order]].sum()),
+        clip_frames=int(frames[order].sum()),
+        drops=_drops(data),
+        token_fill=np.array([sum(pack.num_tokens for pack in packs) for packs in found]) / caps[0],
+        patch_fill=np.array([sum(pack.num_patches for pack in packs) for packs in found]) / caps[1],
+        balance=costs.max(axis=1) / costs.mean(axis=1),
+        rank_balance=ranks.max(axis=1) / ranks.mean(axis=1),
+        language_work=float(language) / steps,
+        encoder_work=float(encoder - language) / steps,
+    )
+
+
+def _rank_costs(packs: list, dp_size: int) -> list[int]:
+    return [sum(pack.cost for pack in rank_packs(packs, rank, dp_size)) for rank in range(dp_size)]
+
+
+def _modalities(data: OpenData) -> np.ndarray:
+    return np.asarray(data.index.rows["modality"].to_numpy(zero_copy_only=False)).astype("U5")
+
+
+def _clip_frames(data: OpenData, all_clips: np.ndarray) -> np.ndarray:
+    """Frames of each sample's clips. Among images, only items of more than one frame are clips."""
+    lists = data.index.rows["grids"].combine_chunks()
+    grids = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, 3)
+    owner = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False) // 3)
+    frames = np.where((grids[:, 0] > 1) | all_clips[owner], grids[:, 0], 0)
+    return np.bincount(owner, frames, len(lists)).astype(np.int64)
+
+
+def _drops(data: OpenData) -> tuple[tuple[str, int, str], ...]:
+    """Reasons without what differs from sample to sample, the commonest first."""
+    from vl3train.data.prepare.write_shards import kind_of_reason
+
+    step = data.plan.step
+    too_large = f"larger than a pack (step.max_tokens={step.max_tokens}, step.max_patches={step.max_patches})"
+    pairs = [(kind_of_reason(reason), key) for key, reason in data.index.refused]
+    pairs += [(too_large, data.index.key(row)) for row in data.plan.dropped_samples]
+    example = {kind: key for kind, key in reversed(pairs)}
+    return tuple((kind, count, example[kind]) for kind, count in Counter(k for k, _ in pairs).most_common())

@@ -1,0 +1,152 @@
+"""The samples of one step, rendered as the model will see them: for eyes, not for training."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from vl3train.contracts.records import BadSample, Pack, RenderedSample
+from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
+from vl3train.data.render.chat_tokens import ChatTokenizer
+
+if TYPE_CHECKING:
+    from vl3train.data.loader import OpenData
+    from vl3train.data.render.decode_client import Decoder
+
+FRAMES_SHOWN = 8
+PICTURE_PIXELS = 320
+PRUNED_SHADE = 0.25
+"""How much of a pruned token's brightness is left in the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a pack of a step runs."""
+
+    rank: int
+    micro_batch: int
+    pack: Pack
+
+
+def step_places(packs: list[Pack], dp_size: int) -> list[Place]:
+    """The packs of a step, rank after rank in the order they run.
+
+    >>> one = Pack(samples=(), num_tokens=0, num_patches=0, num_supervised_tokens=0, cost=1)
+    >>> [(place.rank, place.micro_batch) for place in step_places([one] * 4, 2)]
+    [(0, 0), (0, 1), (1, 0), (1, 1)]
+    """
+    from vl3train.data.plan.costs import rank_packs
+
+    return [
+        Place(rank, number, pack)
+        for rank in range(dp_size)
+        for number, pack in enumerate(rank_packs(packs, rank, dp_size))
+    ]
+
+
+@contextmanager
+def decoding(data: OpenData) -> Iterator[Decoder]:
+    """A decode process for ``rendered``, behind the firewall: a file that hangs or crashes it ends only that."""
+    from vl3train.data.render.decode_client import Decoder, decode_server
+
+    with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
+        decoder = Decoder(address, data.decode_seconds, int(data.plan.table.num_patches.max(initial=0)))
+        try:
+            yield decoder
+        finally:
+            decoder.close()
+
+
+def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | BadSample:
+    """A sample as its pack will hold it, or why it cannot be used: within ``data.decode_seconds``."""
+    index = data.index
+    try:
+        conversation, parts = index.read_sample(row)
+        sample = decoder.render(
+            conversation, parts, index.lengths(row), key=index.key(row), source=index.source(row)
+        )
+    except BadSample as error:
+        return error
+    return dataclasses.replace(sample, patches=sample.patches.copy())  # their memory is used again
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Neighbouring tokens of one kind. ``count`` is the length of a run of visual tokens, else 0."""
+
+    text: str
+    supervised: bool
+    count: int = 0
+
+
+def text_pieces(sample: RenderedSample, tokenizer: ChatTokenizer) -> list[TextPiece]:
+    """The sample's text in pieces: supervised, not supervised, visual tokens.
+
+    A token is shown as supervised where the model is asked to predict it: its label stands one place before.
+    """
+    ids = sample.input_ids
+    asked = np.concatenate([[False], sample.labels[:-1] != IGNORE_INDEX])
+    visual = np.zeros(len(ids), bool)
+    visual[sample.placeholder_positions] = True
+    kinds = 2 * visual + asked
+    bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+    pieces = []
+    for first, end in itertools.pairwise(bounds):
+        if visual[first]:
+            pieces.append(TextPiece("", False, end - first))
+        elif end > first:
+            pieces.append(TextPiece(tokenizer.decode(ids[first:end].tolist()), bool(asked[first])))
+    return pieces
+
+
+def sample_pictures(sample: RenderedSample) -> list[list[np.ndarray]]:
+    """What the encoder sees, put together again from the patches: for each visual item up to FRAMES_SHOWN frames.
+
+    Tokens that are pruned are dark. Each picture is (h, w, 3) uint8.
+    """
+    items = []
+    patch = token = 0
+    for (t, h, w), merge in zip(sample.grids.tolist(), sample.merge_sizes.tolist(), strict=True):
+        patches = sample.patches[patch : patch + t * h * w].reshape(t, h * w, -1)
+        kept = sample.keep_mask[token : token + t * h * w // merge**2].reshape(t, -1)
+        patch, token = patch + t * h * w, token + t * h * w // merge**2
+        shown = np.unique(np.linspace(0, t - 1, min(t, FRAMES_SHOWN)).astype(int)).tolist()
+        items.append([frame_picture(patches[n], kept[n], (h, w), merge) for n in shown])
+    return items
+
+
+def frame_picture(patches: np.ndarray, kept: np.ndarray, grid: tuple[int, int], merge: int) -> np.ndarray:
+    """One frame from its patches in merge-block order; ``kept`` are its merged tokens.
+
+    Args:
+        patches: (h * w, 588) uint8.
+        kept: (h * w / merge**2,) bool.
+        grid: h and w, in patches.
+        merge: side of a block.
+
+    Returns:
+        (14 h, 14 w, 3) uint8
+    """
+    h, w = grid
+    light = np.where(kept, 1.0, PRUNED_SHADE).repeat(merge * merge)[:, None]
+    values = (patches * light).astype(np.uint8)
+    blocks = values.reshape(h // merge, w // merge, merge, merge, 3, PATCH_SIZE, PATCH_SIZE)
+    return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * PATCH_SIZE, w * PATCH_SIZE, 3)
+
+
+def data_address(picture: np.ndarray) -> str:
+    """A picture as a ``data:`` address, made small."""
+    image = Image.fromarray(picture)
+    image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

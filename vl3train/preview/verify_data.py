@@ -1,0 +1,105 @@
+"""The checks of ``vl3train verify``: on a user's own samples and model, each with a verdict and its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vl3train.contracts.records import BadSample, Cursor, Pack, RenderedSample
+from vl3train.contracts.tokens import IGNORE_INDEX, IM_END
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.preview.step_samples import rendered, text_pieces
+
+if TYPE_CHECKING:
+    from vl3train.data.loader import OpenData
+    from vl3train.data.render.decode_client import Decoder
+
+REASONS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one check found."""
+
+    name: str
+    passed: bool
+    found: str
+    reasons: list[str] = field(default_factory=list)
+
+
+def drawn_rows(data: OpenData, count: int, seed: int) -> list[int]:
+    """Up to so many rows of the index, drawn without repetition."""
+    total = data.index.num_samples
+    return np.random.default_rng(seed).permutation(total)[:count].tolist()
+
+
+def check_decoding(
+    data: OpenData, rows: Sequence[int], decoder: Decoder
+) -> tuple[Verdict, dict[int, RenderedSample]]:
+    """Whether samples can be read, decoded and rendered to the lengths that were indexed; and those, by row."""
+    good: dict[int, RenderedSample] = {}
+    reasons = []
+    for row in rows:
+        sample = rendered(data, row, decoder)
+        if isinstance(sample, BadSample):
+            reasons.append(f"{data.index.key(row)}: {sample}")
+        else:
+            good[row] = sample
+    found = f"{len(good)} of {len(rows)} samples drawn at random decode to the lengths that were indexed"
+    return Verdict("decoding", not reasons, found, reasons), good
+
+
+def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenizer: ChatTokenizer) -> Verdict:
+    """Whether exactly the assistant's words, and the end mark after each, are supervised; read from the shard again."""
+    from vl3train.data.records.conversation import Text, read_conversation
+
+    reasons, seen = [], 0
+    for row, sample in samples.items():
+        key = data.index.key(row)
+        conversation, _ = data.index.read_sample(row)
+        if not conversation:  # a caption beside an image, without turns to compare with
+            continue
+        said = [
+            "".join(content.text for content in turn.content if isinstance(content, Text)) + IM_END
+            for turn in read_conversation(conversation).turns
+            if turn.role == "assistant"
+        ]
+        asked = [piece.text for piece in text_pieces(sample, tokenizer) if piece.supervised]
+        seen += 1
+        # A leading space may be joined to the newline before it, which is no word of the assistant.
+        if [text.strip() for text in asked] != [text.strip() for text in said]:
+            reasons.append(f"{key}: supervised {asked[:2]!r}, the assistant says {said[:2]!r}")
+        if (sample.labels != IGNORE_INDEX).sum() == 0:
+            reasons.append(f"{key}: no token is supervised")
+        if np.isin(sample.placeholder_positions, np.flatnonzero(sample.labels != IGNORE_INDEX) + 1).any():
+            reasons.append(f"{key}: a visual token is supervised")
+    found = f"in {seen} samples the supervised words are compared with the assistant's"
+    return Verdict("labels", not reasons, found, reasons)
+
+
+def check_splits(data: OpenData) -> Verdict:
+    """Whether the first step holds the same packs however many ranks share it, and each sample once in its epoch."""
+    from vl3train.data.plan.costs import rank_packs
+
+    plan, reasons = data.plan, []
+    packs = plan.step_packs(Cursor())
+    worlds = [size for size in range(1, len(packs) + 1) if len(packs) % size == 0]
+    whole = sorted(pack.samples for pack in packs)
+    for world in worlds:
+        shares: list[Pack] = [pack for rank in range(world) for pack in rank_packs(packs, rank, world)]
+        if sorted(pack.samples for pack in shares) != whole:
+            reasons.append(f"with {world} ranks the step holds other samples")
+    for pack in packs:
+        if pack.num_tokens > plan.step.max_tokens or pack.num_patches > plan.step.max_patches:
+            reasons.append(f"a pack holds {pack.num_tokens} tokens and {pack.num_patches} patches")
+    rows, counts = np.unique(plan.epoch_rows(0), return_counts=True)
+    expected, bound = data.index.num_samples - len(plan.dropped_samples), plan.order.max_epoch_samples
+    if all(weight == 1 for weight in plan.table.weights) and (bound is None or expected <= bound):
+        twice, never = int((counts > 1).sum()), expected - len(rows)
+        if twice or never:
+            reasons.append(f"{twice} samples come twice in an epoch, {never} never")
+    found = f"{len(packs)} packs are shared out alike over {', '.join(map(str, worlds))} ranks"
+    return Verdict("splits", not reasons, found, reasons)

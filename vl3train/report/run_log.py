@@ -1,0 +1,111 @@
+"""What runs wrote of themselves, read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """What one run wrote of itself."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def evaluation(self, *, first: bool) -> dict[str, dict[str, float]] | None:
+        """Figures of each source before the first step, or the last ones after it."""
+        found = [line for line in self.evaluations if (line["when"] == "start") == first]
+        return found[-1]["sources"] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milestone:
+    """Held-out figures of each source at one moment of the training, such as after a stage."""
+
+    name: str
+    sources: dict[str, dict[str, float]]
+
+
+def read_run(folder: Path, problems: list[str]) -> RunLog | None:
+    """The log of one run; what is wrong goes to ``problems``."""
+    steps = read_lines(folder / "metrics.jsonl", ("step", "loss"), problems)
+    if not steps:
+        problems.append(f"{folder} holds no figures; is it the output folder of a run that has begun?")
+        return None
+    evaluations: list[dict[str, Any]] = []
+    if (folder / "evaluations.jsonl").exists():
+        keys = ("stage", "step", "when", "sources")
+        evaluations = read_lines(folder / "evaluations.jsonl", keys, problems)
+    name = f"stage {evaluations[0]['stage']}" if evaluations else folder.name
+    return RunLog(name=name, steps=steps, evaluations=evaluations)
+
+
+def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:
+    """Lines of JSON, each with ``keys``; a last line without its end (a run still writes) is left out."""
+    if not file.exists():
+        problems.append(f"{file} does not exist")
+        return []
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{file}, line {number} is not JSON: {error}")
+            continue
+        if lacking := [key for key in keys if key not in entry]:
+            problems.append(f"{file}, line {number} lacks {', '.join(lacking)}")
+            continue
+        found.append(entry)
+    return found
+
+
+def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Answers beside what is right; what is wrong with the files goes to ``problems``."""
+    so_far = len(problems)
+    given = read_lines(answers, ("prompt", "answer"), problems)
+    right = read_lines(expected, ("source", "key", "answer"), problems)
+    if len(problems) > so_far:
+        return []
+    if len(given) != len(right):
+        problems.append(
+            f"{answers} has {len(given)} answers and {expected} {len(right)}: they go line for line"
+        )
+        return []
+    samples = []
+    for number, (line, wanted) in enumerate(zip(given, right, strict=True), start=1):
+        media = [*line.get("image", []), *line.get("video", [])]
+        gone = [path for path in media if not Path(path).is_file()]
+        problems.extend(f"{answers}, line {number}: {path} does not exist" for path in gone)
+        about = {"media": media, "question": line["prompt"], "prediction": line["answer"]}
+        samples.append({**wanted, **about})
+    return samples
+
+
+def milestones(runs: list[RunLog]) -> list[Milestone]:
+    """Before the first run and after every one, as far as they were evaluated."""
+    found = []
+    if (sources := runs[0].evaluation(first=True)) is not None:
+        found.append(Milestone(name="before", sources=sources))
+    for run in runs:
+        if (sources := run.evaluation(first=False)) is not None:
+            found.append(Milestone(name=f"after {run.name}", sources=sources))
+    return found
+
+
+def clearly_above_chance(figures: dict[str, float]) -> bool:
+    """Whether guessing would do as well in fewer than about one of forty times: two standard deviations.
+
+    >>> clearly_above_chance({"accuracy": 0.6, "chance": 0.25, "samples": 40})
+    True
+    >>> clearly_above_chance({"accuracy": 0.3, "chance": 0.25, "samples": 40})
+    False
+    """
+    chance, samples = figures["chance"], figures["samples"]
+    deviation = (chance * (1 - chance) / samples) ** 0.5
+    return bool(figures["accuracy"] > chance + 2 * deviation)
