@@ -242,7 +242,7 @@ def count_faults(folder: Path) -> Iterator[dict[str, Any]]:
             "fault": one.planted.name,
             "samples": len(one.planted.samples),
             "used": len(one.used),
-            "refused": len(one.refused_samples),
+            "refused": len(one.rejected_samples),
             "found": one.planted.when,
             "said": one.said,
         }

@@ -159,12 +159,12 @@ def packed_curve(curve: Curve, task: Task, steps: Sequence[list[RenderedSample]]
     dtype = torch.bfloat16 if curve.dtype is Dtype.bfloat16 else torch.float32
     hf_model = task.model(dtype, rank.device)
     machine = MachineConfig(dtype=curve.dtype, zero_stage=1, compile_layers=curve.compiled)
-    attention, products = choose_kernels(machine, hf_model, rank)
-    print(f"{curve.name}: attention {attention.name}, products {products.name}", flush=True)
+    attention, gemm_backend = choose_kernels(machine, hf_model, rank)
+    print(f"{curve.name}: attention {attention.name}, gemm_backend {gemm_backend.name}", flush=True)
     kept = Dtype.bfloat16 if curve.rounded else Dtype.float32
     optim = OptimConfig(state_dtype=kept, master_dtype=MasterDtype(kept.value))
     engine = Zero(
-        PackedModel(hf_model, attention.name, compile_layers=curve.compiled, products=products.name),
+        PackedModel(hf_model, attention.name, compile_layers=curve.compiled, gemm_backend=gemm_backend.name),
         build_optimizer(parameter_groups(hf_model, RATES, 0.0), optim, rank.device),
         machine=machine,
         optim=optim,

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.measure import child, product_child
+from benchmarks.gpu.measure import child, matmul_child
 from benchmarks.gpu.process import in_own_processes
 from benchmarks.gpu.rows import COMPARED, ROWS, Row, quick, tiny
 
@@ -104,7 +104,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 print(shown, flush=True)
 
         if not args.tiny:
-            found = in_own_processes(product_child, "matmul", Row(), False)
+            found = in_own_processes(matmul_child, "matmul", Row(), False)
             machine = found.get("machine", machine)
             for figure, shown in (
                 ("matmul_tflops", "8192^3"),

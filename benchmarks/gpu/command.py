@@ -110,7 +110,7 @@ def prepare_run(row: Row, device: torch.device, folder: Path) -> list[str]:
         f"machine.dp_size={row.ranks}",
         "machine.dtype=bfloat16",
         f"machine.zero_stage={row.zero_stage}",
-        f"machine.states_on_host={str(row.states_on_host).lower()}",
+        f"machine.offload_optimizer={str(row.offload_optimizer).lower()}",
         f"optim.state_dtype={row.state_dtype}",
         f"optim.master_dtype={row.master_dtype}",
         f"machine.attention={row.attention}",

@@ -19,16 +19,16 @@ from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.memory.device import device_memory
 from vl3train.engine.memory.fit import fit_memory, row_bytes
-from vl3train.engine.memory.warmup import automatic_levels, num_sizes, rehearse
+from vl3train.engine.memory.warmup import num_sizes, plans_to_warm_up, warm_up
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
 from vl3train.engine.zero.gradient_sums import add_gradients, put_gradients
 from vl3train.engine.zero.transfer import Reading, Transfer
-from vl3train.model.activations.work import Levels
+from vl3train.model.activations.work import RecomputePlan
 from vl3train.model.attention.backends import choose_attention
-from vl3train.model.kernels.check import choose_products
+from vl3train.model.kernels.check import choose_gemm_backend
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups
 
@@ -49,21 +49,21 @@ def own_step(
         dtype=Dtype.bfloat16,
         zero_stage=row.zero_stage,
         device=Device(device.type),
-        states_on_host=row.states_on_host,
+        offload_optimizer=row.offload_optimizer,
     )
     attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
-    products = choose_products(
-        row.products, hf_model.config, device, torch.bfloat16, compiled=row.compile_layers
+    gemm_backend = choose_gemm_backend(
+        row.gemm_backend, hf_model.config, device, torch.bfloat16, compiled=row.compile_layers
     )
     print(f"attention: {attention.name} ({attention.reason})", flush=True)
-    print(f"products: {products.name} ({products.reason})", flush=True)
+    print(f"gemm_backend: {gemm_backend.name} ({gemm_backend.reason})", flush=True)
     packed = PackedModel(
         hf_model,
         attention.name,
         recompute_vision=Recompute(row.recompute_vision),
         recompute_language=Recompute(row.recompute_language),
         compile_layers=row.compile_layers,
-        products=products.name,
+        gemm_backend=gemm_backend.name,
     )
     trained = {part: RATE for part in PARTS if count_parameters(hf_model)[part][0]}
     groups = parameter_groups(hf_model, trained, 0.0)
@@ -74,7 +74,7 @@ def own_step(
     else:
         engine = Zero(
             packed,
-            build_optimizer(groups, optim, device, states_on_host=machine.states_on_host),
+            build_optimizer(groups, optim, device, offload_optimizer=machine.offload_optimizer),
             machine=machine,
             optim=optim,
             num_micro_batches=row.packs_a_step,
@@ -84,11 +84,11 @@ def own_step(
     engine.train(True)
     if row.zero_stage < 3:
         started = time.perf_counter()
-        given = Levels((Recompute(row.recompute_vision),), (Recompute(row.recompute_language),) * 2)
-        rehearse(
-            engine, packed, other_batches(row), automatic_levels(packed) if row.memory == "auto" else [given]
+        given = RecomputePlan((Recompute(row.recompute_vision),), (Recompute(row.recompute_language),) * 2)
+        warm_up(
+            engine, packed, other_batches(row), plans_to_warm_up(packed) if row.memory == "auto" else [given]
         )
-        say(f"rehearsed in {time.perf_counter() - started:.1f} s")
+        say(f"warmed_up in {time.perf_counter() - started:.1f} s")
     if row.memory == "auto" and device.type == "cuda":
         widths = row_bytes(packed)
         worst = max(
@@ -107,11 +107,11 @@ def own_step(
             engine, batches, num_supervised_tokens=num_supervised, num_sources=1, stop_requested=False
         ).loss
 
-    return step, {"attention": attention.name, "products": products.name}
+    return step, {"attention": attention.name, "gemm_backend": gemm_backend.name}
 
 
 def other_batches(row: Row) -> Iterator[Batch]:
-    """What ``vl3train train`` would rehearse on a GPU: packs of the sizes that the row has, in no step of it."""
+    """What ``vl3train train`` would warm_up on a GPU: packs of the sizes that the row has, in no step of it."""
     count = num_sizes(row.max_tokens) if torch.cuda.is_available() else 2  # a CPU has no kernels to load
     return map(pack_batch, other_packs(row, count))
 

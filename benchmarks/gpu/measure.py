@@ -20,7 +20,7 @@ from benchmarks.gpu.stock import stock_step
 from benchmarks.kernels.host_syncs import count_syncs
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.monitor.compile_log import take_compiles
-from vl3train.engine.monitor.meter import PRODUCT_SIZE, measure_product
+from vl3train.engine.monitor.meter import MATMUL_SIZE, measure_matmul
 from vl3train.model.activations.flops import FlopRates, flop_rates
 
 WARM_UP_STEPS = 2
@@ -251,36 +251,36 @@ def take_memory(device: torch.device, leave_gib: float) -> None:
     print(f"{beyond / 2**30:.1f} GiB taken, {left} left to the row", flush=True)
 
 
-def product_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
+def matmul_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
     """The same for a matrix product: a context left in the command's own process would take memory from the rows."""
     device = torch.device("cuda")
     send(
         pipe,
         lambda: {
-            "matmul_tflops": measure_product(device),
-            "matmul_tflops_lasting": lasting_product(device),
+            "matmul_tflops": measure_matmul(device),
+            "matmul_tflops_lasting": sustained_matmul(device),
             "machine": torch.cuda.get_device_name(),
         },
     )
 
 
-def lasting_product(
-    device: torch.device, size: int = PRODUCT_SIZE, turns: int = 12, products: int = 300
+def sustained_matmul(
+    device: torch.device, size: int = MATMUL_SIZE, turns: int = 12, gemm_backend: int = 300
 ) -> float:
     """TFLOP/s of the same product for as long as some steps take, the median of the second half of the turns.
 
-    A card that reaches its power limit slows down within a second, which ``measure_product``, a fifth of one, does not
+    A card that reaches its power limit slows down within a second, which ``measure_matmul``, a fifth of one, does not
     see: 773 against 690 on one H100 (benchmarks/log.md, round nine).
     """
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     rates = []
     for _ in range(turns):
         started = time.perf_counter()
-        for _ in range(products):
+        for _ in range(gemm_backend):
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        rates.append(products * 2 * size**3 / (time.perf_counter() - started) / 1e12)
+        rates.append(gemm_backend * 2 * size**3 / (time.perf_counter() - started) / 1e12)
     return median(rates[turns // 2 :])
 
 

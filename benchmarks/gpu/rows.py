@@ -24,7 +24,7 @@ class Row:
     recompute_vision: str = "layer"
     recompute_language: str = "layer"
     compile_layers: bool = True
-    products: str = "auto"
+    gemm_backend: str = "auto"
     trains: tuple[str, ...] = PARTS
     image_merge_size: int = 2
     max_tokens: int = 16384
@@ -33,7 +33,7 @@ class Row:
     lora_dropout: float = 0.0
     state_dtype: str = "float32"  # of AdamW's means
     master_dtype: str = "float32"  # of what it updates
-    states_on_host: bool = False  # AdamW's means, between updates
+    offload_optimizer: bool = False  # AdamW's means, between updates
     zero_stage: int = 1
     ranks: int = 1  # processes, a GPU each
     liger: bool = False  # ways of transformers: liger's kernels in the language model, its fused loss
@@ -51,7 +51,7 @@ class Row:
     figures: dict[str, str] = field(default_factory=dict)  # what the issue calls this row's figures
 
 
-ONE_H100: dict[str, Any] = dict(states_on_host=True)
+ONE_H100: dict[str, Any] = dict(offload_optimizer=True)
 """What configs/machine/one_h100.yaml says beside compiled layers and memory=auto, as every row has them."""
 KEPT_80_GB: dict[str, Any] = dict(recompute_vision="elementwise", recompute_language="mlp")
 """What 80 GB hold of the largest pack of the 2B with one choice for all layers of a tower."""
@@ -123,7 +123,7 @@ ROWS: dict[str, Row] = {
     "7b_zero2": Row(model="7b", ranks=2, zero_stage=2),
     "2b_bfloat16_optimizer": Row(state_dtype="bfloat16", master_dtype="bfloat16"),
     "2b_states_on_gpu": Row(),
-    "2b_torch_products": Row(memory="given", products="torch", **KEPT_80_GB),  # beside 2b_given
+    "2b_torch_products": Row(memory="given", gemm_backend="torch", **KEPT_80_GB),  # beside 2b_given
     "2b_eager": Row(compile_layers=False, memory="given"),
     "2b_torch_varlen": Row(attention="torch_varlen"),
     "2b_recompute_layer": Row(memory="given"),

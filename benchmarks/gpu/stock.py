@@ -23,7 +23,7 @@ TEXT_ATTENTION, VISION_ATTENTION = "varlen", "flash_varlen_vision"
 model such a name would send it looking for the flash-attn package."""
 
 STOCK_PACKS = 16
-"""That are rehearsed: padded, each is some ten micro-batches of shapes of their own."""
+"""That are warmed_up: padded, each is some ten micro-batches of shapes of their own."""
 
 
 def stock_step(row: Row, hf_model: Any, device: torch.device) -> Step:
@@ -62,7 +62,7 @@ def stock_step(row: Row, hf_model: Any, device: torch.device) -> Step:
             total += loss.detach()
         return total
 
-    rehearse_stock(row, hf_model, gradients)
+    warm_up_stock(row, hf_model, gradients)
     optimizer.zero_grad()
 
     def step(work: list[Any], num_supervised: int) -> float:
@@ -75,7 +75,7 @@ def stock_step(row: Row, hf_model: Any, device: torch.device) -> Step:
     return step
 
 
-def rehearse_stock(row: Row, hf_model: Any, gradients: Callable[[list[Any], int], Tensor]) -> None:
+def warm_up_stock(row: Row, hf_model: Any, gradients: Callable[[list[Any], int], Tensor]) -> None:
     """As engine/memory/warmup.py before a run of vl3train: other packs through the first layer of each tower.
 
     So that kernels which are loaded in the timed steps, and stop the GPU for it, are as few here as there.

@@ -1,11 +1,11 @@
-"""Products with the pass that follows them: vl3train's ops against torch's products and compiled passes. Needs a GPU.
+"""Matrix products with the pass that follows them: vl3train's ops against torch's own, compiled. Needs a GPU.
 
     python -m benchmarks.kernels.gemms             # a Markdown table: encoder, 2B, 7B
     python -m benchmarks.kernels.gemms --tiny      # small rows, on the CPU, where both are torch
 
-Both sides get the same random rows and weights. The left one is what layers run with machine.products=torch: cuBLAS,
-and what torch.compile makes of the rest. Times are means of calls one after the other; inputs are far larger than
-caches.
+Both sides get the same random rows and weights. The left one is what layers run with machine.gemm_backend=torch:
+cuBLAS, and what torch.compile makes of the rest. Times are means of calls one after the other; inputs are far larger
+than caches.
 """
 
 from __future__ import annotations
@@ -33,40 +33,43 @@ Case = tuple[str, Callable[[], Any], Callable[[], Any]]
 """Name, as torch does it, as the op does it."""
 
 
-def encoder_cases(num_rows: int, width: int, wide_width: int, device: torch.device) -> Iterator[Case]:
+def encoder_cases(num_rows: int, width: int, intermediate_size: int, device: torch.device) -> Iterator[Case]:
     """What an encoder layer's MLP does."""
     draw = drawer(device)
-    rows, grad, wide = draw(num_rows, width), draw(num_rows, width), draw(num_rows, wide_width)
-    into, out = draw(wide_width, width) / width**0.5, draw(width, wide_width) / wide_width**0.5
-    bias, bias_out = draw(wide_width), draw(width)
+    rows, grad, intermediate = draw(num_rows, width), draw(num_rows, width), draw(num_rows, intermediate_size)
+    into, out = (
+        draw(intermediate_size, width) / width**0.5,
+        draw(width, intermediate_size) / intermediate_size**0.5,
+    )
+    bias, bias_out = draw(intermediate_size), draw(width)
     gelu, add = (compiled(f, enabled=device.type == "cuda") for f in (_gelu, torch.add))
 
     def back() -> Any:
-        d_wide = grad @ out
-        return d_wide, *kernels_ops.gelu_backward(d_wide, wide)
+        d_intermediate = grad @ out
+        return d_intermediate, *kernels_ops.gelu_backward(d_intermediate, intermediate)
 
     yield (
         "fc1, GELU",
         lambda: gelu(F.linear(rows, into, bias)),
         lambda: gemm_ops.linear_gelu(rows, into, bias, True),
     )
-    yield "back through fc2, GELU", back, lambda: gemm_ops.gelu_linear_backward(grad, out, wide, True)
+    yield "back through fc2, GELU", back, lambda: gemm_ops.gelu_linear_backward(grad, out, intermediate, True)
     yield (
         "fc2, residual",
-        lambda: add(F.linear(wide, out, bias_out), rows),
-        lambda: gemm_ops.linear_add(wide, out, bias_out, rows),
+        lambda: add(F.linear(intermediate, out, bias_out), rows),
+        lambda: gemm_ops.linear_add(intermediate, out, bias_out, rows),
     )
-    yield "back through fc1", lambda: wide @ into, lambda: gemm_ops.rows_product(wide, into)
+    yield "back through fc1", lambda: intermediate @ into, lambda: gemm_ops.rows_gemm(intermediate, into)
 
 
-def decoder_cases(num_rows: int, width: int, wide_width: int, device: torch.device) -> Iterator[Case]:
+def decoder_cases(num_rows: int, width: int, intermediate_size: int, device: torch.device) -> Iterator[Case]:
     """What a language-model layer's MLP does."""
     draw = drawer(device)
     rows, grad = draw(num_rows, width), draw(num_rows, width)
-    gate, up = draw(num_rows, wide_width), draw(num_rows, wide_width)
+    gate, up = draw(num_rows, intermediate_size), draw(num_rows, intermediate_size)
     both = torch.stack((gate, up), 2).flatten(1)
-    weights = [draw(wide_width, width) / width**0.5 for _ in range(2)]
-    out = draw(width, wide_width) / wide_width**0.5
+    weights = [draw(intermediate_size, width) / width**0.5 for _ in range(2)]
+    out = draw(width, intermediate_size) / intermediate_size**0.5
     swiglu, swiglu_back, frozen_back = (
         compiled(f, enabled=device.type == "cuda") for f in (_swiglu, _swiglu_back, _frozen_swiglu_back)
     )
@@ -108,8 +111,8 @@ def drawer(device: torch.device) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(shape, device=device, generator=generator).bfloat16()
 
 
-def _gelu(wide: Tensor) -> Tensor:
-    return F.gelu(wide, approximate="tanh")
+def _gelu(intermediate: Tensor) -> Tensor:
+    return F.gelu(intermediate, approximate="tanh")
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

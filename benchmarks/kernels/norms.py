@@ -17,7 +17,7 @@ import torch
 
 from vl3train.model.compiling import compiled
 from vl3train.model.kernels import triton_norm
-from vl3train.model.kernels.ops import plain_gelu_backward, plain_norm_backward
+from vl3train.model.kernels.ops import gelu_backward_reference, norm_backward_reference
 
 REPEATS = 30
 NORMS = {
@@ -96,10 +96,10 @@ def main() -> None:
     print("| op | rows x width | torch.compile, ms | GB/s | kernel, ms | GB/s | worst difference |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     cases: list[tuple[str, tuple[int, int], int, Any, Any, Any]] = [
-        (name, case[:2], case[2] + 4, plain_norm_backward, triton_norm.norm_backward_kernel, case)
+        (name, case[:2], case[2] + 4, norm_backward_reference, triton_norm.norm_backward_kernel, case)
         for name, case in NORMS.items()
     ]
-    cases.append((*GELU, 4, plain_gelu_backward, triton_norm.gelu_backward_kernel, None))
+    cases.append((*GELU, 4, gelu_backward_reference, triton_norm.gelu_backward_kernel, None))
     for name, (num_rows, width), num_tensors, plain, kernel, case in cases:
         if case:
             arguments = norm_arguments(*case)

@@ -17,7 +17,7 @@ from benchmarks.data.drawn_shards import WORDS, sample_members, write_tokenizer
 from benchmarks.data.packs import TINY, draw_packs, draw_sample, pack_batch
 from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu.command import measure_command
-from benchmarks.gpu.measure import lasting_product, measure, prepare, shares
+from benchmarks.gpu.measure import measure, prepare, shares, sustained_matmul
 from benchmarks.gpu.model import build_model
 from benchmarks.gpu.rows import ROWS, tiny
 from benchmarks.gpu.stock import packed_inputs, padded_inputs, set_varlen_attention
@@ -138,7 +138,7 @@ def test_figures_of_a_row(monkeypatch):
 
 def test_a_row_says_whose_kernels_it_ran_and_whether_layers_were_compiled_whole():
     found = measure("2b_given", tiny(ROWS["2b_given"]), 0, CPU)
-    assert found["kernels"] == {"attention": "reference", "products": "torch"}
+    assert found["kernels"] == {"attention": "reference", "gemm_backend": "torch"}
     assert found["graph_breaks"] == 0
 
 
@@ -271,5 +271,5 @@ def test_a_lasting_product_is_what_the_card_has_come_down_to(monkeypatch):
     seconds = iter([0, 1, 1, 2, 2, 6, 6, 8])  # turns of 1, 1, 4 and 2 s
     monkeypatch.setattr(gpu_measure.time, "perf_counter", lambda: next(seconds))
     work = 3 * 2 * 16**3 / 1e12
-    found = lasting_product(torch.device("cpu"), size=16, turns=4, products=3)
+    found = sustained_matmul(torch.device("cpu"), size=16, turns=4, gemm_backend=3)
     assert found == pytest.approx((work / 4 + work / 2) / 2)

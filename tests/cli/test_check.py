@@ -14,6 +14,7 @@ import vl3train
 from vl3train.cli import check
 from vl3train.cli.main import main
 from vl3train.config.problems import ConfigError
+from vl3train.preview.check_config import check_config
 
 RECIPE = """\
 name: mine
@@ -106,9 +107,9 @@ def test_a_stage_can_be_checked_before_the_one_it_starts_from(
 def test_what_is_checked_is_what_is_trained(with_data: Path):
     parser = ArgumentParser()
     check.add_arguments(parser)
-    assert check.check_config(parser.parse_args([*GOOD]), dp_size=4).machine.dp_size == 4
+    assert check_config(parser.parse_args([*GOOD]), dp_size=4).machine.dp_size == 4
     with pytest.raises(ConfigError, match=r"step\.global_packs=16: does not divide over machine\.dp_size=3"):
-        check.check_config(parser.parse_args([*GOOD]), dp_size=3)
+        check_config(parser.parse_args([*GOOD]), dp_size=3)
 
 
 def test_check_needs_no_torch(with_data: Path):

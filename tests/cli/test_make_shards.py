@@ -36,12 +36,12 @@ def test_bad_records_are_named_and_nothing_is_written(tmp_path, records, capsys)
     err = capsys.readouterr().err
     assert "qa.jsonl:4" in err
     assert "no such file" in err
-    assert "--skip-bad" in err
+    assert "--skip-rejected" in err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_good_ones_are_written_when_asked(tmp_path, records, capsys):
-    words = (records, "--out", tmp_path / "out", "--media-root", tmp_path, *COLUMNS, "--skip-bad")
+    words = (records, "--out", tmp_path / "out", "--media-root", tmp_path, *COLUMNS, "--skip-rejected")
     assert run(*words, "--samples-per-shard", 2) == 0
     out = capsys.readouterr().out
     assert "3 samples in 2 shards" in out
@@ -82,7 +82,7 @@ def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, caps
     assert "records.jsonl:5: no JSON" in out
     assert main(["shards", str(file), "--out", str(tmp_path / "out")]) == 1
     assert "3 of 5 records cannot be used" in capsys.readouterr().err
-    assert main(["shards", str(file), "--out", str(tmp_path / "out"), "--skip-bad"]) == 0
+    assert main(["shards", str(file), "--out", str(tmp_path / "out"), "--skip-rejected"]) == 0
     assert "2 samples" in capsys.readouterr().out
     for words in (["--check"], ["--out", str(tmp_path / "other")]):
         gone = [str(tmp_path / name) for name in ("gone.jsonl", "lost.parquet")]
@@ -116,5 +116,5 @@ def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
     assert "5 records, 3 can be written, 2 cannot" in out
     assert "records.jsonl:2: b.jpg: image of" in out
     assert "records.jsonl:4: d.mp4: clip" in out
-    assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-bad"]) == 0
+    assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-rejected"]) == 0
     assert "3 samples in 1 shards" in capsys.readouterr().out

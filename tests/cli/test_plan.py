@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_counted_by_reason(made):
     too_long = int((data.plan.table.num_tokens > 60).sum())
     assert 2 < too_long < 37
     assert [(count, key) for _, count, key in figures.drops] == [
-        (too_long, data.index.key(plan.dropped_samples[0])),
+        (too_long, data.index.key(plan.oversized_samples[0])),
         (2, "a/0"),
     ]
     assert figures.drops[0][0].startswith("larger than a pack (step.max_tokens=60")
@@ -132,13 +132,13 @@ def test_memory_is_near_what_was_measured(workplace):
 def test_states_on_the_host_take_no_memory_of_the_gpu(workplace):
     words = ["stage=3", "model=2b", "stage.init_from=checkpoint", "machine.dp_size=2"]
     there, away = (
-        rank_memory(load_config([*words, f"machine.states_on_host={on_host}"]), GPUS["h100"])[0]
+        rank_memory(load_config([*words, f"machine.offload_optimizer={on_host}"]), GPUS["h100"])[0]
         for on_host in ("false", "true")
     )
     masters = away.pop("masters and AdamW")
     assert masters == pytest.approx(there.pop("masters and AdamW") / 3)
     assert away == there
-    words += ["machine.states_on_host=true", "optim.master_dtype=split"]
+    words += ["machine.offload_optimizer=true", "optim.master_dtype=split"]
     split = rank_memory(load_config(words), GPUS["h100"])[0]
     assert split.pop("masters and AdamW") == pytest.approx(masters / 2)
     assert split == there

@@ -11,6 +11,7 @@ import pytest
 
 from vl3train.config.choices import Attention, Dtype
 from vl3train.config.load import group_choices, load_config, load_run_config, read_config, save_config
+from vl3train.config.options import OPTIONS, RENAMED
 from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
@@ -173,3 +174,12 @@ def test_reading_a_config_is_fast_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert time.monotonic() - started < 10  # about 0.5 s on an idle core
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_option_by_its_former_name_is_told_the_name_it_has_now(old, new):
+    _, found = read_config(["stage=1", f"{old}=true"])
+    assert [str(problem) for problem in found if problem.key == old] == [
+        f"{old}=true: was renamed to {new}; write {new}=true"
+    ]
+    assert new in OPTIONS

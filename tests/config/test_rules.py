@@ -84,22 +84,22 @@ def test_weights_without_masters_name_all_that_they_need(workplace: Path):
 
 
 def test_states_on_the_host_name_all_that_they_need(workplace: Path):
-    on_host = "machine.states_on_host=true"
+    on_host = "machine.offload_optimizer=true"
     assert keys("stage=1", on_host) == []
     text = only_problem("stage=1", on_host, "machine.zero_stage=2", "optim.state_dtype=bfloat16")
-    assert text.startswith("machine.states_on_host=true: ")
+    assert text.startswith("machine.offload_optimizer=true: ")
     assert text.endswith("set machine.zero_stage=1 and optim.state_dtype=float32, or this to false")
-    assert keys("stage=1", on_host, "machine.dtype=float32") == ["machine.states_on_host"]
+    assert keys("stage=1", on_host, "machine.dtype=float32") == ["machine.offload_optimizer"]
 
 
 def test_split_masters_need_states_on_the_host(workplace: Path):
     split = "optim.master_dtype=split"
-    assert keys("stage=1", split, "machine.states_on_host=true") == []
+    assert keys("stage=1", split, "machine.offload_optimizer=true") == []
     text = only_problem("stage=1", split)
     assert text.startswith("optim.master_dtype=split: ")
-    assert text.endswith("set machine.states_on_host=true, or this to float32")
-    both = keys("stage=1", split, "machine.states_on_host=true", "machine.zero_stage=2")
-    assert both == ["machine.states_on_host"]
+    assert text.endswith("set machine.offload_optimizer=true, or this to float32")
+    both = keys("stage=1", split, "machine.offload_optimizer=true", "machine.zero_stage=2")
+    assert both == ["machine.offload_optimizer"]
 
 
 def test_five_mistakes_are_five_problems(workplace: Path):
@@ -123,10 +123,10 @@ def test_kernels_and_number_formats(workplace: Path):
     assert keys(*on_cpu, "machine.attention=flash_attn") == ["machine.attention", "machine.attention"]
     assert keys("stage=1", "machine.dtype=float32", "machine.attention=torch_varlen") == ["machine.attention"]
     assert keys("stage=1", "machine.dtype=float32", "machine.zero_stage=0") == []
-    quack = ("machine.products=quack", "machine.compile_layers=true")
+    quack = ("machine.gemm_backend=quack", "machine.compile_layers=true")
     assert keys("stage=1", *quack) == []
-    assert keys("stage=1", quack[0]) == ["machine.products"]
-    assert keys(*on_cpu, *quack) == ["machine.products", "machine.products"]
+    assert keys("stage=1", quack[0]) == ["machine.gemm_backend"]
+    assert keys(*on_cpu, *quack) == ["machine.gemm_backend", "machine.gemm_backend"]
 
 
 def test_what_zero_3_and_adapters_cannot_do(workplace: Path):

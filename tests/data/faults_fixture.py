@@ -218,7 +218,7 @@ class Outcome:
     said: str
 
     @property
-    def refused_samples(self) -> set[str]:
+    def rejected_samples(self) -> set[str]:
         """Without places."""
         return {key for key in self.refused if not key.startswith("@")}
 
@@ -227,8 +227,8 @@ class Outcome:
         """Whether used and refused samples are all that can be read, none is both, and the reason is the one."""
         return (
             self.used == self.planted.used
-            and self.used | self.refused_samples == self.planted.samples
-            and not self.used & self.refused_samples
+            and self.used | self.rejected_samples == self.planted.samples
+            and not self.used & self.rejected_samples
             and self.planted.said in self.said
         )
 
@@ -268,7 +268,7 @@ def fault_outcomes(root: Path, tokenizer_dir: Path, decode_seconds: float) -> li
     seen.pop("filler", None)
     assert set(seen.values()) == {1}
     assert set(seen) == {data.index.key(row) for row in range(data.index.num_samples)}
-    assert sum(batch.num_skipped_samples for step in steps for batch in step.batches) == len(entries)
+    assert sum(batch.num_failed_samples for step in steps for batch in step.batches) == len(entries)
     outcomes = []
     for number, fault in enumerate(faults):
         prefix = f"s{number}/a/"

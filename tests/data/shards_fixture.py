@@ -64,7 +64,7 @@ def make_source(folder: Path, *, images: int, clips: int, texts: int, seed: int,
         columns=None,
         max_samples=per_shard,
         max_bytes=10**9,
-        skip_bad=False,
+        skip_rejected=False,
         progress=lambda what, count: None,
     )
     return folder / "shards"

@@ -89,7 +89,7 @@ def test_every_placeholder_gets_its_own_samples_visual_token():
 
 
 def test_segments_positions_and_labels_lie_end_to_end():
-    batch = collate(SAMPLES, PACK, num_loss_chunks=3, num_skipped_samples=1)
+    batch = collate(SAMPLES, PACK, num_loss_chunks=3, num_failed_samples=1)
     assert batch.input_ids.tolist() == [i for one in SAMPLES for i in one.input_ids]
     assert batch.position_ids.tolist() == [i for one in SAMPLES for i in range(len(one.input_ids))]
     assert batch.cu_seqlens.dtype == torch.int32
@@ -103,7 +103,7 @@ def test_segments_positions_and_labels_lie_end_to_end():
         assert batch.cu_seqlens[segment] <= position < batch.cu_seqlens[segment + 1]
     assert batch.segment_sources == (2, 0, 1)
     assert batch.segment_keys == ("clip", "text", "mixed")
-    assert (batch.num_loss_chunks, batch.num_planned_tokens, batch.num_skipped_samples) == (3, 77, 1)
+    assert (batch.num_loss_chunks, batch.num_planned_tokens, batch.num_failed_samples) == (3, 77, 1)
 
 
 def test_frames_are_the_encoders_segments():

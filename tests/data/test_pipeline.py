@@ -99,7 +99,7 @@ def test_an_epoch_holds_every_sample_once_and_counts_what_it_holds(root, tokeniz
     )
     keys = Counter(key for step in steps for batch in step.batches for key in batch.segment_keys)
     keys.pop("filler", None)
-    assert not data.plan.dropped_samples
+    assert not data.plan.oversized_samples
     assert keys == {data.index.key(row): 1 for row in range(data.index.num_samples)}
     assert len(keys) == 9 + 8 + 20
     for step in steps:
@@ -159,7 +159,7 @@ def test_a_sample_that_rots_keeps_its_place_and_is_written_down(root, tokenizer_
     assert "crc32" in entry["reason"]
     differing = [(a, b) for a, b in zip(before, after, strict=True) if contents(a) != contents(b)]
     ((a, b),) = differing
-    assert (b.num_skipped_samples, a.num_skipped_samples) == (1, 0)
+    assert (b.num_failed_samples, a.num_failed_samples) == (1, 0)
     assert (a.segment_lengths, a.frame_lengths, a.segment_keys) == (
         b.segment_lengths,
         b.frame_lengths,
@@ -174,9 +174,9 @@ def test_a_run_stops_when_its_shards_are_gone(root, tokenizer_dir, tmp_path):
     data, cfg = opened(copy, tokenizer_dir)
     shutil.rmtree(copy / "words")  # 20 of 37 samples
     options = {"first": Cursor(), "last_step": 9, "rank": 0, "dp_size": 1, "ledger_path": tmp_path / "l"}
-    cfg.data.max_consecutive_bad = 30
+    cfg.data.max_consecutive_failed = 30
     assert list(train_steps(data, cfg, **options))
-    cfg.data.max_consecutive_bad = 2
+    cfg.data.max_consecutive_failed = 2
     with pytest.raises(RuntimeError, match="2 samples in a row could not be used"):
         list(train_steps(data, cfg, **options))
     last = json.loads((tmp_path / "l").read_text().splitlines()[-1])
@@ -186,7 +186,7 @@ def test_a_run_stops_when_its_shards_are_gone(root, tokenizer_dir, tmp_path):
 def test_samples_larger_than_a_pack_are_told(root, tokenizer_dir):
     data, _ = opened(root, tokenizer_dir, max_tokens=60)
     table = data.plan.table
-    assert data.plan.dropped_samples == tuple(row for row in range(37) if table.num_tokens[row] > 60)
+    assert data.plan.oversized_samples == tuple(row for row in range(37) if table.num_tokens[row] > 60)
     with pytest.raises(ValueError, match="no sample to train on"):
         opened(root, tokenizer_dir, max_tokens=2)
 

@@ -30,12 +30,12 @@ def main() -> None:
     for master_dtype in (MasterDtype.bfloat16, MasterDtype.split):
         split = master_dtype is MasterDtype.split
         optim = OptimConfig(state_dtype=Dtype.float32 if split else Dtype.bfloat16, master_dtype=master_dtype)
-        machine = MachineConfig(states_on_host=split, dp_size=rank.dp_size)
+        machine = MachineConfig(offload_optimizer=split, dp_size=rank.dp_size)
         packed = PackedModel(load_model(model_dir, dtype=torch.bfloat16), "reference")
         groups = [{"name": "all", "params": list(packed.parameters()), "lr": 1e-2}]
         engine = Zero(
             packed,
-            build_optimizer(groups, optim, rank.device, states_on_host=split),
+            build_optimizer(groups, optim, rank.device, offload_optimizer=split),
             machine=machine,
             optim=optim,
             num_micro_batches=1,

@@ -63,7 +63,7 @@ def test_a_finished_run_started_again_does_nothing(stage1, demo_words):
     assert len(figures(stage1)) == 4
 
 
-ON_HOST = ["machine.dtype=bfloat16", "machine.states_on_host=true"]
+ON_HOST = ["machine.dtype=bfloat16", "machine.offload_optimizer=true"]
 SPLIT = [*ON_HOST, "optim.master_dtype=split"]
 NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.master_dtype=bfloat16"]
 
@@ -76,7 +76,7 @@ def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
     words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
     with pytest.raises(
         RunError,
-        match=r"AdamW's means \(machine\.states_on_host=true\) take .* are left of the limit .*: set mach",
+        match=r"AdamW's means \(machine\.offload_optimizer=true\) take .* are left of the limit .*: set mach",
     ):
         run([*words, *ON_HOST])
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
@@ -113,7 +113,7 @@ def test_a_gpu_that_is_full_is_told_with_the_packs_and_what_makes_room(
     ):
         assert f"\n  {way_out}" in text
     assert "Of the memory" not in text
-    assert "states_on_host" not in text, "it needs bfloat16"
+    assert "offload_optimizer" not in text, "it needs bfloat16"
 
 
 @pytest.mark.parametrize(

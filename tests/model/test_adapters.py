@@ -59,8 +59,8 @@ def test_trains_packed_saves_alone_loads_with_peft_and_merges(
     assert {g["name"] for g in groups} == set(trained)
     assert sum(len(g["params"]) for g in groups) == len(names)
 
-    again = Recompute.layer
-    packed = PackedModel(model, "reference", recompute_vision=again, recompute_language=again).train()
+    recompute = Recompute.layer
+    packed = PackedModel(model, "reference", recompute_vision=recompute, recompute_language=recompute).train()
     packed(batch_of(mixed)).loss_sum.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     packed.eval()
@@ -100,12 +100,14 @@ def test_packed_equals_alone_with_adapters(tiny_model, batch_of, mixed):
 
 def test_dropout_is_the_same_when_layers_are_recomputed(tiny_model, batch_of, mixed):
     grads = []
-    for again in (Recompute.nothing, Recompute.mlp, Recompute.layer):
+    for recompute in (Recompute.nothing, Recompute.mlp, Recompute.layer):
         model = tiny_model()
         torch.manual_seed(5)
         adapted(model, lora("language_model", dropout=0.5), ["language_model"])
         torch.manual_seed(6)
-        packed = PackedModel(model, "reference", recompute_vision=again, recompute_language=again).train()
+        packed = PackedModel(
+            model, "reference", recompute_vision=recompute, recompute_language=recompute
+        ).train()
         packed(batch_of(mixed)).loss_sum.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(grads[0], grads[1])

@@ -48,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Index training and held-out samples, and say what cannot be used."""
     from vl3train.data.pipeline import open_data, store_frames
-    from vl3train.data.prepare.write_shards import Refusal, describe_refused
+    from vl3train.data.prepare.write_shards import Rejection, describe_rejected
     from vl3train.model.weights.processor import build_processor
 
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
@@ -86,11 +86,11 @@ def main(args: Namespace) -> int:
                 first += size
             for name, suffix, count in index.unread_parts:
                 console.print(f"  {name}: {count:,} members of kind .{suffix} are not read", markup=False)
-            too_large = [(index.key(row), "larger than a pack") for row in data.plan.dropped_samples]
+            too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
             for what, listed in (("cannot be used", index.refused), ("are left out", too_large)):
                 if listed:
                     console.print(f"  {len(listed):,} {what}:")
-                    for line in describe_refused([Refusal(*one) for one in listed]):
+                    for line in describe_rejected([Rejection(*one) for one in listed]):
                         console.print(f"  {line}", markup=False)
     return 0
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from vl3train.cli.arguments import count
 from vl3train.config.load import add_config_arguments
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.preview.inspect_page import ShownPack, ShownSample, step_page
 from vl3train.preview.opened import opened, split_step
 from vl3train.preview.step_samples import (
@@ -107,7 +107,7 @@ def shown_sample(data: OpenData, row: int, tokenizer: ChatTokenizer, decoder: De
         f"{lengths.num_patches:,} patches, {lengths.num_visual_tokens:,} visual tokens"
     )
     key, sample = data.index.key(row), rendered(data, row, decoder)
-    if isinstance(sample, BadSample):
+    if isinstance(sample, SampleError):
         return ShownSample(key=key, about=about, text=[], pictures=[], fault=str(sample))
     pictures = [[data_address(frame) for frame in item] for item in sample_pictures(sample)]
     return ShownSample(

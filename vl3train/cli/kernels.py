@@ -2,7 +2,7 @@
 
 Each available backend of attention runs with the heads of the encoder (72 wide, no mask) and of the 2B and 7B language
 models (128 wide, causal); quack's products run for their rows and weights. Out of line: a figure over 0.01. Exit code 1
-when a kernel that machine.attention=auto or machine.products=auto would take is wrong here.
+when a kernel that machine.attention=auto or machine.gemm_backend=auto would take is wrong here.
 """
 
 from __future__ import annotations
@@ -66,25 +66,25 @@ def main(args: Namespace) -> int:
             wrong |= backend == chosen.name and not found.is_right
             table.add_row(backend, name, *(f"{error:.4f}" for error in found.errors.values()), verdict)
     console.print(table)
-    return int(wrong | wrong_products(console, device, dtype))
+    return int(wrong | wrong_gemms(console, device, dtype))
 
 
-def wrong_products(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
+def wrong_gemms(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     """Print quack's table, or why there is none; whether one of its products is wrong."""
-    from vl3train.model.kernels.check import Widths, product_errors, why_not_quack
+    from vl3train.model.kernels.check import GemmShapes, gemm_errors, why_not_quack
 
-    all_widths = {
-        name: Widths(*widths, gated=name != "encoder", heads=SHAPES[name][:3])
+    all_shapes = {
+        name: GemmShapes(*widths, gated=name != "encoder", heads=SHAPES[name][:3])
         for name, widths in MLPS.items()
     }
-    if problem := why_not_quack(list(all_widths.values()), device, dtype, compiled=True):
+    if problem := why_not_quack(list(all_shapes.values()), device, dtype, compiled=True):
         console.print(f"products: torch; not quack, {problem}")
         return False
     table, wrong = Table("quack's product", "shape", "error", ""), False
-    for shape, widths in all_widths.items():
-        for found in product_errors(widths, device, dtype):
+    for shape, widths in all_shapes.items():
+        for found in gemm_errors(widths, device, dtype):
             wrong |= not found.is_right
-            verdict = found.failed or "WRONG: machine.products=auto takes torch"
+            verdict = found.failed or "WRONG: machine.gemm_backend=auto takes torch"
             table.add_row(found.name, shape, f"{found.error:.4f}", "right" if found.is_right else verdict)
     console.print(table)
     return wrong

@@ -8,7 +8,7 @@ examples:
   vl3train shards chat.jsonl --media-root /data/raw --check
   vl3train shards chat.jsonl --media-root /data/raw --check --decode
   vl3train shards chat.jsonl --media-root /data/raw --out data/chat
-  vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-bad
+  vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-rejected
   vl3train shards qa.parquet --columns picture=image question=user answer=assistant --out data/qa
 """
 
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vl3train.cli.arguments import count
 
 if TYPE_CHECKING:
-    from vl3train.data.prepare.check_media import Looking
+    from vl3train.data.prepare.check_media import MediaCheck
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,7 +55,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="also decode every picture and begin every clip, so that a damaged one is refused now: "
         "about 200 pictures of 1024x768 a second a core, in place of 17000 records",
     )
-    parser.add_argument("--skip-bad", action="store_true", help="write the good records where some are bad")
+    parser.add_argument(
+        "--skip-rejected", action="store_true", help="write the good records where some are bad"
+    )
     parser.add_argument(
         "--samples-per-shard", type=count, default=1000, metavar="N", help="most samples (default 1000)"
     )
@@ -69,11 +71,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Write the shards, or check; 1 and nothing written where records are bad and --skip-bad is not given."""
+    """Write the shards, or check; 1 and nothing written where records are bad and --skip-rejected is not given."""
     from vl3train.data.prepare.write_shards import (
-        REFUSED_FILE,
+        REJECTED_FILE,
         AnnotationProblems,
-        describe_refused,
+        describe_rejected,
         write_shards,
     )
 
@@ -102,26 +104,29 @@ def main(args: Namespace) -> int:
                 columns=dict(args.columns) if args.columns else None,
                 max_samples=args.samples_per_shard,
                 max_bytes=args.bytes_per_shard,
-                skip_bad=args.skip_bad,
+                skip_rejected=args.skip_rejected,
                 progress=show,
-                looking=_looking(args),
+                looking=_media_check(args),
             )
         except AnnotationProblems as problems:
             progress.stop()
             print(problems, file=sys.stderr)
             if len(problems.refused) < problems.num_records:
-                print("Nothing was written. Mend them, or write the others with --skip-bad.", file=sys.stderr)
+                print(
+                    "Nothing was written. Mend them, or write the others with --skip-rejected.",
+                    file=sys.stderr,
+                )
             return 1
     print(f"{args.out}: {report.num_written} samples in {report.num_shards} shards")
     if report.refused:
-        print(f"{len(report.refused)} records were left out, listed in {args.out / REFUSED_FILE}:")
-        print("\n".join(describe_refused(report.refused)))
+        print(f"{len(report.refused)} records were left out, listed in {args.out / REJECTED_FILE}:")
+        print("\n".join(describe_rejected(report.refused)))
     return 0
 
 
 def check(args: Namespace) -> int:
     """Print every kind of fault with its number and first examples; 1 where there is one. Nothing is written."""
-    from vl3train.data.prepare.write_shards import check_annotations, describe_refused
+    from vl3train.data.prepare.write_shards import check_annotations, describe_rejected
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -132,25 +137,25 @@ def check(args: Namespace) -> int:
             media_root=args.media_root,
             columns=dict(args.columns) if args.columns else None,
             progress=lambda what, count: progress.update(task, completed=count),
-            looking=_looking(args),
+            looking=_media_check(args),
         )
     print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} cannot")
     if refused:
-        print("\n".join(describe_refused(refused)))
+        print("\n".join(describe_rejected(refused)))
     return int(bool(refused))
 
 
-def _looking(args: Namespace) -> Looking | None:
+def _media_check(args: Namespace) -> MediaCheck | None:
     """How media are decoded, with the limits of a run that sets none; one process for each core."""
     from vl3train.config.data_options import DataConfig
     from vl3train.data.media.clips import DecodeLimits
-    from vl3train.data.prepare.check_media import Looking
+    from vl3train.data.prepare.check_media import MediaCheck
 
     if not args.decode:
         return None
     data = DataConfig()
     limits = DecodeLimits(max_pixels=data.decode_max_pixels, max_seconds=data.decode_max_seconds)
-    return Looking(limits, data.decode_seconds, num_workers=os.cpu_count() or 1)
+    return MediaCheck(limits, data.decode_seconds, num_workers=os.cpu_count() or 1)
 
 
 def _column(text: str) -> tuple[str, str]:

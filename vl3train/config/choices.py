@@ -30,7 +30,7 @@ class Attention(Enum):
     reference = "reference"
 
 
-class Products(Enum):
+class GemmBackend(Enum):
     """Who makes the matrix products of compiled layers (model/kernels/check.py)."""
 
     auto = "auto"

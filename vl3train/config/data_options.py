@@ -57,10 +57,10 @@ class DataConfig:
     num_workers: int = 2
     """Decoding processes on each rank; 0 decodes in the training process."""
 
-    max_bad_fraction: float = 0.01
+    max_failed_fraction: float = 0.01
     """The run stops when more than this share of the samples seen so far could not be used."""
 
-    max_consecutive_bad: int = 20
+    max_consecutive_failed: int = 20
     """The run stops when this many samples in a row could not be used."""
 
     max_epoch_samples: int | None = 10_000_000

@@ -24,10 +24,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vl3train.config.options import GROUPS, OPTIONS, SECTIONS, kind_of, suggest
+from vl3train.config.options import GROUPS, OPTIONS, RENAMED, SECTIONS, kind_of, suggest
 from vl3train.config.paths import shipped_folder
 from vl3train.config.plain import as_plain
-from vl3train.config.problems import ConfigError, Problem
+from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 
@@ -264,6 +264,8 @@ def _lay_over(cfg: DictConfig, key: str, value: Any) -> Problem | None:
             return Problem(key, "", "only an entry of a dict that is there can be removed", suggest(key[1:]))
         del node[name]
         return None
+    if key in RENAMED:
+        return Problem(key, value, f"was renamed to {RENAMED[key]}", f"write {RENAMED[key]}={show(value)}")
     if key not in OPTIONS and not in_dict:
         return Problem(key, value, "no such option", suggest(key))
     try:

@@ -20,6 +20,15 @@ OPTIONS: dict[str, Any] = {
 """Type of every option, by its full name."""
 
 
+RENAMED = {
+    "machine.states_on_host": "machine.offload_optimizer",
+    "machine.products": "machine.gemm_backend",
+    "data.max_bad_fraction": "data.max_failed_fraction",
+    "data.max_consecutive_bad": "data.max_consecutive_failed",
+}
+"""Options by their former name. Whoever writes one is told the name it has now."""
+
+
 def kind_of(hint: Any) -> str:
     """In words, what an option of this type takes."""
     arguments = typing.get_args(hint)

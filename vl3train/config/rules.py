@@ -11,9 +11,9 @@ from vl3train.config.choices import (
     Attention,
     Device,
     Dtype,
+    GemmBackend,
     MasterDtype,
     Memory,
-    Products,
     Recompute,
     Tracker,
     WandbMode,
@@ -171,11 +171,11 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
                 f"set {' and '.join(lacking)}",
             )
             found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
-    if cfg.optim.master_dtype is MasterDtype.split and not machine.states_on_host:
+    if cfg.optim.master_dtype is MasterDtype.split and not machine.offload_optimizer:
         what = "masters are put together piece by piece, where states wait on the host and nowhere else"
-        way_out = "set machine.states_on_host=true, or this to float32"
+        way_out = "set machine.offload_optimizer=true, or this to float32"
         found.append(Problem("optim.master_dtype", show(cfg.optim.master_dtype), what, way_out))
-    if machine.states_on_host:
+    if machine.offload_optimizer:
         needed = {
             "machine.dtype=bfloat16": machine.dtype is Dtype.bfloat16,
             "machine.zero_stage=1": machine.zero_stage == 1,
@@ -184,7 +184,7 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         if lacking := [words for words, is_so in needed.items() if not is_so]:
             what = "states wait on the host under float32 masters that ZeRO-1 has cut, and nowhere else"
             way_out = f"set {' and '.join(lacking)}, or this to false"
-            found.append(Problem("machine.states_on_host", True, what, way_out))
+            found.append(Problem("machine.offload_optimizer", True, what, way_out))
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
         in_part = level in (Recompute.elementwise, Recompute.mlp)
@@ -199,16 +199,16 @@ def machine_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(
             Problem("machine.compile_layers", True, what, "set it to false, or use machine.zero_stage=1 or 2")
         )
-    if machine.products is Products.quack and not machine.compile_layers:
+    if machine.gemm_backend is GemmBackend.quack and not machine.compile_layers:
         what = "serves compiled layers only"
-        way_out = "set machine.compile_layers=true, or use machine.products=auto"
-        found.append(Problem("machine.products", show(machine.products), what, way_out))
-    if machine.products is Products.quack and machine.device is Device.cpu:
+        way_out = "set machine.compile_layers=true, or use machine.gemm_backend=auto"
+        found.append(Problem("machine.gemm_backend", show(machine.gemm_backend), what, way_out))
+    if machine.gemm_backend is GemmBackend.quack and machine.device is Device.cpu:
         what = "needs a GPU, and machine.device=cpu"
-        found.append(Problem("machine.products", show(machine.products), what, "use auto"))
-    if machine.products is Products.quack and machine.dtype is Dtype.float32:
+        found.append(Problem("machine.gemm_backend", show(machine.gemm_backend), what, "use auto"))
+    if machine.gemm_backend is GemmBackend.quack and machine.dtype is Dtype.float32:
         what = "computes in 16 bits only, and machine.dtype=float32"
-        found.append(Problem("machine.products", show(machine.products), what, "use auto"))
+        found.append(Problem("machine.gemm_backend", show(machine.gemm_backend), what, "use auto"))
     if machine.attention in (Attention.flash_attn_4, Attention.flash_attn, Attention.torch_varlen):
         if machine.device is Device.cpu:
             what = "needs a GPU, and machine.device=cpu"

@@ -14,9 +14,9 @@ from vl3train.config.choices import (
     Attention,
     Device,
     Dtype,
+    GemmBackend,
     MasterDtype,
     Memory,
-    Products,
     Recompute,
     Schedule,
     Tracker,
@@ -133,13 +133,13 @@ class OptimConfig:
     """AdamW's epsilon."""
 
     state_dtype: Dtype = Dtype.float32
-    """AdamW's two means: float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, rounded at random so that
-    small changes are not lost (needs zero_stage 1 or more)."""
+    """AdamW's two moments: float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, with stochastic
+    rounding so that small changes are not lost (needs zero_stage 1 or more)."""
 
     master_dtype: MasterDtype = MasterDtype.float32
     """Under machine.dtype=bfloat16: float32 keeps masters of the trained weights, 4 bytes each; split keeps the same
-    masters as the weights and the 16 bits that these lack, 2 bytes each (needs machine.states_on_host=true); bfloat16
-    keeps none and rounds the weights themselves at random (needs zero_stage=1 and state_dtype=bfloat16)."""
+    masters as the weights and the 16 bits that these lack, 2 bytes each (needs machine.offload_optimizer=true);
+    bfloat16 keeps none and rounds the weights themselves at random (needs zero_stage=1 and state_dtype=bfloat16)."""
 
     schedule: Schedule = Schedule.cosine
     """cosine falls to min_lr_fraction at the last step; constant stays."""
@@ -173,7 +173,7 @@ class MachineConfig:
     attention: Attention = Attention.auto
     """auto takes the first that can serve: flash_attn_4, flash_attn, torch_varlen, reference."""
 
-    products: Products = Products.auto
+    gemm_backend: GemmBackend = GemmBackend.auto
     """Who makes the matrix products of compiled layers: quack with what follows them (Hopper GPUs), torch, or auto, the
     first of them that serves and is right here."""
 
@@ -189,7 +189,7 @@ class MachineConfig:
     recompute_language: Recompute = Recompute.layer
     """The same for each language-model layer."""
 
-    states_on_host: bool = False
+    offload_optimizer: bool = False
     """AdamW's two means wait in the host's page-locked memory, 8 bytes for each trained parameter, and cross the link
     twice a step: activations may use that memory of the GPU (docs/memory.md). Needs zero_stage=1, dtype=bfloat16 and
     optim.state_dtype=float32; best with memory=auto."""

@@ -119,7 +119,7 @@ class Batch:
     segment_keys: tuple[str, ...]  # S
     num_loss_chunks: int  # the same on every rank in one micro-batch, so that ZeRO-3 gathers in step
     num_planned_tokens: int  # what the plan counted for this pack
-    num_skipped_samples: int = 0
+    num_failed_samples: int = 0
 
     @property
     def max_seqlen(self) -> int:
@@ -149,5 +149,5 @@ class Batch:
         return {name: value for name, value in fields.items() if hasattr(value, "pin_memory")}
 
 
-class BadSample(ValueError):  # noqa: N818 - the field's word for it; it is refused, the run goes on
+class SampleError(ValueError):
     """A sample that cannot be used, with the reason. The only error that data/ promises for bad input."""

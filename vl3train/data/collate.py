@@ -15,7 +15,7 @@ DUMMY_GRID, DUMMY_MERGE = (1, 2, 2), 2
 
 
 def collate(
-    samples: Sequence[RenderedSample], pack: Pack, *, num_loss_chunks: int, num_skipped_samples: int = 0
+    samples: Sequence[RenderedSample], pack: Pack, *, num_loss_chunks: int, num_failed_samples: int = 0
 ) -> Batch:
     """Lay the samples of one pack end to end on one row; ``contracts.records.Batch`` says how.
 
@@ -62,7 +62,7 @@ def collate(
         segment_keys=tuple(sample.key for sample in samples) or (FILLER_KEY,),
         num_loss_chunks=num_loss_chunks,
         num_planned_tokens=pack.num_tokens,
-        num_skipped_samples=num_skipped_samples,
+        num_failed_samples=num_failed_samples,
     )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vl3train.contracts.records import BadSample, Batch, Cursor, Pack, RenderedSample, RenderSettings
+from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample, RenderSettings, SampleError
 from vl3train.data.collate import collate
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.costs import rank_packs
@@ -27,7 +27,7 @@ from vl3train.data.render.samples import blank_sample
 from vl3train.data.shards.index import Index
 
 
-class BadEntry(NamedTuple):
+class FailedEntry(NamedTuple):
     """A sample that could not be used when its turn came: one line of the ledger."""
 
     shard: str
@@ -39,7 +39,7 @@ class FetchedPack(NamedTuple):
     """A micro-batch, and what went wrong with it. A tuple, so that DataLoader can pin what is inside."""
 
     batch: Batch
-    bad: tuple[BadEntry, ...]
+    bad: tuple[FailedEntry, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +86,15 @@ class PackDataset(Dataset[FetchedPack]):
         return self._fetch(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
 
     def _fetch(self, pack: Pack, num_loss_chunks: int) -> FetchedPack:
-        bad: list[BadEntry] = []
+        bad: list[FailedEntry] = []
         samples, first_patch = [], 0
         for row in pack.samples:
             samples.append(self._render(row, first_patch, bad))
             first_patch += len(samples[-1].patches)
-        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_skipped_samples=len(bad))
+        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=len(bad))
         return FetchedPack(batch, tuple(bad))
 
-    def _render(self, row: int, first_patch: int, bad: list[BadEntry]) -> RenderedSample:
+    def _render(self, row: int, first_patch: int, bad: list[FailedEntry]) -> RenderedSample:
         """The sample; where it cannot be used, one of its lengths without pictures or supervised tokens."""
         index, planned = self.data.index, self.data.index.lengths(row)
         key, source = index.key(row), index.source(row)
@@ -104,8 +104,8 @@ class PackDataset(Dataset[FetchedPack]):
             return decoder.render(
                 conversation, parts, planned, key=key, source=source, first_patch=first_patch
             )
-        except BadSample as error:
-            bad.append(BadEntry(str(index.shard(row)), key, str(error)))
+        except SampleError as error:
+            bad.append(FailedEntry(str(index.shard(row)), key, str(error)))
             return blank_sample(planned, key=key, source=source)
         except Exception as error:
             error.add_note(f"while rendering {key}")

@@ -12,7 +12,7 @@ import torch
 
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, Cursor, RenderSettings
-from vl3train.data.loader import BadEntry, OpenData, PackDataset, fetch
+from vl3train.data.loader import FailedEntry, OpenData, PackDataset, fetch
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
 from vl3train.data.plan.order import OrderRules
@@ -117,10 +117,10 @@ def open_data(
         order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
         cache=plans,
     )
-    if not held_out and len(plan.dropped_samples) == index.num_samples:
+    if not held_out and len(plan.oversized_samples) == index.num_samples:
         raise ValueError(
             f"{recipe.path}: no sample to train on: {len(index.refused)} cannot be used, "
-            f"{len(plan.dropped_samples)} are larger than step.max_tokens={cfg.step.max_tokens} or "
+            f"{len(plan.oversized_samples)} are larger than step.max_tokens={cfg.step.max_tokens} or "
             f"step.max_patches={cfg.step.max_patches}"
             + "".join(f"\n  {key}: {reason}" for key, reason in index.refused[:5])
         )
@@ -172,7 +172,7 @@ def train_steps(
     Samples that turn out bad are written to ``ledger_path`` (one for each rank) when their step is handed out.
 
     Raises:
-        RuntimeError: ``data.max_consecutive_bad`` of this rank's samples in a row were bad.
+        RuntimeError: ``data.max_consecutive_failed`` of this rank's samples in a row were bad.
     """
     plan, num_micro_batches = data.plan, data.plan.step.global_packs // dp_size
     dataset = _dataset(data, cfg, first, rank, dp_size)
@@ -182,20 +182,20 @@ def train_steps(
         num_workers=cfg.data.num_workers,
         pin_memory=_on_cuda(cfg),
     )
-    bad_in_a_row = 0
+    failed_in_a_row = 0
     cursor = first
     while cursor.step < last_step:
         packs = plan.step_packs(cursor)
         mine = [next(fetched) for _ in range(num_micro_batches)]
         _write_ledger(ledger_path, cursor, [entry for one in mine for entry in one.bad])
         for one in mine:
-            bad_keys = {entry.key for entry in one.bad}
+            failed_keys = {entry.key for entry in one.bad}
             for key in one.batch.segment_keys:
-                bad_in_a_row = bad_in_a_row + 1 if key in bad_keys else 0
-                if bad_in_a_row >= cfg.data.max_consecutive_bad:
+                failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
+                if failed_in_a_row >= cfg.data.max_consecutive_failed:
                     raise RuntimeError(
-                        f"step {cursor.step}: {bad_in_a_row} samples in a row could not be used, "
-                        f"data.max_consecutive_bad={cfg.data.max_consecutive_bad}; the last is {key}. "
+                        f"step {cursor.step}: {failed_in_a_row} samples in a row could not be used, "
+                        f"data.max_consecutive_failed={cfg.data.max_consecutive_failed}; the last is {key}. "
                         f"Keys and reasons stand in {ledger_path}"
                     )
         num_tokens, num_patches = (
@@ -242,7 +242,7 @@ def _on_cuda(cfg: TrainConfig) -> bool:
     return cfg.machine.device.value != "cpu" and torch.cuda.is_available()
 
 
-def _write_ledger(path: Path, cursor: Cursor, entries: list[BadEntry]) -> None:
+def _write_ledger(path: Path, cursor: Cursor, entries: list[FailedEntry]) -> None:
     if entries:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as ledger:

@@ -79,7 +79,7 @@ def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
         columns=None,
         max_samples=500,
         max_bytes=64 * 2**20,
-        skip_bad=False,
+        skip_rejected=False,
         progress=lambda what, number: None,
     )
     shutil.rmtree(drawing)

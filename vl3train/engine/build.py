@@ -142,10 +142,10 @@ def data_remarks(data: OpenData) -> list[str]:
     """What of the recipe's samples will not be trained on, and why: said once at the start."""
     index, plan = data.index, data.plan
     remarks = [f"data: {index.num_samples:,} samples of {len(index.source_names)} sources"]
-    if plan.dropped_samples:
-        keys = [index.key(row) for row in plan.dropped_samples[:3]]
+    if plan.oversized_samples:
+        keys = [index.key(row) for row in plan.oversized_samples[:3]]
         remarks.append(
-            f"data: {len(plan.dropped_samples):,} samples are larger than a pack (step.max_tokens="
+            f"data: {len(plan.oversized_samples):,} samples are larger than a pack (step.max_tokens="
             f"{plan.step.max_tokens}, step.max_patches={plan.step.max_patches}) and are left out: {', '.join(keys)}"
         )
     if index.refused:

@@ -8,7 +8,7 @@ from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import Rank
 from vl3train.model.attention.backends import KernelChoice
 from vl3train.model.attention.check import right_attention
-from vl3train.model.kernels.check import choose_products
+from vl3train.model.kernels.check import choose_gemm_backend
 from vl3train.model.packed_forward import head_dims
 
 
@@ -16,22 +16,22 @@ class Kernels(NamedTuple):
     """Who does a run's attention and the products of its compiled layers."""
 
     attention: KernelChoice
-    products: KernelChoice
+    gemm_backend: KernelChoice
 
 
 def choose_kernels(machine: MachineConfig, hf_model: Any, rank: Rank) -> Kernels:
     """All ranks call it; RunError on every rank where what was asked for cannot serve or is wrong."""
-    attention = products = KernelChoice("none", "never used: a problem is raised below")
+    attention = gemm_backend = KernelChoice("none", "never used: a problem is raised below")
     problem = None
     dtype = next(hf_model.parameters()).dtype
     try:
         attention = right_attention(
             machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
         )
-        products = choose_products(
-            machine.products.value, hf_model.config, rank.device, dtype, compiled=machine.compile_layers
+        gemm_backend = choose_gemm_backend(
+            machine.gemm_backend.value, hf_model.config, rank.device, dtype, compiled=machine.compile_layers
         )
     except ValueError as error:
         problem = str(error)
     rank.agree(problem)
-    return Kernels(attention, products)
+    return Kernels(attention, gemm_backend)

@@ -15,20 +15,20 @@ from vl3train.contracts.records import Batch
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
-from vl3train.engine.memory.oom import told_if_out_of_memory
+from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.compile_log import Compiles, take_compiles
 from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import Run, start_run
 from vl3train.engine.step import StepResult, train_step
-from vl3train.engine.stop import StopRequest, start_deaf_workers
-from vl3train.model.activations.work import Levels
+from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
+from vl3train.model.activations.work import RecomputePlan
 
 
 def train(cfg: TrainConfig, rank: Rank) -> None:
     """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
-    start_deaf_workers()
-    with told_if_out_of_memory(cfg, rank, "model, optimizer and first layers were put there"):
+    start_workers_ignoring_signals()
+    with explain_oom(cfg, rank, "model, optimizer and first layers were put there"):
         run = start_run(cfg, rank)
     try:
         run_steps(run, StopRequest())
@@ -60,7 +60,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     for waited_seconds, started, step_batches in timed(steps):
         step = step_batches.cursor.step
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
-        with told_if_out_of_memory(cfg, rank, f"step {step} ran", step_batches.batches):
+        with explain_oom(cfg, rank, f"step {step} ran", step_batches.batches):
             result = train_step(
                 run.engine,
                 step_batches.batches,
@@ -70,7 +70,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             )
         compiles = take_compiles()
         refuse_non_finite(run, step_batches, result)
-        run.bad_samples.count(step, step_batches.num_samples, result.num_skipped_samples)
+        run.failed_samples.count(step, step_batches.num_samples, result.num_failed_samples)
         done = step + 1
         if step > first_step:
             tell_compiles(run, f"step {done}", compiles, compiles.reasons)
@@ -128,7 +128,7 @@ def log_step(
         "supervised_tokens": step_batches.num_supervised_tokens,
         "patches": step_batches.num_patches,
         "fill": step_batches.fill,
-        "skipped_samples": result.num_skipped_samples,
+        "skipped_samples": result.num_failed_samples,
         "step_seconds": step_seconds,
         "tokens_per_second": step_batches.num_tokens / step_seconds,
         "patches_per_second": step_batches.num_patches / step_seconds,
@@ -138,7 +138,7 @@ def log_step(
         "memory_gib": memory,
         **run.meter.figures(
             step_batches.batches,
-            levels_of_step(run, step_batches.batches),
+            recompute_plans(run, step_batches.batches),
             step_seconds,
         ),
     }
@@ -146,11 +146,11 @@ def log_step(
     run.tracker.log(figures, step_batches.cursor.step)
 
 
-def levels_of_step(run: Run, batches: Sequence[Batch]) -> list[Levels]:
+def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:
     """What each layer computed again in each micro-batch of this rank."""
     places = [(number == 0, number == len(batches) - 1) for number in range(len(batches))]
     return [
-        run.packed.choose_levels(batch, run.engine.others(batch, first=first, last=last))
+        run.packed.choose_plan(batch, run.engine.reserved_bytes(batch, first=first, last=last))
         for batch, (first, last) in zip(batches, places, strict=True)
     ]
 

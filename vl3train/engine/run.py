@@ -32,7 +32,7 @@ from vl3train.engine.checkpoint import find_checkpoint, load_checkpoint, refuse_
 from vl3train.engine.kernels import choose_kernels
 from vl3train.engine.memory.fit import fit_run
 from vl3train.engine.memory.host import require
-from vl3train.engine.memory.warmup import rehearse_run
+from vl3train.engine.memory.warmup import warm_up_run
 from vl3train.engine.monitor.console import Console, truncate_metrics
 from vl3train.engine.monitor.meter import Meter, make_meter
 from vl3train.engine.monitor.wandb_tracker import Tracker
@@ -63,7 +63,7 @@ class Run:
     write_weights: Callable[[Path], None]
     console: Console
     tracker: Tracker
-    bad_samples: BadSampleLimit
+    failed_samples: FailedSampleLimit
     meter: Meter
     source_names: list[str] = field(default_factory=list)
 
@@ -72,13 +72,13 @@ class Run:
         return {
             "cursor": dataclasses.asdict(self.cursor),
             "identity": self.identity,
-            "bad_samples": {"seen": self.bad_samples.seen, "bad": self.bad_samples.bad},
+            "failed_samples": {"seen": self.failed_samples.seen, "bad": self.failed_samples.bad},
             "config": as_plain(self.cfg),
         }
 
 
 @dataclass(kw_only=True)
-class BadSampleLimit:
+class FailedSampleLimit:
     """Counts samples that could not be used, and stops the run when they pile up."""
 
     max_fraction: float
@@ -96,7 +96,7 @@ class BadSampleLimit:
         if self.bad > self.max_fraction * max(self.seen, 1000):
             raise RunError(
                 f"step {step}: {self.bad} of {self.seen} samples could not be used, more than "
-                f"data.max_bad_fraction={self.max_fraction} allows. Keys and reasons stand in ledger.rank*.jsonl of "
+                f"data.max_failed_fraction={self.max_fraction} allows. Keys and reasons stand in ledger.rank*.jsonl of "
                 "the output folder. Repair them, or raise the limit if you can do without them."
             )
 
@@ -145,24 +145,24 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         recompute_vision=cfg.machine.recompute_vision,
         recompute_language=cfg.machine.recompute_language,
         compile_layers=cfg.machine.compile_layers,
-        products=kernels.products.name,
+        gemm_backend=kernels.gemm_backend.name,
     )
-    meter = make_meter(hf_model, rank.device, logits_again=not packed.makes_logits_once)
+    meter = make_meter(hf_model, rank.device, recomputes_logits=not packed.makes_logits_once)
     engine = Zero(
         packed,
-        build_optimizer(groups, cfg.optim, rank.device, states_on_host=cfg.machine.states_on_host),
+        build_optimizer(groups, cfg.optim, rank.device, offload_optimizer=cfg.machine.offload_optimizer),
         machine=cfg.machine,
         optim=cfg.optim,
         num_micro_batches=cfg.step.global_packs // rank.dp_size,
         rank=rank,
         save_frozen=peft_model is None,
     )
-    if engine.means is not None:
+    if engine.offload_schedule is not None:
         require(
             rank,
-            engine.means.optimizer.host_bytes_to_come(),
-            what="AdamW's means (machine.states_on_host=true)",
-            way_out="set machine.states_on_host=false, train on more hosts, or train adapters (adapter=lora)",
+            engine.offload_schedule.optimizer.host_bytes_to_come(),
+            what="AdamW's means (machine.offload_optimizer=true)",
+            way_out="set machine.offload_optimizer=false, train on more hosts, or train adapters (adapter=lora)",
             say=console.message,
         )
     assert_rope_float32(hf_model)
@@ -170,13 +170,16 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
 
     identity = run_identity(cfg, data, counts, rank)
     cursor = Cursor()
-    bad_samples = BadSampleLimit(max_fraction=cfg.data.max_bad_fraction)
+    failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     if checkpoint is not None:
         resume = refuse_other_identity(checkpoint, identity)
         refuse_what_cannot_go_on(cfg, resume, num_steps)
         load_checkpoint(checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**resume["cursor"])
-        bad_samples.seen, bad_samples.bad = resume["bad_samples"]["seen"], resume["bad_samples"]["bad"]
+        failed_samples.seen, failed_samples.bad = (
+            resume["failed_samples"]["seen"],
+            resume["failed_samples"]["bad"],
+        )
     if rank.is_first:
         truncate_metrics(folder / "metrics.jsonl", cursor.step)
         write_config(cfg, folder)
@@ -197,7 +200,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         + (f", resumed after step {cursor.step} from {checkpoint}" if checkpoint else "")
     )
     if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
-        rehearse_run(cfg, engine, packed, data, cursor, num_steps, console)
+        warm_up_run(cfg, engine, packed, data, cursor, num_steps, console)
     if cfg.machine.memory is Memory.auto:
         fit_run(cfg, engine, packed, data, cursor, num_steps, console.message)
     console.start(first_step=cursor.step, total_steps=num_steps)
@@ -226,7 +229,7 @@ def start_run(cfg: TrainConfig, rank: Rank) -> Run:
         write_weights=write_weights,
         console=console,
         tracker=tracker,
-        bad_samples=bad_samples,
+        failed_samples=failed_samples,
         meter=meter,
         source_names=list(data.index.source_names),
     )

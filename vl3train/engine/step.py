@@ -19,7 +19,7 @@ class StepResult:
     loss: float  # mean over every supervised token of the global batch
     grad_norm: float  # before clipping
     source_losses: dict[int, float]  # mean over the supervised tokens of each source
-    num_skipped_samples: int
+    num_failed_samples: int
     stop_requested: bool  # a rank was asked to stop (SIGTERM)
 
 
@@ -37,7 +37,7 @@ def train_step(
     plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
     """
     device = engine.rank.device
-    skipped = sum(batch.num_skipped_samples for batch in micro_batches)
+    skipped = sum(batch.num_failed_samples for batch in micro_batches)
     totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
     totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
@@ -62,7 +62,7 @@ def train_step(
             for source, (loss, count) in enumerate(zip(losses, counts, strict=True))
             if count
         },
-        num_skipped_samples=int(sums[0]),
+        num_failed_samples=int(sums[0]),
         stop_requested=bool(sums[1]),
     )
 

@@ -22,7 +22,7 @@ class StopRequest:
         self.requested = True
 
 
-def start_deaf_workers() -> None:
+def start_workers_ignoring_signals() -> None:
     """Start the server that loader workers and decode processes are forked from, with the stop signals blocked.
 
     torchrun and schedulers send them to every process of a group. Workers that died of them would take the run along

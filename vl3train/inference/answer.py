@@ -9,7 +9,7 @@ from typing import Any
 
 from vl3train.config.data_options import DataConfig
 from vl3train.contracts.geometry import time_text, token_budget_pixels
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_PAD, VIDEO_PAD
 from vl3train.inference.requests import Request
 
@@ -77,7 +77,7 @@ class Asker:
         for path in (*request.images, *request.videos):
             try:
                 self._picture(path) if path in request.images else self._clip(path)
-            except BadSample as error:
+            except SampleError as error:
                 found.append(f"{path}: {error}")
         return found
 
@@ -85,7 +85,7 @@ class Asker:
         """One answer to each request, all generated together.
 
         Raises:
-            BadSample: A picture or clip cannot be read; ``problems`` tells beforehand.
+            SampleError: A picture or clip cannot be read; ``problems`` tells beforehand.
         """
         import torch
 

@@ -18,7 +18,7 @@ from transformers import VideoLlama3ForConditionalGeneration
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.activations.last_layer import last_positions
-from vl3train.model.activations.work import Levels
+from vl3train.model.activations.work import RecomputePlan
 from vl3train.model.attention.backends import make_segments
 from vl3train.model.compiling import compiled
 from vl3train.model.layers.layers import decoder_layer, encoder_layer, layer_runner, run_layers
@@ -39,7 +39,7 @@ class PackedModel(nn.Module):
 
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
     ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
-    the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_levels`` is set to
+    the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_plan`` is set to
     something else (engine/memory/fit.py does); ``compile_layers`` fuses them, and ``products`` (model/kernels/check.py)
     says who makes their products. ``before_layer`` is called in the forward pass before each layer,
     ``on_layer_backward`` in the backward pass after each.
@@ -53,30 +53,30 @@ class PackedModel(nn.Module):
         recompute_vision: Recompute = Recompute.nothing,
         recompute_language: Recompute = Recompute.nothing,
         compile_layers: bool = False,
-        products: str = "torch",
+        gemm_backend: str = "torch",
     ) -> None:
         super().__init__()
         _refuse_what_packs_cannot(hf_model)
         self.model = hf_model
         self.attention = attention
-        given = Levels(
+        given = RecomputePlan(
             (recompute_vision,) * len(hf_model.model.vision_model.encoder.layers),
             (recompute_language,) * len(hf_model.model.language_model.layers),
         )
-        self.choose_levels: Callable[[Batch, int], Levels] = lambda *_: given
+        self.choose_plan: Callable[[Batch, int], RecomputePlan] = lambda *_: given
         """(micro-batch, bytes for activations that others take meanwhile) -> what each layer computes again."""
         self.whole_last_layer = False
         """Whether the last layer works for all tokens, not for those alone that the loss reads."""
         self.before_layer: Callable[[], None] | None = None
         self.on_layer_backward: Callable[[], None] | None = None
-        self._nothing = Levels(*((Recompute.nothing,) * len(levels) for levels in given))
-        self.compile_layers, self.products = compile_layers, products
+        self._nothing = RecomputePlan(*((Recompute.nothing,) * len(levels) for levels in given))
+        self.compile_layers, self.gemm_backend = compile_layers, gemm_backend
         self._run_layer = layer_runner(compiled=compile_layers)
         self._score = compiled(score_logits, enabled=compile_layers)
         self._grade = compiled(grade_logits, enabled=compile_layers)
         self._norm = compiled(_last_norm, enabled=compile_layers)
         self._scale_pixels = compiled(_scale_pixels, enabled=compile_layers)
-        hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchProduct
+        hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchLinear
 
     @property
     def makes_logits_once(self) -> bool:
@@ -86,17 +86,17 @@ class PackedModel(nn.Module):
     @property
     def keeps_more_at_nothing(self) -> bool:
         """Whether compiled layers keep more at nothing than at elementwise (config/choices.py)."""
-        return self.compile_layers and self.products == "quack"
+        return self.compile_layers and self.gemm_backend == "quack"
 
     def weights_with_sums(self) -> list[list[Tensor]]:
         """Those whose layers add a gradient to ``grad_sum``, if they have one: by product, in the sum's order."""
-        if not self.compile_layers or self.products != "quack":
+        if not self.compile_layers or self.gemm_backend != "quack":
             return []
         mlps = [layer.mlp for layer in self.model.model.language_model.layers]
-        by_product = [linears for mlp in mlps for linears in ([mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
-        linears = itertools.chain.from_iterable(by_product)
+        by_gemm = [linears for mlp in mlps for linears in ([mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
+        linears = itertools.chain.from_iterable(by_gemm)
         plain = all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears)
-        return [[linear.weight for linear in linears] for linears in by_product] if plain else []
+        return [[linear.weight for linear in linears] for linears in by_gemm] if plain else []
 
     def lay_frozen_weights_together(self) -> None:
         """Lay the weights of gate and up of a frozen layer one below the other in memory; for a model on its device.
@@ -104,7 +104,7 @@ class PackedModel(nn.Module):
         quack's products take both as one matrix (model/kernels/quack_gemm.py), and copy them together in each pass
         where they lie apart. Those that train lie so in DeepSpeed's buffers.
         """
-        if self.products != "quack":
+        if self.gemm_backend != "quack":
             return
         for layer in self.model.model.language_model.layers:
             linears: list[Any] = [layer.mlp.gate_proj, layer.mlp.up_proj]
@@ -113,9 +113,9 @@ class PackedModel(nn.Module):
                 for linear, weight in zip(linears, together.chunk(2), strict=True):
                     linear.weight.data = weight
 
-    def forward(self, batch: Batch, *, others: int = 0) -> PackedOutput:
-        """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_levels`` takes them."""
-        levels = self.choose_levels(batch, others) if self.training else self._nothing
+    def forward(self, batch: Batch, *, reserved_bytes: int = 0) -> PackedOutput:
+        """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_plan`` takes them."""
+        levels = self.choose_plan(batch, reserved_bytes) if self.training else self._nothing
         inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
         positions = None if self.whole_last_layer else last_positions(batch)
         hidden = self._language_states(batch, inputs_TH, levels.language, positions)
@@ -149,7 +149,7 @@ class PackedModel(nn.Module):
             rope,
             segments,
             levels,
-            self.products,
+            self.gemm_backend,
             self.compile_layers,
             before=self.before_layer,
             on_backward=self.on_layer_backward,
@@ -190,7 +190,7 @@ class PackedModel(nn.Module):
             rope,
             segments,
             levels,
-            self.products,
+            self.gemm_backend,
             self.compile_layers,
             positions,
             self.before_layer,
@@ -199,7 +199,7 @@ class PackedModel(nn.Module):
         return self._norm(language_model.norm, hidden)
 
 
-class PatchProduct(nn.Conv2d):
+class PatchLinear(nn.Conv2d):
     """The patch embedding as what it is, one matrix product: each of its inputs is one patch.
 
     cuDNN takes 2 to 4 ms for 50 000 patches where the product takes 0.1 (H100).

@@ -134,7 +134,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     trained = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
     tokens, patches = cfg.step.max_tokens, cfg.step.max_patches
 
-    states = 0 if machine.states_on_host else state_bytes(cfg.optim)
+    states = 0 if machine.offload_optimizer else state_bytes(cfg.optim)
 
     def split(size: float, from_stage: int) -> float:
         return size / ranks if machine.zero_stage >= from_stage else size
@@ -154,7 +154,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
         kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
         kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
     else:
-        on_host = split(trained * state_bytes(cfg.optim), 1) if machine.states_on_host else 0
+        on_host = split(trained * state_bytes(cfg.optim), 1) if machine.offload_optimizer else 0
         room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
         kept, levels = chosen(cfg, shape, room, width)
     parts["activations"] += kept

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vl3train.contracts.records import BadSample, Pack, RenderedSample
+from vl3train.contracts.records import Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
 from vl3train.data.render.chat_tokens import ChatTokenizer
 
@@ -66,7 +66,7 @@ def decoding(data: OpenData) -> Iterator[Decoder]:
             decoder.close()
 
 
-def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | BadSample:
+def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | SampleError:
     """A sample as its pack will hold it, or why it cannot be used: within ``data.decode_seconds``."""
     index = data.index
     try:
@@ -74,7 +74,7 @@ def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | Bad
         sample = decoder.render(
             conversation, parts, index.lengths(row), key=index.key(row), source=index.source(row)
         )
-    except BadSample as error:
+    except SampleError as error:
         return error
     return dataclasses.replace(sample, patches=sample.patches.copy())  # their memory is used again
 

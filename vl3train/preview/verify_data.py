@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vl3train.contracts.records import BadSample, Cursor, Pack, RenderedSample
+from vl3train.contracts.records import Cursor, Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, IM_END
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.preview.step_samples import rendered, text_pieces
@@ -44,7 +44,7 @@ def check_decoding(
     reasons = []
     for row in rows:
         sample = rendered(data, row, decoder)
-        if isinstance(sample, BadSample):
+        if isinstance(sample, SampleError):
             reasons.append(f"{data.index.key(row)}: {sample}")
         else:
             good[row] = sample
@@ -96,7 +96,7 @@ def check_splits(data: OpenData) -> Verdict:
         if pack.num_tokens > plan.step.max_tokens or pack.num_patches > plan.step.max_patches:
             reasons.append(f"a pack holds {pack.num_tokens} tokens and {pack.num_patches} patches")
     rows, counts = np.unique(plan.epoch_rows(0), return_counts=True)
-    expected, bound = data.index.num_samples - len(plan.dropped_samples), plan.order.max_epoch_samples
+    expected, bound = data.index.num_samples - len(plan.oversized_samples), plan.order.max_epoch_samples
     if all(weight == 1 for weight in plan.table.weights) and (bound is None or expected <= bound):
         twice, never = int((counts > 1).sum()), expected - len(rows)
         if twice or never:

@@ -202,7 +202,7 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
 
     from vl3train.engine.build import build_model
     from vl3train.model.attention.backends import choose_attention
-    from vl3train.model.kernels.check import choose_products
+    from vl3train.model.kernels.check import choose_gemm_backend
     from vl3train.model.packed_forward import PackedModel, head_dims
 
     on_cuda = cfg.machine.device is not Device.cpu and torch.cuda.is_available()
@@ -211,8 +211,8 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     model = model.to(device) if on_cuda else model.float()
     dtype, machine = next(model.parameters()).dtype, cfg.machine
     attention = choose_attention(machine.attention.value, device, head_dims(model), dtype)
-    products = choose_products(
-        machine.products.value, model.config, device, dtype, compiled=machine.compile_layers
+    gemm_backend = choose_gemm_backend(
+        machine.gemm_backend.value, model.config, device, dtype, compiled=machine.compile_layers
     )
     return PackedModel(
         model,
@@ -220,5 +220,5 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
         recompute_vision=machine.recompute_vision,
         recompute_language=machine.recompute_language,
         compile_layers=machine.compile_layers,
-        products=products.name,
+        gemm_backend=gemm_backend.name,
     ).eval()

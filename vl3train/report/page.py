@@ -40,7 +40,7 @@ def write_page(
         samples: Predictions with ``SAMPLE_KEYS`` of cli/report.py.
 
     Raises:
-        BadSample: A picture or clip of ``samples`` cannot be read.
+        SampleError: A picture or clip of ``samples`` cannot be read.
     """
     names = ", ".join(run.name for run in runs)
     parts = ["<h1>VideoLLaMA3 training report</h1>", f"<p>{escape(names)}</p>"]

@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_moving
 from vl3train.contracts.geometry import frame_indices
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits, decode_clip
 from vl3train.data.media.images import decode_image, image_header
 
@@ -76,7 +76,7 @@ def test_the_same_damage_has_the_same_reason():
     """The index is told apart by its reasons: a place in memory in one made a new plan of the same shards."""
     reasons = set()
     for _ in range(3):
-        with pytest.raises(BadSample) as caught:
+        with pytest.raises(SampleError) as caught:
             image_header(b"<html>404</html>", LIMITS)
         reasons.add(str(caught.value))
     assert reasons == {"image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF"}
@@ -86,7 +86,7 @@ def test_the_same_damage_has_the_same_reason():
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.9])
 def test_a_truncated_image_is_refused(form, keep):
     data = picture_bytes(drawn_picture(61, 75), form)
-    with pytest.raises(BadSample, match="cannot be read"):
+    with pytest.raises(SampleError, match="cannot be read"):
         decode_image(data[: int(len(data) * keep)], LIMITS)
 
 
@@ -94,19 +94,19 @@ def test_a_damaged_jpeg_is_refused_where_pillow_reads_on():
     data = bytearray(picture_bytes(drawn_picture(200, 300), "JPEG", quality=90))
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     assert Image.open(io.BytesIO(data)).convert("RGB").size == (300, 200)
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         decode_image(bytes(data), LIMITS)
 
 
 def test_pixel_limit_is_checked_on_the_header():
     whole = picture_bytes(drawn_picture(100, 100), "PNG")
     header_only = whole[:60]
-    with pytest.raises(BadSample, match="decode_max_pixels=9999"):
+    with pytest.raises(SampleError, match="decode_max_pixels=9999"):
         decode_image(header_only, DecodeLimits(max_pixels=9999, max_seconds=1.0))
 
 
 def test_postscript_is_not_an_image():
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", LIMITS)
 
 
@@ -147,7 +147,7 @@ def test_start_and_end(encode_clip, start, end, times):
 
 def test_start_behind_the_end_is_refused(encode_clip):
     data = encode_clip(still_and_moving(20, 48, 64), rate=10)
-    with pytest.raises(BadSample, match="start_time=30"):
+    with pytest.raises(SampleError, match="start_time=30"):
         decode_clip(data, **SAMPLING, start_seconds=30.0)
 
 
@@ -169,9 +169,9 @@ def test_truncated_and_garbage_clips_are_refused(encode_clip, suffix):
     frames = [drawn_picture(48, 64, seed) for seed in range(40)]
     data = encode_clip(frames, rate=10, suffix=suffix)
     for keep in (0.0, 0.01, 0.5, 0.8):
-        with pytest.raises(BadSample):
+        with pytest.raises(SampleError):
             decode_clip(data[: int(len(data) * keep)], **SAMPLING)
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         decode_clip(bytes(np.random.default_rng(0).bytes(5000)), **SAMPLING)
 
 
@@ -179,7 +179,7 @@ def test_damage_inside_a_clip_is_refused_or_leaves_every_frame(encode_clip):
     data = bytearray(encode_clip([drawn_picture(48, 64, seed) for seed in range(40)], rate=10))
     middle = len(data) // 2
     data[middle : middle + 3000] = bytes(3000)
-    with suppress(BadSample):
+    with suppress(SampleError):
         assert len(decode_clip(bytes(data), **SAMPLING).times) == 8
 
 
@@ -189,7 +189,7 @@ def test_clip_limits_are_checked_on_the_header(encode_clip):
         (DecodeLimits(max_pixels=48 * 64 - 1, max_seconds=60.0), "decode_max_pixels"),
         (DecodeLimits(max_pixels=48 * 64, max_seconds=3.0), "decode_max_seconds"),
     ):
-        with pytest.raises(BadSample, match=reason):
+        with pytest.raises(SampleError, match=reason):
             decode_clip(data, **{**SAMPLING, "limits": limits})
 
 
@@ -200,7 +200,7 @@ def test_a_playlist_is_not_a_clip(tmp_path, monkeypatch, encode_clip):
     text = b"ffconcat version 1.0\nfile part.mkv\n"
     with av.open(io.BytesIO(text)) as container:
         assert next(container.decode(video=0)).width == 64
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         decode_clip(text, **SAMPLING)
 
 

@@ -88,7 +88,7 @@ def test_samples_larger_than_a_pack_are_listed_and_in_no_step():
     plan = Plan(data, 0, step_config())
     expected = [i for i in range(50) if data.num_tokens[i] > 100 or data.num_patches[i] > 400]
     assert expected
-    assert list(plan.dropped_samples) == expected
+    assert list(plan.oversized_samples) == expected
     seen = [row for step in all_steps(plan, 0) for pack in step for row in pack.samples]
     assert sorted(seen + expected) == list(range(50))
 
@@ -141,7 +141,7 @@ def test_caps_on_visual_items_hold():
     packs = [pack for step in all_steps(plan, 0) for pack in step]
     assert max(data.num_items[list(pack.samples)].sum() for pack in packs) == 4
     assert sorted(row for pack in packs for row in pack.samples) == list(range(200))
-    assert Plan(data, 0, step_config(max_visual_items=3)).dropped_samples == tuple(range(4, 200, 5))
+    assert Plan(data, 0, step_config(max_visual_items=3)).oversized_samples == tuple(range(4, 200, 5))
 
 
 def test_bounds_and_blocks_are_of_the_plan():

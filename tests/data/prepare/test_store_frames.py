@@ -11,7 +11,7 @@ import pytest
 from tests.data.conftest import LIMITS, still_and_moving
 from tests.data.render.test_samples import SETTINGS, assistant, user
 from tests.data.shards_fixture import make_recipe, train_config
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.pipeline import open_data, store_frames
 from vl3train.data.records.conversation import Conversation, Image, Stream, Turn, Video, read_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -69,14 +69,14 @@ def test_frames_taken_otherwise_are_refused_and_damage_found(parts, tokenizer):
     conversation = Conversation((user(Video("0.mp4"), "Describe."), assistant("It moves."))).to_json()
     stored = store_sample(conversation, parts, SETTINGS, LIMITS)
     data = stored["0.frames"]
-    with pytest.raises(BadSample, match=r"stored with fps=2\.0, now 1\.0"):
+    with pytest.raises(SampleError, match=r"stored with fps=2\.0, now 1\.0"):
         render(stored, tokenizer, dataclasses.replace(SETTINGS, fps=1.0))
     for bad in (data[:-1], data[:40], data[:21], data.replace(b'"times": [0.0', b'"times": [null')):
-        with pytest.raises(BadSample, match="stored clip"):
+        with pytest.raises(SampleError, match="stored clip"):
             render({**stored, "0.frames": bad}, tokenizer)
     torn = bytearray(data)
     torn[-200:-100] = bytes(100)
-    with pytest.raises(BadSample, match="stored frame"):
+    with pytest.raises(SampleError, match="stored frame"):
         render({**stored, "0.frames": bytes(torn)}, tokenizer)
 
 

@@ -33,7 +33,7 @@ def media(tmp_path: Path) -> Path:
 def write(tmp_path, records, media, **changes):
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"max_samples": 3, "max_bytes": 10**9, "skip_bad": False, "columns": None}
+    options = {"max_samples": 3, "max_bytes": 10**9, "skip_rejected": False, "columns": None}
     return write_shards(
         [str(file)],
         tmp_path / "out",
@@ -121,7 +121,7 @@ def test_all_problems_come_at_once_and_nothing_is_written(tmp_path, media):
 
 
 def test_bad_records_are_skipped_only_when_asked_and_are_listed(tmp_path, media):
-    report = write(tmp_path, [answer(), *BAD, answer()], media, skip_bad=True)
+    report = write(tmp_path, [answer(), *BAD, answer()], media, skip_rejected=True)
     assert report.num_written + len(report.refused) == 7
     lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
     assert [line["where"].rpartition(":")[2] for line in lines] == ["2", "3", "4", "5", "6"]
@@ -130,7 +130,7 @@ def test_bad_records_are_skipped_only_when_asked_and_are_listed(tmp_path, media)
 
 def test_nothing_good_is_an_error_even_when_skipping(tmp_path, media):
     with pytest.raises(AnnotationProblems):
-        write(tmp_path, BAD, media, skip_bad=True)
+        write(tmp_path, BAD, media, skip_rejected=True)
     with pytest.raises(ValueError, match="no records in"):
         write(tmp_path, [], media)
 
@@ -154,7 +154,13 @@ def test_a_killed_run_leaves_no_folder_of_that_name_and_the_next_one_succeeds(tm
     records = [answer()] * 5
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"media_root": media, "columns": None, "max_samples": 2, "max_bytes": 10**9, "skip_bad": False}
+    options = {
+        "media_root": media,
+        "columns": None,
+        "max_samples": 2,
+        "max_bytes": 10**9,
+        "skip_rejected": False,
+    }
     with pytest.raises(Killed):
         write_shards([str(file)], tmp_path / "out", progress=kill, **options)
     assert not (tmp_path / "out").exists()

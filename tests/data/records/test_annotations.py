@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.records.annotations import MediaFile, read_record
 from vl3train.data.records.conversation import (
     Conversation,
@@ -174,7 +174,7 @@ def test_streaming_records():
     ],
 )
 def test_bad_records_say_where_and_why(bad, reason):
-    with pytest.raises(BadSample, match=reason) as caught:
+    with pytest.raises(SampleError, match=reason) as caught:
         read_record(bad, where="a.json[3]")
     assert str(caught.value).startswith("a.json[3]: ")
 
@@ -187,5 +187,5 @@ def test_canonical_form_round_trip_and_renaming():
     renamed = read_conversation(conversation.to_json(["0.webp", "1.mkv"]))
     assert renamed.turns[0].content == (Image("0.webp"), Text("é"), Video("1.mkv", 1.0))
     for broken in (b"{", b"[]", b'{"turns": [{"role": "user", "content": [{"type": "x"}]}]}', b"\xff"):
-        with pytest.raises(BadSample):
+        with pytest.raises(SampleError):
             read_conversation(broken)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from tests.data.faults_fixture import clip, jpeg
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.data.records import importers
 from vl3train.data.records.annotations import read_record
@@ -77,7 +77,7 @@ def test_golden(tmp_path, name):
     assert read_record(good, where="w")[0] == expected
     assert len(strange) == 2
     for _, bad in strange:
-        assert isinstance(bad, BadSample)
+        assert isinstance(bad, SampleError)
         assert f"no {name} record" in str(bad)
 
 
@@ -96,7 +96,7 @@ def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):
         columns=None,
         max_samples=10,
         max_bytes=10**9,
-        skip_bad=False,
+        skip_rejected=False,
         progress=lambda what, count: None,
     )
     assert (report.num_written, report.refused) == (4, ())
@@ -120,7 +120,7 @@ def test_a_csv_and_a_folder_of_clips_become_shards(tmp_path):
         columns=None,
         max_samples=10,
         max_bytes=10**9,
-        skip_bad=True,
+        skip_rejected=True,
         progress=lambda what, count: None,
     )
     assert report.num_written == 3

@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.conftest import drawn_picture, picture_bytes
 from tests.data.records.test_annotations import record
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.records.annotations import MediaFile, read_record
 from vl3train.data.records.conversation import Image, Text
 from vl3train.data.records.record_files import read_annotations, source_problems
@@ -40,7 +40,7 @@ def test_what_cannot_be_read_comes_as_its_reason_and_stops_nothing(tmp_path):
     (tmp_path / "b.json").write_text("{}")
     ((_, no_list),) = read_annotations(tmp_path / "b.json")
     assert "no list" in str(no_list)
-    assert {type(one) for one in (broken, strange, whole, no_list)} == {BadSample}
+    assert {type(one) for one in (broken, strange, whole, no_list)} == {SampleError}
 
 
 def test_all_missing_files_are_named_with_the_way_out(tmp_path):
@@ -73,7 +73,7 @@ def test_suffixes_may_be_capitals(tmp_path):
 def test_json_that_python_does_not_read_comes_as_its_reason(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 200_000 + "\n" + "1" * 6000 + '\n{"a": 1}\n')
     (_, deep), (_, long), (_, good) = read_annotations(tmp_path / "a.jsonl")
-    assert type(deep) is type(long) is BadSample
+    assert type(deep) is type(long) is SampleError
     assert good == {"a": 1}
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
     ((_, lines),) = read_annotations(tmp_path / "lines.json")

@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from tests.data.conftest import LIMITS
 from tests.data.faults_fixture import clip, jpeg
 from tests.data.render.test_samples import SETTINGS
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.write_shards import write_members
 from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.records.shard_records import open_conversation
@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_word():
 def test_half_a_character_is_refused_whoever_wrote_it():
     turns = [{"role": "assistant", "content": [{"type": "text", "text": "a \ud83d"}]}]
     for record in ({"caption": "a \ud83d"}, {"turns": turns}):
-        with pytest.raises(BadSample, match="half a character"):
+        with pytest.raises(SampleError, match="half a character"):
             open_conversation(json.dumps(record).encode(), {"jpg": b""})
 
 
@@ -123,7 +123,7 @@ def test_conversations_of_others(data, parts, expected):
     ],
 )
 def test_what_does_not_fit_says_why(data, parts, reason):
-    with pytest.raises(BadSample, match=reason.replace("|", r"\|")):
+    with pytest.raises(SampleError, match=reason.replace("|", r"\|")):
         open_conversation(data, parts)
 
 
@@ -170,7 +170,7 @@ FORMS = [
 @given(st.sampled_from(FORMS).flatmap(strange) | JSON)
 def test_no_json_can_do_more_than_be_refused(tokenizer, made_media, record):
     data = json.dumps(record).encode()
-    with contextlib.suppress(BadSample):
+    with contextlib.suppress(SampleError):
         measure_sample(data, made_media, SETTINGS, tokenizer, LIMITS)
 
 
@@ -190,9 +190,9 @@ def test_documents_are_refused_part_by_part_with_the_way_out(tmp_path, tokenizer
         data = read_parts(tmp_path / "0.tar", sample.parts)
         try:
             if sample.fault:
-                raise BadSample(sample.fault)
+                raise SampleError(sample.fault)
             measure_sample(data.pop("json", b""), data, SETTINGS, tokenizer, LIMITS)
-        except BadSample as error:
+        except SampleError as error:
             said[sample.key] = str(error)
     assert list(said) == ["pdfa", "idl", "scans"]
     assert said["pdfa"].startswith("member .pdf: documents are not opened; render each page")

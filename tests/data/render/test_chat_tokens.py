@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, RESERVED_TOKENS, UPSTREAM_ADDED_TOKENS
 from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
@@ -85,7 +85,7 @@ def test_placeholders_stand_item_by_item(tokenizer):
 
 def test_an_image_in_an_answer_is_refused(tokenizer):
     turn = Turn("assistant", (Image("0.png"),))
-    with pytest.raises(BadSample, match="words only"):
+    with pytest.raises(SampleError, match="words only"):
         render_conversation(Conversation((turn,)), [ItemTokens((1,))], tokenizer)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_moving
 from tests.data.render.test_samples import SETTINGS, assistant, user
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.records.conversation import Conversation, Image, Video
 from vl3train.data.render import decode_client
 from vl3train.data.render import decode_server as render_decode_server
@@ -98,7 +98,7 @@ def test_behind_the_wall_and_before_it_are_equal(decoder, tokenizer_dir, picture
 def test_bad_samples_say_why_and_the_process_lives_on(decoder, picture):
     pid = None
     for bad in (b"", b"no picture", picture["0.jpg"][:200]):
-        with pytest.raises(BadSample, match="cannot be read"):
+        with pytest.raises(SampleError, match="cannot be read"):
             decoder.measure(PICTURE, {"0.jpg": bad})
         assert pid in (None, decoder._pid)
         pid = decoder._pid
@@ -109,7 +109,7 @@ def test_a_native_hang_is_killed_at_the_limit_and_the_next_sample_decodes(hangin
     decoder = Decoder(hanging, 0.5)
     for what in (b"HANG", b"STOP"):
         begin = time.monotonic()
-        with pytest.raises(BadSample, match=r"longer than data\.decode_seconds=0\.5"):
+        with pytest.raises(SampleError, match=r"longer than data\.decode_seconds=0\.5"):
             decoder.measure(what, picture)
         assert 0.4 < time.monotonic() - begin < 3
         assert decoder.measure(PICTURE, picture).num_patches
@@ -118,7 +118,7 @@ def test_a_native_hang_is_killed_at_the_limit_and_the_next_sample_decodes(hangin
 @pytest.mark.parametrize("what", [b"CRASH", b"MEMORY"])
 def test_a_decoder_that_dies_takes_nothing_with_it(hanging, picture, what):
     decoder = Decoder(hanging, 20.0)
-    with pytest.raises(BadSample, match="died of it twice"):
+    with pytest.raises(SampleError, match="died of it twice"):
         decoder.measure(what, picture)
     assert decoder.measure(PICTURE, picture).num_patches
 

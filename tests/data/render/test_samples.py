@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_moving
 from vl3train.contracts.geometry import frame_indices
-from vl3train.contracts.records import BadSample, RenderSettings
+from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.contracts.tokens import CHAT_TEMPLATE, IGNORE_INDEX
 from vl3train.data.records.conversation import Conversation, Image, Stream, Text, Turn, Video
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -240,7 +240,7 @@ def test_the_planned_count_is_kept_whatever_the_decoder_rounds(parts, tokenizer)
 def test_another_length_than_planned_is_refused(parts, tokenizer, change):
     conversation = Conversation(CASES["a clip"])
     planned = measure_sample(conversation.to_json(), parts, SETTINGS, tokenizer, LIMITS)
-    with pytest.raises(BadSample, match="index the shards again"):
+    with pytest.raises(SampleError, match="index the shards again"):
         render(conversation, parts, tokenizer, planned=dataclasses.replace(planned, **change))
 
 
@@ -280,7 +280,7 @@ def test_a_stream_shows_each_frame_once_and_before_its_message(parts, tokenizer)
     learned = tokenizer.decode([i for i in sample.labels if i != IGNORE_INDEX])
     assert learned == "It is.<|im_end|>"
     late = Conversation((Turn("stream", (Stream("2.mp4", 0.2, start=1.0),)), assistant("No.")))
-    with pytest.raises(BadSample, match="no frame comes before"):
+    with pytest.raises(SampleError, match="no frame comes before"):
         render(late, parts, tokenizer)
 
 
@@ -291,7 +291,7 @@ def test_bad_samples_say_why(parts, tokenizer):
         ({"0.jpg": b"no image"}, "cannot be read"),
         ({"0.jpg": picture_bytes(np.zeros((2, 500, 3), np.uint8))}, "aspect ratio"),
     ):
-        with pytest.raises(BadSample, match=reason):
+        with pytest.raises(SampleError, match=reason):
             measure_sample(conversation.to_json(), bad, SETTINGS, tokenizer, LIMITS)
-    with pytest.raises(BadSample, match="is no JSON"):
+    with pytest.raises(SampleError, match="is no JSON"):
         measure_sample(b"[1, 2", parts, SETTINGS, tokenizer, LIMITS)

@@ -17,8 +17,8 @@ def outcomes(tmp_path_factory, tokenizer_dir):
 def test_used_and_refused_make_all(outcomes):
     for one in outcomes:
         assert one.used == one.planted.used, one.planted.name
-        assert one.used | one.refused_samples == one.planted.samples, one.planted.name
-        assert not one.used & one.refused_samples, one.planted.name
+        assert one.used | one.rejected_samples == one.planted.samples, one.planted.name
+        assert not one.used & one.rejected_samples, one.planted.name
         if AFTER in one.planted.samples:
             assert {BEFORE, AFTER} <= one.used, one.planted.name
 

@@ -14,7 +14,7 @@ from tests.data.conftest import LIMITS
 from tests.data.render.test_samples import SETTINGS
 from tests.data.shards.test_tar_headers import make_tar
 from tests.data.shards_fixture import make_source
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.build_index import build_index
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
@@ -148,10 +148,10 @@ def test_flipped_bits_are_found_when_the_sample_is_read(shards, build):
     data = bytearray(index.shard(row).read_bytes())
     data[offset + 40] ^= 4
     index.shard(row).write_bytes(data)
-    with pytest.raises(BadSample, match="crc32"):
+    with pytest.raises(SampleError, match="crc32"):
         index.read_sample(row)
     index.shard(row).write_bytes(data[: offset + 3])
-    with pytest.raises(BadSample, match="ends before"):
+    with pytest.raises(SampleError, match="ends before"):
         index.read_sample(row)
 
 

@@ -103,7 +103,7 @@ def extremes(small):
     engine, packed = small
     found = []
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_levels = lambda *_, level=level: memory_module.Levels((level,) * 4, (level,) * 4)
+        packed.choose_plan = lambda *_, level=level: memory_module.RecomputePlan((level,) * 4, (level,) * 4)
         found.append(peak_of(engine, pack(3, 300)))
     return found
 
@@ -128,7 +128,7 @@ def test_the_tighter_the_memory_the_more_is_done_again_and_no_pack_exceeds_it(sm
             assert peak_of(engine, other) <= limit
         work.append(fitted.budget.rates.of(pack(3, 300), fitted.levels))
         kept.append(sum(fitted.budget.kept_bytes(memory_module.pack_size(pack(3, 300)), fitted.levels)))
-        smaller = packed.choose_levels(pack(1, 20), 0)
+        smaller = packed.choose_plan(pack(1, 20), 0)
         assert fitted.budget.rates.of(pack(1, 20), smaller) <= work[-1]
     assert work == sorted(work)
     assert work[0] < work[-1]
@@ -141,8 +141,8 @@ def test_bytes_of_each_level_are_those_that_the_forward_pass_keeps(small):
     size = memory_module.pack_size(pack(3, 300))
     rests, held_by_all = [], 0
     for level in (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload):
-        levels = memory_module.Levels((level,) * 4, (level,) * 4)
-        packed.choose_levels = lambda *_, levels=levels: levels
+        levels = memory_module.RecomputePlan((level,) * 4, (level,) * 4)
+        packed.choose_plan = lambda *_, levels=levels: levels
         with counted(engine, pack(3, 300), ROOMY) as memory:
             output = engine.forward(pack(3, 300))
             held = memory.held()
@@ -279,7 +279,7 @@ def test_on_a_gpu_real_packs_stay_within_the_limit(monkeypatch, compile_layers):
     memory, worst = memory_module.device_memory(rank.device), pack(64, 3000)
     peaks = {}
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_levels = lambda *_, level=level: memory_module.Levels((level,) * 6, (level,) * 6)
+        packed.choose_plan = lambda *_, level=level: memory_module.RecomputePlan((level,) * 6, (level,) * 6)
         for _ in range(2):
             memory.reset_peak()
             engine.backward(engine.forward(worst).loss_sum * 0)

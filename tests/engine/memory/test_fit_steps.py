@@ -12,13 +12,14 @@ from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.memory.fit import fit_memory
-from vl3train.engine.optim.build import build_optimizer, offload_adamw, offload_schedule
+from vl3train.engine.optim import offload_adamw, offload_schedule
+from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
 from vl3train.model import packed_forward
 from vl3train.model.activations.last_layer import last_positions
-from vl3train.model.activations.work import Levels, pack_size
+from vl3train.model.activations.work import RecomputePlan, pack_size
 from vl3train.model.packed_forward import PackedModel
 
 pytestmark = pytest.mark.usefixtures("most_supervised")
@@ -49,7 +50,7 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     assert engine.states_to_come() == states
     peaks = []
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_levels = lambda *_, level=level: Levels((level,) * 4, (level,) * 4)
+        packed.choose_plan = lambda *_, level=level: RecomputePlan((level,) * 4, (level,) * 4)
         peaks.append(peak_of(engine, batch))
     limit = int(sum(peaks) / 2) + states
     supervised = len(batch.supervised_positions)
@@ -71,8 +72,8 @@ def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
     groups = [{"name": "all", "params": list(packed.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
     engine = Zero(
         packed,
-        build_optimizer(groups, optim, rank.device, states_on_host=True),
-        machine=MachineConfig(states_on_host=True),
+        build_optimizer(groups, optim, rank.device, offload_optimizer=True),
+        machine=MachineConfig(offload_optimizer=True),
         optim=optim,
         num_micro_batches=num_micro_batches,
         rank=rank,
@@ -81,11 +82,11 @@ def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
     assert engine.states_to_come() == 0
     peaks = []
     for level in (Recompute.elementwise, Recompute.layer):
-        packed.choose_levels = lambda *_, level=level: Levels((level,) * 4, (level,) * 4)
+        packed.choose_plan = lambda *_, level=level: RecomputePlan((level,) * 4, (level,) * 4)
         peaks.append(peak_of(engine, batch))
     limit = int(share * peaks[0] + (1 - share) * peaks[1])
-    scattered = engine.means.scattered()
-    assert scattered == int(offload_schedule.SCATTERED * engine.means.optimizer.num_bytes()) > 0
+    scattered = engine.offload_schedule.scattered()
+    assert scattered == int(offload_schedule.SCATTERED * engine.offload_schedule.optimizer.num_bytes()) > 0
     with counted(engine, batch, ROOMY, ROOMY - limit - scattered) as memory:
         fitted = fit_memory(engine, packed, batch, memory, pack_name="the worst pack", say=lambda _: None)
         assert fitted.limit_bytes == limit
@@ -122,7 +123,7 @@ def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_pieces
     freed, a pack of 131 072 tokens ran out of memory."""
     batch = pack(1, 3000)
     with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, packed, memory, limit):
-        levels = packed.choose_levels(batch, 0).language
+        levels = packed.choose_plan(batch, 0).language
         assert levels[-1] is Recompute.elementwise is not levels[0]
         memory.reset_peak()
         steps(engine, batch, 3, num_micro_batches=1)
@@ -131,8 +132,8 @@ def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_pieces
 
 def work_that_carries(engine, batch, of_means, direction):
     """So that the link carries that share of the means while ``direction`` of a micro-batch is computed."""
-    work = getattr(engine.means.budget.rates, direction)(pack_size(batch))
-    return int(work / (of_means * engine.means.optimizer.num_bytes()))
+    work = getattr(engine.offload_schedule.budget.rates, direction)(pack_size(batch))
+    return int(work / (of_means * engine.offload_schedule.optimizer.num_bytes()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
@@ -140,18 +141,18 @@ def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carr
     on_host, monkeypatch, share
 ):
     engine, packed, batch, memory, limit = on_host
-    means = engine.means.optimizer.num_bytes()
-    assert means >= 8 * sum(parameter.numel() for parameter in packed.parameters())
+    moments = engine.offload_schedule.optimizer.num_bytes()
+    assert moments >= 8 * sum(parameter.numel() for parameter in packed.parameters())
     a_crossing = work_that_carries(engine, batch, share, "forward") if share else 10**18
     monkeypatch.setattr(offload_schedule, "WORK_A_CROSSING", a_crossing)
-    others = engine.others(batch, first=True, last=False)
+    reserved_bytes = engine.reserved_bytes(batch, first=True, last=False)
     left = offload_schedule.LEFT_IN_UPDATE
-    assert others == pytest.approx((1 - left - share) * means, rel=0.01)
-    assert engine.others(batch, first=False, last=False) == 0
-    spared, found, waits = engine.means.budget.can_spare(pack_size(batch), others), [], []
-    assert spared <= others
+    assert reserved_bytes == pytest.approx((1 - left - share) * moments, rel=0.01)
+    assert engine.reserved_bytes(batch, first=False, last=False) == 0
+    spared, found, waits = engine.offload_schedule.budget.can_spare(pack_size(batch), reserved_bytes), [], []
+    assert spared <= reserved_bytes
     assert (spared > 10_000) == (share < 0.9)
-    backward, wait = engine.backward, engine.means.optimizer.wait
+    backward, wait = engine.backward, engine.offload_schedule.optimizer.wait
 
     def watched(loss):
         backward(loss)
@@ -160,7 +161,7 @@ def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carr
 
     monkeypatch.setattr(engine, "backward", watched)
     monkeypatch.setattr(
-        engine.means.optimizer,
+        engine.offload_schedule.optimizer,
         "wait",
         lambda max_bytes_left=0: waits.append(max_bytes_left) or wait(max_bytes_left),
     )
@@ -186,13 +187,13 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
     steps(engine, batch, 1)  # makes the means
     a_crossing = work_that_carries(engine, batch, share, "backward")
     monkeypatch.setattr(offload_schedule, "WORK_A_CROSSING", a_crossing)
-    means = engine.means.optimizer
-    others = engine.others(batch, first=False, last=True)
-    assert others == pytest.approx((1 - share) * means.num_bytes(), rel=0.01)
+    moments = engine.offload_schedule.optimizer
+    reserved_bytes = engine.reserved_bytes(batch, first=False, last=True)
+    assert reserved_bytes == pytest.approx((1 - share) * moments.num_bytes(), rel=0.01)
     there, peaks, forward, backward = [], [], engine.forward, engine.backward
 
     def brought():
-        return sum(piece.num_bytes for piece in means._all_pieces() if piece.is_there)
+        return sum(piece.num_bytes for piece in moments._all_pieces() if piece.is_there)
 
     def watched_forward(batch, *, first, last):
         output = forward(batch, first=first, last=last)
@@ -210,10 +211,10 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
     steps(engine, batch, 1)
     *before, early, all_of_them = there
     assert before == [0] * 4, "not in the first two micro-batches"
-    spared = engine.means.budget.can_spare(pack_size(batch), others)
+    spared = engine.offload_schedule.budget.can_spare(pack_size(batch), reserved_bytes)
     # In pieces of 16 000 bytes at most, as many as the chosen levels leave room for.
-    levels = packed.choose_levels(batch, others)
-    room = engine.means.budget.room_beside(pack_size(batch), levels)[-1]
+    levels = packed.choose_plan(batch, reserved_bytes)
+    room = engine.offload_schedule.budget.room_beside(pack_size(batch), levels)[-1]
     assert 0 < spared - 16000 < early <= room
     assert early <= all_of_them
     assert peaks[-1] <= limit

@@ -13,7 +13,7 @@ from vl3train.engine.memory import host as memory_host
 from vl3train.engine.memory.fit import Fitting, fit_memory
 from vl3train.engine.memory.host import free_in_groups, free_of_machine, require
 from vl3train.engine.ranks import RunError, join
-from vl3train.model.activations.work import Levels
+from vl3train.model.activations.work import RecomputePlan
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def small(rank):
     """An engine, its worst pack, and what that takes with every layer's input on the host."""
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
     batch = pack(3, 300)
-    packed.choose_levels = lambda *_: Levels((Recompute.offload,) * 4, (Recompute.offload,) * 4)
+    packed.choose_plan = lambda *_: RecomputePlan((Recompute.offload,) * 4, (Recompute.offload,) * 4)
     peak_of(engine, batch)  # makes the gradients, which stay
     return engine, packed, batch, peak_of(engine, batch) + states_to_come(packed)
 

@@ -15,10 +15,10 @@ from vl3train.config.schema import MachineConfig
 from vl3train.engine import run as run_module
 from vl3train.engine.loop import train
 from vl3train.engine.memory import warmup
-from vl3train.engine.memory.warmup import automatic_levels, rehearse, rehearse_run
+from vl3train.engine.memory.warmup import plans_to_warm_up, warm_up, warm_up_run
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import join
-from vl3train.model.activations.work import Levels
+from vl3train.model.activations.work import RecomputePlan
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def record_layers(packed, monkeypatch):
 
 def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
-    ran, chosen = record_layers(packed, monkeypatch), packed.choose_levels
+    ran, chosen = record_layers(packed, monkeypatch), packed.choose_plan
     batches = [pack(3, 50), pack(2, 60), pack(1, 70), pack(0, 80)]
-    rehearse(engine, packed, batches, automatic_levels(packed))
+    warm_up(engine, packed, batches, plans_to_warm_up(packed))
     expected = []
     for batch, level in zip(batches, ["elementwise", "mlp", "layer", "elementwise"], strict=True):
         tokens, positions = len(batch.input_ids), batch.supervised_positions
@@ -53,7 +53,7 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
             (tokens, level, positions),
         ]
     assert ran == expected
-    assert packed.choose_levels is chosen
+    assert packed.choose_plan is chosen
     ran.clear()
     engine.forward(batches[0])
     assert len(ran) == 8, "a run has all its layers again"
@@ -61,15 +61,15 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
 
 def test_levels_come_back_when_a_pack_does_not_fit(rank, monkeypatch):
     engine, packed = engine_of(rank, make_model(), zero_stage=0)
-    chosen = packed.choose_levels
+    chosen = packed.choose_plan
 
     def full(batch):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(engine, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        rehearse(engine, packed, [pack(1, 50)], automatic_levels(packed))
-    assert packed.choose_levels is chosen
+        warm_up(engine, packed, [pack(1, 50)], plans_to_warm_up(packed))
+    assert packed.choose_plan is chosen
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_levels_come_back_when_a_pack_does_not_fit(rank, monkeypatch):
 def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_micro_batches):
     packs, outcomes = [pack(3, 50), pack(0, 80), pack(2, 60)], []  # making them draws numbers
     steps = [pack(2 + number, 40) for number in range(num_micro_batches)]
-    for rehearsed in (False, True):
+    for warmed_up in (False, True):
         torch.manual_seed(0)
         model = make_model(layers=3).to(torch.bfloat16 if dtype is Dtype.bfloat16 else torch.float32)
         engine, packed = engine_of(
@@ -88,8 +88,8 @@ def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_
         run_layer = packed._run_layer
         # What dropout would do.
         packed._run_layer = lambda *args, run_layer=run_layer: (torch.rand(1), run_layer(*args))[1]
-        if rehearsed:
-            rehearse(engine, packed, packs, automatic_levels(packed))
+        if warmed_up:
+            warm_up(engine, packed, packs, plans_to_warm_up(packed))
         losses = []
         for _ in range(2):
             for number, batch in enumerate(steps):
@@ -110,17 +110,17 @@ def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="machine.device=auto would take the GPU")
 def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tmp_path, monkeypatch, capsys):
-    rehearsed = []
+    warmed_up = []
 
     def recorded(engine, packed, batches, levels):
         batches = list(batches)
-        rehearsed.append(([len(batch.pixel_values) for batch in batches], levels))
-        rehearse(engine, packed, batches, levels)
+        warmed_up.append(([len(batch.pixel_values) for batch in batches], levels))
+        warm_up(engine, packed, batches, levels)
 
     console = Console(tmp_path, stage_name="stage", enabled=True)
     # A CPU has neither a budget to find nor kernels to load: the one stands in for the other.
-    monkeypatch.setattr(run_module, "fit_run", lambda *args: rehearse_run(*args[:-1], console))
-    monkeypatch.setattr(warmup, "rehearse", recorded)
+    monkeypatch.setattr(run_module, "fit_run", lambda *args: warm_up_run(*args[:-1], console))
+    monkeypatch.setattr(warmup, "warm_up", recorded)
     words = [*demo_words, "stage=1", "machine.device=auto", "run.num_steps=2", "run.evaluate_at_end=false"]
     figures = []
     for name in ("given", "auto"):
@@ -129,7 +129,7 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         figures.append([(line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
     assert figures[0] == figures[1]
-    ((patches, levels),) = rehearsed
+    ((patches, levels),) = warmed_up
     assert [level.vision[0].value for level in levels] == ["elementwise", "mlp", "layer"]
     assert patches == sorted(patches, reverse=True)
     assert len(patches) == 2 * cfg.step.global_packs, "both steps, and no two packs alike"
@@ -148,7 +148,7 @@ def test_after_it_a_gpu_has_nothing_to_load(rank, tmp_path):
 
     def loads(name):
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        packed.choose_levels = lambda *_: Levels((level,) * 3, (level,) * 3)
+        packed.choose_plan = lambda *_: RecomputePlan((level,) * 3, (level,) * 3)
         with torch.profiler.profile(activities=kinds) as profiler:
             for one in packs:
                 engine.backward(engine.forward(one).loss_sum * 0)
@@ -157,5 +157,5 @@ def test_after_it_a_gpu_has_nothing_to_load(rank, tmp_path):
         events = json.loads((tmp_path / name).read_text())["traceEvents"]
         return sum(event.get("name") == "Lazy Function Loading" for event in events)
 
-    rehearse(engine, packed, packs, [Levels((level,), (level,) * 2)])
+    warm_up(engine, packed, packs, [RecomputePlan((level,), (level,) * 2)])
     assert loads("after.json") == 0

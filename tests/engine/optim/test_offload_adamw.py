@@ -11,22 +11,23 @@ from torch import nn
 
 from vl3train.config.choices import MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
-from vl3train.engine.optim.build import build_optimizer, offload_adamw, offload_chunk, optimizer_cost
-from vl3train.engine.optim.offload_adamw import HostAdamW
-from vl3train.engine.optim.stochastic_adamw import MEANS
+from vl3train.engine.optim import offload_adamw, offload_chunk
+from vl3train.engine.optim.build import build_optimizer, optimizer_cost
+from vl3train.engine.optim.offload_adamw import OffloadAdamW
+from vl3train.engine.optim.stochastic_adamw import MOMENTS
 
 CPU = torch.device("cpu")
 SIZES = (1000, 37, 256)
 NEVER, LATE = 1, 2  # numbers of the parameters that get no gradient, and none in the first steps
 
 
-def optimizer_of(parameters, states_on_host, device=CPU):
+def optimizer_of(parameters, offload_optimizer, device=CPU):
     """Two groups, with other rates and decays."""
     groups = [
         {"name": "first", "params": parameters[:2], "lr": 0.01, "weight_decay": 0.1},
         {"name": "second", "params": parameters[2:], "lr": 0.003, "weight_decay": 0.0},
     ]
-    return build_optimizer(groups, OptimConfig(), device, states_on_host=states_on_host)
+    return build_optimizer(groups, OptimConfig(), device, offload_optimizer=offload_optimizer)
 
 
 def parameters_on(device=CPU):
@@ -48,8 +49,8 @@ def go_on(parameters, optimizer, steps, before_step=lambda: None):
         optimizer.step()
 
 
-def assert_same(parameters, optimizer, others, other_optimizer):
-    for parameter, other in zip(parameters, others, strict=True):
+def assert_same(parameters, optimizer, reserved_bytes, other_optimizer):
+    for parameter, other in zip(parameters, reserved_bytes, strict=True):
         assert torch.equal(parameter, other)
         state, wanted = optimizer.state.get(parameter, {}), other_optimizer.state.get(other, {})
         assert state.keys() == wanted.keys()
@@ -67,7 +68,7 @@ def test_weights_and_means_are_torchs_to_the_bit(monkeypatch, piece, brought):
     monkeypatch.setattr(offload_adamw, "PIECE_VALUES", piece)
     ours, torchs = parameters_on(), parameters_on()
     on_host, on_device = optimizer_of(ours, True), optimizer_of(torchs, False)
-    assert isinstance(on_host, HostAdamW)
+    assert isinstance(on_host, OffloadAdamW)
     bring = (lambda: None) if brought is None else lambda: on_host.bring(brought)
     go_on(ours, on_host, range(6), bring)
     go_on(torchs, on_device, range(6))
@@ -112,7 +113,7 @@ def test_a_step_takes_no_more_memory_than_what_was_brought_and_three_pieces(monk
     optimizer = optimizer_of(parameters, True)
     go_on(parameters, optimizer, range(3))
     made, room = [], offload_chunk.Room
-    monkeypatch.setattr(offload_chunk, "Room", lambda means: made.append(means) or room(means))
+    monkeypatch.setattr(offload_chunk, "Room", lambda moments: made.append(moments) or room(moments))
     for brought, rooms in ((0, 3), (799, 3), (800, 3), (4 * 800, 4), (6 * 800, 6), (10**9, 13)):
         made.clear()
         go_on(parameters, optimizer, range(3, 4), lambda brought=brought: optimizer.bring(brought))
@@ -128,9 +129,9 @@ def test_rooms_that_nobody_needs_again_are_let_go_at_once(monkeypatch, brought, 
     go_on(parameters, optimizer, range(3))
     made, alive, room, update = weakref.WeakSet(), [], offload_chunk.Room, offload_chunk.Piece.update
 
-    def counted_room(means):
-        made.add(means[0])
-        return room(means)
+    def counted_room(moments):
+        made.add(moments[0])
+        return room(moments)
 
     def watched(self, *arguments):
         alive.append(len(made))
@@ -147,10 +148,10 @@ def test_rooms_that_nobody_needs_again_are_let_go_at_once(monkeypatch, brought, 
 def test_a_room_too_small_is_not_taken_again(monkeypatch):
     monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
     found = []
-    for states_on_host in (False, True):
+    for offload_optimizer in (False, True):
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(size)) for size in (5, 1, 700)]
-        optimizer = optimizer_of(parameters, states_on_host)
+        optimizer = optimizer_of(parameters, offload_optimizer)
         go_on([parameters[0], torch.zeros(1), *parameters[1:]], optimizer, range(2, 5))
         found.append(torch.cat([parameter.detach() for parameter in parameters]))
     assert torch.equal(*found)
@@ -180,21 +181,21 @@ def test_a_state_is_loaded_into_the_memory_that_is_there():
     optimizer = optimizer_of(parameters, True)
     go_on(parameters, optimizer, range(3))
     saved = copy.deepcopy(optimizer.state_dict())
-    places = [optimizer.state[parameters[0]][name].data_ptr() for name in MEANS]
+    places = [optimizer.state[parameters[0]][name].data_ptr() for name in MOMENTS]
     go_on(parameters, optimizer, range(3, 5))
     optimizer.load_state_dict(saved)
     state = optimizer.state[parameters[0]]
-    assert [state[name].data_ptr() for name in MEANS] == places
-    assert all(torch.equal(state[name], saved["state"][0][name]) for name in ("step", *MEANS))
+    assert [state[name].data_ptr() for name in MOMENTS] == places
+    assert all(torch.equal(state[name], saved["state"][0][name]) for name in ("step", *MOMENTS))
 
 
 def test_the_cost_says_where_the_states_lie():
-    assert optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2, states_on_host=True)) == (
+    assert optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2, offload_optimizer=True)) == (
         "optimizer: 4.0 GiB for AdamW's states in float32 in the host's memory and 2.0 GiB for float32 masters on each "
         "of 2 ranks"
     )
     machine, split = (
-        MachineConfig(dp_size=1, states_on_host=True),
+        MachineConfig(dp_size=1, offload_optimizer=True),
         OptimConfig(master_dtype=MasterDtype.split),
     )
     assert optimizer_cost(2**30, split, machine).endswith(
@@ -220,24 +221,24 @@ def test_on_a_gpu_weights_are_torchs_nothing_stays_and_the_host_never_waits(monk
     start = [torch.randn(size, device=device) for size in (9 * 2**20 + 12345, 7, 3 * 2**20)]
     gradients = [[torch.randn_like(values) for values in start] for _ in range(4)]
     found = []
-    for states_on_host in (False, True):
+    for offload_optimizer in (False, True):
         parameters = [nn.Parameter(values.clone()) for values in start]
-        optimizer = optimizer_of(parameters, states_on_host, device)
+        optimizer = optimizer_of(parameters, offload_optimizer, device)
         for step, of_step in enumerate(gradients):
             for parameter, gradient in zip(parameters, of_step, strict=True):
                 parameter.grad = gradient
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] / (1 + step)
             held = torch.cuda.memory_allocated(device)
-            if states_on_host and step:
+            if offload_optimizer and step:
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                if states_on_host:
+                if offload_optimizer:
                     optimizer.bring(brought)
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            if states_on_host and step == 3:  # until then each step runs into the copies of the one before
+            if offload_optimizer and step == 3:  # until then each step runs into the copies of the one before
                 late = [piece for piece in pieces(optimizer) if not piece._left.query()]
                 assert late, "the host did not wait"
                 optimizer.wait(max_bytes_left=2 * 2**20 * 8)
@@ -246,8 +247,8 @@ def test_on_a_gpu_weights_are_torchs_nothing_stays_and_the_host_never_waits(monk
                 assert all(piece._left.query() for piece in pieces(optimizer))
                 assert torch.cuda.memory_allocated(device) == held
         states = [optimizer.state[parameter] for parameter in parameters]
-        if states_on_host:
-            assert all(state[name].is_pinned() for state in states for name in MEANS)
+        if offload_optimizer:
+            assert all(state[name].is_pinned() for state in states for name in MOMENTS)
         found.append(
             [
                 value.cpu()

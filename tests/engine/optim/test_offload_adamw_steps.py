@@ -15,11 +15,12 @@ from tests.model.conftest import make_model
 from vl3train.config.choices import MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.memory.fit import fit_memory
-from vl3train.engine.optim.build import build_optimizer, offload_adamw, offload_schedule
-from vl3train.engine.optim.offload_adamw import HostAdamW
+from vl3train.engine.optim import offload_adamw, offload_schedule
+from vl3train.engine.optim.build import build_optimizer
+from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.split_masters import LOW_BITS
 from vl3train.engine.optim.split_masters import join as join_halves
-from vl3train.engine.optim.stochastic_adamw import MEANS
+from vl3train.engine.optim.stochastic_adamw import MOMENTS
 from vl3train.engine.ranks import RunError, join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
@@ -42,14 +43,14 @@ def start_model():
 BATCHES = ((1, 300), (3, 20), (2, 100))
 
 
-def engine_of(rank, states_on_host, num_micro_batches=3, masters=MasterDtype.float32):
+def engine_of(rank, offload_optimizer, num_micro_batches=3, masters=MasterDtype.float32):
     """Two groups, ZeRO-1 in bfloat16."""
     model, optim = copy.deepcopy(start_model()), OptimConfig(master_dtype=masters)
     groups = parameter_groups(model, {"vision_encoder": 1e-3, "projector": 1e-2, "language_model": 2e-3}, 0.1)
     engine = Zero(
         PackedModel(model, "reference"),
-        build_optimizer(groups, optim, rank.device, states_on_host=states_on_host),
-        machine=MachineConfig(states_on_host=states_on_host),
+        build_optimizer(groups, optim, rank.device, offload_optimizer=offload_optimizer),
+        machine=MachineConfig(offload_optimizer=offload_optimizer),
         optim=optim,
         num_micro_batches=num_micro_batches,
         rank=rank,
@@ -73,7 +74,7 @@ def outcome(engine):
         state = engine.optimizer.state[master]
         whole = join_halves(master, state[LOW_BITS]) if LOW_BITS in state else master
         found[f"master {number}"] = whole.detach().clone()
-        found |= {f"{name} {number}": state[name].clone() for name in ("step", *MEANS)}
+        found |= {f"{name} {number}": state[name].clone() for name in ("step", *MOMENTS)}
     return found
 
 
@@ -117,19 +118,21 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
     rank, straight, small_pieces, monkeypatch, num_micro_batches
 ):
     engine = engine_of(rank, True, num_micro_batches)
-    optimizer, calls, passes = engine.means.optimizer, [], []
-    bring, backward = HostAdamW.bring, Zero.backward
+    optimizer, calls, passes = engine.offload_schedule.optimizer, [], []
+    bring, backward = OffloadAdamW.bring, Zero.backward
     worst = pack(*BATCHES[0])
     with counted(engine, worst, ROOMY) as memory:
         packed = engine.engine.module
-        engine.means.budget = fit_memory(
+        engine.offload_schedule.budget = fit_memory(
             engine, packed, worst, memory, pack_name="the worst", say=lambda _: None
         ).budget
         # Room for what the last pack of a step keeps, and little more.
         last = pack_size(pack(*BATCHES[-1]))
-        _, total = engine.means.budget.needed_bytes(last, packed.choose_levels(pack(*BATCHES[-1]), 0))
-        engine.means.budget = replace(
-            engine.means.budget, vision_bytes=total + 10_000, total_bytes=total + 10_000
+        _, total = engine.offload_schedule.budget.needed_bytes(
+            last, packed.choose_plan(pack(*BATCHES[-1]), 0)
+        )
+        engine.offload_schedule.budget = replace(
+            engine.offload_schedule.budget, vision_bytes=total + 10_000, total_bytes=total + 10_000
         )
         monkeypatch.setattr(offload_schedule, "WORK_A_CROSSING", 1)  # all of them while a pack runs backward
 
@@ -144,7 +147,7 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
             calls.append((len(passes), len(there)))
 
         monkeypatch.setattr(Zero, "backward", watched_backward)
-        monkeypatch.setattr(HostAdamW, "bring", watched_bring)
+        monkeypatch.setattr(OffloadAdamW, "bring", watched_bring)
         train(engine, range(1))
         assert [there for _, there in calls] == [0] * len(calls), "before the first update there are none"
         calls.clear()
@@ -178,9 +181,9 @@ def test_nobody_waits_for_means_that_come_early_until_the_update(
 
         monkeypatch.setattr(Zero, "step", watched_step)
         train(engine, range(4))
-    engine.means.optimizer.wait()
+    engine.offload_schedule.optimizer.wait()
     assert_equal(outcome(engine), straight)
-    num_pieces = len(list(engine.means.optimizer._all_pieces()))
+    num_pieces = len(list(engine.offload_schedule.optimizer._all_pieces()))
     assert seen == [(0, 0), *[(num_pieces, 0)] * 3], "before the first update there are none"
 
 
@@ -190,14 +193,14 @@ def test_none_comes_while_others_leave(rank, small_pieces, late_link, monkeypatc
     engine, worst, bring, found = (
         engine_of(rank, True, num_micro_batches),
         pack(*BATCHES[0]),
-        HostAdamW.bring,
+        OffloadAdamW.bring,
         [],
     )
     _, leaving = late_link
     with counted(engine, worst, ROOMY) as memory:
         fit_memory(engine, engine.engine.module, worst, memory, pack_name="the worst", say=lambda _: None)
         monkeypatch.setattr(
-            HostAdamW, "bring", lambda self, room: found.append(len(leaving)) or bring(self, room)
+            OffloadAdamW, "bring", lambda self, room: found.append(len(leaving)) or bring(self, room)
         )
         train(engine, range(3))
     assert leaving, "those of the last update"

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from tests.engine.optim.test_offload_adamw import assert_same, go_on, optimizer_of, parameters_on, pieces
-from vl3train.engine.optim.build import offload_adamw, offload_chunk
+from vl3train.engine.optim import offload_adamw, offload_chunk
 
 
 def test_the_host_waits_for_as_few_pieces_as_it_must(monkeypatch):

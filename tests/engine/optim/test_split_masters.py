@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from vl3train.config.schema import OptimConfig
-from vl3train.engine.optim.build import build_optimizer, offload_adamw
+from vl3train.engine.optim import offload_adamw
+from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.optim.split_masters import LOW_BITS, join, split
-from vl3train.engine.optim.stochastic_adamw import MEANS
+from vl3train.engine.optim.stochastic_adamw import MOMENTS
 from vl3train.engine.ranks import RunError
 
 CPU = torch.device("cpu")
@@ -64,11 +65,11 @@ def test_masters_come_back_to_the_bit_and_weights_are_the_nearest(lower):
     tie = (bits_of(masters) & 0xFFFF) == 0x8000
     assert torch.equal(weight[~tie].view(torch.int16), masters[~tie].bfloat16().view(torch.int16))
     for values in (slice(0, 77), slice(3, 40), slice(5000, None)):  # as pieces of a parameter are
-        again, low_again = torch.zeros_like(weight), torch.zeros_like(low)
-        split(masters[values], again[values], low_again[values])
-        assert torch.equal(again[values].view(torch.int16), weight[values].view(torch.int16))
-        assert torch.equal(bits_of(join(again[values], low_again[values])), bits_of(masters[values]))
-        assert again.count_nonzero() <= len(masters[values]), "nothing beside it is written"
+        recompute, recomputed_low = torch.zeros_like(weight), torch.zeros_like(low)
+        split(masters[values], recompute[values], recomputed_low[values])
+        assert torch.equal(recompute[values].view(torch.int16), weight[values].view(torch.int16))
+        assert torch.equal(bits_of(join(recompute[values], recomputed_low[values])), bits_of(masters[values]))
+        assert recompute.count_nonzero() <= len(masters[values]), "nothing beside it is written"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def optimizer_of(masters, *, is_split, device=CPU):
         {"name": "first", "params": parameters[:2], "lr": 0.01, "weight_decay": 0.1},
         {"name": "second", "params": parameters[2:], "lr": 0.003, "weight_decay": 0.0},
     ]
-    optimizer = build_optimizer(groups, OptimConfig(), device, states_on_host=is_split)
+    optimizer = build_optimizer(groups, OptimConfig(), device, offload_optimizer=is_split)
     for parameter in parameters if is_split else ():
         weight = torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
         optimizer.keep_low_bits(parameter, weight)
@@ -177,7 +178,7 @@ def assert_same(parameters, optimizer, masters, wanted):
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(join(parameter, state[LOW_BITS]), master)
         assert torch.equal(parameter, rounded(master))
-        for name in ("step", *MEANS):
+        for name in ("step", *MOMENTS):
             assert torch.equal(state[name], wanted.state[master][name].to(state[name].device)), name
 
 
@@ -201,20 +202,20 @@ def test_a_state_is_loaded_with_its_low_bits(monkeypatch):
         go_on(parameters, optimizer, range(stop))
         saved = copy.deepcopy(optimizer.state_dict())
         weights = [parameter.detach().clone() for parameter in parameters]
-        others = optimizer_of([torch.zeros(size) for size in SIZES], is_split=True)
-        place = others[1].state[others[0][0]][LOW_BITS].data_ptr()
+        reserved_bytes = optimizer_of([torch.zeros(size) for size in SIZES], is_split=True)
+        place = reserved_bytes[1].state[reserved_bytes[0][0]][LOW_BITS].data_ptr()
         for _ in range(2):  # into a new optimizer, and over what it has
-            others[1].load_state_dict(copy.deepcopy(saved))
-            for other, weight in zip(others[0], weights, strict=True):
+            reserved_bytes[1].load_state_dict(copy.deepcopy(saved))
+            for other, weight in zip(reserved_bytes[0], weights, strict=True):
                 other.data.copy_(weight)
-            go_on(*others, range(stop, 5))
-            assert_same(*others, *torchs)
-        assert others[1].state[others[0][0]][LOW_BITS].data_ptr() == place
+            go_on(*reserved_bytes, range(stop, 5))
+            assert_same(*reserved_bytes, *torchs)
+        assert reserved_bytes[1].state[reserved_bytes[0][0]][LOW_BITS].data_ptr() == place
 
 
 def test_a_state_without_low_bits_is_refused_and_nothing_is_changed():
     parameters, optimizer = optimizer_of(start(), is_split=True)
-    whole = build_optimizer([{"params": start(), "lr": 1.0}], OptimConfig(), CPU, states_on_host=True)
+    whole = build_optimizer([{"params": start(), "lr": 1.0}], OptimConfig(), CPU, offload_optimizer=True)
     go_on(parameters, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(RunError, match=r"optim\.master_dtype"):

@@ -12,7 +12,7 @@ from torch import nn
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.optim.build import build_optimizer, optimizer_cost
-from vl3train.engine.optim.stochastic_adamw import MEANS, RoundedAdamW, rounded_at_random
+from vl3train.engine.optim.stochastic_adamw import MOMENTS, StochasticAdamW, rounded_at_random
 
 CPU = torch.device("cpu")
 
@@ -96,15 +96,15 @@ def test_states_are_saved_and_come_back_in_bfloat16():
             optimizer.step()
 
     go_on(parameter, optimizer, 5)
-    again = nn.Parameter(parameter.detach().clone())
-    restored = optimizer_of(again, Dtype.bfloat16)
+    recompute = nn.Parameter(parameter.detach().clone())
+    restored = optimizer_of(recompute, Dtype.bfloat16)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {restored.state[again][name].dtype for name in MEANS} == {torch.bfloat16}
+    assert {restored.state[recompute][name].dtype for name in MOMENTS} == {torch.bfloat16}
     random = torch.get_rng_state()
     go_on(parameter, optimizer, 5)
     torch.set_rng_state(random)
-    go_on(again, restored, 5)
-    assert torch.equal(again, parameter)
+    go_on(recompute, restored, 5)
+    assert torch.equal(recompute, parameter)
 
 
 def test_compiled_it_is_the_same_arithmetic(monkeypatch):
@@ -118,7 +118,7 @@ def test_compiled_it_is_the_same_arithmetic(monkeypatch):
     for compile_update in (True, False):
         parameters = [nn.Parameter(torch.linspace(-1, 1, size)) for size in (700, 30, 512)]
         groups = [{"params": parameters, "lr": 0.01, "weight_decay": 0.1}]
-        optimizer = RoundedAdamW(groups, betas=(0.9, 0.999), eps=1e-8, compile_update=compile_update)
+        optimizer = StochasticAdamW(groups, betas=(0.9, 0.999), eps=1e-8, compile_update=compile_update)
         for _ in range(3):
             torch.manual_seed(5)
             for parameter in parameters:

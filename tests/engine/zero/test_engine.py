@@ -139,8 +139,8 @@ def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monke
     monkeypatch.setattr(zero_engine, "drop_masters", watched)
     engine = zero_engine.Zero(
         model,
-        build_optimizer(groups, optim, rank.device, states_on_host=split),
-        machine=MachineConfig(states_on_host=split),
+        build_optimizer(groups, optim, rank.device, offload_optimizer=split),
+        machine=MachineConfig(offload_optimizer=split),
         optim=optim,
         num_micro_batches=1,
         rank=rank,

@@ -11,7 +11,8 @@ from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Recompute
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.ranks import join
-from vl3train.engine.zero.engine import Zero, gradient_sums
+from vl3train.engine.zero import gradient_sums
+from vl3train.engine.zero.engine import Zero
 from vl3train.engine.zero.gradient_sums import add_gradients, put_gradients
 from vl3train.model.kernels import gemm_accumulate
 from vl3train.model.kernels.gemm_accumulate import add_gate_up_weights_grad, add_weight_grad
@@ -58,7 +59,7 @@ def test_sums_on_a_gpu():
     assert torch.equal(flat, before)
 
 
-def check_products(device, dtype, tolerance):
+def check_gemms(device, dtype, tolerance):
     """What products add to sums that hold something already, against float64."""
     torch.manual_seed(0)
     num_rows, width, wide = 333, 64, 96
@@ -79,24 +80,24 @@ def check_products(device, dtype, tolerance):
 
 
 def test_products_add_to_sums_on_a_cpu():
-    check_products("cpu", torch.float32, 1e-6)
-    check_products("cpu", torch.bfloat16, 1e-6)  # nothing is rounded to it
+    check_gemms("cpu", torch.float32, 1e-6)
+    check_gemms("cpu", torch.bfloat16, 1e-6)  # nothing is rounded to it
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_products_add_to_sums_on_a_gpu():
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    check_products("cuda", torch.bfloat16, 1e-3)
+    check_gemms("cuda", torch.bfloat16, 1e-3)
 
 
-@pytest.mark.parametrize("products", ["torch", "quack"])
-def test_gate_and_up_of_frozen_layers_lie_together(tiny_model_dir, rank, tmp_path, products):
+@pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
+def test_gate_and_up_of_frozen_layers_lie_together(tiny_model_dir, rank, tmp_path, gemm_backend):
     """And are saved, each whole, as before."""
     hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
     set_trainable(hf_model, ["vision_encoder", "projector"])
     before = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
-    packed = PackedModel(hf_model, "reference", compile_layers=True, products=products)
+    packed = PackedModel(hf_model, "reference", compile_layers=True, gemm_backend=gemm_backend)
     trained = [parameter for parameter in packed.parameters() if parameter.requires_grad]
     engine = Zero(
         packed,
@@ -108,7 +109,7 @@ def test_gate_and_up_of_frozen_layers_lie_together(tiny_model_dir, rank, tmp_pat
     )
     for layer in hf_model.model.language_model.layers:
         gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-        assert (up.data_ptr() == gate.data_ptr() + gate.nbytes) == (products == "quack")
+        assert (up.data_ptr() == gate.data_ptr() + gate.nbytes) == (gemm_backend == "quack")
         assert gate.is_contiguous()
         assert up.is_contiguous()
     after = hf_model.state_dict()
@@ -128,15 +129,15 @@ def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
     found, added = {}, []
-    plain = gemm_accumulate.plain_add_weight_grad
+    plain = gemm_accumulate.add_weight_grad_reference
     monkeypatch.setattr(
-        gemm_accumulate, "plain_add_weight_grad", lambda *args: added.append(1) or plain(*args)
+        gemm_accumulate, "add_weight_grad_reference", lambda *args: added.append(1) or plain(*args)
     )
     for own in (False, True):
         torch._dynamo.reset()
         hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
         packed = PackedModel(
-            hf_model, "reference", recompute_language=level, compile_layers=True, products="quack"
+            hf_model, "reference", recompute_language=level, compile_layers=True, gemm_backend="quack"
         )
         if not own:
             monkeypatch.setattr(packed, "weights_with_sums", list)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vl3train.config.choices import Recompute
 from vl3train.model.activations.budget import OFFLOAD_WORK_A_BYTE, ActivationBudget, level_scale
-from vl3train.model.activations.work import Levels, PackSize, RecomputeRates, TowerWork
+from vl3train.model.activations.work import PackSize, RecomputePlan, RecomputeRates, TowerWork
 
 SCALE = level_scale(1)
 L, NOTHING, ELEMENTWISE = Recompute.layer, Recompute.nothing, Recompute.elementwise
@@ -88,7 +88,7 @@ def test_no_choice_of_levels_that_fits_does_less_again(
 ):
     found = budget(total, vision_bytes, vision_kept, language_kept, tower(3, *vision), tower(2, *language))
     chosen = found.levels(size)
-    everything = [Levels(levels[:3], levels[3:]) for levels in itertools.product(SCALE, repeat=5)]
+    everything = [RecomputePlan(levels[:3], levels[3:]) for levels in itertools.product(SCALE, repeat=5)]
     prices = [price(found, size, levels) for levels in everything if fits(found, size, levels)]
     assert fits(found, size, chosen) == bool(prices)
     assert price(found, size, chosen) == min(prices) if prices else chosen == found.least_kept()
@@ -121,8 +121,8 @@ def test_a_smaller_pack_does_less_again():
 
 
 def test_inputs_go_to_the_host_only_when_nothing_else_helps():
-    again = PACK.tokens * (2 * (5 * H + 2 * I_LANGUAGE) - 2 * H)  # by the language model's last layer
-    inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + again
+    recompute = PACK.tokens * (2 * (5 * H + 2 * I_LANGUAGE) - 2 * H)  # by the language model's last layer
+    inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + recompute
     barely = budget(inputs, inputs, *PUBLISHED).levels(PACK)
     assert set(barely.vision + barely.language[:-1]) == {L}
     assert barely.language[-1] is Recompute.elementwise, "made again at once it would take as much"
@@ -130,23 +130,23 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
     assert (less.vision + less.language).count(Recompute.offload) == 1
 
 
-@pytest.mark.parametrize("others", [0, 7])
+@pytest.mark.parametrize("reserved_bytes", [0, 7])
 @pytest.mark.parametrize(("total", "of_vision"), [(40, 30), (100, 20)])
-def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vision, others):
+def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vision, reserved_bytes):
     total, of_vision = total * 2**30, of_vision * 2**30
     found = budget(total, of_vision, *PUBLISHED)
-    levels = found.levels(PACK, others=others * 2**30)
+    levels = found.levels(PACK, reserved_bytes=reserved_bytes * 2**30)
     room = found.room_beside(PACK, levels)
     assert room == sorted(room, reverse=True)
     for position in range(27 + 28):
         # A pack of these layers alone: what is over then.
-        so_far = Levels(levels.vision[: position + 1], levels.language[: max(0, position - 26)])
+        so_far = RecomputePlan(levels.vision[: position + 1], levels.language[: max(0, position - 26)])
         if position < 27:
             assert room[position] == of_vision - needs(found, PACK, so_far._replace(language=(L,)))[0]
         else:
             assert room[position] == min(room[26], total - needs(found, PACK, so_far)[1])
-    assert room[-1] >= others * 2**30
-    too_much = Levels((Recompute.elementwise,) * 27, (Recompute.elementwise,) * 28)
+    assert room[-1] >= reserved_bytes * 2**30
+    too_much = RecomputePlan((Recompute.elementwise,) * 27, (Recompute.elementwise,) * 28)
     assert found.room_beside(PACK, too_much)[-1] == 0
 
 
@@ -155,12 +155,12 @@ def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vi
 def test_what_others_take_is_spared_down_to_every_layers_input(gib, wanted):
     vision_gib = gib * 3 // 4
     found = budget(gib * 2**30, vision_gib * 2**30, *PUBLISHED)
-    spared, levels = found.can_spare(PACK, wanted * 2**30), found.levels(PACK, others=wanted * 2**30)
-    inputs = needs(found, PACK, Levels((L,) * 27, (L,) * 28))
+    spared, levels = found.can_spare(PACK, wanted * 2**30), found.levels(PACK, reserved_bytes=wanted * 2**30)
+    inputs = needs(found, PACK, RecomputePlan((L,) * 27, (L,) * 28))
     rest = budget(gib * 2**30 - spared, vision_gib * 2**30 - spared, *PUBLISHED)
     assert levels == rest.levels(PACK)
     assert fits(rest, PACK, levels)
-    if fits(found, PACK, Levels((L,) * 27, (L,) * 28)):
+    if fits(found, PACK, RecomputePlan((L,) * 27, (L,) * 28)):
         assert Recompute.offload not in levels.vision + levels.language
         left = min(gib * 2**30 - inputs[1], vision_gib * 2**30 - inputs[0])
         assert spared == min(wanted * 2**30, left)
@@ -173,7 +173,7 @@ def test_layers_that_keep_most_come_last_and_words_say_how_many():
     order = [SCALE.index(level) for level in levels.language]
     assert len(set(order)) > 1
     assert order == sorted(order, reverse=True)
-    assert str(Levels((Recompute.mlp, Recompute.mlp), (Recompute.layer,))) == (
+    assert str(RecomputePlan((Recompute.mlp, Recompute.mlp), (Recompute.layer,))) == (
         "encoder 2 x mlp, language model 1 x layer"
     )
 
@@ -200,15 +200,15 @@ def with_nothing(total, of_vision, *, more_vision=2 * I_VISION, more_language=2 
 
 @pytest.mark.parametrize("of_vision", [20, 45, 200])
 @pytest.mark.parametrize("total", [8, 30, 60, 70, 80, 200])
-@pytest.mark.parametrize("others", [0, 5])
-def test_what_elementwise_layers_leave_spares_elementwise_work(total, of_vision, others):
-    total, of_vision, others = total * 2**30, of_vision * 2**30, others * 2**30
+@pytest.mark.parametrize("reserved_bytes", [0, 5])
+def test_what_elementwise_layers_leave_spares_elementwise_work(total, of_vision, reserved_bytes):
+    total, of_vision, reserved_bytes = total * 2**30, of_vision * 2**30, reserved_bytes * 2**30
     found = with_nothing(total, of_vision)
-    levels = found.levels(PACK, others=others)
-    plain = Levels(
+    levels = found.levels(PACK, reserved_bytes=reserved_bytes)
+    plain = RecomputePlan(
         *(tuple(level if level is not NOTHING else ELEMENTWISE for level in own) for own in levels)
     )
-    spared = found.can_spare(PACK, others)
+    spared = found.can_spare(PACK, reserved_bytes)
 
     def fits(levels):
         vision, needed = found.needed_bytes(PACK, levels)

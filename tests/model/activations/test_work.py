@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vl3train.config.choices import Recompute
 from vl3train.model.activations.flops import flop_rates
-from vl3train.model.activations.work import Levels, pack_size, recompute_rates
+from vl3train.model.activations.work import RecomputePlan, pack_size, recompute_rates
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
 
@@ -25,7 +25,7 @@ def _torch_linear(monkeypatch):
 def counted(model, batch, levels):
     """Operations of products with weights and of attention, as torch sees them in a step."""
     packed = PackedModel(model, "reference").train()
-    packed.choose_levels = lambda *_: levels
+    packed.choose_plan = lambda *_: levels
     # Attention as plain products, which torch counts; a causal square in full.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         packed(batch).loss_sum.backward()
@@ -37,10 +37,10 @@ def counted(model, batch, levels):
 @pytest.mark.parametrize(
     "levels",
     [
-        Levels((NOTHING, LAYER), (LAYER, NOTHING)),
-        Levels((OFFLOAD, OFFLOAD), (OFFLOAD, NOTHING)),
-        Levels((NOTHING, NOTHING), (NOTHING, NOTHING)),
-        Levels((NOTHING, NOTHING), (NOTHING, LAYER)),
+        RecomputePlan((NOTHING, LAYER), (LAYER, NOTHING)),
+        RecomputePlan((OFFLOAD, OFFLOAD), (OFFLOAD, NOTHING)),
+        RecomputePlan((NOTHING, NOTHING), (NOTHING, NOTHING)),
+        RecomputePlan((NOTHING, NOTHING), (NOTHING, LAYER)),
     ],
 )
 @pytest.mark.parametrize("trained", [("vision_encoder", "projector", "language_model"), ("projector",)])
@@ -49,14 +49,14 @@ def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
 ):
     model, batch = tiny_model(), batch_of(mixed)
     set_trainable(model, trained)
-    useful, again = flop_rates(model), recompute_rates(model, logits_again=True)
-    products, attention = counted(model, batch, levels)
+    useful, recompute = flop_rates(model), recompute_rates(model, recomputes_logits=True)
+    gemm_backend, attention = counted(model, batch, levels)
     # torch counts a causal square in full, flops.py and work.py half of it.
     squares = sum(length**2 for length in batch.segment_lengths)
-    halves = again.language.layer_pair * sum(level in (LAYER, OFFLOAD) for level in levels.language)
+    halves = recompute.language.layer_pair * sum(level in (LAYER, OFFLOAD) for level in levels.language)
     seen = useful.of(batch) + useful.token_pair * squares - useful.token_pair * squares // 2
-    seen += again.of(batch, levels) + halves * (squares - squares // 2)
-    assert products + attention == seen
+    seen += recompute.of(batch, levels) + halves * (squares - squares // 2)
+    assert gemm_backend + attention == seen
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
 def test_the_work_of_both_passes_is_that_of_the_layers(tiny_model, batch_of, mixed, trained):
     model, size = tiny_model(), pack_size(batch_of(mixed))
     set_trainable(model, trained)
-    rates, useful = recompute_rates(model, logits_again=False), flop_rates(model)
+    rates, useful = recompute_rates(model, recomputes_logits=False), flop_rates(model)
     encoder, decoder = model.model.vision_model.encoder.layers, model.model.language_model.layers
     layers = [useful.patch_pair * size.patch_pairs + useful.token_pair * size.token_pairs]
     for tower, rows, backward in (
@@ -80,21 +80,21 @@ def test_the_work_of_both_passes_is_that_of_the_layers(tiny_model, batch_of, mix
         ]
     assert rates.forward(size) + rates.backward(size) == sum(layers)
     set_trainable(model, ())
-    assert recompute_rates(model, logits_again=False).forward(size) == rates.forward(size)
-    assert recompute_rates(model, logits_again=False).backward(size) == 0
+    assert recompute_rates(model, recomputes_logits=False).forward(size) == rates.forward(size)
+    assert recompute_rates(model, recomputes_logits=False).backward(size) == 0
 
 
 @pytest.mark.parametrize("level", [ELEMENTWISE, MLP])
 def test_products_that_are_done_again_in_part(tiny_model, batch_of, mixed, level):
     """Without attention: as plain products, which no user runs, it is not kept."""
     model, batch = tiny_model(), batch_of(mixed)
-    again = recompute_rates(model, logits_again=True)
-    base, _ = counted(model, batch, Levels((NOTHING,) * 2, (NOTHING,) * 2))
-    products, _ = counted(model, batch, Levels((level,) * 2, (level, NOTHING)))
+    recompute = recompute_rates(model, recomputes_logits=True)
+    base, _ = counted(model, batch, RecomputePlan((NOTHING,) * 2, (NOTHING,) * 2))
+    gemm_backend, _ = counted(model, batch, RecomputePlan((level,) * 2, (level, NOTHING)))
     size = pack_size(batch)
-    expected = 2 * again.vision.mlp_row * size.patches + again.language.mlp_row * size.tokens
-    assert products - base == (expected if level is MLP else 0)
-    products, _ = counted(model, batch, Levels((NOTHING,) * 2, (NOTHING, level)))
-    assert products - base == again.of(batch, Levels((NOTHING,) * 2, (NOTHING, level))) - again.of(
-        batch, Levels((NOTHING,) * 2, (NOTHING,) * 2)
-    )
+    expected = 2 * recompute.vision.mlp_row * size.patches + recompute.language.mlp_row * size.tokens
+    assert gemm_backend - base == (expected if level is MLP else 0)
+    gemm_backend, _ = counted(model, batch, RecomputePlan((NOTHING,) * 2, (NOTHING, level)))
+    assert gemm_backend - base == recompute.of(
+        batch, RecomputePlan((NOTHING,) * 2, (NOTHING, level))
+    ) - recompute.of(batch, RecomputePlan((NOTHING,) * 2, (NOTHING,) * 2))

@@ -1,4 +1,4 @@
-"""Products with the pass that follows them: the formulas against autograd in float64, quack's kernels against those."""
+"""Matrix products with the pass after them: formulas against float64 autograd, quack's kernels against those."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from vl3train.model.kernels import check, gemm_accumulate, gemm_ops
-from vl3train.model.kernels.check import ProductError, Widths, choose_products, product_errors
+from vl3train.model.kernels.check import GemmError, GemmShapes, choose_gemm_backend, gemm_errors
 from vl3train.model.kernels.ops import rotate
 
 CUDA = torch.device("cuda")
-R, W, WIDE = 37, 16, 48
+R, W, INTERMEDIATE = 37, 16, 48
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +30,24 @@ def close(found, expected):
 
 
 def test_gelu_and_its_products_are_those_of_autograd():
-    rows, into, bias, out, grad = draw(R, W), draw(WIDE, W), draw(WIDE), draw(W, WIDE), draw(R, W)
-    wide, activated = gemm_ops.linear_gelu(rows, into, bias, True)
+    rows, into, bias, out, grad = (
+        draw(R, W),
+        draw(INTERMEDIATE, W),
+        draw(INTERMEDIATE),
+        draw(W, INTERMEDIATE),
+        draw(R, W),
+    )
+    intermediate, activated = gemm_ops.linear_gelu(rows, into, bias, True)
     expected = F.linear(rows, into, bias)
     expected.retain_grad()
-    close((wide, activated), (expected, F.gelu(expected, approximate="tanh")))
+    close((intermediate, activated), (expected, F.gelu(expected, approximate="tanh")))
     F.linear(F.gelu(expected, approximate="tanh"), out).backward(grad)
-    d_wide, again, sums = gemm_ops.gelu_linear_backward(grad, out, wide, True)
-    close((d_wide, again, sums.double()), (expected.grad, activated, bias.grad))
-    d_wide, again, sums = gemm_ops.gelu_linear_backward(grad, out, wide, False)
-    close((d_wide, sums.double()), (expected.grad, bias.grad))
-    assert again.shape == (0, WIDE)
-    close(gemm_ops.rows_product(d_wide, into), rows.grad)
+    d_intermediate, recompute, sums = gemm_ops.gelu_linear_backward(grad, out, intermediate, True)
+    close((d_intermediate, recompute, sums.double()), (expected.grad, activated, bias.grad))
+    d_intermediate, recompute, sums = gemm_ops.gelu_linear_backward(grad, out, intermediate, False)
+    close((d_intermediate, sums.double()), (expected.grad, bias.grad))
+    assert recompute.shape == (0, INTERMEDIATE)
+    close(gemm_ops.rows_gemm(d_intermediate, into), rows.grad)
 
 
 def test_products_turn_what_comes_out():
@@ -52,28 +58,45 @@ def test_products_turn_what_comes_out():
 
 
 def test_swiglu_and_its_products_are_those_of_autograd():
-    rows, gate, up, out, grad = draw(R, W), draw(WIDE, W), draw(WIDE, W), draw(W, WIDE), draw(R, W)
+    rows, gate, up, out, grad = (
+        draw(R, W),
+        draw(INTERMEDIATE, W),
+        draw(INTERMEDIATE, W),
+        draw(W, INTERMEDIATE),
+        draw(R, W),
+    )
     gate_up, activated = gemm_ops.linear_swiglu(rows, gate, up, True)
     expected = F.silu(F.linear(rows, gate)) * F.linear(rows, up)
     close(activated, expected)
-    close(gemm_ops.gate_up_again(rows, gate, up, grad), gate_up)
+    close(gemm_ops.recompute_gate_up(rows, gate, up, grad), gate_up)
     F.linear(expected, out).backward(grad)
-    d_gate_up, again = gemm_ops.swiglu_linear_backward(grad, out, gate_up, True)
-    close(again, expected)
+    d_gate_up, recompute = gemm_ops.swiglu_linear_backward(grad, out, gate_up, True)
+    close(recompute, expected)
     same, nothing = gemm_ops.swiglu_linear_backward(grad, out, gate_up, False)
     assert torch.equal(same, d_gate_up)
-    assert nothing.shape == (0, WIDE)
+    assert nothing.shape == (0, INTERMEDIATE)
     close(gemm_ops.gate_up_rows_grad(d_gate_up, gate, up), rows.grad)
     close(gemm_ops.gate_up_weights_grad(d_gate_up, rows.detach()), torch.cat((gate.grad, up.grad)))
 
 
 def test_what_need_not_be_kept_is_empty():
-    assert gemm_ops.linear_gelu(draw(R, W), draw(WIDE, W), draw(WIDE), False)[0].shape == (0, WIDE)
-    assert gemm_ops.linear_swiglu(draw(R, W), draw(WIDE, W), draw(WIDE, W), False)[0].shape == (0, 2 * WIDE)
+    assert gemm_ops.linear_gelu(draw(R, W), draw(INTERMEDIATE, W), draw(INTERMEDIATE), False)[0].shape == (
+        0,
+        INTERMEDIATE,
+    )
+    assert gemm_ops.linear_swiglu(draw(R, W), draw(INTERMEDIATE, W), draw(INTERMEDIATE, W), False)[
+        0
+    ].shape == (0, 2 * INTERMEDIATE)
 
 
 def test_linear_add_is_differentiable_but_for_its_bias():
-    rows, weight, bias, added, grad = draw(R, W), draw(WIDE, W), draw(WIDE), draw(R, WIDE), draw(R, WIDE)
+    rows, weight, bias, added, grad = (
+        draw(R, W),
+        draw(INTERMEDIATE, W),
+        draw(INTERMEDIATE),
+        draw(R, INTERMEDIATE),
+        draw(R, INTERMEDIATE),
+    )
     inputs = rows, weight, added
     found = gemm_ops.linear_add(rows, weight, bias.detach(), added)
     expected = F.linear(rows, weight, bias) + added
@@ -88,23 +111,26 @@ def test_linear_add_is_differentiable_but_for_its_bias():
 
 def test_what_is_said_of_the_ops_shapes_is_so():
     """torch.compile believes register_fake."""
-    rows, gate, up, out, wide = (torch.randn(s) for s in ((R, W), (WIDE, W), (WIDE, W), (W, WIDE), (R, WIDE)))
-    both, bias = torch.randn(R, 2 * WIDE), torch.randn(WIDE)
+    rows, gate, up, out, intermediate = (
+        torch.randn(s)
+        for s in ((R, W), (INTERMEDIATE, W), (INTERMEDIATE, W), (W, INTERMEDIATE), (R, INTERMEDIATE))
+    )
+    both, bias = torch.randn(R, 2 * INTERMEDIATE), torch.randn(INTERMEDIATE)
     for op, arguments in (
         (gemm_ops.linear_gelu, (rows, gate, bias, True)),
         (gemm_ops.linear_gelu, (rows, gate, bias, False)),
-        (gemm_ops.gelu_linear_backward, (rows, out, wide, True)),
-        (gemm_ops.gelu_linear_backward, (rows, out, wide, False)),
+        (gemm_ops.gelu_linear_backward, (rows, out, intermediate, True)),
+        (gemm_ops.gelu_linear_backward, (rows, out, intermediate, False)),
         (gemm_ops.linear_swiglu, (rows, gate, up, True)),
         (gemm_ops.linear_swiglu, (rows, gate, up, False)),
-        (gemm_ops.gate_up_again, (rows, gate, up, rows)),
+        (gemm_ops.recompute_gate_up, (rows, gate, up, rows)),
         (gemm_ops.swiglu_linear_backward, (rows, out, both, True)),
         (gemm_ops.swiglu_linear_backward, (rows, out, both, False)),
         (gemm_ops.gate_up_rows_grad, (both, gate, up)),
         (gemm_ops.gate_up_weights_grad, (both, rows)),
-        (gemm_ops.linear_add, (rows, gate, bias, wide)),
-        (gemm_ops.linear_add, (rows, gate, None, wide)),
-        (gemm_ops.rows_product, (wide, gate)),
+        (gemm_ops.linear_add, (rows, gate, bias, intermediate)),
+        (gemm_ops.linear_add, (rows, gate, None, intermediate)),
+        (gemm_ops.rows_gemm, (intermediate, gate)),
         (gemm_ops.linear_rotate, (rows, gate, bias, torch.randn(R, 8), 2)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -117,7 +143,7 @@ def config():
 
 
 def choose(requested, config, *, device=CUDA, dtype=torch.bfloat16, compiled=True):
-    return choose_products(requested, config, device, dtype, compiled=compiled)
+    return choose_gemm_backend(requested, config, device, dtype, compiled=compiled)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +159,9 @@ def test_auto_says_why_not_quack_and_who_asks_for_it_is_refused(config, other, p
     choice = choose("auto", config, **other)
     assert choice.name == "torch"
     assert problem in choice.reason
-    with pytest.raises(ValueError, match=r"machine\.products=quack cannot serve: .*machine\.products=auto"):
+    with pytest.raises(
+        ValueError, match=r"machine\.gemm_backend=quack cannot serve: .*machine\.gemm_backend=auto"
+    ):
         choose("quack", config, **other)
     assert choose("torch", config, **other).reason == "asked for"
 
@@ -150,8 +178,8 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
     """No GPU here: the device is only named; what the kernels answer is set."""
     monkeypatch.setattr(check, "why_not_quack", lambda *_, **__: None)
     errors = {"linear_gelu": 0.002}
-    found = lambda *_: [ProductError(name, error) for name, error in errors.items()]  # noqa: E731
-    monkeypatch.setattr(check, "product_errors", found)
+    found = lambda *_: [GemmError(name, error) for name, error in errors.items()]  # noqa: E731
+    monkeypatch.setattr(check, "gemm_errors", found)
     assert choose("auto", config).name == "quack"
     errors["linear_swiglu"] = float("nan")
     choice = choose("auto", config)
@@ -165,14 +193,14 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
-    widths, cpu = Widths(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
-    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    widths, cpu = GemmShapes(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
+    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
     assert len(found) == (11 if gated else 7)
     assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(gemm_ops, broken)
     monkeypatch.setattr(gemm_ops, broken, lambda *args: tuple(1.1 * x for x in right(*args)))
-    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
     assert found.pop(broken).error > 0.05
     found.pop(f"{broken}, nothing kept")
     assert all(one.is_right for one in found.values()), found
@@ -183,32 +211,36 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     monkeypatch.setattr(gemm_ops, broken, right)
     right_add = gemm_ops.linear_add
     monkeypatch.setattr(gemm_ops, "linear_add", without_bias)
-    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
     assert found["linear_add"].is_right == gated, "the encoder's has a bias"
 
     def forgets(total, grad, rows):
         total.copy_(grad.t().to(total.dtype) @ rows.to(total.dtype))
 
     monkeypatch.setattr(gemm_accumulate, "add_weight_grad", forgets)
-    found = {one.name: one for one in product_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
     assert not gated or found["add_weight_grad"].error > 0.5
 
     def raises(*_):
         raise TypeError("no such kernel\nand more")
 
     monkeypatch.setattr(gemm_ops, broken, raises)
-    told = check.wrong_product([widths], cpu, torch.bfloat16)
+    told = check.wrong_gemm([widths], cpu, torch.bfloat16)
     assert told == f"its {broken} does not run here (TypeError: no such kernel)"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("narrow", [1536, 3584], ids=["2B", "7B"])
-def test_quack_on_cuda_is_right(narrow):
+@pytest.mark.parametrize("hidden_size", [1536, 3584], ids=["2B", "7B"])
+def test_quack_on_cuda_is_right(hidden_size):
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    of_text = (narrow, 8960, True, (12, 2, 128)) if narrow == 1536 else (narrow, 18944, True, (28, 4, 128))
-    for widths in (Widths(1152, 4304, gated=False, heads=(16, 16, 72)), Widths(*of_text)):
-        for found in product_errors(widths, CUDA, torch.bfloat16):
+    of_text = (
+        (hidden_size, 8960, True, (12, 2, 128))
+        if hidden_size == 1536
+        else (hidden_size, 18944, True, (28, 4, 128))
+    )
+    for widths in (GemmShapes(1152, 4304, gated=False, heads=(16, 16, 72)), GemmShapes(*of_text)):
+        for found in gemm_errors(widths, CUDA, torch.bfloat16):
             assert found.is_right, f"{found} for {widths}"
 
 

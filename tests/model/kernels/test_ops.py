@@ -13,15 +13,15 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from vl3train.model.kernels.ops import (
     gelu_backward,
-    linear_again,
+    gelu_backward_reference,
     norm_backward,
+    norm_backward_reference,
     pairs_apart,
     pairs_together,
-    plain_gelu_backward,
-    plain_norm_backward,
-    plain_rotate,
+    recompute_linear,
+    rope_cos_sin,
     rotate,
-    turning_table,
+    rotate_reference,
 )
 
 EPS = 1e-6
@@ -39,26 +39,26 @@ CASES = [
 
 def norm_arguments(num_rows, width, case, device="cpu", dtype=torch.float32):
     """Rows far from centred, weights far from 1."""
-    num_grads, centred, bias, residual, again, weight_sums, row_sums = case
+    num_grads, centred, bias, residual, recompute, weight_sums, row_sums = case
     torch.manual_seed(num_rows + width)
-    rows, *others = torch.randn(5, num_rows, width, device=device)
-    rows = (rows * (1 + others[3]) + 1.5).to(dtype)
+    rows, *reserved_bytes = torch.randn(5, num_rows, width, device=device)
+    rows = (rows * (1 + reserved_bytes[3]) + 1.5).to(dtype)
     weight, bias_W = torch.randn(2, width, device=device)
     return (
-        [grad.to(dtype) for grad in others[:num_grads]],
+        [grad.to(dtype) for grad in reserved_bytes[:num_grads]],
         rows,
         (weight + 1).to(dtype),
         bias_W.to(dtype) if bias else None,
         EPS,
-        others[3].to(dtype) if residual else None,
+        reserved_bytes[3].to(dtype) if residual else None,
         centred,
-        again,
+        recompute,
         weight_sums,
         row_sums,
     )
 
 
-def norm_oracle(grads, rows, weight, bias, eps, residual_grad, centred, again, weight_sums, row_sums):
+def norm_oracle(grads, rows, weight, bias, eps, residual_grad, centred, recompute, weight_sums, row_sums):
     """The same from torch's own norms and autograd, in float64."""
     rows, weight = rows.double().requires_grad_(), weight.double().requires_grad_()
     inputs = [rows, weight]
@@ -76,13 +76,13 @@ def norm_oracle(grads, rows, weight, bias, eps, residual_grad, centred, again, w
     if row_sums:
         sums = [*sums, d_rows.sum(0)] + ([] if residual_grad is None else [residual_grad.double().sum(0)])
     none = torch.empty(0, rows.shape[1])
-    return d_rows, normed.detach() if again else none, torch.stack(sums) if sums else none
+    return d_rows, normed.detach() if recompute else none, torch.stack(sums) if sums else none
 
 
 def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
     torch.manual_seed(num_rows)
-    grad, wide = torch.randn(2, num_rows, width, device=device)
-    return grad.to(dtype), (4 * wide).to(dtype)
+    grad, intermediate = torch.randn(2, num_rows, width, device=device)
+    return grad.to(dtype), (4 * intermediate).to(dtype)
 
 
 def rotate_arguments(num_rows, heads, rotated, head_dim, backward, sums, device="cpu", dtype=torch.float32):
@@ -90,7 +90,7 @@ def rotate_arguments(num_rows, heads, rotated, head_dim, backward, sums, device=
     torch.manual_seed(num_rows)
     rows = torch.randn(num_rows, heads * head_dim, device=device).to(dtype)
     angles = (9 * torch.randn(num_rows, head_dim // 2, device=device)).repeat(1, 2)
-    return rows, turning_table(angles.cos(), angles.sin()), rotated, backward, sums
+    return rows, rope_cos_sin(angles.cos(), angles.sin()), rotated, backward, sums
 
 
 ROTATED = [
@@ -109,8 +109,8 @@ def rotated_by_transformers(rows, table, num_rotated):
     cos, sin = (of_pair.repeat(1, 2) for of_pair in table.unflatten(1, (-1, 2)).unbind(2))
     heads = pairs_apart(rows.t(), table.shape[1]).t().unflatten(1, (-1, table.shape[1]))
     turning, still = heads[:, :num_rotated], heads[:, num_rotated:]
-    turned, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
-    return pairs_together(torch.cat((turned, still), 1).flatten(1).t(), table.shape[1]).t()
+    rotated, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
+    return pairs_together(torch.cat((rotated, still), 1).flatten(1).t(), table.shape[1]).t()
 
 
 def assert_close(found, expected, tolerance):
@@ -129,12 +129,12 @@ def test_norm_is_that_of_autograd(size, case):
 
 
 def test_gelu_is_that_of_autograd():
-    grad, wide = gelu_arguments(300, 70)
-    wide_64 = wide.double().requires_grad_()
-    activated = F.gelu(wide_64, approximate="tanh")
-    (d_wide,) = torch.autograd.grad(activated, wide_64, grad.double())
-    found = gelu_backward(grad, wide)
-    assert_close((grad, *found), (d_wide, activated.detach(), d_wide.sum(0)), 2e-6)
+    grad, intermediate = gelu_arguments(300, 70)
+    intermediate_64 = intermediate.double().requires_grad_()
+    activated = F.gelu(intermediate_64, approximate="tanh")
+    (d_intermediate,) = torch.autograd.grad(activated, intermediate_64, grad.double())
+    found = gelu_backward(grad, intermediate)
+    assert_close((grad, *found), (d_intermediate, activated.detach(), d_intermediate.sum(0)), 2e-6)
 
 
 @pytest.mark.parametrize("case", ROTATED, ids=str)
@@ -162,7 +162,7 @@ def test_what_is_said_of_the_ops_shapes_is_so(case):
     torch.library.opcheck(rotate, rotate_arguments(*ROTATED[4]), test_utils=checks)
     torch.library.opcheck(rotate, rotate_arguments(*ROTATED[5]), test_utils=checks)
     rows, weight = torch.randn(5, 8), torch.randn(12, 8)
-    torch.library.opcheck(linear_again, (rows, weight, torch.randn(12), rows), test_utils=checks)
+    torch.library.opcheck(recompute_linear, (rows, weight, torch.randn(12), rows), test_utils=checks)
 
 
 def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
@@ -172,16 +172,19 @@ def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
     for case in ROTATED:
         arguments = rotate_arguments(*case, device, dtype)
         same = arguments[0].clone()
-        found, expected = rotate_kernel(*arguments), plain_rotate(same, *arguments[1:])
+        found, expected = rotate_kernel(*arguments), rotate_reference(same, *arguments[1:])
         assert_close((arguments[0], found), (same, expected), tolerance)
     for size in sizes:
         for case in cases:
             arguments = norm_arguments(*size, case, device, dtype)
-            assert_close(norm_backward_kernel(*arguments), plain_norm_backward(*arguments), tolerance)
+            assert_close(norm_backward_kernel(*arguments), norm_backward_reference(*arguments), tolerance)
     for size in ((1, 64), (37, 300), (7, 4304)):
-        grad, wide = gelu_arguments(*size, device, dtype)
+        grad, intermediate = gelu_arguments(*size, device, dtype)
         same = grad.clone()
-        found, expected = gelu_backward_kernel(grad, wide), plain_gelu_backward(same, wide)
+        found, expected = (
+            gelu_backward_kernel(grad, intermediate),
+            gelu_backward_reference(same, intermediate),
+        )
         assert_close((grad, *found), (same, *expected), tolerance)
 
 

@@ -11,9 +11,10 @@ from torch import nn
 from vl3train.config.choices import Recompute
 from vl3train.model.kernels import gemm_ops as quack_ops
 from vl3train.model.kernels import ops
-from vl3train.model.kernels.gemm_ops import plain_gelu_linear_backward
-from vl3train.model.kernels.ops import plain_gelu_backward, plain_norm_backward
-from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED, attention_half
+from vl3train.model.kernels.gemm_ops import gelu_linear_backward_reference
+from vl3train.model.kernels.ops import gelu_backward_reference, norm_backward_reference
+from vl3train.model.layers import attention_half
+from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import part_of, set_trainable
 
@@ -33,7 +34,7 @@ class Adapted(nn.Linear):
     ],
     ids=["stage 1", "adapted", "frozen encoder", "nothing again"],
 )
-@pytest.mark.parametrize("products", ["torch", "quack"])
+@pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
 def test_compiled_layers_take_them_and_give_the_same_gradients(
     tiny_model,
     batch_of,
@@ -45,7 +46,7 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     adapted,
     norms,
     gelus,
-    products,
+    gemm_backend,
 ):
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -63,19 +64,22 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
         recompute_vision=recompute,
         recompute_language=recompute,
         compile_layers=True,
-        products=products,
+        gemm_backend=gemm_backend,
     ).train()
-    if products == "quack":
+    if gemm_backend == "quack":
         # The heads of the tiny model, so that products turn them.
         monkeypatch.setattr(attention_half, "ROTATED_HEADS", (12, 16))
     ran = []
-    gelu_ops = {"torch": (ops, plain_gelu_backward), "quack": (quack_ops, plain_gelu_linear_backward)}
-    for place, op in ((ops, plain_norm_backward), gelu_ops[products]):
+    gelu_ops = {"torch": (ops, gelu_backward_reference), "quack": (quack_ops, gelu_linear_backward_reference)}
+    for place, op in ((ops, norm_backward_reference), gelu_ops[gemm_backend]):
         monkeypatch.setattr(place, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
     packed(batch_of(mixed)).loss_sum.backward()
     if recompute is Recompute.layer and not FUNCTIONS_ARE_REPEATED:
         norms = gelus = 0
-    assert (ran.count(plain_norm_backward), len(ran) - ran.count(plain_norm_backward)) == (norms, gelus)
+    assert (ran.count(norm_backward_reference), len(ran) - ran.count(norm_backward_reference)) == (
+        norms,
+        gelus,
+    )
     expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
@@ -109,21 +113,21 @@ def test_nothing_is_made_again_that_was_kept_or_that_only_frozen_weights_would_t
 
         monkeypatch.setattr(place, name, act)
 
-    watch("swiglu", quack_ops, "plain_swiglu_linear_backward")
-    watch("gelu", quack_ops, "plain_gelu_linear_backward")
-    watch("rope", ops, "plain_rotate")
+    watch("swiglu", quack_ops, "swiglu_linear_backward_reference")
+    watch("gelu", quack_ops, "gelu_linear_backward_reference")
+    watch("rope", ops, "rotate_reference")
     how = {
         "recompute_vision": level,
         "recompute_language": level,
         "compile_layers": True,
-        "products": "quack",
+        "gemm_backend": "quack",
     }
     PackedModel(model, "reference", **how).train()(batch_of(mixed)).loss_sum.backward()
     # Back through the language model's two layers, then the encoder's.
-    again = level is Recompute.elementwise
+    recompute = level is Recompute.elementwise
     assert asked == {
-        "swiglu": [again and not frozen] * 2,
-        "gelu": [again] * 2,
+        "swiglu": [recompute and not frozen] * 2,
+        "gelu": [recompute] * 2,
         "rope": [not frozen] * 2 + [True] * 2,
     }
 
@@ -153,8 +157,8 @@ def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("products", ["torch", "quack"])
-def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, products):
+@pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
+def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, gemm_backend):
     """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
@@ -163,10 +167,10 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
     model, batch = tiny_model(), batch_of(mixed)
     widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
     of_both = 2 * model.config.text_config.intermediate_size
-    if products == "quack":
+    if gemm_backend == "quack":
         widths.add(of_both)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
-    wide = {}
+    intermediate = {}
     for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
         kept = {}
 
@@ -181,11 +185,11 @@ def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeyp
             recompute_vision=level,
             recompute_language=level,
             compile_layers=True,
-            products=products,
+            gemm_backend=gemm_backend,
         ).train()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             packed(batch).loss_sum.backward()
-        wide[level] = len(kept)
+        intermediate[level] = len(kept)
     # Of two layers in each tower: what GELU takes, gate and up or both in one, and what quack's products give beside.
-    elementwise, nothing = {"torch": (2 + 2 * 2, 2 + 2 * 2), "quack": (2 + 2, 2 + 2 + 2 * 2)}[products]
-    assert wide == {Recompute.nothing: nothing, Recompute.elementwise: elementwise, Recompute.mlp: 0}
+    elementwise, nothing = {"torch": (2 + 2 * 2, 2 + 2 * 2), "quack": (2 + 2, 2 + 2 + 2 * 2)}[gemm_backend]
+    assert intermediate == {Recompute.nothing: nothing, Recompute.elementwise: elementwise, Recompute.mlp: 0}

@@ -11,7 +11,8 @@ from vl3train.config.choices import AdapterKind, Recompute
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters
 from vl3train.model.kernels import gemm_ops as quack_ops
-from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED, lora_halves
+from vl3train.model.layers import lora_halves
+from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.layers.lora_dispatch import adapter_of
 from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, beside
 from vl3train.model.packed_forward import PackedModel
@@ -61,15 +62,15 @@ def test_loss_and_gradients_are_those_of_pefts_modules(
     if turned:
         monkeypatch.setattr(lora_halves, "ROTATED_HEADS", (16,))
     ran = []
-    plain = quack_ops.plain_swiglu_linear_backward
+    plain = quack_ops.swiglu_linear_backward_reference
     monkeypatch.setattr(
-        quack_ops, "plain_swiglu_linear_backward", lambda *args: ran.append(args[1].shape) or plain(*args)
+        quack_ops, "swiglu_linear_backward_reference", lambda *args: ran.append(args[1].shape) or plain(*args)
     )
     how = {"recompute_vision": level, "recompute_language": level, "compile_layers": True}
-    found_loss, found = loss_and_gradients(model, batch, products="quack", **how)
-    width, wide = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
+    found_loss, found = loss_and_gradients(model, batch, gemm_backend="quack", **how)
+    width, intermediate = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
     repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
-    assert ran == [(width + RANK, wide)] * 2 * repeated, (
+    assert ran == [(width + RANK, intermediate)] * 2 * repeated, (
         "each layer's MLP, the adapter's rank beside the rows"
     )
     assert found_loss == pytest.approx(loss.item(), rel=1e-6)
@@ -81,10 +82,10 @@ def test_loss_and_gradients_are_those_of_pefts_modules(
 
 def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed, compile_on_cpu):
     model, _ = adapted_model(tiny_model, ["projector", "language_model"])
-    width, wide = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
+    width, intermediate = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
     # Rows or weights beside B: of down, of gate and up, of q, k, v.
     beside_b = [width + number * RANK for number in (1, 2, 3)]
-    widths = [(columns,) for columns in (wide, 2 * wide, *beside_b)]
+    widths = [(columns,) for columns in (intermediate, 2 * intermediate, *beside_b)]
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     counts = {}
     for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
@@ -95,7 +96,7 @@ def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed
                 kept[tensor.data_ptr()] = tensor.shape
             return tensor
 
-        how = {"recompute_language": level, "compile_layers": True, "products": "quack"}
+        how = {"recompute_language": level, "compile_layers": True, "gemm_backend": "quack"}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss_and_gradients(model, batch_of(mixed), **how)
         counts[level] = len(kept)
@@ -140,18 +141,21 @@ def drawn(*shape, device, dtype, scale=1.0):
     return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
 
-def check_mlp(device, dtype, tolerance, again):
+def check_mlp(device, dtype, tolerance, recompute):
     """Against the sentence that defines it, in float64: every gradient to a share of its largest value."""
     torch.manual_seed(0)
-    width, wide, rank, scaling = 256, 512, 16, 0.25
+    width, intermediate, rank, scaling = 256, 512, 16, 0.25
     draw = functools.partial(drawn, device=device, dtype=dtype)
     rows, norm = draw(200, width), draw(width)
-    weights = [draw(*shape, scale=0.06) for shape in ((wide, width), (wide, width), (width, wide))]
+    weights = [
+        draw(*shape, scale=0.06)
+        for shape in ((intermediate, width), (intermediate, width), (width, intermediate))
+    ]
     a = [draw(rank, weight.shape[1], scale=0.06) for weight in weights]
     b = [draw(len(weight), rank, scale=0.06) for weight in weights]
     grad = torch.randn(200, width, device=device).to(dtype)
     trained = [rows, *a, *b]
-    found = AdaptedSwigluMlp.apply(rows, norm.detach(), 1e-6, again, scaling, *weights, *a, *b)
+    found = AdaptedSwigluMlp.apply(rows, norm.detach(), 1e-6, recompute, scaling, *weights, *a, *b)
     found = [found, *torch.autograd.grad(found, trained, grad)]
 
     high = [tensor.detach().double().requires_grad_() for tensor in trained]
@@ -169,14 +173,14 @@ def check_mlp(device, dtype, tolerance, again):
         assert (one.double() - other).abs().max() / other.abs().max() < tolerance
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_the_mlp_is_what_it_says(again):
-    check_mlp("cpu", torch.float32, 1e-5, again)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_mlp_is_what_it_says(recompute):
+    check_mlp("cpu", torch.float32, 1e-5, recompute)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("again", [False, True])
-def test_the_mlp_on_a_gpu_is_what_it_says(again):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_mlp_on_a_gpu_is_what_it_says(recompute):
     pytest.importorskip("quack", reason="quack is not installed")
-    check_mlp("cuda", torch.bfloat16, 0.03, again)
+    check_mlp("cuda", torch.bfloat16, 0.03, recompute)

@@ -56,21 +56,21 @@ def test_a_tokenizer_of_another_family_is_refused(tmp_path):
 
 def test_the_processor_survives_a_round_trip(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path)
-    assert again.chat_template == CHAT_TEMPLATE
-    assert again.tokenizer.padding_side == "left"
-    assert again.tokenizer.eos_token == "<|im_end|>"
-    assert again.image_processor.max_visual_tokens == 10240
-    assert again.video_processor.do_sample_frames is True
+    recompute = AutoProcessor.from_pretrained(tmp_path)
+    assert recompute.chat_template == CHAT_TEMPLATE
+    assert recompute.tokenizer.padding_side == "left"
+    assert recompute.tokenizer.eos_token == "<|im_end|>"
+    assert recompute.image_processor.max_visual_tokens == 10240
+    assert recompute.video_processor.do_sample_frames is True
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
-    texts = [p.apply_chat_template(messages, add_generation_prompt=True) for p in (processor, again)]
+    texts = [p.apply_chat_template(messages, add_generation_prompt=True) for p in (processor, recompute)]
     assert (
         texts[0] == texts[1] == f"<|im_start|>user\n{IMAGE_PAD}\nHow many?<|im_end|>\n<|im_start|>assistant\n"
     )
     one, two = (
         p(text=[text], images=[image], return_tensors="pt")
-        for p, text in zip((processor, again), texts, strict=True)
+        for p, text in zip((processor, recompute), texts, strict=True)
     )
     assert set(one) == set(two)
     for name in one:

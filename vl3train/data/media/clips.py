@@ -1,4 +1,4 @@
-"""Clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises BadSample.
+"""Clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises SampleError.
 
 What is read may come from anywhere. So the containers are named (no playlist), the header is checked against the
 limits before anything is decoded, and a damaged file is refused as a whole. Images: images.py.
@@ -19,7 +19,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vl3train.contracts.geometry import frame_indices
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 
 CLIP_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mpegvideo"
 """No format that opens other files or addresses (hls, concat, dash)."""
@@ -36,7 +36,7 @@ class DecodeLimits:
     max_seconds: float
 
 
-class UnexpectedFrames(BadSample):
+class FrameCountError(SampleError):
     """Other frames were decoded than the packets announced; count them by decoding (``exact=True``)."""
 
 
@@ -77,7 +77,7 @@ def decode_clip(
     plan = plan_clip(data, **rule, **window, limits=limits)  # type: ignore[arg-type]
     try:
         frames = list(read_frames(data, plan))
-    except UnexpectedFrames:
+    except FrameCountError:
         plan = plan_clip(data, **rule, **window, limits=limits, exact=True)  # type: ignore[arg-type]
         frames = list(read_frames(data, plan))
     return Clip(np.stack(frames), plan.times)
@@ -103,7 +103,7 @@ def plan_clip(
         in_mp4 = "mp4" in container.format.name
         first = next(container.decode(stream), None)
         if first is None:
-            raise BadSample("clip has no frame")
+            raise SampleError("clip has no frame")
         container.seek(0)
         by_packet = (
             not exact
@@ -120,10 +120,10 @@ def plan_clip(
             missing = stream.frames - len(stamps) - 1 - len(stamps) // 20  # AVI headers may be a little off
         if missing > 0:
             said = stream.frames or "more"
-            raise BadSample(f"clip is cut off: {said} frames said, {len(stamps)} are there")
+            raise SampleError(f"clip is cut off: {said} frames said, {len(stamps)} are there")
         source_fps = float(stream.average_rate or stream.guessed_rate or 0)
         if not stamps or source_fps <= 0:
-            raise BadSample("clip has no frame, or does not say its frame rate")
+            raise SampleError("clip has no frame, or does not say its frame rate")
         pts = _ordered(stamps)
         if pts is None:
             times = [number / source_fps for number in range(len(stamps))]
@@ -134,9 +134,9 @@ def plan_clip(
         height, width = (first.width, first.height) if sideways else (first.height, first.width)
         announced = _announced_seconds(stream)
     if announced > times[-1] + 2 / source_fps + 0.5:
-        raise BadSample(f"clip is cut off: {announced:.1f} s announced, {times[-1]:.1f} s are there")
+        raise SampleError(f"clip is cut off: {announced:.1f} s announced, {times[-1]:.1f} s are there")
     if times[-1] > limits.max_seconds:
-        raise BadSample(_too_long(times[-1], limits))
+        raise SampleError(_too_long(times[-1], limits))
     window = _window(times, start_seconds, end_seconds)
     chosen = frame_indices(
         window[1] - window[0], source_fps, fps=fps, min_frames=min_frames, max_frames=max_frames
@@ -149,7 +149,7 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
     """The planned frames one after the other, each (height, width, 3) uint8 RGB, the whole window decoded.
 
     Raises:
-        UnexpectedFrames: the frames are not those that the plan counted.
+        FrameCountError: the frames are not those that the plan counted.
     """
     number_of = None if plan.pts is None else {stamp: number for number, stamp in enumerate(plan.pts)}
     wanted, number = set(plan.picked), -1
@@ -160,7 +160,7 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
             before = number
             number = before + 1 if number_of is None else number_of.get(cast(int, frame.pts), -1)
             if number < 0 or (before >= plan.window[0] and number != before + 1):
-                raise UnexpectedFrames(f"clip is damaged: after frame {before} comes frame {number}")
+                raise FrameCountError(f"clip is damaged: after frame {before} comes frame {number}")
             if number >= plan.window[1]:
                 break
             if number not in wanted:
@@ -169,11 +169,11 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
             if frame.rotation:
                 picture = np.ascontiguousarray(np.rot90(picture, frame.rotation // 90))
             if picture.shape != (plan.height, plan.width, 3):
-                raise BadSample(f"clip changes its size at frame {number} to {picture.shape[1::-1]}")
+                raise SampleError(f"clip changes its size at frame {number} to {picture.shape[1::-1]}")
             wanted.discard(number)
             yield picture
     if wanted or number + 1 < plan.window[1]:
-        raise UnexpectedFrames(f"clip ends at frame {number}, {plan.window[1]} were counted")
+        raise FrameCountError(f"clip ends at frame {number}, {plan.window[1]} were counted")
 
 
 @contextmanager
@@ -181,18 +181,18 @@ def _opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputConta
     try:
         with av.open(io.BytesIO(data), "r", options={"format_whitelist": CLIP_FORMATS}) as container:
             if not container.streams.video:
-                raise BadSample("clip has no video stream")
+                raise SampleError("clip has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # one decoding process for each core is faster than threads in each
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > limits.max_pixels:
                 limit = f"data.decode_max_pixels={limits.max_pixels}; shrink it or raise the limit"
-                raise BadSample(f"clip of {width}x{height} pixels is over {limit}")
+                raise SampleError(f"clip of {width}x{height} pixels is over {limit}")
             if container.duration and container.duration / av.time_base > limits.max_seconds:
-                raise BadSample(_too_long(container.duration / av.time_base, limits))
+                raise SampleError(_too_long(container.duration / av.time_base, limits))
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise BadSample(f"clip of {len(data)} bytes cannot be read: {error.strerror or error}") from error
+        raise SampleError(f"clip of {len(data)} bytes cannot be read: {error.strerror or error}") from error
 
 
 def _too_long(seconds: float, limits: DecodeLimits) -> str:
@@ -221,7 +221,7 @@ def _window(times: list[float], start: float | None, end: float | None) -> tuple
     first = int(np.searchsorted(times, -1.0 if start is None else start - 1e-6))
     last = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
     if first >= len(times) and (start or 0.0) > times[-1] + 1.0:
-        raise BadSample(f"start_time={start} lies behind the clip's end, {times[-1]:.2f} s")
+        raise SampleError(f"start_time={start} lies behind the clip's end, {times[-1]:.2f} s")
     if first >= last:
         first = min(max(first - 1, 0), len(times) - 1)
         last = first + 1

@@ -1,4 +1,4 @@
-"""Images from bytes: size from the header first, then pixels. Whatever is wrong raises BadSample.
+"""Images from bytes: size from the header first, then pixels. Whatever is wrong raises SampleError.
 
 What is read may come from anywhere. So the formats are named (no PostScript), the header is checked against the
 limits before anything is decoded, and a damaged file is refused as a whole.
@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -91,21 +91,21 @@ def _opened_image(data: bytes, limits: DecodeLimits) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > limits.max_pixels:
-                raise BadSample(
+                raise SampleError(
                     f"image of {width}x{height} = {width * height} pixels is over "
                     f"data.decode_max_pixels={limits.max_pixels}; shrink it or raise the limit"
                 )
             if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
-                raise BadSample(f"a TIFF of {pages} pages: write each page as a picture of its own")
+                raise SampleError(f"a TIFF of {pages} pages: write each page as a picture of its own")
             yield image
-    except BadSample:
+    except SampleError:
         raise
     except PILLOW_ERRORS as error:
         raise _unreadable(data, error) from error
 
 
-def _unreadable(data: bytes, error: Exception) -> BadSample:
+def _unreadable(data: bytes, error: Exception) -> SampleError:
     # Pillow names a place in memory, which differs from run to run; the index is told apart by these reasons.
     unknown = isinstance(error, UnidentifiedImageError)
     reason = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else error
-    return BadSample(f"image of {len(data)} bytes cannot be read: {reason}")
+    return SampleError(f"image of {len(data)} bytes cannot be read: {reason}")

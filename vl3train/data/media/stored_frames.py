@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import ClipPlan, DecodeLimits
 
 STORED_SUFFIX = "frames"
@@ -54,7 +54,7 @@ def plan_stored(data: bytes, rule: dict[str, Any], limits: DecodeLimits) -> Clip
     """All the frames of a stored clip.
 
     Raises:
-        BadSample: damaged, over the limits, or taken by another rule.
+        SampleError: damaged, over the limits, or taken by another rule.
     """
     header, _ = _header(data)
     if header["rule"] != rule:
@@ -62,10 +62,10 @@ def plan_stored(data: bytes, rule: dict[str, Any], limits: DecodeLimits) -> Clip
         differing = [
             one for key, one in zip(rule, differing, strict=True) if header["rule"].get(key) != rule[key]
         ]
-        raise BadSample(f"frames were stored with {'; '.join(differing)}; store them again from the clips")
+        raise SampleError(f"frames were stored with {'; '.join(differing)}; store them again from the clips")
     height, width, times = header["height"], header["width"], header["times"]
     if not times or height * width > limits.max_pixels:
-        raise BadSample(f"stored clip of {len(times)} frames of {width}x{height} pixels")
+        raise SampleError(f"stored clip of {len(times)} frames of {width}x{height} pixels")
     every = tuple(range(len(times)))
     return ClipPlan(height, width, tuple(times), every, (0, len(every)), None)
 
@@ -77,9 +77,9 @@ def read_stored(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
         try:
             frame: np.ndarray = simplejpeg.decode_jpeg(data[position : position + size], "RGB")
         except ValueError as error:
-            raise BadSample(f"stored frame {number} cannot be read: {error}") from error
+            raise SampleError(f"stored frame {number} cannot be read: {error}") from error
         if frame.shape != (plan.height, plan.width, 3):
-            raise BadSample(f"stored frame {number} is of size {frame.shape[1::-1]}")
+            raise SampleError(f"stored frame {number} is of size {frame.shape[1::-1]}")
         position += size
         yield frame
 
@@ -100,7 +100,7 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
             and end + 1 + sum(header["sizes"]) == len(data)
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadSample(f"stored clip of {len(data)} bytes cannot be read: {error!r}") from error
+        raise SampleError(f"stored clip of {len(data)} bytes cannot be read: {error!r}") from error
     if not whole:
-        raise BadSample(f"stored clip of {len(data)} bytes is damaged or cut off")
+        raise SampleError(f"stored clip of {len(data)} bytes is damaged or cut off")
     return header, end + 1

@@ -52,7 +52,7 @@ class Plan:
     order: OrderRules = OrderRules()  # noqa: RUF009 - frozen
     cache: Path | None = None
     """Folder where long epochs are kept for the other processes of the node; None keeps none."""
-    dropped_samples: tuple[int, ...] = field(init=False)
+    oversized_samples: tuple[int, ...] = field(init=False)
     """Samples larger than a whole pack, as rows of the table. They are in no step; the caller says so."""
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Plan:
         table, caps = self.table, caps_of(self.step)
         items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
         fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
-        self.dropped_samples = tuple(np.flatnonzero(~fits).tolist())
+        self.oversized_samples = tuple(np.flatnonzero(~fits).tolist())
         self._arrays = (
             _as(table.num_tokens, np.int32),
             _as(table.num_patches, np.int32),
@@ -88,7 +88,7 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again: a process that is sent a plan maps or plans the epochs itself."""
-        state = {key: value for key, value in self.__dict__.items() if key != "dropped_samples"}
+        state = {key: value for key, value in self.__dict__.items() if key != "oversized_samples"}
         return {**state, "_epochs": {}, "_arrays": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,9 +230,9 @@ class Plan:
         """Order and bounds of an epoch."""
         shards = self.table.shards
         rows = None
-        if self.dropped_samples:
+        if self.oversized_samples:
             fits = np.ones(len(self._arrays[0]), bool)
-            fits[list(self.dropped_samples)] = False
+            fits[list(self.oversized_samples)] = False
             rows = np.flatnonzero(fits)
         order = epoch_order(
             self._sizes,

@@ -77,7 +77,7 @@ def map_rows(file: Path) -> pa.Table:
         ) from None
 
 
-def refused_of(rows: pa.Table) -> tuple[tuple[str, str], ...]:
+def rejected_of(rows: pa.Table) -> tuple[tuple[str, str], ...]:
     """Key and reason of the samples that the index refused, out of a mapped file."""
     return tuple((key, reason) for key, reason in json.loads(rows.schema.metadata[REFUSED]))
 

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_client import Decoder, decode_server
 from vl3train.data.shards.index import (
@@ -175,16 +175,16 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
     )
     try:
         if sample.fault is not None:
-            raise BadSample(sample.fault)
+            raise SampleError(sample.fault)
         for part in sample.parts:
             is_text = part.name in (CONVERSATION_PART, CAPTION_PART)
             limit = MAX_TEXT_BYTES if is_text else MAX_MEDIUM_BYTES
             if part.size > limit:
-                raise BadSample(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
+                raise SampleError(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
         data = read_parts(shard, sample.parts)
         row["part_crc32s"] = [zlib.crc32(data[part.name]) for part in sample.parts]
         lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data, decode=decode)
-    except BadSample as error:
+    except SampleError as error:
         row["status"] = str(error)
     except Exception as error:
         error.add_note(f"while indexing {shard}, key {sample.key}")

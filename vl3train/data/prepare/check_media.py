@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.records.annotations import MediaFile
 from vl3train.data.records.conversation import Conversation
@@ -19,7 +19,7 @@ Found = tuple[Conversation, tuple[MediaFile, ...]] | str
 
 
 @dataclass(frozen=True, slots=True)
-class Looking:
+class MediaCheck:
     """How media are decoded."""
 
     limits: DecodeLimits
@@ -28,7 +28,7 @@ class Looking:
 
 
 def looked_at(
-    records: Iterator[tuple[str, Found]], media_root: Path, looking: Looking
+    records: Iterator[tuple[str, Found]], media_root: Path, looking: MediaCheck
 ) -> Iterator[tuple[str, Found]]:
     """The same records in their order; one whose media cannot be decoded becomes its reason."""
     own = threading.local()
@@ -45,7 +45,7 @@ def looked_at(
                 for number, medium in enumerate(found[1])
             }
             own.decoder.look(parts)
-        except BadSample as error:
+        except SampleError as error:
             number, colon, reason = str(error).partition(": ")
             place = number.partition(".")[0]
             named = colon and place.isdigit() and found[1][int(place)].path

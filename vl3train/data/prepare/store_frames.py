@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from vl3train.contracts.records import BadSample, RenderSettings
+from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.prepare.write_shards import REFUSED_FILE, write_members
+from vl3train.data.prepare.write_shards import REJECTED_FILE, write_members
 from vl3train.data.recipe import Recipe
 from vl3train.data.render.decode_client import Decoder, decode_server
 from vl3train.data.shards.index import shard_files
@@ -111,7 +111,7 @@ def store_folder(
             temporary = out / f"{shard.name}.partial"
             write_members(temporary, kept())
         if refused:
-            with (out / REFUSED_FILE).open("a", encoding="utf-8") as ledger:
+            with (out / REJECTED_FILE).open("a", encoding="utf-8") as ledger:
                 ledger.writelines(json.dumps(line) + "\n" for line in refused)
         os.replace(temporary, out / shard.name)
 
@@ -133,10 +133,10 @@ def _stored(
             own.decoder = Decoder(address, decode_seconds)
         try:
             if sample.fault is not None:
-                raise BadSample(sample.fault)
+                raise SampleError(sample.fault)
             data = read_parts(shard, sample.parts)
             return own.decoder.store(data.pop(CONVERSATION_PART, b""), data)
-        except BadSample as error:
+        except SampleError as error:
             return str(error)
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from webdataset.writer import TarWriter
 
-from vl3train.contracts.records import BadSample
-from vl3train.data.prepare.check_media import Looking, looked_at
+from vl3train.contracts.records import SampleError
+from vl3train.data.prepare.check_media import MediaCheck, looked_at
 from vl3train.data.records.annotations import MediaFile, read_record
 from vl3train.data.records.conversation import Conversation
 from vl3train.data.records.record_files import read_annotations, source_problems
 from vl3train.data.shards.tar_headers import CONVERSATION_PART
 
-REFUSED_FILE = "refused.jsonl"
+REJECTED_FILE = "refused.jsonl"
 SIGNATURES = (
     ("jpg", rb"\xff\xd8\xff"),
     ("png", rb"\x89PNG"),
@@ -35,7 +35,7 @@ PATH_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Rejection:
     """A record that became no sample, or a sample that cannot be used."""
 
     where: str  # file and line, or the key of a sample in a shard
@@ -48,18 +48,18 @@ class ShardReport:
 
     num_written: int
     num_shards: int
-    refused: tuple[Refusal, ...]
+    refused: tuple[Rejection, ...]
 
 
 class AnnotationProblems(ValueError):  # noqa: N818 - the text is a report, not one error
     """Records that cannot be written, every one of them in ``refused``."""
 
-    def __init__(self, refused: Sequence[Refusal], num_records: int) -> None:
+    def __init__(self, refused: Sequence[Rejection], num_records: int) -> None:
         self.refused = tuple(refused)
         self.num_records = num_records
         super().__init__(
             "\n".join(
-                [f"{len(refused)} of {num_records} records cannot be used:", *describe_refused(refused)]
+                [f"{len(refused)} of {num_records} records cannot be used:", *describe_rejected(refused)]
             )
         )
 
@@ -73,9 +73,9 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
 
 
-def describe_refused(refused: Sequence[Refusal], *, examples: int = 3) -> list[str]:
+def describe_rejected(refused: Sequence[Rejection], *, examples: int = 3) -> list[str]:
     """One line for each kind of reason, the commonest first, with its first examples."""
-    kinds: dict[str, list[Refusal]] = {}
+    kinds: dict[str, list[Rejection]] = {}
     for refusal in refused:
         kinds.setdefault(kind_of_reason(refusal.reason), []).append(refusal)
     lines = []
@@ -91,8 +91,8 @@ def check_annotations(
     media_root: Path,
     columns: dict[str, str] | None,
     progress: Callable[[str, int], None],
-    looking: Looking | None = None,
-) -> tuple[int, list[Refusal]]:
+    looking: MediaCheck | None = None,
+) -> tuple[int, list[Rejection]]:
     """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
 
     With ``looking`` media are decoded, too.
@@ -102,13 +102,13 @@ def check_annotations(
     """
     if problems := source_problems(annotations):
         raise ValueError("\n".join(problems))
-    refused: list[Refusal] = []
+    refused: list[Rejection] = []
     num_records = 0
     records = _records(annotations, columns, media_root)
     for where, found in records if looking is None else looked_at(records, media_root, looking):
         num_records += 1
         if isinstance(found, str):
-            refused.append(Refusal(where, found))
+            refused.append(Rejection(where, found))
         progress("checking", num_records)
     if not num_records:
         raise ValueError(f"no records in {', '.join(annotations)}")
@@ -123,9 +123,9 @@ def write_shards(
     columns: dict[str, str] | None,
     max_samples: int,
     max_bytes: int,
-    skip_bad: bool,
+    skip_rejected: bool,
     progress: Callable[[str, int], None],
-    looking: Looking | None = None,
+    looking: MediaCheck | None = None,
 ) -> ShardReport:
     """Check every record, then write the good ones as ``out_dir/shard-000000.tar`` and so on.
 
@@ -137,12 +137,12 @@ def write_shards(
         columns: renames columns, see ``read_annotations``.
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
-        skip_bad: write the good records where some are bad; the bad ones are listed in refused.jsonl.
+        skip_rejected: write the good records where some are bad; the bad ones are listed in refused.jsonl.
         looking: decode the media of every record first; None: whether their files are there is all that is asked.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
-        AnnotationProblems: there are bad records and not ``skip_bad``, or there is no good one.
+        AnnotationProblems: there are bad records and not ``skip_rejected``, or there is no good one.
     """
     out_dir = out_dir.resolve()  # a link to a folder of a larger disk stays one
     if out_dir == Path.cwd():
@@ -152,7 +152,7 @@ def write_shards(
     num_records, refused = check_annotations(
         annotations, media_root=media_root, columns=columns, progress=progress, looking=looking
     )
-    if (refused and not skip_bad) or len(refused) == num_records:
+    if (refused and not skip_rejected) or len(refused) == num_records:
         raise AnnotationProblems(refused, num_records)
 
     partial = out_dir.with_name(out_dir.name + ".partial")
@@ -179,7 +179,7 @@ def write_shards(
         )
     if refused:
         lines = [json.dumps({"where": refusal.where, "reason": refusal.reason}) for refusal in refused]
-        (partial / REFUSED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.rename(partial, out_dir)
     return ShardReport(num_written, num_shards, tuple(refused))
 
@@ -245,15 +245,15 @@ def _records(
     for path in annotations:
         for where, record in read_annotations(path, columns):
             try:
-                if isinstance(record, BadSample):
+                if isinstance(record, SampleError):
                     raise record
                 if not isinstance(record, Mapping):
-                    raise BadSample(f"a record is an object with keys, this is a {type(record).__name__}")
+                    raise SampleError(f"a record is an object with keys, this is a {type(record).__name__}")
                 conversation, media = read_record(record, where=where)
                 for medium in media:
                     if medium.data is None:
                         _check_file(media_root / medium.path)
-            except BadSample as error:
+            except SampleError as error:
                 yield where, str(error).removeprefix(f"{where}: ")
             else:
                 yield where, (conversation, media)
@@ -264,12 +264,12 @@ def _check_file(path: Path) -> None:
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
-        raise BadSample(f"no such file: {path}; paths start from --media-root") from None
+        raise SampleError(f"no such file: {path}; paths start from --media-root") from None
     except OSError as error:
-        raise BadSample(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
+        raise SampleError(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise BadSample(f"no file but a folder or device: {path}")
+        raise SampleError(f"no file but a folder or device: {path}")
     if not found.st_size:
-        raise BadSample(f"empty file: {path}")
+        raise SampleError(f"empty file: {path}")
     if not os.access(path, os.R_OK):
-        raise BadSample(f"no permission to read: {path}")
+        raise SampleError(f"no permission to read: {path}")

@@ -1,7 +1,7 @@
 """Records as users have them, brought to one form: a conversation and the files it needs.
 
 Three forms are read: VideoLLaMA3's and LLaVA's ``conversations``, OpenAI's ``messages``, and VideoLLaMA3's
-streaming records. Nothing is guessed: what does not fit is refused with its reason (BadSample).
+streaming records. Nothing is guessed: what does not fit is refused with its reason (SampleError).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
 from vl3train.data.records.conversation import (
     Content,
@@ -56,14 +56,14 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
         reader = _Reader(record)
         turns = reader.read_stream() if record.get("stream") else reader.read_turns()
         if not any(turn.role == "assistant" for turn in turns):
-            raise BadSample("no assistant turn: nothing to learn")
+            raise SampleError("no assistant turn: nothing to learn")
         for turn in turns:
             for content in turn.content:
                 if isinstance(content, Text):
                     _refuse_unwritable(content.text)
         return Conversation(tuple(turns)), tuple(reader.files)
-    except BadSample as error:
-        raise BadSample(f"{where}: {error}") from error.__cause__
+    except SampleError as error:
+        raise SampleError(f"{where}: {error}") from error.__cause__
 
 
 class _Reader:
@@ -93,7 +93,7 @@ class _Reader:
         missing = "".join(tag * counts[kind] for kind, tag in TAGS.items() if tag not in said)
         for kind, tag in TAGS.items():
             if tag in said and said.count(tag) != counts[kind]:
-                raise BadSample(f"{said.count(tag)} {tag} tags for {counts[kind]} {kind} files")
+                raise SampleError(f"{said.count(tag)} {tag} tags for {counts[kind]} {kind} files")
         turns = []
         for role, content in messages:
             if not isinstance(content, str):
@@ -105,7 +105,7 @@ class _Reader:
             else:
                 turns.append(Turn(role, (Text(content),)))
         if missing:
-            raise BadSample(f"files for {missing}, but no user turn to put them in")
+            raise SampleError(f"files for {missing}, but no user turn to put them in")
         return turns
 
     def read_piece(self, piece: str, waiting: dict[str, list[Any]]) -> Content:
@@ -116,13 +116,13 @@ class _Reader:
 
     def read_part(self, part: Any) -> Content:
         if not isinstance(part, Mapping):
-            raise BadSample(f"content part {part!r} is no object with a type")
+            raise SampleError(f"content part {part!r} is no object with a type")
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return Text(part["text"])
         kind = KINDS.get(str(part.get("type")))
         source = next((part[key] for key in (str(part.get("type")), "url", "path") if part.get(key)), None)
         if kind is None or source is None:
-            raise BadSample(
+            raise SampleError(
                 f"content part {dict(part)!r}: type must be text, {', '.join(KINDS)}, with its value"
             )
         return self.add(source, kind, *_window(part))
@@ -130,14 +130,14 @@ class _Reader:
     def read_stream(self) -> list[Turn]:
         sources = _as_list(self.record, "video")
         if len(sources) != 1:
-            raise BadSample(f"a streaming record has one video, this one {len(sources)}")
+            raise SampleError(f"a streaming record has one video, this one {len(sources)}")
         part = self.add(sources[0], "video").part
         turns = []
         for message in _messages(self.record):
             until = _seconds(message, "time") if isinstance(message, Mapping) else None
             role, content = _message(message)
             if until is None or not isinstance(content, str):
-                raise BadSample("every message of a streaming record needs a text and a time in seconds")
+                raise SampleError("every message of a streaming record needs a text and a time in seconds")
             turns += [
                 Turn("stream", (Stream(part, until, self.start, self.end),)),
                 Turn(role, (Text(content),)),
@@ -150,27 +150,27 @@ def _messages(record: Mapping[str, Any]) -> Sequence[Any]:
         messages = record.get(key)
         if isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages):
             return messages
-    raise BadSample(
+    raise SampleError(
         f"no conversation: `conversations` or `messages` is missing or empty; keys: {list(record)}"
     )
 
 
 def _message(message: Any) -> tuple[str, str | Sequence[Any]]:
     if not isinstance(message, Mapping):
-        raise BadSample(f"turn {message!r} is no object")
+        raise SampleError(f"turn {message!r} is no object")
     name = message.get("from", message.get("role"))
     content = message.get("value", message.get("content"))
     if not isinstance(name, str) or name not in ROLES:
-        raise BadSample(f"unknown role {name!r}; known: {', '.join(ROLES)}")
+        raise SampleError(f"unknown role {name!r}; known: {', '.join(ROLES)}")
     if not isinstance(content, (str, Sequence)) or isinstance(content, bytes):
-        raise BadSample(f"{name} turn without text")
+        raise SampleError(f"{name} turn without text")
     return ROLES[name], content
 
 
 def _as_list(record: Mapping[str, Any], kind: str) -> list[Any]:
     one, several = record.get(kind), record.get(f"{kind}s")
     if one not in (None, []) and several not in (None, []) and one != several:
-        raise BadSample(f"it has {kind} and {kind}s, with other files in each; name all of them in {kind}s")
+        raise SampleError(f"it has {kind} and {kind}s, with other files in each; name all of them in {kind}s")
     value = several if one in (None, []) else one
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
@@ -182,21 +182,21 @@ def _media_file(source: Any, kind: str) -> MediaFile:
     elif isinstance(source, bytes):
         data, path = source, ""
     if not isinstance(path, str) or not (path or data):
-        raise BadSample(f"{kind} {source!r} is no file path")
+        raise SampleError(f"{kind} {source!r} is no file path")
     if reason := half_character(path):
-        raise BadSample(reason)
+        raise SampleError(reason)
     path = path.removeprefix("file://")
     if data is None and re.match(r"[a-z0-9]+:", path) and not re.match(r"[a-zA-Z]:[\\/]", path):
-        raise BadSample(f"{kind} {path[:80]!r} is an address; download it and give the file's path")
+        raise SampleError(f"{kind} {path[:80]!r} is an address; download it and give the file's path")
     if (suffix := PurePath(path).suffix.lower().removeprefix(".")) in (CONVERSATION_PART, CAPTION_PART):
-        raise BadSample(f"{kind} {path!r} is a .{suffix} file; name the {kind} itself")
+        raise SampleError(f"{kind} {path!r} is a .{suffix} file; name the {kind} itself")
     return MediaFile(path, kind, data)
 
 
 def _window(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
     start, end = _seconds(record, "start_time"), _seconds(record, "end_time")
     if start is not None and end is not None and end < start:
-        raise BadSample(f"end_time={end} comes before start_time={start}")
+        raise SampleError(f"end_time={end} comes before start_time={start}")
     return start, end
 
 
@@ -205,13 +205,13 @@ def _seconds(record: Mapping[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise BadSample(f"{key}={value!r} is no time in seconds")
+        raise SampleError(f"{key}={value!r} is no time in seconds")
     return float(value)
 
 
 def _refuse_unwritable(text: str) -> None:
     if reason := half_character(text):
-        raise BadSample(reason)
+        raise SampleError(reason)
     for token in RESERVED_TOKENS:
         if token in text:
-            raise BadSample(f"text holds {token}, which means structure; take it out or write it otherwise")
+            raise SampleError(f"text holds {token}, which means structure; take it out or write it otherwise")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:
     """A conversation from its canonical form, as bytes or as they were parsed.
 
     Raises:
-        BadSample: it is not that form.
+        SampleError: it is not that form.
     """
     try:
         turns = []
@@ -92,7 +92,7 @@ def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:
                 raise TypeError(faults[0])
             turns.append(Turn(str(turn["role"]), content))
     except (ValueError, KeyError, TypeError) as error:
-        raise BadSample(f"not a conversation as `vl3train shards` writes it: {error!r}") from error
+        raise SampleError(f"not a conversation as `vl3train shards` writes it: {error!r}") from error
     return Conversation(tuple(turns))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.data.records.annotations import ROLES
 from vl3train.data.records.importers import IMPORTERS
 
@@ -43,7 +43,7 @@ def source_problems(sources: Sequence[str]) -> list[str]:
 
 def read_annotations(
     source: str | Path, columns: dict[str, str] | None = None
-) -> Iterator[tuple[str, Any | BadSample]]:
+) -> Iterator[tuple[str, Any | SampleError]]:
     """Records of a file or data set, each with where it stands; for one that cannot be read the reason.
 
     Args:
@@ -63,7 +63,7 @@ def read_annotations(
         raise ValueError(f"columns mean {unknown}; known meanings: {sorted(meanings)}")
     name, path = _without_importer(str(source))
     for where, row in _rows(path):
-        if isinstance(row, BadSample):
+        if isinstance(row, SampleError):
             yield where, row
         elif name:
             yield where, _imported(name, row)
@@ -81,18 +81,18 @@ def _suffix(source: str) -> str:
     return PurePath(source).suffix.lower().removeprefix(".")
 
 
-def _imported(name: str, row: Any) -> Any | BadSample:
+def _imported(name: str, row: Any) -> Any | SampleError:
     try:
         return IMPORTERS[name](row)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        return BadSample(f"no {name} record: {error!r}")
+        return SampleError(f"no {name} record: {error!r}")
 
 
-def _mapped(row: Any, columns: Mapping[str, str]) -> Any | BadSample:
+def _mapped(row: Any, columns: Mapping[str, str]) -> Any | SampleError:
     if not isinstance(row, Mapping):
         return row  # refused as what it is
     if missing := [name for name in columns if name not in row]:
-        return BadSample(
+        return SampleError(
             f"no column {missing}; there are {sorted(row)}; --columns says which there should be"
         )
     record: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def _mapped(row: Any, columns: Mapping[str, str]) -> Any | BadSample:
     return record
 
 
-def _rows(source: str) -> Iterator[tuple[str, Any | BadSample]]:
+def _rows(source: str) -> Iterator[tuple[str, Any | SampleError]]:
     if _suffix(source) == "jsonl":
         with open(source, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -112,12 +112,12 @@ def _rows(source: str) -> Iterator[tuple[str, Any | BadSample]]:
                     yield f"{source}:{number}", _parsed(line)
     elif _suffix(source) == "json":
         records = _parsed(Path(source).read_bytes())
-        if isinstance(records, BadSample):
-            yield source, BadSample(f"{records}; a file with one record a line is called .jsonl")
+        if isinstance(records, SampleError):
+            yield source, SampleError(f"{records}; a file with one record a line is called .jsonl")
         elif not isinstance(records, list):
             yield (
                 source,
-                BadSample("holds no list of records; a file with one record a line is called .jsonl"),
+                SampleError("holds no list of records; a file with one record a line is called .jsonl"),
             )
         else:
             yield from ((f"{source}[{number}]", record) for number, record in enumerate(records))
@@ -130,15 +130,15 @@ def _rows(source: str) -> Iterator[tuple[str, Any | BadSample]]:
             raise ValueError(f"{source} cannot be read: {error}") from error
 
 
-def _parsed(text: bytes) -> Any | BadSample:
+def _parsed(text: bytes) -> Any | SampleError:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        return BadSample(f"no JSON, line {error.lineno} column {error.colno}: {error.msg}")
+        return SampleError(f"no JSON, line {error.lineno} column {error.colno}: {error.msg}")
     except UnicodeDecodeError as error:
-        return BadSample(f"no UTF-8 text, byte {error.start}: {error.reason}")
+        return SampleError(f"no UTF-8 text, byte {error.start}: {error.reason}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
-        return BadSample(f"no JSON that can be read: {error}")
+        return SampleError(f"no JSON that can be read: {error}")
 
 
 def _opened_dataset(source: str) -> Any:

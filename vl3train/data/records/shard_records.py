@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
 from vl3train.data.records.annotations import read_record
 from vl3train.data.records.conversation import Conversation, read_conversation, rename_parts, visual_items
@@ -30,7 +30,7 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
         parts: its other members: media, and ``txt``.
 
     Raises:
-        BadSample: no known form; or, of a record, other media than it shows.
+        SampleError: no known form; or, of a record, other media than it shows.
     """
     caption = parts.get(CAPTION_PART, b"")
     media = [name for name in parts if name != CAPTION_PART]
@@ -39,21 +39,21 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"the .json member is no JSON: {error}") from error
+        raise SampleError(f"the .json member is no JSON: {error}") from error
     if not isinstance(record, dict):
-        raise BadSample(f"the .json member holds no object but a {type(record).__name__}")
+        raise SampleError(f"the .json member holds no object but a {type(record).__name__}")
     if "turns" in record:
         return read_conversation(record)
     if any(key in record for key in DIALOGUE_KEYS):
         return _dialogue(record, media)
     if "pages" in record and not caption:
-        raise BadSample(
+        raise SampleError(
             f"a document: its .json holds the words of {_length(record['pages'])} pages, and no conversation; "
             "write a picture of each page with its text as KEY.txt"
         )
     found = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
     if found is None and not caption:
-        raise BadSample(
+        raise SampleError(
             f"no conversation: the .json has {sorted(record)}, none of {[*DIALOGUE_KEYS, *CAPTION_KEYS]}, "
             "and there is no .txt"
         )
@@ -66,9 +66,9 @@ def _length(pages: Any) -> int:
 
 def _captioned(caption: str, media: Collection[str]) -> Conversation:
     if not caption.strip():
-        raise BadSample("the caption is empty")
+        raise SampleError("the caption is empty")
     if not media:
-        raise BadSample("a caption without a picture or clip")
+        raise SampleError("a caption without a picture or clip")
     turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": caption.strip()}]
     return _dialogue({"conversations": turns}, media)
 
@@ -85,7 +85,7 @@ def _dialogue(record: Mapping[str, Any], media: Iterable[str]) -> Conversation:
     conversation, files = read_record(own if inside else {**own, **waiting}, where="json")
     wanted = {kind: sum(file.kind == kind for file in files) for kind in waiting}
     if wanted != there:
-        raise BadSample(f"the conversation shows {_counted(wanted)}, the sample has {_counted(there)}")
+        raise SampleError(f"the conversation shows {_counted(wanted)}, the sample has {_counted(there)}")
     names = {
         content.part: waiting[files[int(content.part.partition(".")[0])].kind].pop(0)
         for content in visual_items(conversation)
@@ -109,7 +109,7 @@ def _kind(name: str) -> str:
     suffix = name.rpartition(".")[2]
     if suffix in IMAGE_SUFFIXES or suffix in CLIP_SUFFIXES:
         return "image" if suffix in IMAGE_SUFFIXES else "video"
-    raise BadSample(f"member .{name}: its suffix tells neither a picture nor a clip")
+    raise SampleError(f"member .{name}: its suffix tells neither a picture nor a clip")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -121,4 +121,4 @@ def _decoded(text: bytes) -> str:
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample(f"the .txt member is no UTF-8: {error}") from error
+        raise SampleError(f"the .txt member is no UTF-8: {error}") from error

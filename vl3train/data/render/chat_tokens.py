@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from vl3train.contracts.geometry import time_text
-from vl3train.contracts.records import BadSample
+from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import (
     IGNORE_INDEX,
     IM_END,
@@ -129,7 +129,7 @@ def render_conversation(
     begin with whitespace that the tokenizer joins with the newline of the header, the joined token is not.
 
     Raises:
-        BadSample: an image or clip in an assistant turn, or something else than frames in a stream turn.
+        SampleError: an image or clip in an assistant turn, or something else than frames in a stream turn.
     """
     by_part = dict(zip((item.part for item in visual_items(conversation)), items, strict=True))
     writer = _Writer(tokenizer, by_part)
@@ -181,7 +181,7 @@ class _Writer:
                 self.waiting += content.text
             else:
                 if turn.role == "assistant":
-                    raise BadSample(
+                    raise SampleError(
                         f"an assistant turn holds {content.type} {content.part}; it may hold words only"
                     )
                 item = self.items[content.part]
@@ -210,7 +210,7 @@ class _Writer:
         """One message for each frame that is due, its time counted from the record's start (train.py:327)."""
         for content in turn.content:
             if not isinstance(content, Stream):
-                raise BadSample(f"a stream turn holds {content.type}; it may hold frames only")
+                raise SampleError(f"a stream turn holds {content.type}; it may hold frames only")
             item = self.items[content.part]
             while (number := self.shown[content.part]) < len(item.times):
                 if item.times[number] > content.until:

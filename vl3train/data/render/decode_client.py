@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
+from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_server import Mailbox, Request, serve
@@ -112,7 +112,7 @@ class Decoder:
         """``samples.measure_sample`` in the decode process.
 
         Raises:
-            BadSample: as there; or it took too long, or the process died of it.
+            SampleError: as there; or it took too long, or the process died of it.
         """
         answer, _ = self._ask(parts, conversation, decode=decode)
         return SampleLengths(
@@ -128,7 +128,7 @@ class Decoder:
         """``items.look_at`` in the decode process.
 
         Raises:
-            BadSample: as there; or it took too long, or the process died of it.
+            SampleError: as there; or it took too long, or the process died of it.
         """
         self._ask(parts, b"", look=True)
 
@@ -136,7 +136,7 @@ class Decoder:
         """``samples.store_sample`` in the decode process.
 
         Raises:
-            BadSample: as there; or it took too long, or the process died of it.
+            SampleError: as there; or it took too long, or the process died of it.
         """
         answer, content = self._ask(parts, conversation, store=True)
         ends = np.cumsum(answer["sizes"]).tolist()
@@ -161,7 +161,7 @@ class Decoder:
             first_patch: where in that memory they are put.
 
         Raises:
-            BadSample: as there; or it took too long, or the process died of it.
+            SampleError: as there; or it took too long, or the process died of it.
         """
         answer, content = self._ask(parts, conversation, planned=planned, first_patch=first_patch)
         ints = np.frombuffer(content, np.int64)
@@ -171,7 +171,7 @@ class Decoder:
         )
         ids, labels, positions, keep = np.split(ints, np.cumsum([num_tokens, num_tokens, num_placed]))
         if len(keep) != num_merged:
-            raise BadSample(f"the decode process answered {answer} for {planned}")
+            raise SampleError(f"the decode process answered {answer} for {planned}")
         start = first_patch * PATCH_VALUES
         return RenderedSample(
             key=key,
@@ -202,9 +202,9 @@ class Decoder:
                 answer, content = self._exchange(parts, conversation, **more)
             except (EOFError, OSError):
                 self.close()
-                raise BadSample("the decode process died of it twice: a crash, or out of memory") from None
+                raise SampleError("the decode process died of it twice: a crash, or out of memory") from None
         if "bad" in answer:
-            raise BadSample(answer["bad"])
+            raise SampleError(answer["bad"])
         if "bug" in answer:
             raise RuntimeError(f"in the decode process:\n{answer['bug']}")
         return answer, content
@@ -219,7 +219,9 @@ class Decoder:
         if not self._connection.poll(self._seconds):
             os.kill(self._pid, signal.SIGKILL)
             self.close()
-            raise BadSample(f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended")
+            raise SampleError(
+                f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended"
+            )
         answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return answer, self._mailbox.take({"": answer.pop("content")})[""]
 

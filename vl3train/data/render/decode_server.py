@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import resize_and_patchify
@@ -197,7 +197,7 @@ def _answer(
             planned=planned,
             space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
         )
-    except BadSample as error:
+    except SampleError as error:
         return {"bad": str(error)}, b""
     except Exception:
         return {"bug": traceback.format_exc()}, b""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vl3train.contracts.records import BadSample, RenderedSample, RenderSettings, SampleLengths
+from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.images import decode_image
@@ -32,7 +32,7 @@ def measure_sample(
         decode: decode every image and clip whole: damage behind a header is found now, not in the run.
 
     Raises:
-        BadSample: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
+        SampleError: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
             ``render_sample``.
     """
     conversation = open_conversation(conversation_bytes, parts)
@@ -54,7 +54,7 @@ def measure_sample(
         text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
         num_supervised_tokens = int((text.labels != IGNORE_INDEX).sum())
         if not num_supervised_tokens:
-            raise BadSample("no supervised token: the assistant says nothing")
+            raise SampleError("no supervised token: the assistant says nothing")
         return _lengths(items, masks, len(text.input_ids), num_supervised_tokens)
 
     return by_packets_else_exact(measure)
@@ -81,7 +81,7 @@ def render_sample(
         space: (planned.num_patches, 588) uint8 that the patches are written to; None: a new array.
 
     Raises:
-        BadSample: the sample is damaged, or its lengths are not those that were planned.
+        SampleError: the sample is damaged, or its lengths are not those that were planned.
     """
     conversation = open_conversation(conversation_bytes, parts)
 
@@ -144,7 +144,7 @@ def _pruned_as_planned(patches: np.ndarray, item: Item, count: int) -> np.ndarra
     try:
         return prune_to_count(patches, item.grid, item.merge_size, count)
     except ValueError as error:
-        raise BadSample(f"{error}; index the shards again") from error
+        raise SampleError(f"{error}; index the shards again") from error
 
 
 def _item_tokens(items: list[Item], masks: list[np.ndarray]) -> list[ItemTokens]:
@@ -173,4 +173,4 @@ def _lengths(
 
 def _compare(what: str, planned: object, found: object) -> None:
     if planned != found:
-        raise BadSample(f"{what}: planned {planned}, found {found}; index the shards again")
+        raise SampleError(f"{what}: planned {planned}, found {found}; index the shards again")

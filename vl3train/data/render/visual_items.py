@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vl3train.contracts.geometry import picture_grid, token_budget_pixels
-from vl3train.contracts.records import BadSample, RenderSettings
+from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.contracts.tokens import PATCH_VALUES
-from vl3train.data.media.clips import ClipPlan, DecodeLimits, UnexpectedFrames, plan_clip, read_frames
+from vl3train.data.media.clips import ClipPlan, DecodeLimits, FrameCountError, plan_clip, read_frames
 from vl3train.data.media.images import ImageHeader, decode_image, image_header
 from vl3train.data.media.patches import resize, resize_and_patchify
 from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
@@ -53,7 +53,7 @@ def by_packets_else_exact(make: Callable[[bool], Made]) -> Made:
     """Trust the number of frames that packets tell; where decoding proves it wrong, count by decoding."""
     try:
         return make(False)
-    except UnexpectedFrames:
+    except FrameCountError:
         return make(True)
 
 
@@ -67,7 +67,7 @@ def lay_out(
     """Sizes of all visual items. All images and frames of the sample share its budget of visual tokens."""
     contents = visual_items(conversation)
     if missing := sorted({content.part for content in contents} - set(parts)):
-        raise BadSample(f"the conversation needs {missing}; the sample has {sorted(parts)}")
+        raise SampleError(f"the conversation needs {missing}; the sample has {sorted(parts)}")
     clips = [
         None if isinstance(content, Image) else _plan(content, parts[content.part], settings, limits, exact)
         for content in contents
@@ -94,7 +94,7 @@ def lay_out(
                 height, width, merge_size=merge_size, min_pixels=least, max_pixels=min(most, budget)
             )
         except ValueError as error:
-            raise BadSample(f"{content.part}: {error}") from error
+            raise SampleError(f"{content.part}: {error}") from error
         items.append(Item(data, (num_frames, *grid), merge_size, clip, header))
     return items
 
@@ -113,7 +113,7 @@ def _plan(
         return plan
     count = sum(seconds <= content.until for seconds in plan.times)
     if not count:
-        raise BadSample(f"{content.part}: no frame comes before the last message, at {content.until} s")
+        raise SampleError(f"{content.part}: no frame comes before the last message, at {content.until} s")
     return dataclasses.replace(plan, times=plan.times[:count], picked=plan.picked[:count])
 
 
@@ -156,7 +156,7 @@ def store_sample(
     Frames are stored at the size they are shown in under these settings; other media keep their bytes.
 
     Raises:
-        BadSample: it cannot be rendered.
+        SampleError: it cannot be rendered.
     """
     conversation = open_conversation(conversation_bytes, parts)
 
@@ -181,7 +181,7 @@ def look_at(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
     """Decode images whole, and of clips the first frame; how many follow is read from their packets.
 
     Raises:
-        BadSample: one of them is damaged or over the limits.
+        SampleError: one of them is damaged or over the limits.
     """
     whole = {"fps": 1.0, "min_frames": 1, "max_frames": 1}
     for name, data in parts.items():
@@ -190,5 +190,5 @@ def look_at(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
                 plan_clip(data, **whole, limits=limits)  # type: ignore[arg-type]
             else:
                 decode_image(data, limits)
-        except BadSample as error:
-            raise BadSample(f"{name}: {error}") from error
+        except SampleError as error:
+            raise SampleError(f"{name}: {error}") from error

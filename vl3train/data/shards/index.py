@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vl3train.contracts.records import BadSample, RenderSettings, SampleLengths
+from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import mark_used
 from vl3train.data.plan.sample_table import (
@@ -29,7 +29,7 @@ from vl3train.data.plan.sample_table import (
     columns,
     for_the_plan,
     map_rows,
-    refused_of,
+    rejected_of,
     rows_file,
     write_rows,
 )
@@ -140,7 +140,7 @@ class Index:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state["file"] is not None:
             state["rows"] = map_rows(state["file"])
-            state["refused"] = refused_of(state["rows"])
+            state["refused"] = rejected_of(state["rows"])
         self.__dict__.update(state)
 
     @property
@@ -179,7 +179,7 @@ class Index:
         """The conversation's JSON (empty where a caption is all), and its other parts by name.
 
         Raises:
-            BadSample: the bytes are not those that were indexed.
+            SampleError: the bytes are not those that were indexed.
         """
         values = self._row(row)
         parts = [
@@ -189,7 +189,7 @@ class Index:
         data = read_parts(self.shard(row), parts, self.cache)
         for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
             if zlib.crc32(data[part.name]) != crc32:
-                raise BadSample(f"part {part.name}: its bytes differ from those indexed (crc32)")
+                raise SampleError(f"part {part.name}: its bytes differ from those indexed (crc32)")
         return data.pop(CONVERSATION_PART, b""), data
 
     def sample_table(self) -> SampleTable:
@@ -261,7 +261,7 @@ def open_index(
         sizes=tuple(sizes),
         shards=tuple(shards),
         rows=rows,
-        refused=tuple(refused) if file is None else refused_of(rows),
+        refused=tuple(refused) if file is None else rejected_of(rows),
         unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
         fingerprint=fingerprint,
         cache=cache,

@@ -79,7 +79,7 @@ class RangeCache:
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="new-", delete=False) as file:
             file.write(data)
         os.replace(file.name, self.folder / name)
-        # Looking through the folder costs time: now and then, by the share of the cache that was written.
+        # MediaCheck through the folder costs time: now and then, by the share of the cache that was written.
         if random.random() < max(0.01, 16 * len(data) / self.max_bytes):
             self._shrink()
 

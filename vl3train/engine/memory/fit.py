@@ -24,7 +24,7 @@ from vl3train.engine.ranks import RunError
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.activations.budget import ActivationBudget, level_scale
 from vl3train.model.activations.offload import buffer_bytes
-from vl3train.model.activations.work import Levels, pack_size, recompute_rates
+from vl3train.model.activations.work import RecomputePlan, pack_size, recompute_rates
 from vl3train.model.packed_forward import PackedModel
 
 MOST_DRY_RUNS = 4
@@ -35,7 +35,7 @@ class Fitted(NamedTuple):
     """What was found, and the dry run that showed it."""
 
     budget: ActivationBudget
-    levels: Levels  # of the worst pack
+    levels: RecomputePlan  # of the worst pack
     peak_bytes: int
     limit_bytes: int
 
@@ -89,7 +89,7 @@ class RowBytes(NamedTuple):
 def row_bytes(packed: PackedModel) -> RowBytes:
     """Of the model as it trains: a tower without a backward pass keeps nothing."""
     config: Any = packed.model.config
-    rates = recompute_rates(packed.model, logits_again=not packed.makes_logits_once)
+    rates = recompute_rates(packed.model, recomputes_logits=not packed.makes_logits_once)
     width = packed.model.dtype.itemsize
     return RowBytes(
         *(
@@ -127,11 +127,13 @@ def fit_memory(
             packed.whole_last_layer = False
     if engine.zero_stage == 3:
         # Computing a layer again gathers its weights from all ranks: all must do it in the same layers.
-        packed.choose_levels = lambda *_: fitted.levels
+        packed.choose_plan = lambda *_: fitted.levels
     else:
-        packed.choose_levels = lambda batch, others: fitted.budget.levels(pack_size(batch), others=others)
-    if engine.means is not None:
-        engine.means.budget = fitted.budget
+        packed.choose_plan = lambda batch, reserved_bytes: fitted.budget.levels(
+            pack_size(batch), reserved_bytes=reserved_bytes
+        )
+    if engine.offload_schedule is not None:
+        engine.offload_schedule.budget = fitted.budget
     return fitted
 
 
@@ -150,7 +152,7 @@ class Fitting:
         self.engine, self.packed, self.batch, self.memory = engine, packed, batch, memory
         self.pack_name, self.say = pack_name, say
         self.size = pack_size(batch)
-        self.rates = recompute_rates(packed.model, logits_again=not packed.makes_logits_once)
+        self.rates = recompute_rates(packed.model, recomputes_logits=not packed.makes_logits_once)
         self.row_bytes = row_bytes(packed)
         self.out_of_memory = ""  # what the device said last
         self.host_bytes = 0  # that inputs of layers took in a dry run; torch keeps them
@@ -188,7 +190,7 @@ class Fitting:
             raise self._refusal(f"{peak / 2**30:.1f} GiB were taken at the peak of a step")
         return found
 
-    def _start(self) -> tuple[Levels, DryRun]:
+    def _start(self) -> tuple[RecomputePlan, DryRun]:
         """A dry run that keeps little: every layer's input, or not even that where inputs alone take much."""
         inputs = self.size.patches * sum(self.row_bytes.vision) + self.size.tokens * sum(
             self.row_bytes.language
@@ -211,7 +213,7 @@ class Fitting:
             "train adapters (adapter=lora)."
         )
 
-    def _require_host_memory(self, levels: Levels) -> None:
+    def _require_host_memory(self, levels: RecomputePlan) -> None:
         """RunError on every rank where a host cannot hold the inputs that go there and AdamW's means to come."""
         sent = [
             rows * size
@@ -224,12 +226,12 @@ class Fitting:
         needed = sum(buffer_bytes(size, self.engine.rank.device) for size in sent)
         if needed <= self.host_bytes:
             return
-        means = self.engine.means
+        schedule = self.engine.offload_schedule
         require(
             self.engine.rank,
-            needed + (0 if means is None else means.optimizer.host_bytes_to_come()),
+            needed + (0 if schedule is None else schedule.optimizer.host_bytes_to_come()),
             what=f"machine.memory=auto: {self.pack_name} needs the inputs of {len(sent)} layers on the host. These"
-            + (" and AdamW's means" if means is not None else ""),
+            + (" and AdamW's means" if schedule is not None else ""),
             way_out="lower step.max_tokens or step.max_patches, or spread the model over more GPUs with "
             "machine.zero_stage=2 or 3",
             say=self.say,
@@ -237,7 +239,7 @@ class Fitting:
         )
         self.host_bytes = needed
 
-    def _kept(self, start: Levels, first: DryRun) -> dict[str, dict[Recompute, int]]:
+    def _kept(self, start: RecomputePlan, first: DryRun) -> dict[str, dict[Recompute, int]]:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs with one layer at another."""
         towers = zip(start._fields, (self.size.patches, self.size.tokens), strict=True)
         scale = level_scale(self.engine.zero_stage)
@@ -268,13 +270,15 @@ class Fitting:
             kept[f"{tower}_kept"] = {level: found[level] for level in scale if level in found}
         return kept
 
-    def _all_at(self, level: Recompute) -> Levels:
-        return Levels((level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers)
+    def _all_at(self, level: Recompute) -> RecomputePlan:
+        return RecomputePlan(
+            (level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers
+        )
 
-    def _dry_run(self, levels: Levels) -> DryRun | None:
+    def _dry_run(self, levels: RecomputePlan) -> DryRun | None:
         """One micro-batch; None where it did not fit on one of the ranks."""
         self._require_host_memory(levels)
-        self.packed.choose_levels = lambda *_: levels
+        self.packed.choose_plan = lambda *_: levels
         started = time.perf_counter()
         self.memory.reset_peak()
         before, kept, problem = self.memory.held(), 0, ""
@@ -294,5 +298,5 @@ class Fitting:
 
     def _limit(self) -> int:
         """What every rank may hold, less what its optimizer will take in the first step or needs free on its way."""
-        scattered = 0 if self.engine.means is None else self.engine.means.scattered()
+        scattered = 0 if self.engine.offload_schedule is None else self.engine.offload_schedule.scattered()
         return min(self.engine.rank.gather(self.memory.limit() - self.engine.states_to_come() - scattered))

@@ -14,9 +14,7 @@ from vl3train.engine.ranks import OneRankError, Rank
 
 
 @contextmanager
-def told_if_out_of_memory(
-    cfg: TrainConfig, rank: Rank, doing: str, batches: Sequence[Batch] = ()
-) -> Iterator[None]:
+def explain_oom(cfg: TrainConfig, rank: Rank, doing: str, batches: Sequence[Batch] = ()) -> Iterator[None]:
     """Turn torch.OutOfMemoryError into OneRankError: the other ranks do not know of it and wait."""
     try:
         yield
@@ -46,9 +44,9 @@ def ways_out(cfg: TrainConfig, *, in_a_step: bool) -> list[str]:
             )
     if machine.dtype is Dtype.float32:
         found.append("machine.dtype=bfloat16: half the bytes of weights and activations")
-    elif machine.zero_stage == 1 and optim.state_dtype is Dtype.float32 and not machine.states_on_host:
+    elif machine.zero_stage == 1 and optim.state_dtype is Dtype.float32 and not machine.offload_optimizer:
         found.append(
-            "machine.states_on_host=true: 8 bytes less for each trained parameter of this rank's share"
+            "machine.offload_optimizer=true: 8 bytes less for each trained parameter of this rank's share"
         )
     if machine.zero_stage < 3:
         found.append("more GPUs, or machine.zero_stage=3 on those that are there: weights are spread, too")

@@ -22,7 +22,7 @@ from vl3train.data.loader import OpenData
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.activations.budget import level_scale
-from vl3train.model.activations.work import Levels
+from vl3train.model.activations.work import RecomputePlan
 from vl3train.model.packed_forward import PackedModel
 
 SIZES = 192
@@ -30,7 +30,7 @@ SIZES = 192
 
 
 def num_sizes(max_tokens: int) -> int:
-    """How many packs of that many tokens are rehearsed: fewer of longer ones, whose steps are longer too.
+    """How many packs of that many tokens are warmed_up: fewer of longer ones, whose steps are longer too.
 
     >>> num_sizes(4096), num_sizes(16384), num_sizes(131072)
     (192, 192, 25)
@@ -38,7 +38,7 @@ def num_sizes(max_tokens: int) -> int:
     return min(SIZES, SIZES * 16384 // max_tokens + 1)
 
 
-def rehearse_run(
+def warm_up_run(
     cfg: TrainConfig,
     engine: Zero,
     packed: PackedModel,
@@ -55,9 +55,9 @@ def rehearse_run(
     machine = cfg.machine
     packs = packs_of_many_sizes(data.plan, first, last_step, num_sizes(cfg.step.max_tokens))
     if machine.memory is Memory.auto:
-        levels = automatic_levels(packed)
+        levels = plans_to_warm_up(packed)
     else:
-        levels = [Levels((machine.recompute_vision,), (machine.recompute_language,) * 2)]
+        levels = [RecomputePlan((machine.recompute_vision,), (machine.recompute_language,) * 2)]
 
     def batches() -> Iterator[Batch]:
         for number, pack in enumerate(packs):
@@ -67,34 +67,36 @@ def rehearse_run(
             yield blank_batch(data, pack, machine.loss_chunk_tokens)
 
     started = time.perf_counter()
-    rehearse(engine, packed, batches(), levels)
+    warm_up(engine, packed, batches(), levels)
     console.message(
         f"kernels: those for packs of {packs[-1].num_patches:,} to {packs[0].num_patches:,} patches are loaded, "
         f"{time.perf_counter() - started:.0f} s"
     )
 
 
-def automatic_levels(packed: PackedModel) -> list[Levels]:
+def plans_to_warm_up(packed: PackedModel) -> list[RecomputePlan]:
     """One layer of the encoder and two of the language model, whose last is unlike the others, at each level that
     machine.memory=auto chooses from; offload has the kernels of layer."""
     scale = ((Recompute.nothing,) if packed.keeps_more_at_nothing else ()) + level_scale(zero_stage=1)
-    return [Levels((level,), (level,) * 2) for level in scale if level is not Recompute.offload]
+    return [RecomputePlan((level,), (level,) * 2) for level in scale if level is not Recompute.offload]
 
 
-def rehearse(engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[Levels]) -> None:
+def warm_up(
+    engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[RecomputePlan]
+) -> None:
     """Forward and backward pass of each batch, its loss counted zero times, with as many layers as ``levels`` have.
 
     The layers of a tower are alike, but for the language model's last (model/activations/last_layer.py): one and the
     last are enough. Batches take ``levels`` in turn; large ones come first, since the compiler tunes its kernels for
     the sizes that it meets first. Weights, gradients and random numbers stay as they were.
     """
-    choose_levels = packed.choose_levels
+    choose_plan = packed.choose_plan
     device = engine.rank.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             for number, batch in enumerate(batches):
                 now = levels[number % len(levels)]
-                packed.choose_levels = lambda *_, now=now: now
+                packed.choose_plan = lambda *_, now=now: now
                 engine.backward(engine.forward(batch).loss_sum * 0)
         finally:
-            packed.choose_levels = choose_levels
+            packed.choose_plan = choose_plan

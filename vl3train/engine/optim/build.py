@@ -10,8 +10,8 @@ import torch
 
 from vl3train.config.choices import Dtype, MasterDtype, Schedule
 from vl3train.config.schema import MachineConfig, OptimConfig
-from vl3train.engine.optim.offload_adamw import HostAdamW
-from vl3train.engine.optim.stochastic_adamw import RoundedAdamW
+from vl3train.engine.optim.offload_adamw import OffloadAdamW
+from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
 
 
 def rate_factor(step: int, num_steps: int, optim: OptimConfig) -> float:
@@ -38,7 +38,7 @@ def build_optimizer(
     optim: OptimConfig,
     device: torch.device,
     *,
-    states_on_host: bool = False,
+    offload_optimizer: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW over one group for each part; the kernel is fused on GPUs.
 
@@ -48,9 +48,9 @@ def build_optimizer(
         group["peak_lr"] = group["lr"]
     betas, on_gpu = (optim.beta1, optim.beta2), device.type == "cuda"
     if optim.state_dtype is Dtype.bfloat16:
-        return RoundedAdamW(groups, betas=betas, eps=optim.eps, compile_update=on_gpu)
-    if states_on_host:
-        return HostAdamW(groups, betas=betas, eps=optim.eps, fused=on_gpu)
+        return StochasticAdamW(groups, betas=betas, eps=optim.eps, compile_update=on_gpu)
+    if offload_optimizer:
+        return OffloadAdamW(groups, betas=betas, eps=optim.eps, fused=on_gpu)
     return torch.optim.AdamW(list(groups), betas=betas, eps=optim.eps, fused=on_gpu)
 
 
@@ -66,7 +66,7 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
     )
     half = "the lower half of " if optim.master_dtype is MasterDtype.split else ""
     kept = f"{masters:.1f} GiB for {half}float32 masters" if masters else "none for masters"
-    where = " in the host's memory" if machine.states_on_host else ""
+    where = " in the host's memory" if machine.offload_optimizer else ""
     return (
         f"optimizer: {states:.1f} GiB for AdamW's states in {optim.state_dtype.value}{where} and {kept} "
         f"on each of {machine.dp_size} ranks"

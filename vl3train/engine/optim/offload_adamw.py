@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vl3train.engine.optim.offload_chunk import Piece, Room
 from vl3train.engine.optim.split_masters import LOW_BITS, split
-from vl3train.engine.optim.stochastic_adamw import MEANS
+from vl3train.engine.optim.stochastic_adamw import MOMENTS
 from vl3train.engine.ranks import RunError
 from vl3train.model.activations import offload
 
@@ -26,7 +26,7 @@ FETCHED_AHEAD = 2
 update."""
 
 
-class HostAdamW(torch.optim.AdamW):
+class OffloadAdamW(torch.optim.AdamW):
     """torch.optim.AdamW but for where its means lie: on the host, page-locked where the parameters are on a GPU.
 
     A subclass so that param_groups and checkpoints are those of AdamW: a run may go on with the other, unless it keeps
@@ -45,12 +45,12 @@ class HostAdamW(torch.optim.AdamW):
     def num_bytes(self) -> int:
         """Of all means."""
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        return sum(len(MEANS) * 4 * parameter.numel() for parameter in parameters)
+        return sum(len(MOMENTS) * 4 * parameter.numel() for parameter in parameters)
 
     def host_bytes_to_come(self) -> int:
         """What means that no step has made yet will take of the host, in one buffer for each parameter and mean."""
         return sum(
-            len(MEANS) * offload.buffer_bytes(4 * parameter.numel(), parameter.device)
+            len(MOMENTS) * offload.buffer_bytes(4 * parameter.numel(), parameter.device)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter not in self._pieces
@@ -152,7 +152,7 @@ class HostAdamW(torch.optim.AdamW):
                 self.state[parameter][LOW_BITS] = before[LOW_BITS].copy_(state[LOW_BITS])
             if "step" not in state:  # no update yet
                 continue
-            for name in MEANS:
+            for name in MOMENTS:
                 host = before[name] if name in before else offload.host_buffer(parameter, torch.float32)
                 self.state[parameter][name] = host.copy_(state[name])
             self._pieces[parameter] = self._split(parameter)
@@ -162,7 +162,7 @@ class HostAdamW(torch.optim.AdamW):
             # As torch makes them in the first step.
             device = parameter.device if group["fused"] else "cpu"
             self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for name in MEANS:
+            for name in MOMENTS:
                 self.state[parameter][name] = offload.host_buffer(parameter, torch.float32).zero_()
             self._pieces[parameter] = self._split(parameter)
         return self._pieces[parameter]
@@ -172,9 +172,9 @@ class HostAdamW(torch.optim.AdamW):
         pieces = []
         for start in range(0, parameter.numel(), PIECE_VALUES):
             values = slice(start, start + PIECE_VALUES)
-            means = [state[name].view(-1)[values] for name in MEANS]
+            moments = [state[name].view(-1)[values] for name in MOMENTS]
             low_bits = state[LOW_BITS][values] if LOW_BITS in state else None
-            pieces.append(Piece(parameter, values, means, low_bits))
+            pieces.append(Piece(parameter, values, moments, low_bits))
         return pieces
 
     def _all_pieces(self) -> Iterable[Piece]:

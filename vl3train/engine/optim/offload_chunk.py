@@ -18,7 +18,7 @@ from vl3train.engine.optim.split_masters import join, split
 class Room:
     """Memory of the device for the means of one piece: two tensors, since small ones fit between activations better."""
 
-    means: tuple[Tensor, ...]  # two of (values,)
+    moments: tuple[Tensor, ...]  # two of (values,)
     free: torch.cuda.Event | None = None  # when they have been copied to the host; None while they are needed
 
 
@@ -46,7 +46,7 @@ class Piece:
         if self._room is not None:
             return
         device, size = self.parameter.device, self._host[0].numel()
-        self._room = next((room for room in sent if room.means[0].numel() >= size), None)
+        self._room = next((room for room in sent if room.moments[0].numel() >= size), None)
         if self._room is None:
             # Memory of the main stream: the copy waits for what was queued there before, and so for its last user.
             self._room = Room(tuple(torch.empty_like(mean, device=device) for mean in self._host))
@@ -54,14 +54,14 @@ class Piece:
             sent.remove(self._room)
         # The means of the step before may still be leaving too.
         waits = [event for event in (self._left, self._room.free) if event is not None]
-        self._arrived = _copy(self._host, self._means(), _streams(device)[0], after=waits)
+        self._arrived = _copy(self._host, self._moments(), _streams(device)[0], after=waits)
 
     def update(self, group: dict[str, Any], step: Tensor) -> None:
         """torch's AdamW on this range; ``step`` counts the updates before this one."""
         assert self.parameter.grad is not None, "only parameters with a gradient are updated"
         if self._arrived is not None:
             torch.cuda.current_stream(self.parameter.device).wait_event(self._arrived)
-        mean, square = self._means()
+        mean, square = self._moments()
         beta1, beta2 = group["betas"]
         weight = self.parameter.detach().view(-1)[self._values]
         master = weight if self._low_bits is None else join(weight, self._low_bits)
@@ -87,7 +87,7 @@ class Piece:
 
     def send(self) -> Room:
         """Start the way out, behind the update; the room is free once they have left."""
-        self._left = _copy(self._means(), self._host, _streams(self.parameter.device)[1])
+        self._left = _copy(self._moments(), self._host, _streams(self.parameter.device)[1])
         room, self._room = self._room, None
         assert room is not None, "the means are in it"
         room.free = self._left
@@ -111,9 +111,9 @@ class Piece:
         if self._arrived is not None and not self._arrived.query():
             self._arrived.synchronize()
 
-    def _means(self) -> tuple[Tensor, ...]:
+    def _moments(self) -> tuple[Tensor, ...]:
         assert self._room is not None, "fetched before"
-        return tuple(mean[: self._host[0].numel()] for mean in self._room.means)
+        return tuple(mean[: self._host[0].numel()] for mean in self._room.moments)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vl3train.contracts.records import Batch
-from vl3train.engine.optim.offload_adamw import HostAdamW
+from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.model.activations.budget import WORK_A_CROSSING, ActivationBudget
 from vl3train.model.activations.work import pack_size
 
@@ -22,10 +22,10 @@ of it the 7B on an H200 ran out of memory 12 times in a few dry runs and eight s
 each time."""
 
 
-class MeansSchedule:
+class OffloadSchedule:
     """Tells the means of one engine when to come, and the host when to wait for those that leave."""
 
-    def __init__(self, optimizer: HostAdamW) -> None:
+    def __init__(self, optimizer: OffloadAdamW) -> None:
         """``optimizer`` has the means."""
         self.optimizer = optimizer
         self.budget: ActivationBudget | None = None
@@ -34,7 +34,7 @@ class MeansSchedule:
         self._room_forward: Iterator[int] = iter(())
         self._room_backward: Iterator[int] = iter(())
 
-    def others(self, batch: Batch, *, first: bool, last: bool) -> int:
+    def reserved_bytes(self, batch: Batch, *, first: bool, last: bool) -> int:
         """Bytes of the budget that a micro-batch leaves to means on their way, by its place in the step.
 
         From integers alone, so that a run that is resumed computes the same again, to the last bit.
@@ -44,20 +44,20 @@ class MeansSchedule:
         size = pack_size(batch)
         # In the first, what is still there when its forward pass ends; none comes early while others leave. In the
         # last, what must be there before its backward pass begins.
-        rates, means = self.budget.rates, self.optimizer.num_bytes()
+        rates, moments = self.budget.rates, self.optimizer.num_bytes()
         carried = (rates.forward(size) if first else rates.backward(size)) // WORK_A_CROSSING
-        return max(0, means - carried - int(LEFT_IN_UPDATE * means) * first)
+        return max(0, moments - carried - int(LEFT_IN_UPDATE * moments) * first)
 
     def scattered(self) -> int:
         """Bytes that no budget may give to activations."""
         return int(SCATTERED * self.optimizer.num_bytes())
 
-    def begin_forward(self, batch: Batch, others: int, *, first: bool, last: bool) -> None:
+    def begin_forward(self, batch: Batch, reserved_bytes: int, *, first: bool, last: bool) -> None:
         """Before the forward pass of a step's first micro-batch, and of its last."""
         if self.budget is None:
             return
         size = pack_size(batch)
-        room = self.budget.room_beside(size, self.budget.levels(size, others=others))
+        room = self.budget.room_beside(size, self.budget.levels(size, reserved_bytes=reserved_bytes))
         self._room_forward = iter(room if first else ())
         self._room_backward = reversed(room[:-1] if last else ())
         if last and not first:  # in the first, means leave

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from vl3train.model.compiling import compiled
 
-MEANS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW calls them; DeepSpeed's checkpoints do too."""
 
 
-class RoundedAdamW(torch.optim.Optimizer):
+class StochasticAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW but for how its means are kept."""
 
     def __init__(
@@ -47,7 +47,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0
-                    for name in MEANS:
+                    for name in MOMENTS:
                         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 rate, corrected = group["lr"], (1 - beta2 ** state["step"]) ** 0.5
@@ -60,13 +60,13 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if parameter.is_cuda:
                     values = values.pin_memory().to(parameter.device, non_blocking=True)
                 # Detached: of a Parameter the compiler takes the size as fixed.
-                self._update(parameter.detach(), parameter.grad, *(state[name] for name in MEANS), values)
+                self._update(parameter.detach(), parameter.grad, *(state[name] for name in MOMENTS), values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which gives the means the number format of their parameter."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for name in MEANS:
+            for name in MOMENTS:
                 state[name] = state[name].to(torch.bfloat16)  # what was bfloat16 loses nothing
 
 

@@ -22,8 +22,8 @@ from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.optim.build import state_bytes
-from vl3train.engine.optim.offload_adamw import HostAdamW
-from vl3train.engine.optim.offload_schedule import MeansSchedule
+from vl3train.engine.optim.offload_adamw import OffloadAdamW
+from vl3train.engine.optim.offload_schedule import OffloadSchedule
 from vl3train.engine.ranks import Rank
 from vl3train.engine.zero.transfer import Reading, Transfer
 from vl3train.engine.zero.zero1_bf16 import drop_masters, keep_float32_sums
@@ -60,7 +60,7 @@ class Zero:
         self.save_frozen = save_frozen
         self.zero_stage = machine.zero_stage
         self.state_bytes = state_bytes(optim)  # of AdamW, for each parameter of this rank's share
-        host_adamw = optimizer if isinstance(optimizer, HostAdamW) else None
+        offload_adamw = optimizer if isinstance(optimizer, OffloadAdamW) else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -80,18 +80,18 @@ class Zero:
                 summed_by_layers=model.weights_with_sums(),
             )
             if optim.master_dtype is MasterDtype.split:
-                assert host_adamw is not None, "nobody else updates masters that are split"
-                drop_masters(self.optimizer, host_adamw.keep_low_bits)
+                assert offload_adamw is not None, "nobody else updates masters that are split"
+                drop_masters(self.optimizer, offload_adamw.keep_low_bits)
             elif optim.master_dtype is MasterDtype.bfloat16:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)
         self._totals = torch.empty(0)  # of the step that is being made
         self._reading: Reading | None = None  # what it reports
-        self.means: MeansSchedule | None = None  # where they wait on the host
-        if host_adamw is not None:
-            self.means = MeansSchedule(host_adamw)
-            model.before_layer = self.means.before_layer
-            model.on_layer_backward = self.means.after_layer_backward
+        self.offload_schedule: OffloadSchedule | None = None  # where they wait on the host
+        if offload_adamw is not None:
+            self.offload_schedule = OffloadSchedule(offload_adamw)
+            model.before_layer = self.offload_schedule.before_layer
+            model.on_layer_backward = self.offload_schedule.after_layer_backward
 
     def send(self, batch: Batch) -> None:
         """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""
@@ -99,14 +99,18 @@ class Zero:
 
     def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
         """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
-        others = self.others(batch, first=first, last=last)
-        if self.means is not None and (first or last):
-            self.means.begin_forward(batch, others, first=first, last=last)
-        return self.engine(self._transfer.take(batch), others=others)
+        reserved_bytes = self.reserved_bytes(batch, first=first, last=last)
+        if self.offload_schedule is not None and (first or last):
+            self.offload_schedule.begin_forward(batch, reserved_bytes, first=first, last=last)
+        return self.engine(self._transfer.take(batch), reserved_bytes=reserved_bytes)
 
-    def others(self, batch: Batch, *, first: bool, last: bool) -> int:
+    def reserved_bytes(self, batch: Batch, *, first: bool, last: bool) -> int:
         """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""
-        return 0 if self.means is None else self.means.others(batch, first=first, last=last)
+        return (
+            0
+            if self.offload_schedule is None
+            else self.offload_schedule.reserved_bytes(batch, first=first, last=last)
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
@@ -137,7 +141,9 @@ class Zero:
 
         torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
         """
-        if self.means is not None or any(getattr(self.optimizer, "optimizer", self.optimizer).state.values()):
+        if self.offload_schedule is not None or any(
+            getattr(self.optimizer, "optimizer", self.optimizer).state.values()
+        ):
             return 0
         trained = [p for p in self.engine.module.parameters() if p.requires_grad]
         size = sum(

@@ -104,7 +104,7 @@ def keep_float32_sums(
     clear_hp_grads()
 
 
-def _give_sums(optimizer: BF16_Optimizer, by_product: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _give_sums(optimizer: BF16_Optimizer, by_gemm: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Set ``grad_sum`` of the first weight of each product to the sum of all, (out of all, in); returns these sums.
 
     None at all where those of a product do not lie one below the other in DeepSpeed's buffer: then the layers give
@@ -116,7 +116,7 @@ def _give_sums(optimizer: BF16_Optimizer, by_product: Sequence[Sequence[Tensor]]
         for parameter, total in zip(group, totals, strict=True)
     }
     found = []
-    for weights in by_product:
+    for weights in by_gemm:
         totals = [total_of[id(weight)] for weight in weights]
         for one, other in itertools.pairwise(totals):
             if other.data_ptr() != one.data_ptr() + one.nbytes:
@@ -125,7 +125,7 @@ def _give_sums(optimizer: BF16_Optimizer, by_product: Sequence[Sequence[Tensor]]
         width = weights[0].shape[1]
         size = sum(total.numel() for total in totals)
         found.append(totals[0].data.as_strided((size // width, width), (width, 1)))
-    for weights, total in zip(by_product, found, strict=True):
+    for weights, total in zip(by_gemm, found, strict=True):
         weights[0].grad_sum = total  # type: ignore[attr-defined]
     return found
 

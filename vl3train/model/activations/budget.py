@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vl3train.config.choices import Recompute
-from vl3train.model.activations.work import Levels, PackSize, RecomputeRates, TowerWork
+from vl3train.model.activations.work import PackSize, RecomputePlan, RecomputeRates, TowerWork
 
 WORK_A_CROSSING = 10_500
 """Operations that the layers of a GPU at 570 TFLOP/s do while a byte crosses a PCIe link at 54 GB/s (a trace of the 7B,
@@ -49,7 +49,7 @@ class ActivationBudget:
     language_kept: dict[Recompute, int]
     rates: RecomputeRates
 
-    def levels(self, size: PackSize, *, others: int = 0) -> Levels:
+    def levels(self, size: PackSize, *, reserved_bytes: int = 0) -> RecomputePlan:
         """The levels with the least work done again, counted in operations, whose bytes fit the budget.
 
         ``others`` take bytes of the budget too: as many as the pack can spare.
@@ -65,7 +65,7 @@ class ActivationBudget:
         least_work = np.minimum.accumulate(language.work[order])
         is_less = np.diff(least_work, prepend=least_work[0] + 1) < 0
         best = np.maximum.accumulate(np.where(is_less, np.arange(len(order)), 0))
-        spared = self.can_spare(size, others)
+        spared = self.can_spare(size, reserved_bytes)
         room = self.total_bytes - spared - vision.kept_bytes
         last = np.searchsorted(language.needed_bytes[order], room, side="right") - 1
         fits = (last >= 0) & (vision.needed_bytes <= self._most_of_vision - spared)
@@ -73,13 +73,13 @@ class ActivationBudget:
             return self.least_kept()
         work = np.where(fits, vision.work + least_work[last], np.iinfo(np.int64).max)
         chosen = int(np.argmin(work))
-        levels = Levels(
+        levels = RecomputePlan(
             self._spread(self.vision_kept, self.rates.vision, chosen),
             self._spread(self.language_kept, self.rates.language, int(order[best[last[chosen]]])),
         )
         return self._keep_more(size, levels, spared)
 
-    def _keep_more(self, size: PackSize, levels: Levels, spared: int) -> Levels:
+    def _keep_more(self, size: PackSize, levels: RecomputePlan, spared: int) -> RecomputePlan:
         """As many layers at nothing in place of elementwise as the rest of the budget has room for, the last first."""
         for tower, kept, rows in (
             ("language", self.language_kept, size.tokens),
@@ -100,7 +100,7 @@ class ActivationBudget:
             levels = levels._replace(**{tower: own})
         return levels
 
-    def room_beside(self, size: PackSize, levels: Levels) -> list[int]:
+    def room_beside(self, size: PackSize, levels: RecomputePlan) -> list[int]:
         """Bytes of the budget that nobody takes when each layer has run forward, the encoder's layers first.
 
         So much may others hold from then on, and again until that layer's backward pass ends: what it and the layers
@@ -113,7 +113,7 @@ class ActivationBudget:
         ):
             for level in tower:
                 kept += rows * kept_of[level]
-                room = min(room, most - kept - rows * _made_again(kept_of, level))
+                room = min(room, most - kept - rows * _recomputed(kept_of, level))
                 rooms.append(max(0, room))
         return rooms
 
@@ -125,47 +125,49 @@ class ActivationBudget:
         vision, total = self.needed_bytes(size, self._all_at(Recompute.layer))
         return max(0, min(wanted, self.total_bytes - total, self._most_of_vision - vision))
 
-    def least_kept(self) -> Levels:
+    def least_kept(self) -> RecomputePlan:
         """Every layer at the last level."""
         return self._all_at(list(self.vision_kept)[-1])
 
-    def kept_bytes(self, size: PackSize, levels: Levels) -> tuple[int, int]:
+    def kept_bytes(self, size: PackSize, levels: RecomputePlan) -> tuple[int, int]:
         """Bytes that the encoder and the language model keep of a pack at these levels."""
         return (
             size.patches * sum(self.vision_kept[level] for level in levels.vision),
             size.tokens * sum(self.language_kept[level] for level in levels.language),
         )
 
-    def needed_bytes(self, size: PackSize, levels: Levels) -> tuple[int, int]:
+    def needed_bytes(self, size: PackSize, levels: RecomputePlan) -> tuple[int, int]:
         """What a pack takes of ``vision_bytes`` and of ``total_bytes`` at these levels."""
         vision, language = self.kept_bytes(size, levels)
         return (
-            vision + size.patches * _made_again(self.vision_kept, levels.vision[-1]),
-            vision + language + size.tokens * _made_again(self.language_kept, levels.language[-1]),
+            vision + size.patches * _recomputed(self.vision_kept, levels.vision[-1]),
+            vision + language + size.tokens * _recomputed(self.language_kept, levels.language[-1]),
         )
 
     @property
     def _most_of_vision(self) -> int:
         return self.vision_bytes if self.rates.vision.has_backward else self.total_bytes
 
-    def _all_at(self, level: Recompute) -> Levels:
-        return Levels((level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers)
+    def _all_at(self, level: Recompute) -> RecomputePlan:
+        return RecomputePlan(
+            (level,) * self.rates.vision.num_layers, (level,) * self.rates.language.num_layers
+        )
 
     @staticmethod
     def _choices(kept: dict[Recompute, int], work: TowerWork, rows: int, pairs: int) -> Choices:
         """Every way to spread a tower's layers over the levels."""
         scale = _chosen_from(kept)
         counts = _counts(work.num_layers, len(scale))
-        again = {level: work.of(level, rows, pairs) for level in scale}
+        recompute = {level: work.of(level, rows, pairs) for level in scale}
         if Recompute.offload in scale:
-            again[Recompute.offload] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
+            recompute[Recompute.offload] += OFFLOAD_WORK_A_BYTE * rows * kept[Recompute.layer]
         kept_bytes = counts @ np.array([rows * kept[level] for level in scale], np.int64)
-        made_again = np.array([rows * _made_again(kept, level) for level in scale], np.int64)
+        recomputed = np.array([rows * _recomputed(kept, level) for level in scale], np.int64)
         level_of_last = np.argmax(counts > 0, axis=1)  # what keeps most comes last, as _spread says
         return Choices(
             kept_bytes,
-            kept_bytes + made_again[level_of_last],
-            counts @ np.array(list(again.values()), np.int64),
+            kept_bytes + recomputed[level_of_last],
+            counts @ np.array(list(recompute.values()), np.int64),
         )
 
     @staticmethod
@@ -189,7 +191,7 @@ def _chosen_from(kept: dict[Recompute, int]) -> list[Recompute]:
     return [level for level in kept if level is not Recompute.nothing or Recompute.elementwise not in kept]
 
 
-def _made_again(kept: dict[Recompute, int], level: Recompute) -> int:
+def _recomputed(kept: dict[Recompute, int], level: Recompute) -> int:
     """Bytes of a row that a layer's backward pass makes again first."""
     return max(kept.values()) - kept[level]
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default: 1, _aten.addmm.default: 2}
+_GEMMS = {_aten.mm.default: 1, _aten.addmm.default: 2}
 """Matrix products, with the position of their weight (in, out)."""
 _ATTENTION = {
     "vl3train::qkv_attention",
@@ -22,20 +22,20 @@ _ATTENTION = {
 }
 
 
-def _keep_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    if op in _PRODUCTS or op._schema.name in _ATTENTION:
+def _keep_gemms(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    if op in _GEMMS or op._schema.name in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_narrow_products(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+def _keep_hidden_gemms(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     # The products that widen the row are the MLP's: 6 of 7 parts of what a layer would keep, a third of its work.
-    if op in _PRODUCTS:
-        width_in, width_out = args[_PRODUCTS[op]].shape
-        wide = width_out > width_in
-        return CheckpointPolicy.PREFER_RECOMPUTE if wide else CheckpointPolicy.MUST_SAVE
-    return _keep_products(_, op)
+    if op in _GEMMS:
+        width_in, width_out = args[_GEMMS[op]].shape
+        intermediate = width_out > width_in
+        return CheckpointPolicy.PREFER_RECOMPUTE if intermediate else CheckpointPolicy.MUST_SAVE
+    return _keep_gemms(_, op)
 
 
-KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-KEEP_NARROW_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, _keep_narrow_products)
+KEEP_GEMMS = functools.partial(create_selective_checkpoint_contexts, _keep_gemms)
+KEEP_HIDDEN_GEMMS = functools.partial(create_selective_checkpoint_contexts, _keep_hidden_gemms)

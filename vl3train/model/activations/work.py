@@ -17,10 +17,10 @@ from vl3train.contracts.records import Batch
 from vl3train.model.activations.last_layer import last_positions
 from vl3train.model.trainable import part_of
 
-NOTHING_AGAIN = (Recompute.nothing, Recompute.elementwise)
+NOTHING_RECOMPUTED = (Recompute.nothing, Recompute.elementwise)
 
 
-class Levels(NamedTuple):
+class RecomputePlan(NamedTuple):
     """One level for each layer of the two towers, first layer first."""
 
     vision: tuple[Recompute, ...]
@@ -75,7 +75,7 @@ class TowerWork:
 
     def of(self, level: Recompute, rows: int, pairs: int) -> int:
         """Operations that one layer at this level does again."""
-        if not self.has_backward or level in NOTHING_AGAIN:
+        if not self.has_backward or level in NOTHING_RECOMPUTED:
             return 0
         if level is Recompute.mlp:
             return self.mlp_row * rows
@@ -83,7 +83,7 @@ class TowerWork:
 
     def past_attention(self, level: Recompute) -> int:
         """What of it one row of a layer at this level does again after attention."""
-        if not self.has_backward or level in NOTHING_AGAIN:
+        if not self.has_backward or level in NOTHING_RECOMPUTED:
             return 0
         return self.mlp_row + (self.projection_row if level is not Recompute.mlp else 0)
 
@@ -107,7 +107,7 @@ class RecomputeRates:
     supervised_token: int
     """Its logits, where the loss computes them again, whatever the levels."""
 
-    def of(self, batch: Batch, levels: Levels) -> int:
+    def of(self, batch: Batch, levels: RecomputePlan) -> int:
         """Operations of one micro-batch that are done again."""
         size, positions = pack_size(batch), last_positions(batch)
         left_out = 0 if positions is None else size.tokens - positions.shape[0]
@@ -131,10 +131,10 @@ class RecomputeRates:
         )
 
 
-def recompute_rates(hf_model: Any, *, logits_again: bool) -> RecomputeRates:
+def recompute_rates(hf_model: Any, *, recomputes_logits: bool) -> RecomputeRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
 
-    ``logits_again`` where the loss makes logits once more for their gradients (model/loss.py).
+    ``recomputes_logits`` where the loss makes logits once more for their gradients (model/loss.py).
 
     Adapters count in the products they sit on; the narrow ones that a layer which is not compiled keeps are counted
     all the same. Not counted: what of a layer's last product is done again after all, where an adapter sits on it or
@@ -162,7 +162,7 @@ def recompute_rates(hf_model: Any, *, logits_again: bool) -> RecomputeRates:
             4 * text_dim * text.num_attention_heads,
             has_backward=language_backward,
         ),
-        supervised_token=2 * head.in_features * head.out_features * (language_backward and logits_again),
+        supervised_token=2 * head.in_features * head.out_features * (language_backward and recomputes_logits),
     )
 
 

@@ -19,17 +19,17 @@ NUM_ROWS = 333
 
 
 @dataclass(frozen=True, slots=True)
-class Widths:
+class GemmShapes:
     """Of a row, of an MLP's wide row in the encoder (GELU) or the language model (``gated``, SwiGLU), and of heads."""
 
-    narrow: int
-    wide: int
+    hidden_size: int
+    intermediate: int
     gated: bool
     heads: tuple[int, int, int]  # of queries, of keys (and as many of values), and the width of each
 
 
 @dataclass(frozen=True, slots=True)
-class ProductError:
+class GemmError:
     """Largest relative error of one op's results; ``failed`` says why there is none."""
 
     name: str
@@ -42,7 +42,7 @@ class ProductError:
         return not self.failed and self.error < MAX_ERROR
 
 
-def choose_products(
+def choose_gemm_backend(
     requested: str, hf_config: Any, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> KernelChoice:
     """``quack`` or ``torch``; ``auto`` takes quack's where they serve and are right, some seconds of proof.
@@ -51,20 +51,20 @@ def choose_products(
     """
     if requested == "torch":
         return KernelChoice("torch", "asked for")
-    all_widths = widths_of(hf_config)
-    problem = why_not_quack(all_widths, device, dtype, compiled=compiled)
-    problem = problem or wrong_product(all_widths, device, dtype)
+    all_shapes = shapes_of(hf_config)
+    problem = why_not_quack(all_shapes, device, dtype, compiled=compiled)
+    problem = problem or wrong_gemm(all_shapes, device, dtype)
     if problem is None:
         return KernelChoice("quack", "asked for" if requested == "quack" else "auto: first choice")
     if requested == "quack":
         raise ValueError(
-            f"machine.products=quack cannot serve: {problem}; machine.products=auto takes what can"
+            f"machine.gemm_backend=quack cannot serve: {problem}; machine.gemm_backend=auto takes what can"
         )
     return KernelChoice("torch", f"auto: not quack, {problem}")
 
 
 def why_not_quack(
-    all_widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, *, compiled: bool
+    all_shapes: Sequence[GemmShapes], device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> str | None:
     """Why quack's products cannot serve, or None."""
     if device.type != "cuda":
@@ -73,7 +73,7 @@ def why_not_quack(
         return "it serves compiled layers only (machine.compile_layers=true)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    if wrong := [width for one in all_widths for width in (one.narrow, one.wide) if width % 16]:
+    if wrong := [width for one in all_shapes for width in (one.hidden_size, one.intermediate) if width % 16]:
         return f"it needs widths that are multiples of 16, not {wrong}"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "its tiles are measured on GPUs of the Hopper generation only"
@@ -84,10 +84,10 @@ def why_not_quack(
     return None
 
 
-def wrong_product(all_widths: Sequence[Widths], device: torch.device, dtype: torch.dtype) -> str | None:
+def wrong_gemm(all_shapes: Sequence[GemmShapes], device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with quack's products for these widths, or None."""
-    for widths in all_widths:
-        for found in product_errors(widths, device, dtype):
+    for widths in all_shapes:
+        for found in gemm_errors(widths, device, dtype):
             if found.failed:
                 return f"its {found.name} does not run here ({found.failed})"
             if not found.is_right:
@@ -96,7 +96,7 @@ def wrong_product(all_widths: Sequence[Widths], device: torch.device, dtype: tor
     return None
 
 
-def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
+def shapes_of(hf_config: Any) -> tuple[GemmShapes, GemmShapes]:
     """Of the encoder and of the language model."""
     vision, text = hf_config.vision_config, hf_config.text_config
     num_heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -104,8 +104,8 @@ def widths_of(hf_config: Any) -> tuple[Widths, Widths]:
     num_heads = vision.num_attention_heads
     of_vision = num_heads, num_heads, vision.hidden_size // num_heads
     return (
-        Widths(vision.hidden_size, vision.intermediate_size, gated=False, heads=of_vision),
-        Widths(text.hidden_size, text.intermediate_size, gated=True, heads=of_text),
+        GemmShapes(vision.hidden_size, vision.intermediate_size, gated=False, heads=of_vision),
+        GemmShapes(text.hidden_size, text.intermediate_size, gated=True, heads=of_text),
     )
 
 
@@ -120,7 +120,7 @@ def added(op: Callable[..., None]) -> Callable[..., Tensor]:
     return act
 
 
-def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> Iterator[ProductError]:
+def gemm_errors(widths: GemmShapes, device: torch.device, dtype: torch.dtype) -> Iterator[GemmError]:
     """The ops that serve rows of these widths against float64. One that raises is reported, not raised."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -134,93 +134,93 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
         # As large as what is added.
         return torch.randn(shape, device=device, generator=generator) * NUM_ROWS**0.5
 
-    rows, grad = draw(NUM_ROWS, widths.narrow), draw(NUM_ROWS, widths.narrow)
-    into, other, out = (draw(widths.wide, widths.narrow) for _ in range(3))
+    rows, grad = draw(NUM_ROWS, widths.hidden_size), draw(NUM_ROWS, widths.hidden_size)
+    into, other, out = (draw(widths.intermediate, widths.hidden_size) for _ in range(3))
     calls: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
     if widths.gated:
-        both, d_both = draw(NUM_ROWS, 2 * widths.wide), draw(NUM_ROWS, 2 * widths.wide)
+        both, d_both = draw(NUM_ROWS, 2 * widths.intermediate), draw(NUM_ROWS, 2 * widths.intermediate)
         calls = {
             "linear_swiglu": (
                 gemm_ops.linear_swiglu,
-                gemm_ops.plain_linear_swiglu,
+                gemm_ops.linear_swiglu_reference,
                 (rows, into, other, True),
             ),
             "linear_swiglu, nothing kept": (  # another kernel
                 lambda *arguments: gemm_ops.linear_swiglu(*arguments)[1],
-                lambda *arguments: gemm_ops.plain_linear_swiglu(*arguments)[1],
+                lambda *arguments: gemm_ops.linear_swiglu_reference(*arguments)[1],
                 (rows, into, other, False),
             ),
-            "gate_up_again": (
-                lambda *tensors: gemm_ops.gate_up_again(*tensors, grad),
-                gemm_ops.plain_gate_up,
+            "recompute_gate_up": (
+                lambda *tensors: gemm_ops.recompute_gate_up(*tensors, grad),
+                gemm_ops.gate_up_reference,
                 (rows, into, other),
             ),
             "swiglu_linear_backward": (
                 gemm_ops.swiglu_linear_backward,
-                gemm_ops.plain_swiglu_linear_backward,
+                gemm_ops.swiglu_linear_backward_reference,
                 (grad, out.t().contiguous(), both, True),
             ),
             "swiglu_linear_backward, nothing again": (  # as above
                 lambda *arguments: gemm_ops.swiglu_linear_backward(*arguments)[0],
-                lambda *arguments: gemm_ops.plain_swiglu_linear_backward(*arguments)[0],
+                lambda *arguments: gemm_ops.swiglu_linear_backward_reference(*arguments)[0],
                 (grad, out.t().contiguous(), both, False),
             ),
             "gate_up_rows_grad": (
                 gemm_ops.gate_up_rows_grad,
-                gemm_ops.plain_gate_up_rows_grad,
+                gemm_ops.gate_up_rows_grad_reference,
                 (d_both, into, other),
             ),
             "linear_add": (
                 gemm_ops.linear_add,
                 lambda a, b, _, d: torch.nn.functional.linear(a, b) + d,
-                (draw(NUM_ROWS, widths.wide), out.t().contiguous(), None, rows),
+                (draw(NUM_ROWS, widths.intermediate), out.t().contiguous(), None, rows),
             ),
             "gate_up_weights_grad": (
                 gemm_ops.gate_up_weights_grad,
-                gemm_ops.plain_gate_up_weights_grad,
+                gemm_ops.gate_up_weights_grad_reference,
                 (d_both, rows),
             ),
             "add_gate_up_weights_grad": (
                 added(gemm_accumulate.add_gate_up_weights_grad),
-                added(gemm_accumulate.plain_add_gate_up_weights_grad),
-                (total(2 * widths.wide, widths.narrow), d_both, rows),
+                added(gemm_accumulate.add_gate_up_weights_grad_reference),
+                (total(2 * widths.intermediate, widths.hidden_size), d_both, rows),
             ),
             "add_weight_grad": (
                 added(gemm_accumulate.add_weight_grad),
-                added(gemm_accumulate.plain_add_weight_grad),
-                (total(widths.narrow, widths.wide), grad, draw(NUM_ROWS, widths.wide)),
+                added(gemm_accumulate.add_weight_grad_reference),
+                (total(widths.hidden_size, widths.intermediate), grad, draw(NUM_ROWS, widths.intermediate)),
             ),
         }
     else:
-        wide = draw(NUM_ROWS, widths.wide)
+        intermediate = draw(NUM_ROWS, widths.intermediate)
         weight = out.t().contiguous()
         calls = {
             "linear_gelu": (
                 gemm_ops.linear_gelu,
-                gemm_ops.plain_linear_gelu,
-                (rows, into, draw(widths.wide), True),
+                gemm_ops.linear_gelu_reference,
+                (rows, into, draw(widths.intermediate), True),
             ),
             "linear_gelu, nothing kept": (
                 lambda *arguments: gemm_ops.linear_gelu(*arguments)[1],
-                lambda *arguments: gemm_ops.plain_linear_gelu(*arguments)[1],
-                (rows, into, draw(widths.wide), False),
+                lambda *arguments: gemm_ops.linear_gelu_reference(*arguments)[1],
+                (rows, into, draw(widths.intermediate), False),
             ),
             "gelu_linear_backward": (
                 gemm_ops.gelu_linear_backward,
-                gemm_ops.plain_gelu_linear_backward,
-                (grad, weight, wide, True),
+                gemm_ops.gelu_linear_backward_reference,
+                (grad, weight, intermediate, True),
             ),
             "gelu_linear_backward, nothing again": (
                 lambda *arguments: gemm_ops.gelu_linear_backward(*arguments)[::2],
-                lambda *arguments: gemm_ops.plain_gelu_linear_backward(*arguments)[::2],
-                (grad, weight, wide, False),
+                lambda *arguments: gemm_ops.gelu_linear_backward_reference(*arguments)[::2],
+                (grad, weight, intermediate, False),
             ),
             "linear_add": (
                 gemm_ops.linear_add,
                 lambda a, b, c, d: torch.nn.functional.linear(a, b, c) + d,
-                (wide, weight, draw(widths.narrow), rows),
+                (intermediate, weight, draw(widths.hidden_size), rows),
             ),
-            "rows_product": (gemm_ops.rows_product, torch.matmul, (wide, into)),
+            "rows_gemm": (gemm_ops.rows_gemm, torch.matmul, (intermediate, into)),
         }
     num_heads, kv_heads, head_dim = widths.heads
     if head_dim in gemm_ops.ROTATED_HEADS:
@@ -228,17 +228,17 @@ def product_errors(widths: Widths, device: torch.device, dtype: torch.dtype) -> 
         table = draw(NUM_ROWS, head_dim).to(
             dtype if widths.gated else torch.float32
         )  # as transformers has them
-        arguments = rows, draw(qkv, widths.narrow), draw(qkv), table, num_heads + kv_heads
-        calls["linear_rotate"] = gemm_ops.linear_rotate, gemm_ops.plain_linear_rotate, arguments
+        arguments = rows, draw(qkv, widths.hidden_size), draw(qkv), table, num_heads + kv_heads
+        calls["linear_rotate"] = gemm_ops.linear_rotate, gemm_ops.linear_rotate_reference, arguments
     for name, (op, plain, arguments) in calls.items():
         try:
             found = op(*arguments)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             message = str(error).splitlines()[0][:200] if str(error) else ""
-            yield ProductError(name, float("nan"), f"{type(error).__name__}: {message}")
+            yield GemmError(name, float("nan"), f"{type(error).__name__}: {message}")
             continue
         exact = plain(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
         pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
         # max() would pass over NaN
         errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
-        yield ProductError(name, next((error for error in errors if error != error), max(errors)))
+        yield GemmError(name, next((error for error in errors if error != error), max(errors)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vl3train.model.kernels.gemm_ops import plain_gate_up_weights_grad
+from vl3train.model.kernels.gemm_ops import gate_up_weights_grad_reference
 
 
 @torch.library.custom_op("vl3train::add_weight_grad", mutates_args=("total",))
@@ -21,7 +21,7 @@ def add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     if total.is_cuda:
         torch.addmm(total, grad.t(), rows, out_dtype=torch.float32, out=total)
     else:
-        plain_add_weight_grad(total, grad, rows)
+        add_weight_grad_reference(total, grad, rows)
 
 
 @add_weight_grad.register_fake
@@ -29,7 +29,7 @@ def _(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     pass
 
 
-def plain_add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+def add_weight_grad_reference(total: Tensor, grad: Tensor, rows: Tensor) -> None:
     """``add_weight_grad``."""
     total.addmm_(grad.t().to(total.dtype), rows.to(total.dtype))
 
@@ -42,7 +42,7 @@ def add_gate_up_weights_grad(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> 
 
         add_gate_up_weights_grad_kernel(total, d_gate_up, rows)
     else:
-        plain_add_gate_up_weights_grad(total, d_gate_up, rows)
+        add_gate_up_weights_grad_reference(total, d_gate_up, rows)
 
 
 @add_gate_up_weights_grad.register_fake
@@ -50,6 +50,6 @@ def _(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
     pass
 
 
-def plain_add_gate_up_weights_grad(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
+def add_gate_up_weights_grad_reference(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
     """``add_gate_up_weights_grad``."""
-    total.add_(plain_gate_up_weights_grad(d_gate_up.to(total.dtype), rows.to(total.dtype)))
+    total.add_(gate_up_weights_grad_reference(d_gate_up.to(total.dtype), rows.to(total.dtype)))

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vl3train.model.kernels.ops import plain_gelu_backward, plain_rotate
+from vl3train.model.kernels.ops import gelu_backward_reference, rotate_reference
 
 ROTATED_HEADS = (128,)
-"""Widths of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; one for the encoder,
+"""GemmShapes of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; one for the encoder,
 of 144 for heads of 72, came out wrong (relative error 0.9, benchmarks/log.md)."""
 
 
@@ -28,7 +28,7 @@ def linear_rotate(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num
         from vl3train.model.kernels.quack_gemm import linear_rotate_kernel
 
         return linear_rotate_kernel(rows, weight, bias, table, num_rotated)
-    return plain_linear_rotate(rows, weight, bias, table, num_rotated)
+    return linear_rotate_reference(rows, weight, bias, table, num_rotated)
 
 
 @linear_rotate.register_fake
@@ -36,12 +36,12 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: in
     return rows.new_empty((rows.shape[0], weight.shape[0]))
 
 
-def plain_linear_rotate(
+def linear_rotate_reference(
     rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
 ) -> Tensor:
     """``linear_rotate`` in torch's own ops, as all that are called plain here."""
     qkv = F.linear(rows, weight, bias)
-    plain_rotate(qkv, table, num_rotated, False, False)
+    rotate_reference(qkv, table, num_rotated, False, False)
     return qkv
 
 
@@ -55,7 +55,7 @@ def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple
         from vl3train.model.kernels.quack_gemm import linear_gelu_kernel
 
         return linear_gelu_kernel(rows, weight, bias, keep)
-    return plain_linear_gelu(rows, weight, bias, keep)
+    return linear_gelu_reference(rows, weight, bias, keep)
 
 
 @linear_gelu.register_fake
@@ -64,15 +64,17 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, T
     return rows.new_empty(shape if keep else (0, shape[1])), rows.new_empty(shape)
 
 
-def plain_linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def linear_gelu_reference(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """``linear_gelu``."""
-    wide = F.linear(rows, weight, bias)
-    return wide if keep else wide.new_empty((0, len(weight))), F.gelu(wide, approximate="tanh")
+    intermediate = F.linear(rows, weight, bias)
+    return intermediate if keep else intermediate.new_empty((0, len(weight))), F.gelu(
+        intermediate, approximate="tanh"
+    )
 
 
 @torch.library.custom_op("vl3train::gelu_linear_backward", mutates_args=())
 def gelu_linear_backward(
-    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+    grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Back through the product with (W, I) ``weight`` and the GELU of (R, I) ``wide`` before it.
 
@@ -82,24 +84,32 @@ def gelu_linear_backward(
     if grad.is_cuda:
         from vl3train.model.kernels.quack_gemm import gelu_linear_backward_kernel
 
-        return gelu_linear_backward_kernel(grad, weight, wide, again)
-    return plain_gelu_linear_backward(grad, weight, wide, again)
+        return gelu_linear_backward_kernel(grad, weight, intermediate, recompute)
+    return gelu_linear_backward_reference(grad, weight, intermediate, recompute)
 
 
 @gelu_linear_backward.register_fake
-def _(grad: Tensor, weight: Tensor, wide: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, width = wide.shape
-    sums = wide.new_empty((width,), dtype=torch.float32)
-    return wide.new_empty((num_rows, width)), wide.new_empty((num_rows if again else 0, width)), sums
+def _(grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, width = intermediate.shape
+    sums = intermediate.new_empty((width,), dtype=torch.float32)
+    return (
+        intermediate.new_empty((num_rows, width)),
+        intermediate.new_empty((num_rows if recompute else 0, width)),
+        sums,
+    )
 
 
-def plain_gelu_linear_backward(
-    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+def gelu_linear_backward_reference(
+    grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``gelu_linear_backward``."""
-    d_wide = grad @ weight
-    activated, sums = plain_gelu_backward(d_wide, wide)
-    return d_wide, activated if again else wide.new_empty((0, wide.shape[1])), sums
+    d_intermediate = grad @ weight
+    activated, sums = gelu_backward_reference(d_intermediate, intermediate)
+    return (
+        d_intermediate,
+        activated if recompute else intermediate.new_empty((0, intermediate.shape[1])),
+        sums,
+    )
 
 
 @torch.library.custom_op("vl3train::linear_swiglu", mutates_args=())
@@ -109,7 +119,7 @@ def linear_swiglu(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bo
         from vl3train.model.kernels.quack_gemm import linear_swiglu_kernel
 
         return linear_swiglu_kernel(rows, gate_weight, up_weight, keep)
-    return plain_linear_swiglu(rows, gate_weight, up_weight, keep)
+    return linear_swiglu_reference(rows, gate_weight, up_weight, keep)
 
 
 @linear_swiglu.register_fake
@@ -118,39 +128,39 @@ def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool) -> tuple
     return rows.new_empty((num_rows if keep else 0, 2 * width)), rows.new_empty((num_rows, width))
 
 
-def plain_linear_swiglu(
+def linear_swiglu_reference(
     rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """``linear_swiglu``."""
-    gate_up = plain_gate_up(rows, gate_weight, up_weight)
+    gate_up = gate_up_reference(rows, gate_weight, up_weight)
     gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
     return gate_up if keep else gate_up.new_empty((0, gate_up.shape[1])), F.silu(gate) * up
 
 
-@torch.library.custom_op("vl3train::gate_up_again", mutates_args=())
-def gate_up_again(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
-    """``gate_up`` once more, in the backward pass: never before ``after`` (see ``ops.linear_again``)."""
+@torch.library.custom_op("vl3train::recompute_gate_up", mutates_args=())
+def recompute_gate_up(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
+    """``gate_up`` once more, in the backward pass: never before ``after`` (see ``ops.recompute_linear``)."""
     del after
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import gate_up_kernel
 
         return gate_up_kernel(rows, gate_weight, up_weight)
-    return plain_gate_up(rows, gate_weight, up_weight)
+    return gate_up_reference(rows, gate_weight, up_weight)
 
 
-@gate_up_again.register_fake
+@recompute_gate_up.register_fake
 def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], 2 * gate_weight.shape[0]))
 
 
-def plain_gate_up(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """``gate_up_again``."""
+def gate_up_reference(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """``recompute_gate_up``."""
     return torch.stack((F.linear(rows, gate_weight), F.linear(rows, up_weight)), 2).flatten(1)
 
 
 @torch.library.custom_op("vl3train::swiglu_linear_backward", mutates_args=())
 def swiglu_linear_backward(
-    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+    grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Back through the product with (W, I) ``weight`` and the SwiGLU of ``gate_up`` before it.
 
@@ -160,18 +170,20 @@ def swiglu_linear_backward(
     if grad.is_cuda:
         from vl3train.model.kernels.quack_gemm import swiglu_linear_backward_kernel
 
-        return swiglu_linear_backward_kernel(grad, weight, gate_up, again)
-    return plain_swiglu_linear_backward(grad, weight, gate_up, again)
+        return swiglu_linear_backward_kernel(grad, weight, gate_up, recompute)
+    return swiglu_linear_backward_reference(grad, weight, gate_up, recompute)
 
 
 @swiglu_linear_backward.register_fake
-def _(grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
     num_rows = gate_up.shape[0]
-    return gate_up.new_empty(gate_up.shape), gate_up.new_empty((num_rows if again else 0, weight.shape[1]))
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(
+        (num_rows if recompute else 0, weight.shape[1])
+    )
 
 
-def plain_swiglu_linear_backward(
-    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+def swiglu_linear_backward_reference(
+    grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """``swiglu_linear_backward``, its arithmetic in float32 at least."""
     high = torch.promote_types(grad.dtype, torch.float32)
@@ -180,7 +192,7 @@ def plain_swiglu_linear_backward(
     share = torch.sigmoid(gate)
     d_gate = d_activated * up * share * (1 + gate * (1 - share))
     d_gate_up = torch.stack((d_gate, d_activated * gate * share), 2).flatten(1)
-    activated = gate * share * up if again else gate_up.new_empty((0, weight.shape[1]))
+    activated = gate * share * up if recompute else gate_up.new_empty((0, weight.shape[1]))
     return d_gate_up.to(grad.dtype), activated.to(grad.dtype)
 
 
@@ -191,7 +203,7 @@ def gate_up_rows_grad(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor)
         from vl3train.model.kernels.quack_gemm import gate_up_rows_grad_kernel
 
         return gate_up_rows_grad_kernel(d_gate_up, gate_weight, up_weight)
-    return plain_gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
+    return gate_up_rows_grad_reference(d_gate_up, gate_weight, up_weight)
 
 
 @gate_up_rows_grad.register_fake
@@ -199,7 +211,7 @@ def _(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     return d_gate_up.new_empty((d_gate_up.shape[0], gate_weight.shape[1]))
 
 
-def plain_gate_up_rows_grad(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def gate_up_rows_grad_reference(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """``gate_up_rows_grad``."""
     return d_gate_up @ torch.stack((gate_weight, up_weight), 1).flatten(0, 1)
 
@@ -211,7 +223,7 @@ def gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
         from vl3train.model.kernels.quack_gemm import gate_up_weights_grad_kernel
 
         return gate_up_weights_grad_kernel(d_gate_up, rows)
-    return plain_gate_up_weights_grad(d_gate_up, rows)
+    return gate_up_weights_grad_reference(d_gate_up, rows)
 
 
 @gate_up_weights_grad.register_fake
@@ -219,7 +231,7 @@ def _(d_gate_up: Tensor, rows: Tensor) -> Tensor:
     return rows.new_empty((d_gate_up.shape[1], rows.shape[1]))
 
 
-def plain_gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
+def gate_up_weights_grad_reference(d_gate_up: Tensor, rows: Tensor) -> Tensor:
     """``gate_up_weights_grad``."""
     return (d_gate_up.t() @ rows).unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1).contiguous()
 
@@ -250,22 +262,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight = ctx.saved_tensors
     if ctx.needs_input_grad[2]:
         raise RuntimeError("linear_add has no gradient for its bias: hand it over detached")
-    return rows_product(grad, weight), grad.t() @ rows if ctx.needs_input_grad[1] else None, None, grad
+    return rows_gemm(grad, weight), grad.t() @ rows if ctx.needs_input_grad[1] else None, None, grad
 
 
 linear_add.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-@torch.library.custom_op("vl3train::rows_product", mutates_args=())
-def rows_product(rows: Tensor, weight: Tensor) -> Tensor:
+@torch.library.custom_op("vl3train::rows_gemm", mutates_args=())
+def rows_gemm(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows`` (R, K) @ ``weight`` (K, N), for many rows and a weight of no more than some thousand either way."""
     if rows.is_cuda:
-        from vl3train.model.kernels.quack_gemm import rows_product_kernel
+        from vl3train.model.kernels.quack_gemm import rows_gemm_kernel
 
-        return rows_product_kernel(rows, weight)
+        return rows_gemm_kernel(rows, weight)
     return rows @ weight
 
 
-@rows_product.register_fake
+@rows_gemm.register_fake
 def _(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[1]))

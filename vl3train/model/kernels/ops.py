@@ -24,23 +24,34 @@ def norm_backward(
     eps: float,
     residual_grad: Tensor | None,
     centred: bool,
-    normed_again: bool,
+    recompute_normed: bool,
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of (R, W) ``rows`` that LayerNorm (``centred``) or RMSNorm normed, all arithmetic in float32.
 
     ``grads`` are 1 to 3 gradients of the normed rows, to be added up; ``residual_grad`` is what the rows got past
-    the norm, added to the result. Gives (R, W) d_rows, the (R, W) normed rows again (``normed_again``, else empty),
+    the norm, added to the result. Gives (R, W) d_rows, the (R, W) normed rows again (``recompute_normed``, else empty),
     and (number, W) float32 sums over the rows in this order: with ``weight_sums`` the gradients of ``weight`` and of
     ``bias`` if there is one, with ``row_sums`` the sums of d_rows and of ``residual_grad`` if there is one.
     """
-    arguments = (grads, rows, weight, bias, eps, residual_grad, centred, normed_again, weight_sums, row_sums)
+    arguments = (
+        grads,
+        rows,
+        weight,
+        bias,
+        eps,
+        residual_grad,
+        centred,
+        recompute_normed,
+        weight_sums,
+        row_sums,
+    )
     if rows.is_cuda:
         from vl3train.model.kernels.triton_norm import norm_backward_kernel
 
         return norm_backward_kernel(*arguments)
-    return plain_norm_backward(*arguments)
+    return norm_backward_reference(*arguments)
 
 
 @norm_backward.register_fake
@@ -52,7 +63,7 @@ def _(
     eps: float,
     residual_grad: Tensor | None,
     centred: bool,
-    normed_again: bool,
+    recompute_normed: bool,
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,12 +71,12 @@ def _(
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
     return (
         rows.new_empty(rows.shape),
-        rows.new_empty(rows.shape if normed_again else (0, width)),
+        rows.new_empty(rows.shape if recompute_normed else (0, width)),
         rows.new_empty((num_sums, width), dtype=torch.float32),
     )
 
 
-def plain_norm_backward(
+def norm_backward_reference(
     grads: Sequence[Tensor],
     rows: Tensor,
     weight: Tensor,
@@ -73,7 +84,7 @@ def plain_norm_backward(
     eps: float,
     residual_grad: Tensor | None,
     centred: bool,
-    normed_again: bool,
+    recompute_normed: bool,
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,40 +108,42 @@ def plain_norm_backward(
     if row_sums:
         sums += [d_rows.sum(0)] + ([] if residual_grad is None else [residual_grad.float().sum(0)])
     normed = x.new_empty((0, x.shape[1]))
-    if normed_again:
+    if recompute_normed:
         normed = x * weight.float() + (0 if bias is None else bias.float())
     stacked = torch.stack(sums) if sums else x.new_empty((0, x.shape[1]))
     return d_rows.to(rows.dtype), normed.to(rows.dtype), stacked
 
 
 @torch.library.custom_op("vl3train::gelu_backward", mutates_args=("grad",))
-def gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_backward(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
     """From ``grad``, the gradient of the GELU (tanh formula, in float32) of (R, W) ``wide``, that of ``wide`` in place.
 
     Rows as wide as these are what a layer's backward has least room for. Gives GELU(wide) again, (R, W), and the
     (W,) float32 column sums of the new gradient.
     """
-    if wide.is_cuda:
+    if intermediate.is_cuda:
         from vl3train.model.kernels.triton_norm import gelu_backward_kernel
 
-        return gelu_backward_kernel(grad, wide)
-    return plain_gelu_backward(grad, wide)
+        return gelu_backward_kernel(grad, intermediate)
+    return gelu_backward_reference(grad, intermediate)
 
 
 @gelu_backward.register_fake
-def _(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-    return wide.new_empty(wide.shape), wide.new_empty((wide.shape[1],), dtype=torch.float32)
+def _(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
+    return intermediate.new_empty(intermediate.shape), intermediate.new_empty(
+        (intermediate.shape[1],), dtype=torch.float32
+    )
 
 
-def plain_gelu_backward(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_backward_reference(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
     """``gelu_backward`` in torch's own ops."""
-    x = wide.float()
-    d_wide = torch.ops.aten.gelu_backward(grad.float(), x, approximate="tanh")
-    grad.copy_(d_wide)
-    return F.gelu(x, approximate="tanh").to(wide.dtype), d_wide.sum(0)
+    x = intermediate.float()
+    d_intermediate = torch.ops.aten.gelu_backward(grad.float(), x, approximate="tanh")
+    grad.copy_(d_intermediate)
+    return F.gelu(x, approximate="tanh").to(intermediate.dtype), d_intermediate.sum(0)
 
 
-def turning_table(cos: Tensor, sin: Tensor) -> Tensor:
+def rope_cos_sin(cos: Tensor, sin: Tensor) -> Tensor:
     """What ``rotate`` takes, (R, D): cosine and sine of each pair side by side.
 
     Both halves of a row of ``cos`` and ``sin`` (R, D) are equal, as transformers makes them.
@@ -157,14 +170,14 @@ def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
 def rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
     """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, whose pairs lie together; in float32.
 
-    ``table`` (R, D) is turning_table's. ``backward`` rotates a gradient back. ``column_sums`` are (W,) float32, of what
+    ``table`` (R, D) is rope_cos_sin's. ``backward`` rotates a gradient back. ``column_sums`` are (W,) float32, of what
     comes out, the heads that do not turn among them: a bias's gradient; else the result is empty.
     """
     if rows.is_cuda:
         from vl3train.model.kernels.triton_rope import rotate_kernel
 
         return rotate_kernel(rows, table, num_rotated, backward, column_sums)
-    return plain_rotate(rows, table, num_rotated, backward, column_sums)
+    return rotate_reference(rows, table, num_rotated, backward, column_sums)
 
 
 @rotate.register_fake
@@ -172,22 +185,24 @@ def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums
     return rows.new_empty((rows.shape[1] if column_sums else 0,), dtype=torch.float32)
 
 
-def plain_rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
+def rotate_reference(
+    rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool
+) -> Tensor:
     """``rotate`` in torch's own ops."""
     pairs = rows.view(len(rows), -1, table.shape[1] // 2, 2)
     one, other = pairs[:, :num_rotated].float().unbind(3)
     c, s = table.float().view(len(rows), 1, -1, 2).unbind(3)
     s = -s if backward else s
-    turned = torch.stack((one * c - other * s, other * c + one * s), 3)
-    pairs[:, :num_rotated] = turned.to(rows.dtype)
+    rotated = torch.stack((one * c - other * s, other * c + one * s), 3)
+    pairs[:, :num_rotated] = rotated.to(rows.dtype)
     if not column_sums:
         return rows.new_empty((0,), dtype=torch.float32)
     still = pairs[:, num_rotated:].float()
-    return torch.cat((turned.sum(0).flatten(), still.sum(0).flatten()))
+    return torch.cat((rotated.sum(0).flatten(), still.sum(0).flatten()))
 
 
-@torch.library.custom_op("vl3train::linear_again", mutates_args=())
-def linear_again(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
+@torch.library.custom_op("vl3train::recompute_linear", mutates_args=())
+def recompute_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
     """F.linear once more, in the backward pass: never before ``after``, the gradient that asks for it.
 
     An op of its own, because the compiler would see that the product is that of the forward pass, and keep it.
@@ -196,7 +211,7 @@ def linear_again(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tenso
     return F.linear(rows, weight, bias)
 
 
-@linear_again.register_fake
+@recompute_linear.register_fake
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
 

@@ -21,7 +21,7 @@ from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_act, gemm_tuned
 from torch import Tensor
 
-WIDE = 2048
+INTERMEDIATE = 2048
 """Rows of more values than this take the second tile of each pair below: measured for 1152, 1536 and 3584."""
 
 
@@ -78,7 +78,7 @@ def _tile(rows: int, columns: int, *, alone: bool = False, across: bool = False)
 _TURNS = _tile(128, 192)
 _LARGE = _tile(256, 128, alone=True, across=True)
 _GATED_BACKWARD = (_tile(128, 128), _tile(128, 192))
-_TURNED = _tile(192, 128, across=True)
+_ROTARY = _tile(192, 128, across=True)
 
 
 PLANS_KEPT = 512
@@ -109,10 +109,10 @@ def linear_rotate_kernel(
     """As ``vl3train::linear_rotate``."""
     rows, columns = rows.contiguous(), num_rotated * table.shape[1]
     result = rows.new_empty((len(rows), len(weight)))
-    turned, still = slice(0, columns), slice(columns, None)
-    given = {"table": table.contiguous(), "bias": bias[turned]}
+    rotated, still = slice(0, columns), slice(columns, None)
+    given = {"table": table.contiguous(), "bias": bias[rotated]}
     _bias_and_turn.gemm(
-        rows, weight[turned].t(), result[:, turned], epi_args=given, b_kn=True, **_as(_TURNED)
+        rows, weight[rotated].t(), result[:, rotated], epi_args=given, b_kn=True, **_as(_ROTARY)
     )
     given, tile = {"bias": bias[still]}, _as(_tile_for(rows.shape[1]))
     _bias_added.gemm(rows, weight[still].t(), result[:, still], epi_args=given, b_kn=True, **tile)
@@ -122,7 +122,7 @@ def linear_rotate_kernel(
 def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """As ``vl3train::linear_gelu``."""
     forget_plans()
-    wide, activated = gemm_act(
+    intermediate, activated = gemm_act(
         rows.contiguous(),
         weight.t(),
         bias=bias,
@@ -131,20 +131,25 @@ def linear_gelu_kernel(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -
         tuned=False,
         config=_TURNS,
     )
-    return rows.new_empty((0, len(weight))) if wide is None else wide, activated
+    return rows.new_empty((0, len(weight))) if intermediate is None else intermediate, activated
 
 
 def gelu_linear_backward_kernel(
-    grad: Tensor, weight: Tensor, wide: Tensor, again: bool
+    grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``vl3train::gelu_linear_backward``."""
-    d_wide, activated = torch.empty_like(wide), wide.new_empty((again * len(wide), wide.shape[1]))
-    num_tiles = -(-len(wide) // _TURNS.tile_m)
-    sums = wide.new_empty((num_tiles, wide.shape[1]), dtype=torch.float32)
-    epilogue, outputs = (dgelu_dbias_mod, {"postact": activated}) if again else (_gelu_back, {})
+    d_intermediate, activated = (
+        torch.empty_like(intermediate),
+        intermediate.new_empty((recompute * len(intermediate), intermediate.shape[1])),
+    )
+    num_tiles = -(-len(intermediate) // _TURNS.tile_m)
+    sums = intermediate.new_empty((num_tiles, intermediate.shape[1]), dtype=torch.float32)
+    epilogue, outputs = (dgelu_dbias_mod, {"postact": activated}) if recompute else (_gelu_back, {})
     outputs["dbias"] = sums
-    epilogue.gemm(grad.contiguous(), weight, d_wide, wide, epi_args=outputs, b_kn=True, **_as(_TURNS))
-    return d_wide, activated, sums.sum(0)
+    epilogue.gemm(
+        grad.contiguous(), weight, d_intermediate, intermediate, epi_args=outputs, b_kn=True, **_as(_TURNS)
+    )
+    return d_intermediate, activated, sums.sum(0)
 
 
 def linear_swiglu_kernel(
@@ -166,18 +171,18 @@ def linear_swiglu_kernel(
 
 
 def gate_up_kernel(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """As ``vl3train::gate_up_again``."""
+    """As ``vl3train::recompute_gate_up``."""
     return _of_halves(rows.contiguous(), _joined(gate_weight, up_weight).t(), "B", rows.shape[1])
 
 
 def swiglu_linear_backward_kernel(
-    grad: Tensor, weight: Tensor, gate_up: Tensor, again: bool
+    grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """As ``vl3train::swiglu_linear_backward``."""
     d_gate_up = torch.empty_like(gate_up)
-    activated = gate_up.new_empty((again * len(gate_up), weight.shape[1]))
-    tile = _as(_GATED_BACKWARD[grad.shape[1] > WIDE])
-    epilogue, outputs = (dswiglu_mod, {"postact": activated}) if again else (_swiglu_back, {})
+    activated = gate_up.new_empty((recompute * len(gate_up), weight.shape[1]))
+    tile = _as(_GATED_BACKWARD[grad.shape[1] > INTERMEDIATE])
+    epilogue, outputs = (dswiglu_mod, {"postact": activated}) if recompute else (_swiglu_back, {})
     epilogue.gemm(grad.contiguous(), weight, d_gate_up, gate_up, epi_args=outputs, b_kn=True, **tile)
     return d_gate_up, activated
 
@@ -210,8 +215,8 @@ def linear_add_kernel(rows: Tensor, weight: Tensor, bias: Tensor | None, added: 
     return result
 
 
-def rows_product_kernel(rows: Tensor, weight: Tensor) -> Tensor:
-    """As ``vl3train::rows_product``."""
+def rows_gemm_kernel(rows: Tensor, weight: Tensor) -> Tensor:
+    """As ``vl3train::rows_gemm``."""
     result = rows.new_empty((rows.shape[0], weight.shape[1]))
     tile = _as(_tile_for(min(weight.shape)))
     identity_epi.gemm(rows.contiguous(), weight, result, epi_args={}, b_kn=True, **tile)
@@ -239,7 +244,7 @@ def _joined(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _tile_for(width: int) -> GemmConfig:
-    return _LARGE if width > WIDE else _TURNS
+    return _LARGE if width > INTERMEDIATE else _TURNS
 
 
 def _as(tile: GemmConfig) -> dict[str, Any]:

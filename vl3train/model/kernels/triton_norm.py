@@ -37,7 +37,7 @@ def norm_backward_kernel(
     eps: float,
     residual_grad: Tensor | None,
     centred: bool,
-    normed_again: bool,
+    recompute_normed: bool,
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ def norm_backward_kernel(
     g0, g1, g2 = [grad.contiguous() for grad in grads] + [rows] * (3 - len(grads))
     residual = rows if residual_grad is None else residual_grad.contiguous()
     d_rows = torch.empty_like(rows)
-    normed = torch.empty_like(rows) if normed_again else rows.new_empty((0, width))
+    normed = torch.empty_like(rows) if recompute_normed else rows.new_empty((0, width))
     num_sums = weight_sums * (1 + (bias is not None)) + row_sums * (1 + (residual_grad is not None))
     block = triton.next_power_of_2(width)
     num_warps = max(1, min(16, block // VALUES_PER_WARP))
@@ -73,7 +73,7 @@ def norm_backward_kernel(
         CENTRED=centred,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual_grad is not None,
-        NORMED_AGAIN=normed_again,
+        RECOMPUTE_NORMED=recompute_normed,
         WEIGHT_SUMS=weight_sums,
         ROW_SUMS=row_sums,
         BLOCK=block,
@@ -83,21 +83,21 @@ def norm_backward_kernel(
     return d_rows, normed, partial_sums.sum(1)
 
 
-def gelu_backward_kernel(grad: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_backward_kernel(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
     """As ``vl3train::gelu_backward``: each program goes down its columns and keeps their sums."""
-    num_rows, width = wide.shape
-    wide = wide.contiguous()
+    num_rows, width = intermediate.shape
+    intermediate = intermediate.contiguous()
     if not grad.is_contiguous():
         raise ValueError("gelu_backward works in place and takes its gradient in whole rows only")
-    activated = torch.empty_like(wide)
+    activated = torch.empty_like(intermediate)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
-    row_programs = max(1, GELU_PROGRAMS_PER_SM * multiprocessors(wide) // column_blocks)
+    row_programs = max(1, GELU_PROGRAMS_PER_SM * multiprocessors(intermediate) // column_blocks)
     row_programs = min(row_programs, triton.cdiv(num_rows, tile_rows))
-    partial_sums = wide.new_empty((row_programs, width), dtype=torch.float32)
+    partial_sums = intermediate.new_empty((row_programs, width), dtype=torch.float32)
     _gelu_backward[(column_blocks, row_programs)](
         grad,
-        wide,
+        intermediate,
         activated,
         partial_sums,
         num_rows,
@@ -141,7 +141,7 @@ def _norm_backward(
     CENTRED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    NORMED_AGAIN: tl.constexpr,
+    RECOMPUTE_NORMED: tl.constexpr,
     WEIGHT_SUMS: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,7 +152,7 @@ def _norm_backward(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORMED_AGAIN and HAS_BIAS:
+    if RECOMPUTE_NORMED and HAS_BIAS:
         b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     bias_sum = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -191,7 +191,7 @@ def _norm_backward(
             row_sum += d
             if HAS_RESIDUAL:
                 residual_sum += passed
-        if NORMED_AGAIN:
+        if RECOMPUTE_NORMED:
             y = x * w
             if HAS_BIAS:
                 y += b

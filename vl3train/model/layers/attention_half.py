@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vl3train.model.attention.qkv_op import qkv_attention, qkv_attention_backward
-from vl3train.model.kernels.gemm_ops import ROTATED_HEADS, linear_rotate, rows_product
+from vl3train.model.kernels.gemm_ops import ROTATED_HEADS, linear_rotate, rows_gemm
 from vl3train.model.kernels.ops import (
     norm_backward,
     norm_grads,
@@ -84,7 +84,7 @@ class NormAttention(torch.autograd.Function):
         weight = merged(weights, head_dim)
         bias_sums = rotate(d_qkv, table, ctx.rotated, True, any(of_linears[3:]))
         d_rows, normed, sums = norm_backward(
-            [rows_product(d_qkv, weight) if ctx.quack else d_qkv @ weight],
+            [rows_gemm(d_qkv, weight) if ctx.quack else d_qkv @ weight],
             rows,
             norm_weight,
             norm_bias,

@@ -24,17 +24,17 @@ from vl3train.config.choices import Recompute
 from vl3train.model import compiling
 from vl3train.model.activations.last_layer import rows_at
 from vl3train.model.activations.offload import HostRows
-from vl3train.model.activations.selective import KEEP_NARROW_PRODUCTS, KEEP_PRODUCTS
+from vl3train.model.activations.selective import KEEP_GEMMS, KEEP_HIDDEN_GEMMS
 from vl3train.model.attention.backends import TORCH_VERSION, Segments, attend
 from vl3train.model.attention.qkv_op import SERVED
 from vl3train.model.kernels.gemm_ops import linear_add
-from vl3train.model.kernels.ops import turning_table
+from vl3train.model.kernels.ops import rope_cos_sin
 from vl3train.model.layers.attention_half import NormAttention, NormLinears
 from vl3train.model.layers.lora_dispatch import adapted_add, adapted_attention, adapted_mlp, adapters_of
 from vl3train.model.layers.mlp_half import GeluMlp, SwigluMlp
 
 Layer = Callable[..., Tensor]
-"""(layer, hidden rows, cos, sin, turning_table of both where layers are compiled, segments, positions of the rows that
+"""(layer, hidden rows, cos, sin, rope_cos_sin of both where layers are compiled, segments, positions of the rows that
 go on past attention or None for all, the level as a word, of which mlp and nothing mean something to a layer, whether
 the passes of model/kernels/ops.py may serve, and quack's products with them) -> hidden rows."""
 
@@ -73,7 +73,7 @@ def encoder_layer(
     plain = _plain(hidden_PC, layer.layer_norm2, project, mlp.fc1, mlp.fc2)
     if not (fused and plain and type(mlp.activation_fn) is GELUTanh):
         hidden_PC = hidden_PC + project(out_PC)
-        return hidden_PC + _maybe_again(mlp, layer.layer_norm2(hidden_PC), level)
+        return hidden_PC + _run_mlp(mlp, layer.layer_norm2(hidden_PC), level)
     handed_over = project.bias.detach()
     if quack:
         hidden_PC = linear_add(out_PC, project.weight, handed_over, hidden_PC)
@@ -123,7 +123,7 @@ def decoder_layer(
     if with_adapters and swiglu and adapters_of(hidden_TH, *linears):
         return adapted_mlp(hidden_TH, norm, linears, level)
     if not (fused and swiglu and _plain(hidden_TH, norm, *linears)):
-        return hidden_TH + _maybe_again(mlp, norm(hidden_TH), level)
+        return hidden_TH + _run_mlp(mlp, norm(hidden_TH), level)
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     sums = [weight.grad_sum for weight in (weights[0], weights[2]) if quack and hasattr(weight, "grad_sum")]
     of_norm = norm.weight, norm.variance_epsilon
@@ -174,7 +174,7 @@ def _attention(
     return rows, attend(q, k, v, segments, causal=causal, scale=scale).flatten(-2)
 
 
-def _maybe_again(body: Callable[[Tensor], Tensor], rows: Tensor, level: str) -> Tensor:
+def _run_mlp(body: Callable[[Tensor], Tensor], rows: Tensor, level: str) -> Tensor:
     return checkpoint(body, rows, use_reentrant=False) if level == "mlp" else body(rows)
 
 
@@ -214,7 +214,7 @@ def _run(
         # The compiler keeps results of products and attention, and of the elementwise rest at most what products of
         # quack give beside theirs.
         return body(*inputs, recompute, fused, quack)
-    contexts = KEEP_PRODUCTS if recompute == "elementwise" else KEEP_NARROW_PRODUCTS
+    contexts = KEEP_GEMMS if recompute == "elementwise" else KEEP_HIDDEN_GEMMS
     return checkpoint(body, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -234,7 +234,7 @@ def run_layers(
     rope: tuple[Tensor, Tensor],
     segments: Segments,
     levels: Sequence[Recompute],
-    products: str,
+    gemm_backend: str,
     compiled: bool,
     positions: Tensor | None = None,
     before: Callable[[], None] | None = None,
@@ -247,7 +247,7 @@ def run_layers(
     rows there come out of the last layer (model/activations/last_layer.py). ``before`` is called before each layer,
     ``on_backward`` in the backward pass after each, when what the layer kept is freed.
     """
-    host, table = HostRows(), turning_table(*rope) if compiled else None
+    host, table = HostRows(), rope_cos_sin(*rope) if compiled else None
     for number, (layer, level) in enumerate(
         zip(itertools.islice(layers, len(levels)), levels, strict=True), start=1
     ):
@@ -270,6 +270,6 @@ def run_layers(
                 segments.backend,
                 positions if number == len(levels) else None,
                 (Recompute.layer if offload else level).value,
-                products == "quack",
+                gemm_backend == "quack",
             )
     return hidden

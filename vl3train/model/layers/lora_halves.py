@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from vl3train.model.attention.qkv_op import qkv_attention, qkv_attention_backward
 from vl3train.model.kernels.gemm_ops import (
     ROTATED_HEADS,
-    gate_up_again,
     gate_up_rows_grad,
     gate_up_weights_grad,
     linear_add,
     linear_rotate,
     linear_swiglu,
-    rows_product,
+    recompute_gate_up,
+    rows_gemm,
     swiglu_linear_backward,
 )
 from vl3train.model.kernels.ops import norm_backward, norm_grads, normed_rows, rotate
@@ -61,8 +61,8 @@ class AdaptedSwigluMlp(torch.autograd.Function):
         """
         normed = normed_rows(rows, norm_weight, None, eps, False)
         inner = normed @ torch.cat((gate_a, up_a)).t() * scaling
-        wide = beside([gate, up], [gate_b, up_b], None).chunk(2)
-        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *wide, level != "mlp")
+        intermediate = beside([gate, up], [gate_b, up_b], None).chunk(2)
+        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *intermediate, level != "mlp")
         inner_down = activated @ down_a.t() * scaling
         result = linear_add(activated, down, None, torch.addmm(rows, inner_down, down_b.t()))
         of_weights = gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b
@@ -77,23 +77,29 @@ class AdaptedSwigluMlp(torch.autograd.Function):
         rows, norm_weight, inner, inner_down, *of_weights, gate_up, activated = ctx.saved_tensors
         gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b = of_weights
         of_norm = ctx.needs_input_grad[1]
-        wide, again, scaling = beside([gate, up], [gate_b, up_b], grad).chunk(2), gate_up is None, ctx.scaling
-        if again:
+        intermediate, recompute, scaling = (
+            beside([gate, up], [gate_b, up_b], grad).chunk(2),
+            gate_up is None,
+            ctx.scaling,
+        )
+        if recompute:
             normed = normed_rows(rows, norm_weight, None, ctx.eps, False)
-            gate_up = gate_up_again(torch.cat((normed, inner), 1), *wide, grad)
+            gate_up = recompute_gate_up(torch.cat((normed, inner), 1), *intermediate, grad)
         d_inner_down = grad @ down_b * scaling
-        d_gate_up, activated_again = swiglu_linear_backward(
+        d_gate_up, recompute_activated = swiglu_linear_backward(
             torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up, activated is None
         )
-        activated = activated_again if activated is None else activated
-        d_normed, d_inner = gate_up_rows_grad(d_gate_up, *wide).split((rows.shape[1], inner.shape[1]), 1)
+        activated = recompute_activated if activated is None else activated
+        d_normed, d_inner = gate_up_rows_grad(d_gate_up, *intermediate).split(
+            (rows.shape[1], inner.shape[1]), 1
+        )
         d_inner = d_inner * scaling
         d_normed = torch.addmm(d_normed, d_inner, torch.cat((gate_a, up_a)))
         d_rows, made, sums = norm_backward(
-            [d_normed], rows, norm_weight, None, ctx.eps, grad, False, not again, of_norm, False
+            [d_normed], rows, norm_weight, None, ctx.eps, grad, False, not recompute, of_norm, False
         )
         d_gate_b, d_up_b = _blocks(gate_up_weights_grad(d_gate_up, inner), [gate, up], [gate_b, up_b])
-        d_gate_a, d_up_a = (d_inner.t() @ (normed if again else made)).split((len(gate_a), len(up_a)))
+        d_gate_a, d_up_a = (d_inner.t() @ (normed if recompute else made)).split((len(gate_a), len(up_a)))
         return (
             d_rows,
             *norm_grads(sums, [of_norm], norm_weight),
@@ -135,13 +141,17 @@ class AdaptedNormAttention(torch.autograd.Function):
         num_heads, kv_heads = (len(weight) // head_dim for weight in weights[:2])
         ctx.rotated = num_heads + kv_heads
         ctx.of_attention = (head_dim, num_heads, max_seqlen, backend, True, scale)
-        wide_rows, weight, bias = torch.cat((normed, inner), 1), _qkv_weight(weights, b, head_dim, None), None
+        intermediate_rows, weight, bias = (
+            torch.cat((normed, inner), 1),
+            _qkv_weight(weights, b, head_dim, None),
+            None,
+        )
         if biases[0] is not None:
             bias = merged(biases, head_dim)
         if bias is not None and head_dim in ROTATED_HEADS:
-            qkv = linear_rotate(wide_rows, weight, bias, table, ctx.rotated)
+            qkv = linear_rotate(intermediate_rows, weight, bias, table, ctx.rotated)
         else:
-            qkv = nn.functional.linear(wide_rows, weight, bias)
+            qkv = nn.functional.linear(intermediate_rows, weight, bias)
             rotate(qkv, table, ctx.rotated, False, False)
         out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
         ctx.save_for_backward(
@@ -158,8 +168,8 @@ class AdaptedNormAttention(torch.autograd.Function):
         of_norm, head_dim = ctx.needs_input_grad[1], ctx.of_attention[0]
         d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
         rotate(d_qkv, table, ctx.rotated, True, False)
-        d_wide = rows_product(d_qkv, _qkv_weight(weights, b, head_dim, d_out))
-        d_normed, d_inner = d_wide.split((rows.shape[1], inner.shape[1]), 1)
+        d_intermediate = rows_gemm(d_qkv, _qkv_weight(weights, b, head_dim, d_out))
+        d_normed, d_inner = d_intermediate.split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * ctx.scaling
         d_rows, normed, sums = norm_backward(
             [torch.addmm(d_normed, d_inner, torch.cat(a))],
@@ -185,7 +195,7 @@ def beside(weights: Sequence[Tensor], b: Sequence[Tensor], after: Tensor | None)
 
     (sum of out, W + sum of ranks), in one piece: the kernels for two halves take it without a copy. An op because the
     compiler would copy a concatenation within another twice, and never before ``after``, the gradient that asks for it:
-    it would keep what the forward pass made (see linear_again in model/kernels/ops.py).
+    it would keep what the forward pass made (see recompute_linear in model/kernels/ops.py).
     """
     del after
     width = weights[0].shape[1]
