@@ -1,1 +1,1 @@
-"""Records that pass between layers, with their shapes; integer geometry; token names."""
+"""What every layer shares: records with their shapes, integer geometry, token names, files that are whole or absent."""

@@ -1,0 +1,34 @@
+"""What is written is whole or absent."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from vl3train.contracts.files import whole_file, whole_folder, write_whole
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    write_whole(path, "old")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(OSError, match="disk"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_appears_when_it_is_whole_and_what_a_killed_process_left_is_not_in_it(tmp_path):
+    path = tmp_path / "out" / "weights"
+    (tmp_path / "out" / ".weights.partial").mkdir(parents=True)
+    (tmp_path / "out" / ".weights.partial" / "left").touch()
+    with whole_folder(path) as partial:
+        (partial / "a").write_text("1")
+        assert not path.exists()
+    assert [file.name for file in path.iterdir()] == ["a"]
+    assert os.listdir(tmp_path / "out") == ["weights"]

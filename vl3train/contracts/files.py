@@ -1,0 +1,65 @@
+"""Files and folders that are whole or absent: written under another name, synced to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file appears as ``path``, in place of what is there, when the block ends.
+
+    The partial file bears this process's number, so that several processes may write the same file at once. An error in
+    the block removes it; a killed process leaves ``NAME.PID.partial``.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small UTF-8 file: a reader sees the old text or the new, never half of it."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; it appears as ``path``, which must not exist, when the block ends.
+
+    ``.NAME.partial`` of a process that was killed or failed is removed first: one process at a time writes a folder.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    sync_tree(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """``sync`` everything below a folder, and the folder."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
