@@ -12,8 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.config.conftest import workplace
-from vl3train.config.load import group_choices, read_config
-from vl3train.config.options import SECTIONS
+from vl3train.config.input.groups import group_choices
+from vl3train.config.input.options import SECTIONS
+from vl3train.config.load import read_config
 from vl3train.config.paths import shipped_folder
 from vl3train.config.plain import as_plain
 from vl3train.config.rules import effective_learning_rates, problems

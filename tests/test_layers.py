@@ -42,7 +42,7 @@ INSIDE_DATA = {
 }
 
 DOORS = {
-    "hydra": {"config/load.py"},
+    "hydra": {"config/load.py", "config/input/user_input.py"},
     "webdataset": {"data/prepare/write_shards.py"},
     "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py"},
     "peft": {"model/adapters.py"},

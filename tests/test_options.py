@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import vl3train
-from vl3train.config.options import OPTIONS
+from vl3train.config.input.options import OPTIONS
 
 PACKAGE = Path(vl3train.__file__).parent
 

@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import NoReturn
 
-from vl3train.config.launch import launched_ranks
+from vl3train.config.checks.launch import launched_ranks
 from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError

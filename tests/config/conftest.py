@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrainConfig
 
 
 def write_config_json(folder: Path, model_type: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder
+
+
+def write_run_config(cfg: TrainConfig, folder: Path) -> Path:
+    """``config.yaml`` of a run's output folder, as engine/build.py writes it."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
+    return file
 
 
 @pytest.fixture

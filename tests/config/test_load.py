@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.config.conftest import write_run_config
 from vl3train.config.choices import Attention, Dtype
-from vl3train.config.load import group_choices, load_config, load_run_config, read_config, save_config
-from vl3train.config.options import OPTIONS, RENAMED
+from vl3train.config.input.groups import group_choices
+from vl3train.config.input.options import OPTIONS, RENAMED
+from vl3train.config.load import load_config, read_config
 from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
@@ -95,8 +97,7 @@ def test_a_file_that_would_hide_behind_a_shipped_one_is_refused(tmp_path: Path):
 
 def test_a_saved_config_is_read_back_whole(workplace: Path):
     cfg = read("stage=4", "model=7b", "adapter=lora", "run.num_steps=7", "tracking=wandb")
-    save_config(cfg, workplace / "config.yaml")
-    assert as_plain(load_run_config(workplace)) == as_plain(cfg)
+    assert as_plain(read(config_file=write_run_config(cfg, workplace))) == as_plain(cfg)
 
 
 def test_mistakes_are_told_all_at_once_with_what_exists():
@@ -121,7 +122,7 @@ def test_mistakes_are_told_all_at_once_with_what_exists():
         "machine.attention=flash: is of the wrong kind; it takes one of auto, flash_attn_4,",
         "run.num_steps=1.5: is of the wrong kind; it takes a whole number, or null",
         "optim.beta1: is not key=value",
-        "model=dbug: no such choice; did you mean debug? there is 2b, 7b, debug",
+        "model=dbug: no such choice; did you mean debug? the choices are 2b, 7b, debug",
         "run.seed=1,2: is several values; give one",
         "~step.fill: only an entry of a dict",
     ]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.conftest import write_config_json
-from vl3train.config.load import read_config, save_config
+from tests.config.conftest import write_config_json, write_run_config
+from vl3train.config.checks.ranges import RANGES
+from vl3train.config.checks.start import starts_from
+from vl3train.config.load import read_config
 from vl3train.config.paths import resolve_weights
-from vl3train.config.ranges import RANGES
 from vl3train.config.rules import adapter_rates, effective_learning_rates, full_rates, problems
 from vl3train.config.schema import TrainConfig
-from vl3train.config.start import starts_from
 
 
 def config(*overrides: str) -> TrainConfig:
@@ -68,7 +68,7 @@ def test_the_problem_names_value_and_way_out(workplace: Path):
     assert text == "step.global_packs=12: does not divide over machine.dp_size=8 ranks; take 8 or 16"
 
 
-def test_states_that_are_rounded_are_partitioned(workplace: Path):
+def test_optimizer_state_that_is_rounded_is_partitioned(workplace: Path):
     words = ["stage=1", "machine.zero_stage=0", "machine.dtype=float32"]
     assert keys(*words) == []
     assert keys(*words, "optim.state_dtype=bfloat16") == ["optim.state_dtype"]
@@ -78,26 +78,28 @@ def test_weights_without_masters_name_all_that_they_need(workplace: Path):
     no_masters = "optim.master_dtype=bfloat16"
     assert keys("stage=1", no_masters, "optim.state_dtype=bfloat16") == []
     text = only_problem("stage=1", no_masters, "machine.zero_stage=2", "machine.dtype=float32")
-    way_out = "set machine.dtype=bfloat16 and machine.zero_stage=1 and optim.state_dtype=bfloat16"
+    lacking = "set machine.dtype=bfloat16 and machine.zero_stage=1 and optim.state_dtype=bfloat16"
     assert text.startswith("optim.master_dtype=bfloat16: ")
-    assert text.endswith(way_out)
+    assert text.endswith(f"{lacking}, or optim.master_dtype=float32")
 
 
-def test_states_on_the_host_name_all_that_they_need(workplace: Path):
+def test_an_offloaded_optimizer_names_all_that_it_needs(workplace: Path):
     on_host = "machine.offload_optimizer=true"
     assert keys("stage=1", on_host) == []
     text = only_problem("stage=1", on_host, "machine.zero_stage=2", "optim.state_dtype=bfloat16")
     assert text.startswith("machine.offload_optimizer=true: ")
-    assert text.endswith("set machine.zero_stage=1 and optim.state_dtype=float32, or this to false")
+    assert text.endswith(
+        "set machine.zero_stage=1 and optim.state_dtype=float32, or machine.offload_optimizer=false"
+    )
     assert keys("stage=1", on_host, "machine.dtype=float32") == ["machine.offload_optimizer"]
 
 
-def test_split_masters_need_states_on_the_host(workplace: Path):
+def test_split_masters_need_an_offloaded_optimizer(workplace: Path):
     split = "optim.master_dtype=split"
     assert keys("stage=1", split, "machine.offload_optimizer=true") == []
     text = only_problem("stage=1", split)
     assert text.startswith("optim.master_dtype=split: ")
-    assert text.endswith("set machine.offload_optimizer=true, or this to float32")
+    assert text.endswith("set machine.offload_optimizer=true, or optim.master_dtype=float32")
     both = keys("stage=1", split, "machine.offload_optimizer=true", "machine.zero_stage=2")
     assert both == ["machine.offload_optimizer"]
 
@@ -153,7 +155,7 @@ def make_run(folder: Path, *overrides: str) -> Path:
     """A run's output folder as the engine leaves it, with one checkpoint."""
     write_config_json(folder / "checkpoints" / "step_00000010" / "weights", "video_llama_3")
     (folder / "checkpoints" / "latest").write_text("step_00000010")
-    save_config(config(*overrides), folder / "config.yaml")
+    write_run_config(config(*overrides), folder)
     return folder
 
 
@@ -216,4 +218,4 @@ def test_wandb_online_needs_a_key(workplace: Path, monkeypatch: pytest.MonkeyPat
 
 def test_memory_auto_is_refused_on_a_cpu(workplace: Path):
     text = only_problem("stage=1", "machine.memory=auto", "machine.device=cpu")
-    assert text == "machine.memory=auto: measures a GPU, and machine.device=cpu; use given"
+    assert text == "machine.memory=auto: auto measures a GPU, and machine.device=cpu; use given"

@@ -10,9 +10,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from vl3train.config import schema
-from vl3train.config.options import OPTIONS
+from vl3train.config.checks.ranges import RANGES
+from vl3train.config.input.options import OPTIONS
 from vl3train.config.plain import as_plain
-from vl3train.config.ranges import RANGES
 from vl3train.config.schema import TrainConfig
 
 # A rate for each part: their range is in rules.rate_problems. Parameters are counted, not chosen. Costs are checked

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.config.checks.start import starts_from
 from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.load import add_config_arguments
 from vl3train.config.problems import Problem, show
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import PARTS, TrainConfig
-from vl3train.config.start import starts_from
 from vl3train.data.recipe import Recipe
 from vl3train.preview.check_config import examine
 

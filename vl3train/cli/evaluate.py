@@ -12,10 +12,10 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from vl3train.config.checks.start import start_problems
 from vl3train.config.load import read_config
 from vl3train.config.problems import ConfigError
 from vl3train.config.rules import problems
-from vl3train.config.start import start_problems
 
 
 def add_arguments(parser: ArgumentParser) -> None:

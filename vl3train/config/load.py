@@ -1,14 +1,12 @@
-"""Hydra's only door: from YAML files and ``key=value`` to a TrainConfig, with all mistakes told at once.
+"""From YAML files and ``key=value`` to a TrainConfig, with all mistakes reported at once.
 
-Hydra composes the groups; values are laid over them here, one at a time, so that each mistyped one can be
-named instead of only the first. A value replaces what stood there, dicts and lists too:
+Hydra composes the groups. We then set the user's values one at a time, so that each mistyped one can be named
+instead of only the first. A value replaces what was there, dicts and lists too:
 ``stage.learning_rates={projector: 1e-3}`` trains the projector only.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 import typing
 from argparse import ArgumentParser
@@ -19,19 +17,41 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vl3train.config.options import GROUPS, OPTIONS, RENAMED, SECTIONS, kind_of, suggest
+from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
+from vl3train.config.input.options import OPTIONS, RENAMED, kind_of, suggest
+from vl3train.config.input.user_input import UserInput
 from vl3train.config.paths import shipped_folder
-from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 
 NOT_SET = "???"
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
+    """The arguments of every command that takes a config."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a choice of a group (stage=1, model=2b) or the value of an option (step.max_tokens=8192)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of choices and options; what you write as key=value replaces what it says",
+    )
+    parser.add_argument(
+        "--config-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with groups of your own, as DIR/stage/5_mine.yaml",
+    )
 
 
 def load_config(
@@ -40,44 +60,24 @@ def load_config(
     config_file: Path | None = None,
     config_dir: Path | None = None,
 ) -> TrainConfig:
-    """The config that ``overrides`` (``group=choice``, ``key=value``) make; ConfigError names every mistake.
+    """The config that ``overrides`` (``group=choice``, ``key=value``) make.
 
-    ``config_file`` is laid over the groups before the overrides: YAML with ``group: choice`` and ``group:
-    {key: value}``; the ``config.yaml`` of a run is one. ``config_dir`` holds groups of the user's own.
-    What the recipe holds is not looked into: see cli/check.py.
+    The content of the recipe is not checked: see preview/opened.py.
+
+    Args:
+        overrides: they replace what ``config_file`` says.
+        config_file: YAML with ``group: choice`` and ``group: {key: value}``, such as a run's ``config.yaml``. It
+            replaces what the groups say.
+        config_dir: holds groups of the user's own.
+
+    Raises:
+        ConfigError: names every mistake.
     """
     cfg, found = read_config(overrides, config_file=config_file, config_dir=config_dir)
     found = [*found, *(problems(cfg) if cfg is not None else [])]
     if cfg is None or found:
         raise ConfigError(found)
     return cfg
-
-
-def save_config(cfg: TrainConfig, file: Path) -> None:
-    """Write every option of ``cfg`` as YAML that ``load_config(config_file=...)`` reads."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False, allow_unicode=True))
-    partial.replace(file)
-
-
-def load_run_config(run_folder: str | Path) -> TrainConfig:
-    """The config of an earlier run, from its output folder. What it started from may be gone by now."""
-    file = Path(run_folder) / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {run_folder} is no run's output folder")
-    cfg, found = read_config([], config_file=file)
-    if cfg is None or found:
-        raise ConfigError(found)
-    return cfg
-
-
-def add_config_arguments(parser: ArgumentParser) -> None:
-    """The arguments of every command that takes a config."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="stage=1 model=2b step.max_tokens=8192"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML laid over the groups")
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with groups of your own")
 
 
 def read_config(
@@ -87,95 +87,58 @@ def read_config(
     config_dir: Path | None = None,
     dp_size: int | None = None,
 ) -> tuple[TrainConfig | None, list[Problem]]:
-    """The config and what is wrong with the way it was written; None when it cannot be put together.
+    """The config, and every mistake in the way it was written; None when it cannot be put together.
 
-    ``dp_size`` is the number of ranks that the launch really has; it takes the place of machine.dp_size.
+    A mistyped value leaves the composed value in place, so that the other rules can still be checked: whoever
+    calls this refuses to run as long as anything was found.
+
+    Args:
+        overrides, config_file, config_dir: as in ``load_config``.
+        dp_size: number of ranks that the launch really has; it replaces machine.dp_size.
     """
-    found: list[Problem] = []
-    choices: dict[str, str] = {}
-    values: list[tuple[str, Any]] = []
+    user = UserInput()
     if config_dir is not None and not config_dir.is_dir():
-        found.append(Problem("--config-dir", config_dir, "no such folder", "name one that holds groups"))
+        user.problems.append(
+            Problem("--config-dir", config_dir, "no such folder", "name one that holds groups")
+        )
         config_dir = None
     if config_file is not None:
-        _read_file(config_file, choices, values, found)
-    has_stage = any(key.startswith("stage.") for key, _ in values)
+        user.add_file(config_file)
+    has_stage = any(key.startswith("stage.") for key, _ in user.values)
     for text in overrides:
-        _read_override(text, choices, values, found)
-
-    whole = True
-    for group in GROUPS:
-        if group in choices:
-            choices[group], problem = _resolve_choice(group, choices[group], config_dir)
-            if problem is not None:
-                found.append(problem)
-                del choices[group]
-                whole = whole and group != "stage"
-    if whole and "stage" not in choices and not has_stage:
-        way_out = f"choose one of {', '.join(group_choices('stage', config_dir))}"
-        found.append(Problem("stage", None, "no stage is chosen", way_out))
-        whole = False
-
-    base = _compose(choices, config_dir, found)
+        user.add_override(text)
+    whole = _resolve_choices(user, config_dir, has_stage)
+    base = _compose(user.choices, config_dir, user.problems)
     if base is None:
         whole, base = False, OmegaConf.structured(TrainConfig)
-    OmegaConf.set_struct(base, False)  # so that learning_rates take and lose entries
+    OmegaConf.set_struct(base, False)  # so that entries can be added to learning_rates, and removed
     if dp_size is not None:
-        found += [
-            Problem(
-                "machine.dp_size",
-                value,
-                f"the launch has {dp_size} ranks",
-                "leave it out: the launch decides",
-            )
-            for key, value in values
-            if key == "machine.dp_size" and value != dp_size
-        ]
-        values.append(("machine.dp_size", dp_size))
-    for key, value in values:
-        problem = _lay_over(base, key, value)
+        _set_ranks(user, dp_size)
+    for key, value in user.values:
+        problem = _set_option(base, key, value)
         if problem is not None:
-            found.append(problem)
-    if not whole:
-        return None, found
-    plain = OmegaConf.to_container(base, resolve=False)
-    assert isinstance(plain, dict)
-    unset = [key for key in OPTIONS if plain[key.partition(".")[0]][key.partition(".")[2]] == NOT_SET]
-    found += [Problem(key, "", "must be set", f"add {key}=VALUE, {kind_of(OPTIONS[key])}") for key in unset]
-    if unset:
-        return None, found
-    try:
-        cfg = OmegaConf.to_object(base)
-    except OmegaConfBaseException as error:
-        found.append(Problem(str(error.full_key), NOT_SET, _first_line(error), "write the value out"))
-        return None, found
-    assert isinstance(cfg, TrainConfig)
-    # A mistyped value leaves the composed one standing, so that the other rules can still be checked; the
-    # caller refuses to run as long as anything was found.
-    return cfg, found
+            user.problems.append(problem)
+    return (_as_objects(base, user.problems) if whole else None), user.problems
 
 
-def group_choices(group: str, config_dir: Path | None = None) -> list[str]:
-    """Names that ``group=...`` accepts."""
-    folders = [shipped_folder("configs") / group, *([config_dir / group] if config_dir else [])]
-    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+def _resolve_choices(user: UserInput, config_dir: Path | None, has_stage: bool) -> bool:
+    """Full names in place of short ones; False when no stage is left.
 
-
-def _resolve_choice(group: str, choice: str, config_dir: Path | None) -> tuple[str, Problem | None]:
-    """The full name of a choice: ``stage=1`` means the one that begins with ``1_``."""
-    names = group_choices(group, config_dir)
-    if choice in names:
-        own = config_dir is not None and (config_dir / group / f"{choice}.yaml").is_file()
-        if own and (shipped_folder("configs") / group / f"{choice}.yaml").is_file():
-            what = f"{config_dir}/{group}/{choice}.yaml has the name of a file that ships with vl3train"
-            return choice, Problem(group, choice, what, "give yours another name")
-        return choice, None
-    begun = [name for name in names if name.startswith(f"{choice}_")]
-    if len(begun) == 1:
-        return begun[0], None
-    likely = difflib.get_close_matches(choice, names, n=1, cutoff=0.5)
-    way_out = f"did you mean {likely[0]}? " if likely else ""
-    return choice, Problem(group, choice, "no such choice", f"{way_out}there is {', '.join(names)}")
+    ``has_stage``: the user's file holds the options of a stage, so that none need be chosen.
+    """
+    whole = True
+    for group in GROUPS:
+        if group in user.choices:
+            user.choices[group], problem = resolve_choice(group, user.choices[group], config_dir)
+            if problem is not None:
+                user.problems.append(problem)
+                del user.choices[group]
+                whole = whole and group != "stage"
+    if whole and "stage" not in user.choices and not has_stage:
+        way_out = f"choose one of {', '.join(group_choices('stage', config_dir))}"
+        user.problems.append(Problem("stage", None, "no stage is chosen", way_out))
+        whole = False
+    return whole
 
 
 def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Problem]) -> DictConfig | None:
@@ -198,63 +161,19 @@ def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Pr
         return None
 
 
-def _read_file(
-    file: Path, choices: dict[str, str], values: list[tuple[str, Any]], found: list[Problem]
-) -> None:
-    """Sort the content of a user's YAML file into choices and values."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except OSError as error:
-        found.append(Problem("--config", file, f"cannot be read: {error.strerror}", "name a YAML file"))
-        return
-    except yaml.YAMLError as error:
-        found.append(Problem("--config", file, "is not YAML", " ".join(str(error).split())))
-        return
-    if not isinstance(content, dict):
-        what = "holds no options"
-        found.append(Problem("--config", file, what, "write `stage: 1` or `step: {max_tokens: 8192}` in it"))
-        return
-    for key, value in content.items():
-        if key in GROUPS and not isinstance(value, Mapping):
-            choices[key] = str(value)
-        else:
-            values.extend(_leaves(str(key), value))
+def _set_ranks(user: UserInput, dp_size: int) -> None:
+    """The number of ranks is the launch's; another one that the user wrote is a mistake."""
+    what, way_out = f"the launch has {dp_size} ranks", "leave it out: the launch decides"
+    user.problems += [
+        Problem("machine.dp_size", value, what, way_out)
+        for key, value in user.values
+        if key == "machine.dp_size" and value != dp_size
+    ]
+    user.values.append(("machine.dp_size", dp_size))
 
 
-def _read_override(
-    text: str, choices: dict[str, str], values: list[tuple[str, Any]], found: list[Problem]
-) -> None:
-    """Sort one ``key=value`` of the command line into choices and values."""
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        way_out = "quote what the shell or YAML would read otherwise, as in 'key=\"a b\"'"
-        if os.path.isdir(text):  # pathlib raises where the text is longer than a name may be
-            way_out = f"say what it is: data.root={text} has shards, stage.init_from={text} is a checkpoint"
-        elif os.path.isfile(text):
-            way_out = f"say what it is: data.recipe={text} names sources, --config {text} lays options over the groups"
-        found.append(Problem(text, "", "is not key=value", way_out))
-        return
-    key = override.key_or_group
-    if override.is_sweep_override():
-        found.append(Problem(key, text.partition("=")[2], "is several values", "give one; a list is [a,b]"))
-    elif override.is_delete():
-        values.append((f"~{key}", None))
-    elif key in GROUPS and not isinstance(override.value(), dict):
-        choices[key] = str(override.value())
-    else:
-        values.extend(_leaves(key, override.value()))
-
-
-def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
-    """Options below a section, by their full names; an option that is itself a dict stays whole."""
-    if isinstance(value, Mapping) and (key in SECTIONS or key not in OPTIONS):
-        return [leaf for name, item in value.items() for leaf in _leaves(f"{key}.{name}", item)]
-    return [(key, value)]
-
-
-def _lay_over(cfg: DictConfig, key: str, value: Any) -> Problem | None:
-    """Set one option in ``cfg``, or say why it cannot be."""
+def _set_option(cfg: DictConfig, key: str, value: Any) -> Problem | None:
+    """Set one option in ``cfg``, or say why it cannot be set."""
     owner = key.lstrip("~").rpartition(".")[0]
     in_dict = typing.get_origin(OPTIONS.get(owner)) is dict
     if key.startswith("~"):
@@ -275,5 +194,19 @@ def _lay_over(cfg: DictConfig, key: str, value: Any) -> Problem | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _as_objects(base: DictConfig, found: list[Problem]) -> TrainConfig | None:
+    """Typed objects; None when a value is missing, with the reason in ``found``."""
+    plain = OmegaConf.to_container(base, resolve=False)
+    assert isinstance(plain, dict)
+    unset = [key for key in OPTIONS if plain[key.partition(".")[0]][key.partition(".")[2]] == NOT_SET]
+    found += [Problem(key, "", "must be set", f"add {key}=VALUE, {kind_of(OPTIONS[key])}") for key in unset]
+    if unset:
+        return None
+    try:
+        cfg = OmegaConf.to_object(base)
+    except OmegaConfBaseException as error:
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        found.append(Problem(str(error.full_key), NOT_SET, what, "write the value out"))
+        return None
+    assert isinstance(cfg, TrainConfig)
+    return cfg

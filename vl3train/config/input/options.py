@@ -1,4 +1,4 @@
-"""The options that exist, read off the schema, and words for what they take."""
+"""The options that exist, read from the schema, and what each takes, in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from vl3train.config.schema import TrainConfig
 
-GROUPS = ("stage", "model", "data", "machine", "adapter", "tracking")
 SECTIONS = {section.name: section.default_factory for section in fields(TrainConfig)}
 OPTIONS: dict[str, Any] = {
     f"{name}.{option}": hint
@@ -26,7 +25,7 @@ RENAMED = {
     "data.max_bad_fraction": "data.max_failed_fraction",
     "data.max_consecutive_bad": "data.max_consecutive_failed",
 }
-"""Options by their former name. Whoever writes one is told the name it has now."""
+"""Options by their former name. Whoever writes the former name gets the present one as the answer."""
 
 
 def kind_of(hint: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vl3train.config.launch import launched_ranks
+from vl3train.config.checks.launch import launched_ranks
 from vl3train.config.problems import ConfigError
 from vl3train.train import main
 
