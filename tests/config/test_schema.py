@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
+import textwrap
 import typing
-from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 from vl3train.config import schema
 from vl3train.config.checks.ranges import RANGES
-from vl3train.config.input.options import OPTIONS
+from vl3train.config.input.options import OPTIONS, SECTIONS
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 
-# A rate for each part: their range is in rules.rate_problems. Parameters are counted, not chosen. Costs are checked
-# by rules.cost_problems.
+# rules.rate_problems checks the rate of each part, checks/budgets.py the costs. Parameters are counted, not chosen.
 DICTS = {"stage.learning_rates", "model.learning_rates", "model.num_parameters", "model.costs"}
 
 
-def test_every_option_says_what_it_means():
-    tree = ast.parse(Path(schema.__file__).read_text())
-    silent = []
-    for node in tree.body:
-        if not (
-            isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "TrainConfig"
-        ):
-            continue
-        for option, after in zip(node.body, [*node.body[1:], None], strict=True):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(option, ast.AnnAssign) and not documented:
-                silent.append(f"{node.name}.{ast.unparse(option.target)}")
-    assert silent == []
+def silent(source: str) -> list[str]:
+    """Fields of the class in ``source`` that no text below explains."""
+    [node] = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(node, ast.ClassDef)
+    return [
+        f"{node.name}.{ast.unparse(option.target)}"
+        for option, after in zip(node.body, [*node.body[1:], None], strict=True)
+        if isinstance(option, ast.AnnAssign)
+        and not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
+    ]
+
+
+@pytest.mark.parametrize("section", sorted(SECTIONS))
+def test_every_option_says_what_it_means(section: str):
+    """Wherever its class is defined."""
+    cls = SECTIONS[section]
+    assert silent(inspect.getsource(cls)) == []
+    assert (inspect.getdoc(cls) or "").endswith(".")
+
+
+def test_an_option_without_meaning_is_caught():
+    source = 'class RunConfig:\n    a: int = 1\n    """Its meaning."""\n    b: int = 2\n    c: int = 3\n'
+    assert silent(source) == ["RunConfig.b", "RunConfig.c"]
 
 
 def test_every_number_has_a_range_and_every_range_a_number():
