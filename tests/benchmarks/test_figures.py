@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from benchmarks import one_gpu, table
-from benchmarks.data.mixture import mixture
-from benchmarks.data.plan import balance_figures, first_fit_per_rank, in_child, next_fit
+from benchmarks.data.mixture import MAX_TOKENS, mixture
+from benchmarks.data.plan import (
+    balance_figures,
+    first_fit_per_rank,
+    in_child,
+    measured,
+    next_fit,
+    planned,
+    step_config,
+)
 from benchmarks.figures import Figures
-from vl3train.data.plan.order import epoch_order
+from vl3train.data.plan.plan import Plan
 
 
 def test_figures_are_json_lines_with_their_machine(capsys, monkeypatch):
@@ -34,14 +42,36 @@ def test_a_child_process_measures_itself():
     assert 0 < found["gib"] < 2
 
 
-@pytest.mark.parametrize("pack", [next_fit, first_fit_per_rank])
-def test_the_usual_packers_waste_or_unbalance_as_expected(pack):
-    """Fill is of real packs under the cap, and no sample is counted twice."""
+@pytest.fixture(scope="module")
+def usual():
+    """20 steps of 8 packs on one mixture, packed in the usual ways and by the planner."""
     data = mixture(30_000)
-    found = pack(data, 8, 20)
+    plan = planned(Plan(data, 0, step_config(8)), 20)
+    return {"plan": plan, "next_fit": next_fit(data, 8, 20), "first_fit": first_fit_per_rank(data, 8, 20)}
+
+
+@pytest.mark.parametrize("name", ["plan", "next_fit", "first_fit"])
+def test_a_packer_fills_real_packs_under_the_cap(usual, name):
+    found = usual[name]
+    assert len(found["fill"]) == len(found["balance"]) >= 19
     assert 0.8 < np.mean(found["fill"]) <= 1
-    assert np.min(found["balance"]) >= 1
-    assert len(epoch_order(data.sizes, data.weights, seed=0, epoch=0)) == 30_000
+    assert np.max(found["fill"]) <= 1
+
+
+def test_the_planner_balances_packs_and_the_usual_packers_do_not(usual):
+    """Balance is the work of the costliest pack over the mean pack's: 1 is even."""
+    assert np.max(usual["plan"]["balance"]) < 1.01
+    for name in ("next_fit", "first_fit"):
+        assert np.min(usual[name]["balance"]) > 1.05
+    assert np.mean(usual["plan"]["fill"]) > np.mean(usual["next_fit"]["fill"])
+
+
+def test_balance_and_fill_are_those_of_the_packs():
+    sizes, costs = [8192, 8192, 4096], np.array([3, 1, 2])
+    found = measured([[[0], [1, 2]]], sizes, costs)
+    assert found["balance"] == [1.0]
+    assert found["fill"] == [20480 / (2 * MAX_TOKENS)]
+    assert measured([[[0, 2], [1]]], sizes, costs)["balance"] == [5 / 3]
 
 
 def test_the_table_is_that_of_the_kept_results():
