@@ -205,17 +205,6 @@ def test_the_models_rate_replaces_the_stages_and_trains_no_other_part(workplace:
     assert effective_learning_rates(cfg) == {"vision_encoder": 1e-5, "projector": 5e-3}
 
 
-def test_wandb_online_needs_a_key(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    online = ("stage=1", "tracking=wandb", "tracking.mode=online")
-    assert keys("stage=1", "tracking=wandb") == []
-    assert keys(*online) == ["tracking.mode"]
-    (workplace / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert keys(*online) == []
-    (workplace / ".netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert keys(*online) == []
-
-
 def test_memory_auto_is_refused_on_a_cpu(workplace: Path):
     text = only_problem("stage=1", "machine.memory=auto", "machine.device=cpu")
     assert text == "machine.memory=auto: auto measures a GPU, and machine.device=cpu; use given"

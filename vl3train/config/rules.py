@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 from pathlib import Path
 
 from vl3train.config.checks.budgets import budget_problems, cost_problems
 from vl3train.config.checks.machine import adapter_problems, machine_problems
 from vl3train.config.checks.ranges import range_problems
 from vl3train.config.checks.start import start_problems
-from vl3train.config.choices import AdapterKind, Tracker, WandbMode
+from vl3train.config.checks.tracking import tracking_problems
+from vl3train.config.choices import AdapterKind
 from vl3train.config.problems import Problem
 from vl3train.config.schema import PARTS, TrainConfig
 
@@ -92,24 +91,3 @@ def folder_problems(cfg: TrainConfig) -> list[Problem]:
     if output.exists() and not output.is_dir():
         found.append(Problem("run.output_dir", output, "is a file", "name a folder"))
     return found
-
-
-def tracking_problems(cfg: TrainConfig) -> list[Problem]:
-    """W&B that is told to be online and cannot be."""
-    if cfg.tracking.kind is Tracker.none or cfg.tracking.mode is not WandbMode.online or wandb_key_is_set():
-        return []
-    way_out = "run `wandb login`, set WANDB_API_KEY, or use tracking.mode=offline and `wandb sync` later"
-    return [Problem("tracking.mode", "online", "no W&B key is set", way_out)]
-
-
-def wandb_key_is_set() -> bool:
-    """Whether W&B would find a key: in the environment, or where ``wandb login`` leaves it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if not file.is_file():
-        return False
-    host = (
-        os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-    )
-    return host in netrc.netrc(file).hosts

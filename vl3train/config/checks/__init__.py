@@ -1,1 +1,1 @@
-"""What keeps a run from starting, by subject: numbers, weights, budgets, machine, launch."""
+"""What keeps a run from starting, by subject: numbers, weights, budgets, machine, tracking, launch."""
