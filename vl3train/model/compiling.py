@@ -12,30 +12,14 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch._dynamo.utils import set_compilation_metrics_limit
-from torch._inductor.choices import InductorChoices
-from torch._inductor.runtime.hints import ReductionHint
-from torch._inductor.virtualized import V
-
-WIDEST_ROW = 2048
-"""Rows up to this many values are held whole while they are normed; torch's own limit is 1024, and read twice
-otherwise. The encoder's have 1152, the 2B's 1536."""
-
-
-class _Choices(InductorChoices):
-    """torch's choices but for the width of rows (its docstring says how to override them)."""
-
-    @staticmethod
-    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-        inner = features.get_reduction_hint() is ReductionHint.INNER and not cooperative_reduction
-        if inner and V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST_ROW):
-            return True
-        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
 
 def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., Any]:
     """``function`` as torch.compile makes it, for any lengths; itself where that is not ``enabled``."""
     if not enabled:
         return function
+    from vl3train.model.inductor_choices import choose_for_wide_rows  # a second of imports
+
     # Process-wide, for the compiler reads them when the first batch comes. Computing elementwise work again is
     # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
     functorch_config.aggressive_recomputation = True
@@ -50,7 +34,7 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     # without compiling, and say so in a warning alone.
     dynamo_config.recompile_limit = 32
     dynamo_config.fail_on_recompile_limit_hit = True
-    V.set_choices_handler(_Choices())
+    choose_for_wide_rows()
     # engine/monitor/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
     set_compilation_metrics_limit(1024)
     return torch.compile(function, dynamic=True)

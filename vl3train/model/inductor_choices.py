@@ -1,0 +1,29 @@
+"""What torch.compile's code generator, inductor, is told. Importing it takes a second: only runs that compile do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
+
+WIDEST_ROW = 2048
+"""Rows up to this many values are held whole while they are normed; torch's own limit is 1024, and read twice
+otherwise. The encoder's have 1152, the 2B's 1536."""
+
+
+class _Choices(InductorChoices):
+    """torch's choices but for the width of rows (its docstring says how to override them)."""
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        inner = features.get_reduction_hint() is ReductionHint.INNER and not cooperative_reduction
+        if inner and V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST_ROW):
+            return True
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+
+def choose_for_wide_rows() -> None:
+    """Let inductor take the choices above, in this whole process."""
+    V.set_choices_handler(_Choices())
