@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One stage on several nodes under Slurm: torchrun once on each, found through the first one.
+# Trains one stage on several nodes under Slurm: one torchrun on each node; the first node is the meeting point.
 #
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh stage=2 model=7b machine=multi_node \
 #     stage.init_from=runs/7b/1_encoder_adaptation run.stop_after_steps=2000
 #
-# Submit the same line again to go on: a run found in run.output_dir is resumed. The folder must be on a file system
+# Submit the same line again to resume: a run found in run.output_dir continues. The folder must be on a file system
 # that all nodes share.
 #SBATCH --job-name=vl3train
 #SBATCH --ntasks-per-node=1

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a trained VideoLLaMA3 that answers questions, in two cores and minutes: the debug model through all
-# four stages on drawn pictures, clips and text. Run it again: it goes on where it stopped, or says what exists.
+# Trains the debug model of VideoLLaMA3 through all four stages on generated pictures, clips and text, and asks it
+# questions. It takes minutes on two cores. Run it again: it resumes, or reports what is already finished.
 #
 #   bash scripts/quickstart.sh [--out DIR] [--nproc N] [--fast]
 #
 #   --out DIR    where everything goes (default: quickstart)
 #   --nproc N    processes, 1 or 2 (default: 2; 1 on a machine with one GPU)
-#   --fast       a few steps a stage, to see that everything runs: the model learns nothing
+#   --fast       two steps for each stage, to see that everything runs: the model learns nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,14 +32,15 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   # shellcheck disable=SC1091
   source .venv/bin/activate
 fi
-if ! python -c 'import vl3train, deepspeed, transformers' 2>/dev/null; then
+if ! python -c 'from importlib.util import find_spec; import sys; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+  vl3train deepspeed transformers; then
   say "installing vl3train and what it needs (torch is large: some minutes)"
   python -m pip install -e .
 fi
 installed=$SECONDS
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi # else every command says that it guessed so
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi # else each DeepSpeed process warns that it guessed cpu
 # Two at most: a step of the demo is two packs.
 if [ -z "$nproc" ]; then nproc=$([ "$gpus" -eq 1 ] && echo 1 || echo 2); fi
 machine=$([ "$gpus" -gt 0 ] && echo one_gpu || echo cpu)

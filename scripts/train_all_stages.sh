@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains stages 1 to 4, each from the one before. Run it again: finished stages are passed over, a stopped one goes on.
+# Trains stages 1 to 4, each from the one before. Run it again: it skips finished stages and resumes a stopped one.
 #
 #   bash scripts/train_all_stages.sh [options] [key=value ...]
 #
@@ -8,7 +8,7 @@
 #   --machine NAME   a file of configs/machine         (default: one_node; cpu where there is no GPU)
 #   --out DIR        the stages' output folders        (default: runs/MODEL)
 #   --nproc N        processes on this node            (default: the number of GPUs, else 2)
-#   --from N         first stage; stage.init_from for it comes with N:stage.init_from=DIR   (default: 1)
+#   --from N         first stage; set where it starts with N:stage.init_from=DIR   (default: 1)
 #   key=value        an option for every stage
 #   N:key=value      an option for stage N only, as in 3:step.max_tokens=8192
 #
@@ -38,7 +38,7 @@ fi
 launch=${LAUNCH:-python -m torch.distributed.run --standalone --nproc-per-node $nproc}
 names=(1_encoder_adaptation 2_alignment 3_multitask_finetuning 4_video_finetuning)
 
-# The options of stage $1, one on a line.
+# Print the options of stage $1, one on each line.
 options_of() {
   local number=$1 word
   printf '%s\n' "stage=${names[number - 1]}" "model=$model" "data=$data" "machine=$machine" \
@@ -53,7 +53,7 @@ options_of() {
   done
 }
 
-# All four first: a mistake in stage 4 must not wait for stage 3 to end.
+# Check all four first: a mistake in stage 4 must not show only after stage 3.
 for number in $(seq "$first" 4); do
   mapfile -t options < <(options_of "$number")
   ahead=$([ "$number" -gt "$first" ] && echo --ahead || true)
@@ -68,7 +68,7 @@ done
 for number in $(seq "$first" 4); do
   mapfile -t options < <(options_of "$number")
   printf '\n== stage %s of 4: %s\n' "$number" "$launch -m vl3train.train ${options[*]}"
-  # $launch is a command with its arguments
+  # $launch holds a command and its arguments
   # shellcheck disable=SC2086
   $launch -m vl3train.train "${options[@]}"
 done
