@@ -11,18 +11,30 @@ from benchmarks.data.packs import PUBLISHED, TINY, Mix
 from benchmarks.gpu.rows import Row
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.model.adapters import add_adapters
 from vl3train.model.trainable import set_trainable
 from vl3train.model.weights.from_parts import assert_rope_float32
 
-TEXT: dict[str, dict[str, int]] = {
-    "2b": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),
-    "tiny": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
-}
-VOCABULARY = {"2b": 151936, "7b": 152064, "tiny": 1024}
-VISION = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27)
-TINY_VISION = dict(hidden_size=48, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+TINY_ENCODER = TowerShape(
+    num_layers=2,
+    hidden_size=48,
+    intermediate_size=64,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=12,
+    is_decoder=False,
+)
+TINY_LANGUAGE_MODEL = TowerShape(
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    is_decoder=True,
+    vocab_size=1024,
+)
 
 
 def mix_of(size: str) -> Mix:
@@ -33,23 +45,25 @@ def mix_of(size: str) -> Mix:
 def model_config(size: str) -> VideoLlama3Config:
     """The published config of ``2b`` or ``7b``, or two layers of everything."""
     tied, mix = size != "7b", mix_of(size)
+    encoder = TINY_ENCODER if size == "tiny" else ENCODER
+    language_model = TINY_LANGUAGE_MODEL if size == "tiny" else LANGUAGE_MODELS[size]
     config = VideoLlama3Config(
         text_config={
             "model_type": "qwen2",
-            "num_hidden_layers": 2 if size == "tiny" else 28,
-            "vocab_size": VOCABULARY[size],
+            "vocab_size": language_model.vocab_size,
+            "num_key_value_heads": language_model.num_kv_heads,
             "max_position_embeddings": 131072,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
             "tie_word_embeddings": tied,
             "use_cache": False,
-            **TEXT[size],
+            **_sizes(language_model),
         },
         vision_config={
             "num_channels": 3,
             "patch_size": 14,
             "hidden_act": "gelu_pytorch_tanh",
             "layer_norm_eps": 1e-6,
-            **(TINY_VISION if size == "tiny" else VISION),
+            **_sizes(encoder),
         },
         image_token_id=mix.image_pad_id,
         video_token_id=mix.video_pad_id,
@@ -57,6 +71,16 @@ def model_config(size: str) -> VideoLlama3Config:
     )
     config._attn_implementation = "sdpa"
     return config
+
+
+def _sizes(tower: TowerShape) -> dict[str, int]:
+    """As the configs of both towers call them."""
+    return {
+        "num_hidden_layers": tower.num_layers,
+        "hidden_size": tower.hidden_size,
+        "intermediate_size": tower.intermediate_size,
+        "num_attention_heads": tower.num_heads,
+    }
 
 
 def build_model(size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.model.compiling import compiled
 from vl3train.model.kernels import gemm_ops
 from vl3train.model.kernels import ops as kernels_ops
 
 REPEATS = 12
-ENCODER = (49_472, 1152, 4304)
-DECODERS = {"2B": (16_384, 1536, 8960), "7B": (16_384, 3584, 18_944)}
-"""Rows, their values, those of an MLP's wide rows."""
+ENCODER_ROWS, DECODER_ROWS = 49_472, 16_384
 TINY = (64, 32, 96)
+"""Rows, hidden size, intermediate size."""
 
 Case = tuple[str, Callable[[], Any], Callable[[], Any]]
 """Name, as torch does it, as the op does it."""
@@ -157,9 +157,11 @@ def main(words: list[str] | None = None) -> None:
     device = torch.device("cpu" if args.tiny else "cuda")
     print(f"{'CPU' if args.tiny else torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     print("| rows | what | torch, ms | quack, ms |\n| --- | --- | --- | --- |")
-    sizes = {"encoder": ENCODER, **DECODERS}
-    for name, size in sizes.items():
-        cases = encoder_cases if name == "encoder" else decoder_cases
+    towers = {"encoder": ENCODER, "2B": LANGUAGE_MODELS["2b"], "7B": LANGUAGE_MODELS["7b"]}
+    for name, tower in towers.items():
+        cases = decoder_cases if tower.is_decoder else encoder_cases
+        num_rows = DECODER_ROWS if tower.is_decoder else ENCODER_ROWS
+        size = num_rows, tower.hidden_size, tower.intermediate_size
         for what, plain, op in cases(*(TINY if args.tiny else size), device):
             times = [milliseconds(act, device) for act in (plain, op)]
             print(f"| {name} | {what} | {times[0]:.3f} | {times[1]:.3f} |", flush=True)

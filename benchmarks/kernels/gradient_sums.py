@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.norms import milliseconds
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.engine.zero.gradient_sums import Pairs, add_gradients, put_gradients
 from vl3train.model.compiling import compiled
 
+H, I_H = LANGUAGE_MODELS["2b"].hidden_size, LANGUAGE_MODELS["2b"].intermediate_size
+C, I_C = ENCODER.hidden_size, ENCODER.intermediate_size
 LAYERS = {
-    "2B": [1536, 2048 * 1536, 2048, 1536 * 1536, 1536, 2 * 8960 * 1536, 8960 * 1536],
-    "encoder": [*(1152,) * 10, *(1152 * 1152,) * 4, 4304 * 1152, 4304, 1152 * 4304],
+    "2B": [H, 2048 * H, 2048, H * H, H, 2 * I_H * H, I_H * H],
+    "encoder": [*(C,) * 10, *(C * C,) * 4, I_C * C, I_C, C * I_C],
 }
 """Values of each parameter."""
 COPIES = 4

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.model.compiling import compiled
 from vl3train.model.kernels import triton_norm
 from vl3train.model.kernels.ops import gelu_backward_reference, norm_backward_reference
 
 REPEATS = 30
 NORMS = {
-    # rows, width, gradients, LayerNorm, sums of rows
-    "encoder, before q k v": (49_152, 1152, 1, True, False),
-    "encoder, before fc1": (49_152, 1152, 1, True, True),
-    "2B": (16_384, 1536, 1, False, False),
-    "7B": (16_384, 3584, 1, False, False),
+    # rows, hidden size, gradients, LayerNorm, sums of rows
+    "encoder, before q k v": (49_152, ENCODER.hidden_size, 1, True, False),
+    "encoder, before fc1": (49_152, ENCODER.hidden_size, 1, True, True),
+    "2B": (16_384, LANGUAGE_MODELS["2b"].hidden_size, 1, False, False),
+    "7B": (16_384, LANGUAGE_MODELS["7b"].hidden_size, 1, False, False),
 }
-GELU = "encoder, GELU", (49_152, 4304)
+GELU = "encoder, GELU", (49_152, ENCODER.intermediate_size)
 SWEPT_NORM = {
     "WARPS_PER_SM": tuple(dict.fromkeys(range(5), warps) for warps in (12, 16, 24, 32)),
     "VALUES_PER_WARP": (256, 512),

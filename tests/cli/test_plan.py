@@ -11,27 +11,28 @@ import pytest
 from PIL import Image
 
 from tests.cli.indexed import words
+from vl3train.cli import arguments
 from vl3train.cli.main import main
 from vl3train.config.load import load_config
+from vl3train.contracts.gpus import GPUS
 from vl3train.data.pipeline import open_data
-from vl3train.preview import opened as opened_module
 from vl3train.preview import plan_picture
-from vl3train.preview.plan_estimate import GPUS, estimate, rank_memory
+from vl3train.preview.plan_estimate import estimate, rank_memory
 from vl3train.preview.plan_figures import plan_figures
 
 __all__ = ["words"]
 
 
 def test_doctests():
-    for module in (opened_module, plan_picture):
+    for module in (arguments, plan_picture):
         assert doctest.testmod(module).failed == 0
 
 
 @pytest.fixture(scope="module")
 def made(words, tmp_path_factory, tiny_model_dir):
     """The config, its data and the plan's figures."""
+    from vl3train.config.paths import tokenizer_source
     from vl3train.model.weights.processor import build_processor
-    from vl3train.preview.opened import tokenizer_source
 
     cfg, folder = load_config(words), tmp_path_factory.mktemp("processor")
     build_processor(tokenizer_source(cfg)).save_pretrained(folder)
@@ -76,8 +77,8 @@ def test_the_command_prints_and_draws(words, tmp_path, capsys):
         "tokens of a sample, text",
     ):
         assert text in out
-    assert "nothing here was measured" in out
-    assert "no sample is left out" in out
+    assert "not measured there" in out
+    assert "no sample is rejected" in out
     with Image.open(io.BytesIO((tmp_path / "plan.png").read_bytes())) as picture:
         assert picture.format == "PNG"
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
@@ -92,11 +93,11 @@ def test_what_does_not_fit_is_counted_by_reason(made):
     figures = plan_figures(cfg, dataclasses.replace(data, plan=plan, index=index))
     too_long = int((data.plan.table.num_tokens > 60).sum())
     assert 2 < too_long < 37
-    assert [(count, key) for _, count, key in figures.drops] == [
+    assert [(count, key) for _, count, key in figures.rejected] == [
         (too_long, data.index.key(plan.oversized_samples[0])),
         (2, "a/0"),
     ]
-    assert figures.drops[0][0].startswith("larger than a pack (step.max_tokens=60")
+    assert figures.rejected[0][0].startswith("larger than a pack (step.max_tokens=60")
     assert figures.epoch.samples == 37 - too_long
 
 

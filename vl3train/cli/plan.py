@@ -1,7 +1,8 @@
-"""Show what a run would train on, step by step, before it costs anything: from the index alone, nothing is decoded.
+"""Show the plan of a run before it starts: steps, packs, sources, and estimates of time and memory.
 
-Steps and tokens, how full and how even the packs are, the share of each source and modality, what is left out and
-why, and estimates of time, memory and decoding for a GPU. The recipe must be indexed: `vl3train index`.
+The command reads the index only and decodes nothing. It shows how full and how balanced the packs are, the share of
+each source and modality, which samples are rejected and why, and estimates of time, memory and decoding for a GPU.
+The recipe must have an index: run `vl3train index` first.
 
 examples:
   vl3train plan stage=3 model=2b stage.init_from=runs/2b/2_alignment machine=one_node
@@ -21,16 +22,16 @@ from rich.text import Text
 from vl3train.cli.arguments import share
 from vl3train.config.load import add_config_arguments
 from vl3train.config.schema import TrainConfig
-from vl3train.preview.opened import opened
+from vl3train.contracts.gpus import GPUS
+from vl3train.preview.check_config import opened
 from vl3train.preview.plan_estimate import (
     CLIP_FRAMES_PER_CORE_SECOND,
-    GPUS,
     IMAGE_PATCHES_PER_CORE_SECOND,
     STORED_FRAMES_PER_CORE_SECOND,
     UTILISATION,
     estimate,
 )
-from vl3train.preview.plan_figures import Group, PlanFigures, plan_figures
+from vl3train.preview.plan_figures import Group, PlanFigures, advice, plan_figures
 from vl3train.preview.plan_picture import bars, draw_plan
 
 
@@ -38,22 +39,26 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train plan``."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--gpu", choices=sorted(GPUS), default="h100", help="for the estimates (default h100)"
+        "--gpu", choices=sorted(GPUS), default="h100", help="GPU of the estimates (default h100)"
     )
     parser.add_argument(
         "--utilisation",
         type=share,
         default=UTILISATION,
         metavar="SHARE",
-        help=f"of the GPU's data-sheet TFLOP/s (default {UTILISATION}, measured on an H100)",
+        help=f"share of the TFLOP/s in the GPU's data sheet (default {UTILISATION}, measured on an H100)",
     )
     parser.add_argument(
-        "--picture", type=Path, default=Path("plan.png"), metavar="PNG", help="(default plan.png)"
+        "--picture",
+        type=Path,
+        default=Path("plan.png"),
+        metavar="PNG",
+        help="file of the picture (default plan.png)",
     )
 
 
 def main(args: Namespace) -> int:
-    """Print the figures, draw the picture and return 0."""
+    """Print the figures and draw the picture; returns 0."""
     console = Console(highlight=False, soft_wrap=True)
     with opened(args) as (cfg, data):
         figures = plan_figures(cfg, data)
@@ -67,7 +72,7 @@ def main(args: Namespace) -> int:
 
 
 def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerprint: str) -> None:
-    """Everything that is counted."""
+    """All figures that are counted."""
     epoch, steps = figures.epoch, figures.steps_in_epoch
     console.print(Text(f"plan {fingerprint}, stage {cfg.stage.number}: {cfg.stage.name}", style="bold"))
     facts = Table.grid(padding=(0, 2))
@@ -85,14 +90,14 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
             "fill",
             f"{figures.token_fill.mean():.1%} of the packs' tokens, {figures.patch_fill.mean():.1%} of their patches",
         ),
-        ("balance", f"costliest pack over the mean: {_spread(figures.balance)}"),
-        ("", f"costliest of {cfg.machine.dp_size} ranks over the mean: {_spread(figures.rank_balance)}"),
+        ("balance", f"costliest pack / mean pack: {_spread(figures.balance)}"),
+        ("", f"costliest of {cfg.machine.dp_size} ranks / mean rank: {_spread(figures.rank_balance)}"),
     ]
     for name, text in rows:
         facts.add_row(name, text)
     console.print(facts)
-    if advice := _advice(cfg, figures):
-        console.print(Text(advice, style="yellow"))
+    if text := advice(cfg, figures):
+        console.print(Text(text, style="yellow"))
     for what, groups in (("source", figures.sources), ("modality", figures.modalities)):
         console.print(_shares(what, groups, figures.epoch))
     for name, lengths in figures.lengths.items():
@@ -103,37 +108,35 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
             table.add_row(row, f"{count:,}", bar)
         console.print(Text(f"\ntokens of a sample, {name}:", style="bold"))
         console.print(table)
-    if figures.drops:
-        console.print(Text("\nleft out:", style="bold"))
-        for reason, count, key in figures.drops:
+    if figures.rejected:
+        console.print(Text("\nrejected:", style="bold"))
+        for reason, count, key in figures.rejected:
             console.print(Text(f"  {count:,}: {reason} (as {key})"))
     else:
-        console.print("\nno sample is left out")
+        console.print("\nno sample is rejected")
 
 
 def print_estimate(
     console: Console, cfg: TrainConfig, figures: PlanFigures, gpu: str, utilisation: float
 ) -> None:
-    """What is not measured but estimated, with its constants."""
+    """The estimates, with the constants they come from."""
     found = estimate(cfg, figures, GPUS[gpu], utilisation)
     ranks = cfg.machine.dp_size
-    console.print(
-        Text(f"\nestimates for {ranks} x {gpu.upper()}; nothing here was measured on them:", style="bold")
-    )
+    console.print(Text(f"\nestimates for {ranks} x {gpu.upper()}, not measured there:", style="bold"))
     console.print(
         f"  time    {found.step_seconds:.3g} s a step, {found.run_hours:,.3g} hours for the run, "
         f"{found.run_hours * ranks:,.3g} GPU hours\n"
         f"          from model.costs as kFLOP, {GPUS[gpu].teraflops:g} TFLOP/s and utilisation {utilisation:g}"
     )
     if found.peak_gib is None:
-        console.print(f"  memory  unknown: no shapes are known here for model {cfg.model.name}")
+        console.print(f"  memory  unknown: vl3train has no shapes of model {cfg.model.name}")
     else:
         has = GPUS[gpu].gigabytes * 1e9 / 2**30
         verdict = (
             "fits" if found.peak_gib < 0.9 * has else "tight" if found.peak_gib < has else "does not fit"
         )
         parts = ", ".join(f"{name} {size:.1f}" for name, size in found.memory.items())
-        console.print(f"  memory  {found.peak_gib:.1f} GiB of {has:.1f} at the most: {verdict} ({parts})")
+        console.print(f"  memory  {found.peak_gib:.1f} GiB of {has:.1f} at the peak: {verdict} ({parts})")
         if found.levels:
             console.print(f"          with machine.memory=auto, a full pack: {found.levels}")
     console.print(
@@ -144,25 +147,8 @@ def print_estimate(
     )
 
 
-def _advice(cfg: TrainConfig, figures: PlanFigures) -> str | None:
-    worst = float(np.quantile(figures.balance, 0.99))
-    if worst <= 1.02:
-        return None
-    if figures.patch_fill.mean() > figures.token_fill.mean():
-        return (
-            f"step.max_patches={cfg.step.max_patches} closes the packs before step.max_tokens does; a larger one, "
-            "where memory allows, fills and balances them better"
-        )
-    if len(figures.balance) > 1 and cfg.step.max_samples is not None:
-        return (
-            f"with at most step.max_samples={cfg.step.max_samples} samples for {cfg.step.global_packs} packs there is "
-            "little to balance with; fewer packs or more samples a step even them out"
-        )
-    return "single samples cost more than a mean pack, or packs are too full to balance: lower step.fill"
-
-
 def _spread(values: np.ndarray) -> str:
-    return f"p50 {np.quantile(values, 0.5):.3f}, p99 {np.quantile(values, 0.99):.3f} ({len(values)} steps looked at)"
+    return f"p50 {np.quantile(values, 0.5):.3f}, p99 {np.quantile(values, 0.99):.3f} ({len(values)} steps counted)"
 
 
 def _shares(what: str, groups: tuple[Group, ...], epoch: Group) -> Table:

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vl3train.config.choices import Dtype, Memory, Recompute
 from vl3train.config.rules import full_rates
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.gpus import Gpu
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.engine.memory.device import MARGIN
 from vl3train.engine.optim.build import master_bytes, state_bytes
 from vl3train.engine.optim.offload_schedule import SCATTERED
 from vl3train.model.activations.budget import ActivationBudget, level_scale
 from vl3train.model.activations.work import PackSize, RecomputeRates, TowerWork
 from vl3train.preview.plan_figures import PlanFigures
-
-
-class Gpu(NamedTuple):
-    """A GPU by its data sheet: dense bfloat16 TFLOP/s and memory in GB."""
-
-    teraflops: float
-    gigabytes: float
-
-
-GPUS = {
-    "h200": Gpu(989, 141),
-    "h100": Gpu(989, 80),
-    "a100": Gpu(312, 80),
-    "a100-40": Gpu(312, 40),
-    "l40s": Gpu(362, 48),
-    "4090": Gpu(165, 24),
-}
 
 UTILISATION = 0.47
 """Share of the data sheet's TFLOP/s: 461, 475 and 478 of 989 were measured with packed steps of the 2B on three H100s
@@ -43,19 +27,6 @@ CLIP_FRAMES_PER_CORE_SECOND = 41
 """H.264 720p at 25 frames a second, sampled at 1: 1029 source frames a second a core."""
 STORED_FRAMES_PER_CORE_SECOND = 2900
 """Frames stored as JPEG in the shard (`vl3train index --store-frames`), decoded, pruned and patchified."""
-
-
-class Shape(NamedTuple):
-    """Of the language model, and of the encoder."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
-
-
-SHAPES = {"2b": Shape(1536, 28, 8960, 151_936), "7b": Shape(3584, 28, 18_944, 152_064)}
-ENCODER = Shape(1152, 27, 4304, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +75,18 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
     )
 
 
-def values_kept(level: Recompute, hidden: int, intermediate: int, *, gated: bool) -> int:
-    """Values that one layer keeps of each row until the backward pass, as config.schema.Recompute counts them.
-
-    ``gated``: the language model's MLP, which widens a row twice.
-    """
+def values_kept(level: Recompute, tower: TowerShape) -> int:
+    """Values that one layer keeps of each row until the backward pass, as config.schema.Recompute counts them."""
+    hidden, intermediate = tower.hidden_size, tower.intermediate_size
     if level is Recompute.offload:
         return 0
     if level is Recompute.layer:
         return hidden
     if level is Recompute.nothing:
         return 9 * hidden + 3 * intermediate
-    rows, wide = (5 * hidden, 2 * intermediate) if gated else (6 * hidden, intermediate)
-    return rows if level is Recompute.mlp else rows + wide
+    # A gated MLP has two rows of intermediate_size: gate and up.
+    rows, inner = (5 * hidden, 2 * intermediate) if tower.is_decoder else (6 * hidden, intermediate)
+    return rows if level is Recompute.mlp else rows + inner
 
 
 def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
@@ -125,7 +95,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much. The second
     part of the result is ``Estimate.levels``.
     """
-    shape = SHAPES.get(cfg.model.name)
+    shape = LANGUAGE_MODELS.get(cfg.model.name)
     if shape is None:
         return {}, ""
     machine, ranks = cfg.machine, cfg.machine.dp_size
@@ -139,20 +109,20 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     def split(size: float, from_stage: int) -> float:
         return size / ranks if machine.zero_stage >= from_stage else size
 
-    inner = tokens * (8 * shape.hidden + 3 * shape.intermediate) * width
-    encoder_inner = patches * (10 * ENCODER.hidden + 2 * ENCODER.intermediate) * width
+    inner = tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size) * width
+    encoder_inner = patches * (10 * ENCODER.hidden_size + 2 * ENCODER.intermediate_size) * width
     parts = {
         "weights": split(parameters * width, 3),
         "gradients": split(trained * 4, 2),
         "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + states), 1),
         "activations": float(max(inner, encoder_inner)),  # of one layer at work
-        "logits": machine.loss_chunk_tokens * shape.vocabulary * (width + 8),
+        "logits": machine.loss_chunk_tokens * shape.vocab_size * (width + 8),
     }
     levels = ""
     if machine.memory is Memory.given:
-        kept_token = values_kept(machine.recompute_language, shape.hidden, shape.intermediate, gated=True)
-        kept_patch = values_kept(machine.recompute_vision, ENCODER.hidden, ENCODER.intermediate, gated=False)
-        kept = width * (tokens * shape.layers * kept_token + patches * ENCODER.layers * kept_patch)
+        kept_token = values_kept(machine.recompute_language, shape)
+        kept_patch = values_kept(machine.recompute_vision, ENCODER)
+        kept = width * (tokens * shape.num_layers * kept_token + patches * ENCODER.num_layers * kept_patch)
     else:
         on_host = split(trained * state_bytes(cfg.optim), 1) if machine.offload_optimizer else 0
         room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
@@ -161,24 +131,21 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     return {name: size / 2**30 for name, size in parts.items()}, levels
 
 
-def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, str]:
+def chosen(cfg: TrainConfig, shape: TowerShape, room: int, width: int) -> tuple[int, str]:
     """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and the levels in words.
 
     Attention is left out of what is computed again, so neighbouring levels may share the layers a little otherwise.
     """
     towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
-    for name, tower, gated in (("vision", ENCODER, False), ("language", shape, True)):
-        kept = {
-            level: width * values_kept(level, tower.hidden, tower.intermediate, gated=gated)
-            for level in level_scale(cfg.machine.zero_stage)
-        }
-        mlp = 2 * tower.hidden * tower.intermediate * (1 + gated)
-        every = mlp + 8 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
+    for name, tower in (("vision", ENCODER), ("language", shape)):
+        kept = {level: width * values_kept(level, tower) for level in level_scale(cfg.machine.zero_stage)}
+        mlp = 2 * tower.hidden_size * tower.intermediate_size * (1 + tower.is_decoder)
+        every = mlp + 8 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
         work = TowerWork(
-            num_layers=tower.layers,
+            num_layers=tower.num_layers,
             mlp_row=mlp,
-            layer_row=mlp + 8 * tower.hidden**2,
-            projection_row=2 * tower.hidden**2,
+            layer_row=mlp + 8 * tower.hidden_size**2,
+            projection_row=2 * tower.hidden_size**2,
             layer_pair=0,
             forward_row=every,
             backward_row=2 * every,
@@ -193,5 +160,5 @@ def chosen(cfg: TrainConfig, shape: Shape, room: int, width: int) -> tuple[int, 
         rates=RecomputeRates(vision=towers["vision"][1], language=towers["language"][1], supervised_token=0),
     )
     size = PackSize(cfg.step.max_patches, 0, cfg.step.max_tokens, 0)
-    levels = budget.levels(size)
+    levels = budget.plan(size)
     return sum(budget.kept_bytes(size, levels)), str(levels)

@@ -1,4 +1,4 @@
-"""The honest meter: useful work a second of a step, against what the device can do and what is computed again."""
+"""Throughput: useful operations a second of a step, beside what the device can do and what is recomputed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
+from vl3train.contracts.gpus import peak_teraflops
 from vl3train.contracts.records import Batch
 from vl3train.model.activations.flops import FlopRates, flop_rates
 from vl3train.model.activations.work import RecomputePlan, RecomputeRates, recompute_rates
-
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
-"""Dense bfloat16 TFLOP/s by NVIDIA's datasheets (SXM forms), found by a part of the device's name."""
 
 MATMUL_SIZE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meter:
-    """Rates of the model as it trains, and the device's two ceilings; None where they are not known."""
+    """Rates of the model as it trains, and two peaks of the device: by its datasheet and measured; None if unknown."""
 
     rates: FlopRates
     recompute: RecomputeRates
@@ -28,15 +26,15 @@ class Meter:
     matmul_tflops: float | None
 
     def figures(
-        self, batches: Sequence[Batch], levels: Sequence[RecomputePlan], seconds: float
+        self, batches: Sequence[Batch], plans: Sequence[RecomputePlan], seconds: float
     ) -> dict[str, Any]:
-        """Useful TFLOP/s of this rank over one step of ``seconds``, data wait included, and its shares (MFU).
+        """Useful TFLOP/s of this rank in a step of ``seconds``, data wait included, and its shares of the peaks.
 
-        Padding, recomputation and the optimizer count nothing. ``recompute_fraction`` is what was computed again,
-        with each batch at its ``levels``, as a share of the useful work.
+        Padding, recomputation and the optimizer count nothing. ``recompute_fraction`` is what was recomputed, each
+        batch by its plan, as a share of the useful work.
         """
         work = sum(self.rates.of(batch) for batch in batches)
-        recompute = sum(self.recompute.of(*pair) for pair in zip(batches, levels, strict=True))
+        recompute = sum(self.recompute.of(*pair) for pair in zip(batches, plans, strict=True))
         tflops = work / seconds / 1e12
         return {
             "useful_tflops": tflops,
@@ -47,15 +45,14 @@ class Meter:
 
 
 def make_meter(hf_model: Any, device: torch.device, *, recomputes_logits: bool) -> Meter:
-    """The meter of a run; on a GPU it times a matrix product of 8192 cubed, a fifth of a second.
+    """The meter of a run. On a GPU it times a matrix product of 8192 cubed, which takes a fifth of a second.
 
-    ``recomputes_logits`` as recompute_rates takes it.
+    ``recomputes_logits`` as in recompute_rates.
     """
     rates, recompute = flop_rates(hf_model), recompute_rates(hf_model, recomputes_logits=recomputes_logits)
     if device.type != "cuda":
         return Meter(rates=rates, recompute=recompute, peak_tflops=None, matmul_tflops=None)
-    name = torch.cuda.get_device_name(device)
-    peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+    peak = peak_teraflops(torch.cuda.get_device_name(device))
     return Meter(rates=rates, recompute=recompute, peak_tflops=peak, matmul_tflops=measure_matmul(device))
 
 
