@@ -42,9 +42,9 @@ def shown(words, tmp_path_factory):
 
 def test_page_and_table_hold_the_samples_of_the_step(shown, words, tmp_path):
     from vl3train.config.load import load_config
+    from vl3train.config.paths import tokenizer_source
     from vl3train.data.pipeline import open_data
     from vl3train.model.weights.processor import build_processor
-    from vl3train.preview.opened import tokenizer_source
 
     cfg = load_config(words)
     build_processor(tokenizer_source(cfg)).save_pretrained(tmp_path)

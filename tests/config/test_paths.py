@@ -1,10 +1,10 @@
-"""A run's own mark that it is done holds for the options it was run with."""
+"""A run's mark that it is finished holds for its own options; which tokenizer a run takes."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from vl3train.config.paths import is_finished, mark_finished
+from vl3train.config.paths import is_finished, mark_finished, tokenizer_source
 from vl3train.config.schema import ModelConfig, RunConfig, StageConfig, TrainConfig
 
 
@@ -23,3 +23,17 @@ def test_a_run_is_finished_for_its_own_options_only(tmp_path):
     assert not is_finished(config(tmp_path, num_steps=20)), "a longer run goes on"
     elsewhere = dataclasses.replace(cfg, machine=dataclasses.replace(cfg.machine, dp_size=8))
     assert is_finished(elsewhere), "on how many ranks it is asked does not matter"
+
+
+def test_a_run_and_the_commands_that_open_its_index_take_one_tokenizer(tmp_path):
+    """In this order: the one named, that of the checkpoint a stage starts from, the language model's."""
+    cfg = config(tmp_path)
+    published = dataclasses.replace(cfg.model, language_model_from="Qwen/Qwen2.5-1.5B-Instruct")
+    cfg = dataclasses.replace(cfg, model=published)
+    assert tokenizer_source(cfg) == "Qwen/Qwen2.5-1.5B-Instruct"
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text('{"model_type": "video_llama_3"}')
+    cfg = dataclasses.replace(cfg, stage=dataclasses.replace(cfg.stage, init_from=str(tmp_path)))
+    assert tokenizer_source(cfg) == tmp_path / "weights"
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, tokenizer_from="my/tokenizer"))
+    assert tokenizer_source(cfg) == "my/tokenizer"

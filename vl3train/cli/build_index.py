@@ -1,8 +1,8 @@
-"""Measure every sample of a recipe, once: where it lies, its tokens and patches, its checksum.
+"""Build the index of a recipe: where each sample lies, its tokens and patches, its checksum.
 
-Training does this itself where it is missing; on a large recipe it is better done before, on any machine without
-a GPU. What is there is kept: a stopped pass goes on where it was, a changed shard is measured again. Stages that
-render samples alike share an index.
+Training builds a missing index itself. For a large recipe, build it before, on any machine without a GPU. The command
+keeps what is finished: after a stop it resumes, and it measures only shards that are new or changed. Stages that
+render samples in the same way share an index.
 
 examples:
   vl3train index stage=1 model=2b data.root=/data
@@ -18,12 +18,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vl3train.config.load import add_config_arguments, load_config
-from vl3train.preview.opened import tokenizer_source
+from vl3train.config.paths import tokenizer_source
+
+if TYPE_CHECKING:
+    from vl3train.data.loader import OpenData
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,35 +37,34 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--store-frames",
         type=Path,
         metavar="FOLDER",
-        help="first write shards with the sampled frames in place of the clips, and FOLDER/recipe.yaml that names "
-        "them: decoding them is about 60 times cheaper",
+        help="first write shards that hold the sampled frames instead of the clips, and FOLDER/recipe.yaml, a "
+        "recipe of them; frames are much cheaper to decode than video (benchmarks/README.md)",
     )
 
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="also decode every picture whole, so that a damaged one is refused now and not in the run: "
-        "about 150 pictures of 1024x768 a second a core, in place of about 1000 (clips are decoded either way)",
+        help="also decode every picture completely, so that a damaged one is rejected now and does not fail in the "
+        "run; slower: one core takes about 150 pictures of 1024x768 a second, instead of 1000 (clips are always decoded)",
     )
 
 
 def main(args: Namespace) -> int:
-    """Index training and held-out samples, and say what cannot be used."""
+    """Index training and held-out samples, and print how many there are and which are rejected."""
     from vl3train.data.pipeline import open_data, store_frames
-    from vl3train.data.prepare.write_shards import Rejection, describe_rejected
     from vl3train.model.weights.processor import build_processor
 
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as tokenizer_dir:
-        # The tokenizer exactly as a run writes it: the index carries its checksum.
+        # The tokenizer exactly as a run writes it: the index holds its checksum.
         build_processor(tokenizer_source(cfg)).save_pretrained(tokenizer_dir)
         if args.store_frames is not None:
             with _progress() as show:
                 recipe = store_frames(
                     cfg, args.store_frames, tokenizer_dir=Path(tokenizer_dir), progress=show
                 )
-            console.print(f"frames are stored; train with data.recipe={recipe}", markup=False)
+            console.print(f"frames are stored; train on them with data.recipe={recipe}", markup=False)
             cfg = load_config(
                 [*args.overrides, f"data.recipe={recipe}"],
                 config_file=args.config,
@@ -77,27 +80,34 @@ def main(args: Namespace) -> int:
                     decode=args.decode,
                     progress=show,
                 )
-            index, table = data.index, data.plan.table
-            console.print(f"{'held-out' if held_out else 'training'} samples, index {index.fingerprint}:")
-            first = 0
-            for name, size in zip(index.source_names, index.sizes, strict=True):
-                tokens = int(table.num_tokens[first : first + size].sum())
-                console.print(f"  {name}: {size:,} samples, {tokens:,} tokens")
-                first += size
-            for name, suffix, count in index.unread_parts:
-                console.print(f"  {name}: {count:,} members of kind .{suffix} are not read", markup=False)
-            too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
-            for what, listed in (("cannot be used", index.refused), ("are left out", too_large)):
-                if listed:
-                    console.print(f"  {len(listed):,} {what}:")
-                    for line in describe_rejected([Rejection(*one) for one in listed]):
-                        console.print(f"  {line}", markup=False)
+            print_samples(console, data, "held-out" if held_out else "training")
     return 0
+
+
+def print_samples(console: Console, data: OpenData, split: str) -> None:
+    """What an index holds of each source, and what is rejected."""
+    from vl3train.data.prepare.write_shards import Rejection, describe_rejected
+
+    index, table = data.index, data.plan.table
+    console.print(f"{split} samples, index {index.fingerprint}:")
+    first = 0
+    for name, size in zip(index.source_names, index.sizes, strict=True):
+        tokens = int(table.num_tokens[first : first + size].sum())
+        console.print(f"  {name}: {size:,} samples, {tokens:,} tokens")
+        first += size
+    for name, suffix, count in index.unread_parts:
+        console.print(f"  {name}: {count:,} files of kind .{suffix} are ignored", markup=False)
+    too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
+    for what, listed in (("are rejected", index.refused), ("do not fit into a pack", too_large)):
+        if listed:
+            console.print(f"  {len(listed):,} {what}:")
+            for line in describe_rejected([Rejection(*one) for one in listed]):
+                console.print(f"  {line}", markup=False)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function to be told a source's name, samples done and samples in all; a bar for each source."""
+    """A progress bar for each source; the function takes the source's name, samples done and samples in all."""
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bars, console=Console(stderr=True)) as progress:
         tasks: dict[str, TaskID] = {}

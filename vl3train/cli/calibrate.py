@@ -1,8 +1,8 @@
-"""Measure what tokens and patches cost on this machine, and print the model.costs that the planner then balances by.
+"""Measure what a token and a patch cost on this machine, and print the model.costs option for the planner.
 
-Runs forward and backward of the stage's model over made-up packs of different kinds, on the device the run would use,
-and fits the time to tokens, pairs of tokens in a sample, patches and pairs of patches in a frame. About a minute on a
-GPU. Without it the planner counts the model's arithmetic, which kernels follow roughly.
+The planner balances packs by these costs. Without this command it counts the model's arithmetic, which real
+kernels follow only roughly. The command runs forward and backward passes of the stage's model over made-up packs,
+on the device that the run would use, and fits the measured times. It takes about a minute on a GPU.
 
 examples:
   vl3train calibrate stage=3 model=2b stage.init_from=runs/2b/2_alignment
@@ -10,159 +10,41 @@ examples:
 
 from __future__ import annotations
 
-import tempfile
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
 from vl3train.cli.arguments import count
 from vl3train.config.load import add_config_arguments, load_config
-from vl3train.config.rules import full_rates
-from vl3train.contracts.records import Pack, RenderedSample
-from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
-from vl3train.data.plan.costs import COSTS
-from vl3train.preview.opened import tokenizer_source
-
-if TYPE_CHECKING:
-    from vl3train.contracts.records import Batch
-
-UNIT = 4_000_000
-"""A token and a patch together count this much: integers fine enough, and far from 64 bits."""
-
-
-class Kind(NamedTuple):
-    """A made-up pack: so many samples of so many tokens, each with frames of ``side`` x ``side`` patches."""
-
-    samples: int
-    tokens: int
-    frames: int = 0
-    side: int = 0
+from vl3train.preview.calibrate import Kind, measured_costs
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train calibrate``."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--repeats", type=count, default=3, metavar="N", help="of each pack; the fastest counts (3)"
+        "--repeats",
+        type=count,
+        default=3,
+        metavar="N",
+        help="runs of each pack; the fastest counts (default 3)",
     )
 
 
 def main(args: Namespace) -> int:
-    """Time the packs, fit, and print the line for the command line."""
-    from vl3train.model.trainable import set_trainable
-    from vl3train.model.weights.processor import build_processor
-    from vl3train.preview.verify_model import packed_model
-
+    """Print the time of each pack and the costs that fit them; returns 0."""
     cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
     console = Console(highlight=False, soft_wrap=True)
-    with tempfile.TemporaryDirectory() as folder:
-        build_processor(tokenizer_source(cfg)).save_pretrained(folder)
-        model = packed_model(cfg, Path(folder))
-    set_trainable(model.model, full_rates(cfg))
-    model.train()
-    found = []
-    for kind in kinds(cfg.step.max_tokens, cfg.step.max_patches):
-        batch = made_batch(kind, cfg.stage.video_merge_size)
-        seconds = min(step_seconds(model, batch) for _ in range(args.repeats + 1))  # the first warms up
-        found.append((quantities(batch), seconds))
+
+    def show(kind: Kind, seconds: float) -> None:
         console.print(
             f"{kind.samples} x {kind.tokens} tokens, {kind.samples * kind.frames} frames of {kind.side}x{kind.side} "
             f"patches: {seconds * 1e3:.1f} ms"
         )
-    costs, error = fitted_costs(found)
-    console.print(f"\nthe fit is off by {error:.1%} on average; planned so far: {dict(cfg.model.costs)}")
-    console.print(
-        "model.costs={" + ", ".join(f"{name}: {value}" for name, value in costs.items()) + "}", markup=False
-    )
+
+    costs, error = measured_costs(cfg, repeats=args.repeats, progress=show)
+    console.print(f"\nmean error of the fit: {error:.1%}; costs in this config: {dict(cfg.model.costs)}")
+    console.print("add this to the command line:")
+    line = ", ".join(f"{name}: {value}" for name, value in costs.items())
+    console.print(f"model.costs={{{line}}}", markup=False)
     return 0
-
-
-def kinds(max_tokens: int, max_patches: int) -> list[Kind]:
-    """Packs that tell the four costs apart: many short samples and few long ones, many small frames and few large."""
-    found = [Kind(count, max_tokens // share // count) for share in (1, 2) for count in (1, 8, 32)]
-    for patches in (max_patches, max_patches // 2):
-        for side in (8, 16, 32, 64):
-            if frames := patches // side**2:
-                found.append(Kind(1, max_tokens // 2, frames, side))
-    return found
-
-
-def made_batch(kind: Kind, merge_size: int) -> Batch:
-    """A batch of that kind; pixels are grey, half of the tokens are supervised. Tokens are at least the visual ones."""
-    from vl3train.data.collate import collate
-
-    num_patches = kind.frames * kind.side**2
-    num_visual = num_patches // merge_size**2
-    # Where frames have more tokens than the sample, the rest is pruned, as in clips: the encoder sees it all the same.
-    kept = min(num_visual, kind.tokens // 2)
-    labels = np.where(np.arange(kind.tokens) % 2, 0, IGNORE_INDEX)
-    sample = RenderedSample(
-        key="made",
-        source=0,
-        input_ids=np.zeros(kind.tokens, np.int64),
-        labels=labels,
-        patches=np.full((num_patches, PATCH_VALUES), 127, np.uint8),
-        grids=np.array([[kind.frames, kind.side, kind.side]] if kind.frames else [], np.int64).reshape(-1, 3),
-        merge_sizes=np.array([merge_size] if kind.frames else [], np.int64),
-        keep_mask=np.arange(num_visual) < kept,
-        placeholder_positions=np.arange(kept),
-    )
-    pack = Pack(samples=(), num_tokens=0, num_patches=0, num_supervised_tokens=0, cost=0)
-    return collate([sample] * kind.samples, pack, num_loss_chunks=8)
-
-
-def quantities(batch: Batch) -> list[int]:
-    """1, tokens, token pairs, patches, patch pairs of a batch."""
-    tokens, frames = np.array(batch.segment_lengths), np.array(batch.frame_lengths)
-    return [1, int(tokens.sum()), int((tokens**2).sum()), int(frames.sum()), int((frames**2).sum())]
-
-
-def step_seconds(model: Any, batch: Batch) -> float:
-    """One forward and backward."""
-    import torch
-
-    device = next(model.parameters()).device
-    placed = batch.to(device)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    model(placed).loss_sum.backward()
-    wait()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def fitted_costs(found: Sequence[tuple[Sequence[int], float]]) -> tuple[dict[str, int], float]:
-    """Costs by least squares of relative errors, none below 0, and the mean relative error.
-
-    Args:
-        found: what each pack holds, see ``quantities``, and its seconds.
-
-    Returns:
-        ``model.costs``; a token and a patch together are ``UNIT``.
-    """
-    held = np.array([row for row, _ in found], float)
-    seconds = np.array([time for _, time in found])
-    weighted = held / seconds[:, None]
-    scale = weighted.max(axis=0)
-    free = list(range(held.shape[1]))
-    while True:  # what comes out negative is taken as 0, the worst first
-        solution = np.zeros(held.shape[1])
-        solution[free] = np.linalg.lstsq(weighted[:, free] / scale[free], np.ones(len(found)), rcond=None)[0]
-        if solution.min() >= 0:
-            break
-        free.remove(int(solution.argmin()))
-    solution /= scale
-    error = float(np.abs(held @ solution / seconds - 1).mean())
-    whole = UNIT / max(solution[1] + solution[3], 1e-30)
-    return {name: round(value * whole) for name, value in zip(COSTS, solution[1:], strict=True)}, error

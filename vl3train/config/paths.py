@@ -80,6 +80,20 @@ def resolve_weights(init_from: str | Path) -> Path:
     return folder
 
 
+def tokenizer_source(cfg: TrainConfig) -> str | Path:
+    """Folder or hub name of the tokenizer that a run with this config takes.
+
+    The commands that open an index must take the tokenizer of the run: the index holds the tokenizer's checksum.
+    Raises FileNotFoundError or ValueError when ``stage.init_from`` is read and is no folder of weights.
+    """
+    if cfg.model.tokenizer_from is not None:
+        return cfg.model.tokenizer_from
+    if cfg.stage.init_from is not None:
+        return resolve_weights(cfg.stage.init_from)
+    assert cfg.model.language_model_from is not None, "config rules refuse a run without a tokenizer"
+    return cfg.model.language_model_from
+
+
 def model_type(folder: Path) -> str:
     """``model_type`` of a Hugging Face folder. Raises FileNotFoundError or ValueError when it has none."""
     file = folder / "config.json"
