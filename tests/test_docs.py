@@ -1,4 +1,4 @@
-"""The commands of the pages in docs/ run, in their order, in a folder that holds what the pages speak of."""
+"""The commands of the pages in docs/ run in their order. Every link, path and option that a page names exists."""
 
 from __future__ import annotations
 
@@ -11,9 +11,29 @@ import pytest
 from tests.data.conftest import drawn_picture, picture_bytes, still_and_moving
 from tests.data.shards_fixture import write_clip
 from vl3train.cli.main import main
+from vl3train.config.input.options import OPTIONS
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (
+        *DOCS.glob("*.md"),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+        *ROOT.glob("*/README.md"),
+    )
+)
+"""Not benchmarks/log.md: history keeps the names of its day."""
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FOLDERS = sorted(
+    path.name
+    for path in (*ROOT.iterdir(), *(ROOT / "vl3train").iterdir())
+    if path.is_dir() and path.name[0] not in "._"
+)
+PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*)`")
+OPTION = re.compile(
+    rf"\b((?:{'|'.join(sorted({key.partition('.')[0] for key in OPTIONS}))})\.(?!py\b)[a-z]\w+)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +48,7 @@ def workplace(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-@pytest.mark.parametrize(
-    "page", ["prepare_data.md", "planner.md"]
-)  # the second goes on with the first's files
+@pytest.mark.parametrize("page", ["prepare_data.md", "planner.md"])  # the second uses the first's files
 def test_the_commands_of_a_page_run(page, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("COLUMNS", "200")
@@ -49,7 +67,29 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch, capsys):
     assert (workplace / "step-0.html").is_file()
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text(encoding="utf-8")):
-        assert "://" in target or (DOCS / target).exists(), target
+    file = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+        assert "://" in target or (file.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_that_a_page_names_exist(page):
+    """From the root, from the package, or from the page's own folder; ``*`` stands for any name."""
+    assert missing_paths(ROOT / page) == []
+
+
+def missing_paths(file):
+    starts = (ROOT, ROOT / "vl3train", file.parent)
+    return [
+        path
+        for path in PATH.findall(file.read_text(encoding="utf-8"))
+        if not any(any(start.glob(path)) for start in starts)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert [option for option in OPTION.findall(text) if option not in OPTIONS] == []
