@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vl3train.cli.arguments import split_step
 from vl3train.cli.main import COMMANDS, main
 from vl3train.config.load import read_config
-from vl3train.preview.opened import split_step
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

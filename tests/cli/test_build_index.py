@@ -15,10 +15,10 @@ from tests.data.shards_fixture import make_recipe
 from vl3train.cli import build_index
 from vl3train.cli.main import main
 from vl3train.config.load import load_config
+from vl3train.config.paths import tokenizer_source
 from vl3train.data.pipeline import open_data
 from vl3train.data.prepare.write_shards import write_members
 from vl3train.model.weights.processor import build_processor
-from vl3train.preview.opened import tokenizer_source
 
 
 def test_a_run_finds_the_index_that_the_command_made(tmp_path, tiny_model_dir, capsys):
@@ -37,7 +37,7 @@ def test_a_run_finds_the_index_that_the_command_made(tmp_path, tiny_model_dir, c
     assert "clips: 7 samples" in out
 
     cfg = load_config(words)
-    processor_dir = tmp_path / "processor"  # as engine/run.py makes it
+    processor_dir = tmp_path / "processor"  # as engine/start/folder.py makes it
     build_processor(tokenizer_source(cfg), data=cfg.data, prune_frames=True).save_pretrained(processor_dir)
     data = open_data(cfg, tokenizer_dir=processor_dir, held_out=False, build=False)
     assert data.index.num_samples == 37
@@ -65,7 +65,7 @@ def test_a_truncated_picture_is_refused_with_decode_and_indexed_without(tmp_path
     assert main(["index", *words, "--decode"]) == 0  # what was indexed otherwise is indexed again
     out = capsys.readouterr().out
     assert "cut: 2 samples" in out
-    assert "1 cannot be used" in out
+    assert "1 are rejected" in out
     assert "cut/0/b: image of" in out
     (file,) = (tmp_path / "pictures").glob("index-*/0.tar.parquet")
     statuses = pq.read_table(file)["status"].to_pylist()
@@ -89,7 +89,7 @@ def test_refused_samples_are_told_by_kind(tmp_path, tiny_model_dir, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["index", *config_words(tmp_path, tiny_model_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    at = next(number for number, line in enumerate(lines) if line.endswith("8 cannot be used:"))
+    at = next(number for number, line in enumerate(lines) if line.endswith("8 are rejected:"))
     assert lines[at + 1].strip() == "7 like these:"
     assert [line.split(":")[0].strip() for line in lines[at + 2 : at + 5]] == [
         f"bad/0/k{n}" for n in range(3)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.cli.indexed import config_words
-from vl3train.cli.calibrate import UNIT, fitted_costs, kinds, made_batch, quantities
 from vl3train.cli.main import main
 from vl3train.config.load import load_config
+from vl3train.preview.calibrate import UNIT, fitted_costs, kinds, made_batch, quantities
 
 
 def test_known_costs_are_found_again():

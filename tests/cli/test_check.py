@@ -47,7 +47,7 @@ def test_a_good_config_is_summarised(with_data: Path, capsys: pytest.CaptureFixt
         "language_model │ frozen │",
         "starts from vision encoder google/siglip-so400m-patch14-384, language model Qwen/Qwen2.5-",
         "16 packs (8 ranks x 2) of 16,384 tokens and 65,536 patches: 262,144 tokens, at most 128 samples",
-        "merge size 1 for images, 2 for clips; no pruning",
+        "merge size 1 for images, 2 for clips; no frame pruning",
         "recipe mine, 2 sources under data",
         "words, weight 0.5",
     ):
@@ -100,7 +100,7 @@ def test_a_stage_can_be_checked_before_the_one_it_starts_from(
     later = ("check", "stage=2", "data.recipe=mine.yaml", "stage.init_from=runs/2b/1_encoder_adaptation")
     assert main([*later]) == 1
     assert main([*later, "--ahead"]) == 0
-    assert "which is not there yet" in capsys.readouterr().out
+    assert "which does not exist yet" in capsys.readouterr().out
     assert main(["check", "stage=2", "data.recipe=mine.yaml", "--ahead"]) == 1
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 
-from vl3train.cli import export
 from vl3train.cli.main import main
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters, save_adapter
+from vl3train.model.weights.export import compare_logits
 from vl3train.model.weights.hf_folder import WrongExport, save_weights
 
 
@@ -135,10 +135,10 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
 def test_logits_that_differ_are_found(run, model, tmp_path):
     changed = VideoLlama3ForConditionalGeneration.from_pretrained(run / "checkpoints/step_00000010/weights")
     processor = AutoProcessor.from_pretrained(run / "checkpoints/step_00000010/weights")
-    export.compare_logits(model, changed, processor)
+    compare_logits(model, changed, processor)
     changed.model.projector.readout[0].bias.data += 0.01  # only visual tokens pass here
     with pytest.raises(WrongExport, match="logits"):
-        export.compare_logits(model, changed, processor)
+        compare_logits(model, changed, processor)
 
 
 def test_a_damaged_export_is_put_aside(run, tmp_path, capsys, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_damaged_export_is_put_aside(run, tmp_path, capsys, monkeypatch):
         weights["model.language_model.norm.weight"] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("vl3train.model.weights.hf_folder.save_weights", damage)
+    monkeypatch.setattr("vl3train.model.weights.export.save_weights", damage)
     assert run_export(run, tmp_path / "out") == 1
     assert "differs: model.language_model.norm.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -231,7 +231,7 @@ def test_unreadable_media_are_told_before_anything_is_answered(model_dir, media,
         (["--prompt", "x", "--image", "gone.jpg"], "gone.jpg does not exist"),
         ([], "give --prompt, or --batch"),
         (["--batch", "r.jsonl"], "--batch needs --out"),
-        (["--batch", "r.jsonl", "--prompt", "x"], "brings its own prompts"),
+        (["--batch", "r.jsonl", "--prompt", "x"], "has its own prompts"),
     ],
 )
 def test_a_wrong_call_says_the_way_out(model_dir, capsys, words, told):

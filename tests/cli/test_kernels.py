@@ -20,8 +20,8 @@ def test_a_kernel_with_a_wrong_gradient_is_caught(monkeypatch):
     """As one published kernel was: everything right but dq."""
     right = backends.varlen_attention
 
-    def wrong_dq(q, k, v, **settings):
-        out = right(q.detach(), k, v, **settings)
+    def wrong_dq(q, k, v, segments, **settings):
+        out = right(q.detach(), k, v, segments, **settings)
         return out + (q * 0)
 
     shape = dict(heads=4, kv_heads=2, head_dim=16, causal=True, dtype=torch.float32)
@@ -37,9 +37,9 @@ def test_a_kernel_that_is_wrong_for_many_segments_alone_is_caught(monkeypatch):
     """flash-attn-4 takes other kernels for more than 256 of them."""
     right = backends.varlen_attention
 
-    def wrong_for_many(q, k, v, *, lengths, **settings):
-        out = right(q, k, v, lengths=lengths, **settings)
-        return out if len(lengths) <= 256 else out + q.flip(0) * 0.1
+    def wrong_for_many(q, k, v, segments, **settings):
+        out = right(q, k, v, segments, **settings)
+        return out if len(segments.lengths) <= 256 else out + q.flip(0) * 0.1
 
     shape = dict(heads=4, kv_heads=2, head_dim=16, causal=False, dtype=torch.float32)
     monkeypatch.setattr(attention_check, "varlen_attention", wrong_for_many)

@@ -45,7 +45,7 @@ def test_the_good_ones_are_written_when_asked(tmp_path, records, capsys):
     assert run(*words, "--samples-per-shard", 2) == 0
     out = capsys.readouterr().out
     assert "3 samples in 2 shards" in out
-    assert "1 records were left out" in out
+    assert "1 records were rejected" in out
     with pytest.raises(FileExistsError):
         run(*words)
 
@@ -59,7 +59,7 @@ def test_check_groups_faults_and_writes_nothing(tmp_path, capsys):
     words = ["shards", str(file), "--media-root", str(tmp_path), "--check"]
     assert main(words) == 1
     out = capsys.readouterr().out
-    assert "6 records, 1 can be written, 5 cannot" in out
+    assert "6 records, 1 can be written, 5 are rejected" in out
     assert "5 like these" in out
     assert out.count("gone-") == 3  # examples
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
@@ -77,7 +77,7 @@ def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, caps
     file.write_text("\n".join([good, '{"a"', good, "{,}", '{"b"']) + "\n")
     assert main(["shards", str(file), "--check"]) == 1
     out = capsys.readouterr().out
-    assert "5 records, 2 can be written, 3 cannot" in out
+    assert "5 records, 2 can be written, 3 are rejected" in out
     assert "records.jsonl:2: no JSON" in out
     assert "records.jsonl:5: no JSON" in out
     assert main(["shards", str(file), "--out", str(tmp_path / "out")]) == 1
@@ -113,8 +113,18 @@ def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
     assert "5 records, 5 can be written" in capsys.readouterr().out
     assert main([*words, "--check", "--decode"]) == 1
     out = capsys.readouterr().out
-    assert "5 records, 3 can be written, 2 cannot" in out
+    assert "5 records, 3 can be written, 2 are rejected" in out
     assert "records.jsonl:2: b.jpg: image of" in out
     assert "records.jsonl:4: d.mp4: clip" in out
     assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-rejected"]) == 0
     assert "3 samples in 1 shards" in capsys.readouterr().out
+
+
+def test_an_option_by_its_former_name_is_answered_with_its_present_one(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["shards", "a.json", "--out", "x", "--skip-bad"])
+    assert ended.value.code == 2
+    assert "--skip-bad was renamed to --skip-rejected" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["shards", "--help"])
+    assert "--skip-bad" not in capsys.readouterr().out

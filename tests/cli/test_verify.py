@@ -12,7 +12,7 @@ from tests.cli.indexed import words
 from vl3train.cli.main import main
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.data.render.chat_tokens import ChatTokenizer
-from vl3train.preview.opened import opened
+from vl3train.preview.check_config import opened
 from vl3train.preview.step_samples import decoding
 from vl3train.preview.verify_data import check_decoding, check_labels, check_splits
 from vl3train.preview.verify_model import check_packed, check_stock, fitting, packed_model

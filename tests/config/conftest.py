@@ -19,7 +19,7 @@ def write_config_json(folder: Path, model_type: str) -> Path:
 
 
 def write_run_config(cfg: TrainConfig, folder: Path) -> Path:
-    """``config.yaml`` of a run's output folder, as engine/build.py writes it."""
+    """``config.yaml`` of a run's output folder, as engine/start/folder.py writes it."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(as_plain(cfg), sort_keys=False))
     return file

@@ -143,7 +143,7 @@ def test_what_zero_3_and_adapters_cannot_do(workplace: Path):
 
 
 def test_later_stages_need_a_start(workplace: Path):
-    assert "would start from nothing" in only_problem("stage=2")
+    assert "has nothing to start from" in only_problem("stage=2")
     assert "no such folder" in only_problem("stage=2", "stage.init_from=data/nothing")
     assert "hf download org/name" in only_problem("stage=2", "stage.init_from=org/name")
     assert "holds a qwen2 model" in only_problem("stage=2", "stage.init_from=data/parts/language_model")
@@ -177,7 +177,9 @@ def test_a_stage_is_not_skipped_by_mistake(workplace: Path):
     assert "stage 2 comes between" in only_problem("stage=3", f"stage.init_from={run}")
     weights = resolve_weights(run)
     assert keys("stage=3", f"stage.init_from={weights}") == []
-    assert "own run.output_dir" in only_problem("stage=2", f"stage.init_from={run}", f"run.output_dir={run}")
+    assert "is the run.output_dir of this run" in only_problem(
+        "stage=2", f"stage.init_from={run}", f"run.output_dir={run}"
+    )
 
 
 def test_adapters_alone_are_no_start(workplace: Path):

@@ -1,8 +1,24 @@
-"""Numbers of the command line, refused where they mean nothing."""
+"""Words of the command line: numbers that are checked, options by a former name, the step to inspect."""
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError
+from typing import Any
+
+
+class FormerName(Action):
+    """An option by its former name: it ends the command with the name that the option has now.
+
+    ``add_argument("--old", action=FormerName, now="--new")``; help does not list it.
+    """
+
+    def __init__(self, option_strings: list[str], dest: str, now: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=SUPPRESS, help=SUPPRESS)
+        self.now = now
+
+    def __call__(self, parser: ArgumentParser, *args: Any, option_string: str | None = None) -> None:
+        """Print what the option is called now and exit with code 2."""
+        parser.error(f"{option_string or args[-1]} was renamed to {self.now}")
 
 
 def count(text: str) -> int:
@@ -14,7 +30,7 @@ def count(text: str) -> int:
     try:
         number = int(float(text))
     except (ValueError, OverflowError) as error:
-        raise ArgumentTypeError(f"{text!r} is no whole number") from error
+        raise ArgumentTypeError(f"{text!r} is not a whole number") from error
     if number < 1:
         raise ArgumentTypeError(f"{text} must be at least 1")
     return number
@@ -29,7 +45,18 @@ def share(text: str) -> float:
     try:
         number = float(text)
     except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is no number") from error
+        raise ArgumentTypeError(f"{text!r} is not a number") from error
     if not 0 < number <= 1:
         raise ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return number
+
+
+def split_step(overrides: list[str]) -> tuple[list[str], int | None]:
+    """Overrides without ``step=N``, and N. Here ``step`` is a step of the run, not the section of the config.
+
+    >>> split_step(["stage=1", "step=12", "step.fill=0.9"])
+    (['stage=1', 'step.fill=0.9'], 12)
+    """
+    numbers = [word[5:] for word in overrides if word.startswith("step=") and word[5:].isdigit()]
+    rest = [word for word in overrides if not (word.startswith("step=") and word[5:].isdigit())]
+    return rest, int(numbers[-1]) if numbers else None

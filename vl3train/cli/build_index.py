@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--decode",
         action="store_true",
         help="also decode every picture completely, so that a damaged one is rejected now and does not fail in the "
-        "run; slower: one core takes about 150 pictures of 1024x768 a second, instead of 1000 (clips are always decoded)",
+        "run (clips are always decoded); slower: one core takes about 150 pictures of 1024x768 a second, not 1000",
     )
 
 

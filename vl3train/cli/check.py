@@ -1,4 +1,4 @@
-"""Show what a config would train, or everything that is wrong with it. Needs no GPU and about a second.
+"""Show what a run would train, or everything that is wrong with its config. Takes about a second, without a GPU.
 
 examples:
   vl3train check stage=1 model=debug data=demo machine=cpu
@@ -28,12 +28,12 @@ from vl3train.preview.check_config import examine
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train check``."""
     add_config_arguments(parser)
-    ahead = "check a stage ahead of time: what stage.init_from names need not be there yet"
+    ahead = "check a stage before the stage before it is trained: stage.init_from need not exist yet"
     parser.add_argument("--ahead", action="store_true", help=ahead)
 
 
 def main(args: Namespace) -> int:
-    """Print the summary and return 0, or all problems and return 1."""
+    """Print the summary and return 0, or print all problems and return 1."""
     console = Console(highlight=False, soft_wrap=True)
     cfg, recipe, found = examine(args)
     if args.ahead and cfg is not None and cfg.stage.init_from is not None:
@@ -46,7 +46,7 @@ def main(args: Namespace) -> int:
 
 
 def print_problems(console: Console, found: list[Problem]) -> None:
-    """All problems, numbered: key and value, what is wrong, the way out."""
+    """All problems, numbered: key and value, what is wrong, what to do."""
     count = f"{len(found)} problem{'s' if len(found) != 1 else ''}"
     console.print(Text(f"{count}: this run cannot start", style="bold red"))
     for number, problem in enumerate(found, start=1):
@@ -58,7 +58,7 @@ def print_problems(console: Console, found: list[Problem]) -> None:
 
 
 def print_summary(console: Console, cfg: TrainConfig, recipe: Recipe) -> None:
-    """What the run trains, on what, with which batch, from where."""
+    """What the run trains, on which data, with which batch, and what it starts from."""
     table = Table(
         title=f"stage {cfg.stage.number}: {cfg.stage.name}, model {cfg.model.name}", title_justify="left"
     )
@@ -94,14 +94,22 @@ def part_rows(cfg: TrainConfig) -> list[tuple[str, str, str, str]]:
 
 
 def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
-    """Everything else worth a look before a run, by name."""
+    """The other lines of the summary: name and text."""
     step, data, machine, optim, run = cfg.step, cfg.data, cfg.machine, cfg.optim, cfg.run
     per_rank = step.global_packs // machine.dp_size
     samples = "as many samples as fit" if step.max_samples is None else f"at most {step.max_samples} samples"
-    pruning = "repeated patches of clips are pruned" if cfg.stage.prune_frames else "no pruning"
-    again = f"computed again: {show(machine.recompute_vision)} (encoder), {show(machine.recompute_language)} (LLM)"
+    pruning = (
+        "visual tokens that repeat the frame before are pruned"
+        if cfg.stage.prune_frames
+        else "no frame pruning"
+    )
+    recompute = (
+        f"recompute {show(machine.recompute_vision)} (encoder), {show(machine.recompute_language)} (LLM)"
+    )
     if machine.memory is Memory.auto:
-        again = "computed again: what the GPU's memory asks for, measured at the start (machine.memory=auto)"
+        recompute = (
+            "recompute as little as fits the GPU's memory, measured at the start (machine.memory=auto)"
+        )
     length = f"{run.num_epochs:g} virtual epochs" if run.num_steps is None else f"{run.num_steps} steps"
     facts = [
         ("starts from", starts_from(cfg)),
@@ -124,7 +132,7 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
         (
             "machine",
             f"device {show(machine.device)}, {show(machine.dtype)}, ZeRO-{machine.zero_stage}, "
-            f"attention {show(machine.attention)}, {again}, "
+            f"attention {show(machine.attention)}, {recompute}, "
             f"layers {'compiled' if machine.compile_layers else 'not compiled'}",
         ),
         ("figures", "console and metrics.jsonl" + (", W&B" if show(cfg.tracking.kind) == "wandb" else "")),
@@ -141,7 +149,7 @@ def describe_recipe(recipe: Recipe, cfg: TrainConfig) -> str:
     """The recipe's sources with their weights, one a line."""
     head = f"recipe {recipe.name}, {len(recipe.sources)} sources under {cfg.data.root}"
     uses = [
-        f"{source.name}, weight {source.weight:g}" if source.shards else f"{source.name}, evaluated only"
+        f"{source.name}, weight {source.weight:g}" if source.shards else f"{source.name}, evaluation only"
         for source in recipe.sources
     ]
     return "\n  ".join([head, *uses])

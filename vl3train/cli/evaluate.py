@@ -1,8 +1,8 @@
-"""Loss and exact-match accuracy of a trained model on the held-out samples of a recipe, against chance.
+"""Compute loss and exact-match accuracy of a trained model on the held-out samples of a recipe, beside chance.
 
 examples:
-  vl3train evaluate runs/2b/4_video_finetuning                          its own recipe, its newest checkpoint
-  vl3train evaluate runs/2b/4_video_finetuning data.recipe=mine.yaml    another recipe's held-out samples
+  vl3train evaluate runs/2b/4_video_finetuning                          the run's own recipe and newest checkpoint
+  vl3train evaluate runs/2b/4_video_finetuning data.recipe=mine.yaml    held-out samples of another recipe
   vl3train evaluate runs/2b/4_video_finetuning --model export --json figures.json
 """
 
@@ -20,23 +20,25 @@ from vl3train.config.rules import problems
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train evaluate``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's output folder: its config is used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training: data.recipe=...")
     parser.add_argument(
-        "--model", type=Path, help="another model: a run, checkpoint or export (default: RUN)"
+        "run", type=Path, metavar="RUN", help="a run's output folder; the command uses its config"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, as data.recipe=mine.yaml")
+    parser.add_argument(
+        "--model", type=Path, help="evaluate another model: a run, a checkpoint or an export (default: RUN)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
 
 def main(args: Namespace) -> int:
-    """Print the table; 0. Raises ValueError or OSError for a folder or recipe that cannot be used."""
+    """Print the table; returns 0. Raises ValueError or OSError for a folder or recipe that cannot be used."""
     config_file = args.run / "config.yaml"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{config_file} is missing: {args.run} is no run's output folder")
+        raise FileNotFoundError(f"{config_file} is missing: {args.run} is not a run's output folder")
     cfg, found = read_config(args.overrides, config_file=config_file)
     if cfg is not None:  # what the run started from may be gone by now
-        of_its_start = start_problems(cfg)
-        found += [problem for problem in problems(cfg) if problem not in of_its_start]
+        at_start = start_problems(cfg)
+        found += [problem for problem in problems(cfg) if problem not in at_start]
     if cfg is None or found:
         raise ConfigError(found)
 

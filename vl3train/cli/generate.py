@@ -1,4 +1,4 @@
-"""Ask a trained model about images, videos and text. Answers are greedy unless a temperature is given.
+"""Ask a trained model about images, videos and text. Answers are greedy unless you give a temperature.
 
 examples:
   vl3train generate --model runs/stage4 --image cat.jpg --prompt "What is this?"
@@ -6,56 +6,60 @@ examples:
   vl3train generate --model export --video clip.mp4 --fps 2 --prompt "What happens?"
   vl3train generate --model export --batch requests.jsonl --out answers.jsonl
 
-A line of requests.jsonl, where all but prompt may be left out:
+A line of requests.jsonl (only prompt is required):
   {"prompt": "How many?", "image": "a.jpg", "video": ["b.mp4", "c.mp4"], "system": "Be brief."}
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vl3train.inference.requests import as_line, parse_request, read_requests
+from vl3train.inference.requests import parse_request, read_requests
 
 if TYPE_CHECKING:
     from vl3train.inference.requests import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``vl3train generate``."""
+    """Arguments of ``vl3train generate``."""
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="an export, a run folder or a checkpoint"
     )
     parser.add_argument("--prompt", help="the question")
     parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="one or several"
+        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="one or several files"
     )
     parser.add_argument(
-        "--video", nargs="+", action="extend", default=[], metavar="FILE", help="one or several"
+        "--video", nargs="+", action="extend", default=[], metavar="FILE", help="one or several files"
     )
     parser.add_argument("--system", help="a system turn before the question")
-    parser.add_argument("--batch", metavar="JSONL", help="many requests, one on each line")
-    parser.add_argument("--out", metavar="JSONL", help="where the answers to --batch go; must not exist")
+    parser.add_argument("--batch", metavar="JSONL", help="file of many requests, one on each line")
+    parser.add_argument("--out", metavar="JSONL", help="file for the answers to --batch; must not exist")
     parser.add_argument(
-        "--media-root", default=".", metavar="DIR", help="where relative paths in --batch start"
-    )
-    parser.add_argument("--batch-size", type=int, default=4, help="requests answered together (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument(
-        "--fps", type=float, help="frames a second of a video; unset: as the model was trained"
+        "--media-root",
+        default=".",
+        metavar="DIR",
+        help="folder of relative paths in --batch (default .)",
     )
     parser.add_argument(
-        "--max-frames", type=int, help="most frames of a video; unset: as the model was trained"
+        "--batch-size", type=int, default=4, help="requests answered together (default %(default)s)"
     )
-    parser.add_argument("--device", help="cpu or cuda; unset: cuda where there is one")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="longest answer (default %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument(
+        "--fps", type=float, help="frames sampled from each second of a video (default: as in training)"
+    )
+    parser.add_argument("--max-frames", type=int, help="most frames of a video (default: as in training)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer one request, or a file of them, and return 0.
+    """Answer one request, or a file of them; returns 0.
 
     Raises ValueError naming everything that is wrong with the requests, before the first is answered.
     """
@@ -63,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out is not None and Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists; nothing was written. Give another file or remove that one")
 
-    from vl3train.inference.answer import Asker
+    from vl3train.inference.answer import Asker, write_answers
 
     asker = Asker.load(
         args.model,
@@ -79,30 +83,25 @@ def main(args: argparse.Namespace) -> int:
     if args.batch is None:
         print(asker.answers([requests[0][1]])[0])
         return 0
-    with Path(args.out).open("x", encoding="utf-8") as file:
-        for first in range(0, len(requests), args.batch_size):
-            together = [request for _, request in requests[first : first + args.batch_size]]
-            for request, answer in zip(together, asker.answers(together), strict=True):
-                file.write(json.dumps({**as_line(request), "answer": answer}, ensure_ascii=False) + "\n")
-            file.flush()
-            print(f"{first + len(together)} of {len(requests)} answered", file=sys.stderr)
+    for done in write_answers(asker, [request for _, request in requests], Path(args.out), args.batch_size):
+        print(f"{done} of {len(requests)} answered", file=sys.stderr)
     return 0
 
 
 def requests_of(args: argparse.Namespace) -> list[tuple[str, Request]]:
-    """The requests that the options make, each with where it stands.
+    """The requests that the options make, each with its place in the file.
 
     Raises ValueError naming every mistake at once.
     """
     if args.batch is not None:
         if args.prompt is not None or args.image or args.video or args.system:
             raise ValueError(
-                "--batch brings its own prompts and media; leave --prompt, --image, --video, --system out"
+                "--batch has its own prompts and media; leave --prompt, --image, --video and --system out"
             )
         if args.out is None:
             raise ValueError("--batch needs --out FILE for the answers")
         if args.batch_size < 1:
-            raise ValueError(f"--batch-size={args.batch_size}; it is 1 or more")
+            raise ValueError(f"--batch-size={args.batch_size}: it must be 1 or more")
         return read_requests(Path(args.batch), Path(args.media_root))
     if args.prompt is None:
         raise ValueError("give --prompt, or --batch FILE with many requests")

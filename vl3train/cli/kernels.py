@@ -1,8 +1,9 @@
 """Compare the kernels on this machine with float64, for the shapes that VideoLLaMA3 has.
 
-Each available backend of attention runs with the heads of the encoder (72 wide, no mask) and of the 2B and 7B language
-models (128 wide, causal); quack's products run for their rows and weights. Out of line: a figure over 0.01. Exit code 1
-when a kernel that machine.attention=auto or machine.gemm_backend=auto would take is wrong here.
+Every backend of attention that can run here is run with the heads of the encoder (head dimension 72, full attention)
+and of the 2B and 7B language models (128, causal). quack's matrix products are run with their rows and weights. A
+kernel is wrong when a relative error is over 0.01. The exit code is 1 when a kernel that machine.attention=auto or
+machine.gemm_backend=auto would take is wrong here.
 """
 
 from __future__ import annotations
@@ -13,78 +14,91 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
+
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     import torch
 
-SHAPES = {
-    "encoder": (16, 16, 72, False),
-    "language model 2B": (12, 2, 128, True),
-    "language model 7B": (28, 4, 128, True),
+TOWERS = {
+    "encoder": ENCODER,
+    "language model 2B": LANGUAGE_MODELS["2b"],
+    "language model 7B": LANGUAGE_MODELS["7b"],
 }
-"""Query heads, key and value heads, head dimension, causal."""
-MLPS = {"encoder": (1152, 4304), "language model 2B": (1536, 8960), "language model 7B": (3584, 18944)}
-"""Values of a row, and of a row between the MLP's products."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train kernels``."""
     parser.add_argument(
-        "--check", action="store_true", help="run every backend, not only say which can serve"
+        "--check", action="store_true", help="run every backend; without it, say only which one is taken"
     )
 
 
 def main(args: Namespace) -> int:
-    """Print the table; 1 when what ``auto`` takes is wrong."""
+    """Print the tables; 1 when what ``auto`` takes is wrong."""
     import torch
 
-    from vl3train.model.attention.backends import BACKENDS, choose_attention
-    from vl3train.model.attention.check import check_kernel
+    from vl3train.model.attention.backends import choose_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    head_dims = [shape[2] for shape in SHAPES.values()]
-    chosen = choose_attention("auto", device, head_dims, dtype)
+    chosen = choose_attention("auto", device, head_dims(), dtype)
     console = Console(highlight=False)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     console.print(f"{where}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
-    console.print(f"auto takes {chosen.name} ({chosen.reason})")
+    console.print(f"attention: auto takes {chosen.name} ({chosen.reason})")
     if not args.check:
         return 0
+    wrong_attention = check_attention(console, device, dtype, chosen.name)
+    return int(check_gemms(console, device, dtype) or wrong_attention)
+
+
+def head_dims() -> list[int]:
+    """Head dimensions of all towers."""
+    return [shape.head_dim for shape in TOWERS.values()]
+
+
+def check_attention(console: Console, device: torch.device, dtype: torch.dtype, chosen: str) -> bool:
+    """Print the table of the attention backends; whether the ``chosen`` one is wrong."""
+    from vl3train.model.attention.backends import BACKENDS, choose_attention
+    from vl3train.model.attention.check import check_kernel
+
     table = Table("backend", "shape", "out", "dq", "dk", "dv", "")
     wrong = False
     for backend in BACKENDS:
         try:
-            choose_attention(backend, device, head_dims, dtype)
+            choose_attention(backend, device, head_dims(), dtype)
         except ValueError as error:
             table.add_row(backend, "", "", "", "", "", str(error).split(": it ")[-1].split(";")[0])
             continue
-        for name, (heads, kv_heads, dim, causal) in SHAPES.items():
+        for name, shape in TOWERS.items():
             found = check_kernel(
-                backend, device, heads=heads, kv_heads=kv_heads, head_dim=dim, causal=causal, dtype=dtype
+                backend,
+                device,
+                heads=shape.num_heads,
+                kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                causal=shape.is_decoder,
+                dtype=dtype,
             )
             verdict = "right" if found.is_right else found.failed or "WRONG: do not train with it"
-            wrong |= backend == chosen.name and not found.is_right
+            wrong |= backend == chosen and not found.is_right
             table.add_row(backend, name, *(f"{error:.4f}" for error in found.errors.values()), verdict)
     console.print(table)
-    return int(wrong | wrong_gemms(console, device, dtype))
+    return wrong
 
 
-def wrong_gemms(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
-    """Print quack's table, or why there is none; whether one of its products is wrong."""
-    from vl3train.model.kernels.check import GemmShapes, gemm_errors, why_not_quack
+def check_gemms(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
+    """Print the table of quack's matrix products, or why there is none; whether one of them is wrong."""
+    from vl3train.model.kernels.check import gemm_errors, why_not_quack
 
-    all_shapes = {
-        name: GemmShapes(*widths, gated=name != "encoder", heads=SHAPES[name][:3])
-        for name, widths in MLPS.items()
-    }
-    if problem := why_not_quack(list(all_shapes.values()), device, dtype, compiled=True):
-        console.print(f"products: torch; not quack, {problem}")
+    if problem := why_not_quack(list(TOWERS.values()), device, dtype, compiled=True):
+        console.print(f"matrix products: auto takes torch; not quack, {problem}")
         return False
-    table, wrong = Table("quack's product", "shape", "error", ""), False
-    for shape, widths in all_shapes.items():
-        for found in gemm_errors(widths, device, dtype):
+    table, wrong = Table("quack's op", "shape", "error", ""), False
+    for name, shape in TOWERS.items():
+        for found in gemm_errors(shape, device, dtype):
             wrong |= not found.is_right
             verdict = found.failed or "WRONG: machine.gemm_backend=auto takes torch"
-            table.add_row(found.name, shape, f"{found.error:.4f}", "right" if found.is_right else verdict)
+            table.add_row(found.name, name, f"{found.error:.4f}", "right" if found.is_right else verdict)
     console.print(table)
     return wrong

@@ -1,6 +1,6 @@
 """``vl3train COMMAND``: each command is a module with ``add_arguments(parser)`` and ``main(args) -> int``.
 
-A module is imported when its command is chosen, so that ``--help`` and ``check`` wait for no torch.
+We import a module when its command is chosen, so that ``--help`` and ``check`` do not wait for torch.
 """
 
 from __future__ import annotations
@@ -28,31 +28,37 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("vl3train.demo.command", "draw the demo's images and videos, and make a tiny model"),
+    "demo": Command("vl3train.demo.command", "draw the images and videos of the demo, and make a tiny model"),
     "shards": Command("vl3train.cli.make_shards", "write annotations and media into webdataset shards"),
-    "index": Command("vl3train.cli.build_index", "measure every sample of a recipe, once, before training"),
-    "check": Command("vl3train.cli.check", "show what a config would train, or everything wrong with it"),
-    "plan": Command("vl3train.cli.plan", "show a run's steps, packs, lengths and estimates, from the index"),
-    "inspect": Command("vl3train.cli.inspect", "show one step: its samples, packs, ranks, pictures and text"),
-    "verify": Command(
-        "vl3train.cli.verify", "try your data and model: packed equals alone, labels, decoding"
+    "index": Command("vl3train.cli.build_index", "measure every sample of a recipe once, before training"),
+    "check": Command(
+        "vl3train.cli.check", "show what a run would train, or everything that is wrong with its config"
     ),
-    "calibrate": Command("vl3train.cli.calibrate", "measure what the planner balances by, on this machine"),
-    "train": Command("vl3train.cli.train", "train one stage, in as many processes as the machine has"),
-    "evaluate": Command("vl3train.cli.evaluate", "measure a checkpoint on a recipe's held-out samples"),
-    "export": Command("vl3train.cli.export", "write a run's model as a Hugging Face folder"),
-    "generate": Command("vl3train.cli.generate", "ask a model about images, videos or text"),
-    "kernels": Command("vl3train.cli.kernels", "compare this machine's attention kernels with float64"),
-    "report": Command("vl3train.cli.report", "draw the curves and predictions of runs on one page"),
+    "plan": Command(
+        "vl3train.cli.plan", "show the steps and packs of a run, with estimates of time and memory"
+    ),
+    "inspect": Command(
+        "vl3train.cli.inspect", "show one step of a run: samples, packs, ranks, pictures, text"
+    ),
+    "verify": Command("vl3train.cli.verify", "test your data and model before a run"),
+    "calibrate": Command("vl3train.cli.calibrate", "measure what tokens and patches cost on this machine"),
+    "train": Command("vl3train.cli.train", "train one stage on all GPUs of this machine"),
+    "evaluate": Command("vl3train.cli.evaluate", "compute loss and accuracy of a model on held-out samples"),
+    "export": Command("vl3train.cli.export", "write a trained model as a Hugging Face folder"),
+    "generate": Command("vl3train.cli.generate", "ask a trained model about images, videos or text"),
+    "kernels": Command("vl3train.cli.kernels", "show this machine's kernels, and compare them with float64"),
+    "report": Command("vl3train.cli.report", "make one page of runs: loss, accuracy, sample answers"),
 }
 
 EXAMPLES = """examples:
+  vl3train shards my.jsonl --out data/mine --media-root media
   vl3train check stage=1 model=debug data=demo machine=cpu
   vl3train check stage=4 model=7b stage.init_from=runs/7b/3_multitask_finetuning machine.zero_stage=3
-  torchrun --nproc-per-node 8 -m vl3train.train stage=2 stage.init_from=runs/2b/1_encoder_adaptation
+  vl3train train stage=2 model=2b stage.init_from=runs/2b/1_encoder_adaptation
   vl3train generate --model DIR --image a.jpg --prompt "What is this?"
 
-`vl3train COMMAND --help` explains a command. VL3TRAIN_TRACEBACK=1 shows where an error came from."""
+Options are written as key=value; their meanings are in vl3train/config/schema.py. `vl3train COMMAND --help` explains a
+command. Set VL3TRAIN_TRACEBACK=1 to see where an error came from."""
 
 
 def help_text() -> str:
@@ -66,7 +72,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 1 for an error that was foreseen, 2 for a wrong call."""
+    """Run one command. Returns its exit code: 1 for an error that we foresaw, 2 for a wrong call, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *arguments = words
     if name not in COMMANDS:
         likely = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {likely[0]}?" if likely else f"there is {', '.join(COMMANDS)}"
+        hint = f"did you mean {likely[0]}?" if likely else f"the commands are {', '.join(COMMANDS)}"
         print(f"vl3train: no command {name}; {hint}", file=sys.stderr)
         return 2
     try:
@@ -103,11 +109,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether our own code raised ``error`` to say something to the user, or a file of theirs cannot be used.
+    """Whether ``error`` is a message to the user: our own code raised it, or one of their files cannot be used.
 
-    An OSError that names a file says what the system refused there: no such file, no permission, no folder.
-
-    A ValueError from within a library is a bug until shown otherwise, and keeps its traceback.
+    An OSError with a file name says what the system refused: no such file, no permission, not a folder. A ValueError
+    from within a library is taken as a bug, and keeps its traceback.
     """
     if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.filename is not None):
         return True

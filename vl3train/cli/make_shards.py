@@ -1,8 +1,8 @@
-"""Write annotations and their media into webdataset shards: .tar files that training reads.
+"""Write annotations and their media into webdataset shards: the .tar files that training reads.
 
-Annotations are files of records: LLaVA / VideoLLaMA3 JSON or JSONL, OpenAI-style `messages`, or what
-datasets.load_dataset opens (.parquet, .csv, a folder, hf:NAME:SPLIT). Every record is checked before the first is
-written. Media keep their bytes. Existing folders are never overwritten.
+Annotations are files of records: LLaVA or VideoLLaMA3 JSON or JSONL, OpenAI-style `messages`, or anything that
+datasets.load_dataset opens (.parquet, .csv, a folder, hf:NAME:SPLIT). The command checks every record before it
+writes the first one. It copies media byte for byte and never overwrites a folder.
 
 examples:
   vl3train shards chat.jsonl --media-root /data/raw --check
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vl3train.cli.arguments import count
+from vl3train.cli.arguments import FormerName, count
 
 if TYPE_CHECKING:
     from vl3train.data.prepare.check_media import MediaCheck
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train shards``."""
     parser.add_argument("annotations", nargs="+", metavar="ANNOTATIONS", help="files or data sets of records")
-    parser.add_argument("--out", type=Path, help="folder to make; must not exist or be empty")
+    parser.add_argument("--out", type=Path, help="folder to write; it must not exist, or must be empty")
     parser.add_argument(
-        "--check", action="store_true", help="say what is wrong with the records, write nothing"
+        "--check", action="store_true", help="report what is wrong with the records and write nothing"
     )
     parser.add_argument(
         "--media-root",
@@ -47,31 +47,36 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=_column,
         metavar="COLUMN=MEANING",
-        help="what columns mean: image, video, system, user, assistant, conversations or messages",
+        help="what each column holds: image, video, system, user, assistant, conversations or messages",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="also decode every picture and begin every clip, so that a damaged one is refused now: "
-        "about 200 pictures of 1024x768 a second a core, in place of 17000 records",
+        help="also decode every picture and the beginning of every clip, so that damaged files are rejected now; "
+        "slower: one core checks about 200 pictures of 1024x768 a second, instead of 17000 records",
     )
     parser.add_argument(
-        "--skip-rejected", action="store_true", help="write the good records where some are bad"
+        "--skip-rejected", action="store_true", help="write the good records although others are rejected"
     )
+    parser.add_argument("--skip-bad", action=FormerName, now="--skip-rejected")
     parser.add_argument(
-        "--samples-per-shard", type=count, default=1000, metavar="N", help="most samples (default 1000)"
+        "--samples-per-shard",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="most samples of a shard (default 1000)",
     )
     parser.add_argument(
         "--bytes-per-shard",
         type=count,
         default=1_000_000_000,
         metavar="N",
-        help="a shard closes after so many bytes (default 1e9)",
+        help="a shard is closed after this many bytes (default 1e9)",
     )
 
 
 def main(args: Namespace) -> int:
-    """Write the shards, or check; 1 and nothing written where records are bad and --skip-rejected is not given."""
+    """Write the shards, or check the records. Returns 1 when records are rejected, unless --skip-rejected is given."""
     from vl3train.data.prepare.write_shards import (
         REJECTED_FILE,
         AnnotationProblems,
@@ -82,7 +87,7 @@ def main(args: Namespace) -> int:
     if args.check:
         return check(args)
     if args.out is None:
-        raise ValueError("--out FOLDER is missing: where to write; --check only looks")
+        raise ValueError("--out FOLDER is missing; give the folder to write, or --check to write nothing")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
@@ -92,7 +97,7 @@ def main(args: Namespace) -> int:
         def show(what: str, count: int) -> None:
             counts[what] = count
             progress.update(tasks[what], completed=count)
-            if what == "writing" and count == 1:  # now it is known how many there are, the bad ones included
+            if what == "writing" and count == 1:  # now the number of records is known, rejected ones included
                 for task in tasks.values():
                     progress.update(task, total=counts["checking"])
 
@@ -113,19 +118,19 @@ def main(args: Namespace) -> int:
             print(problems, file=sys.stderr)
             if len(problems.refused) < problems.num_records:
                 print(
-                    "Nothing was written. Mend them, or write the others with --skip-rejected.",
+                    "Nothing was written. Correct these records, or write the others with --skip-rejected.",
                     file=sys.stderr,
                 )
             return 1
     print(f"{args.out}: {report.num_written} samples in {report.num_shards} shards")
     if report.refused:
-        print(f"{len(report.refused)} records were left out, listed in {args.out / REJECTED_FILE}:")
+        print(f"{len(report.refused)} records were rejected, listed in {args.out / REJECTED_FILE}:")
         print("\n".join(describe_rejected(report.refused)))
     return 0
 
 
 def check(args: Namespace) -> int:
-    """Print every kind of fault with its number and first examples; 1 where there is one. Nothing is written."""
+    """Print every kind of fault with its count and first examples. Returns 1 when there is one. Writes nothing."""
     from vl3train.data.prepare.write_shards import check_annotations, describe_rejected
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -139,14 +144,14 @@ def check(args: Namespace) -> int:
             progress=lambda what, count: progress.update(task, completed=count),
             looking=_media_check(args),
         )
-    print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} cannot")
+    print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} are rejected")
     if refused:
         print("\n".join(describe_rejected(refused)))
     return int(bool(refused))
 
 
 def _media_check(args: Namespace) -> MediaCheck | None:
-    """How media are decoded, with the limits of a run that sets none; one process for each core."""
+    """How media are decoded: with the default limits of a run, in one process for each core."""
     from vl3train.config.data_options import DataConfig
     from vl3train.data.media.clips import DecodeLimits
     from vl3train.data.prepare.check_media import MediaCheck

@@ -96,8 +96,8 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
     for name, text in rows:
         facts.add_row(name, text)
     console.print(facts)
-    if text := advice(cfg, figures):
-        console.print(Text(text, style="yellow"))
+    if hint := advice(cfg, figures):
+        console.print(Text(hint, style="yellow"))
     for what, groups in (("source", figures.sources), ("modality", figures.modalities)):
         console.print(_shares(what, groups, figures.epoch))
     for name, lengths in figures.lengths.items():

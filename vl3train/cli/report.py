@@ -1,13 +1,13 @@
-"""Draw the loss curves, the accuracies against chance and sample predictions of runs on one page.
+"""Make one page of runs: loss curves, held-out accuracy beside chance, and answers to sample questions.
 
-Writes loss_curves.png, accuracy.png and report.html, which holds everything it shows and opens without a
-network. A report that is there already is replaced.
+The command writes loss_curves.png, accuracy.png and report.html, a page that needs no other file and no network. It
+replaces an earlier report.
 
 examples:
   vl3train report runs/1 runs/2 runs/3 runs/4 --out report
   vl3train report runs/1 runs/2 --out report --answers answers.jsonl --expected expected.jsonl
 
-answers.jsonl is what `vl3train generate --batch` wrote. Line for line, expected.jsonl says what is right:
+`vl3train generate --batch` writes answers.jsonl. expected.jsonl has the right answer to each of its lines, in order:
   {"source": "count", "key": "0001", "answer": "3"}
 """
 
@@ -20,19 +20,19 @@ from vl3train.report.run_log import milestones, read_run, read_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``vl3train report``."""
+    """Arguments of ``vl3train report``."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folders, in the order they were trained"
+        "runs", nargs="+", metavar="RUN", help="output folders of runs, in the order of training"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--answers", metavar="JSONL", help="answers to show beside their pictures")
-    parser.add_argument("--expected", metavar="JSONL", help="the right answers, line for line")
+    parser.add_argument("--answers", metavar="JSONL", help="answers to show, with their pictures")
+    parser.add_argument("--expected", metavar="JSONL", help="the right answers, one line for each answer")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Read the logs, draw, write the page, and return 0.
+    """Read the logs, draw the figures, write the page; returns 0.
 
-    Raises ValueError naming everything that is missing or wrong in what is to be read.
+    Raises ValueError that names everything that is missing or wrong in the files to read.
     """
     problems: list[str] = []
     runs = [run for folder in args.runs if (run := read_run(Path(folder), problems)) is not None]
@@ -58,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
     write_page(out / "report.html", runs, reached, figures, samples)
     written = ", ".join([*(f"{name}.png" for name in figures), "report.html"])
     print(
-        f"wrote {written} to {out}" + ("" if reached else "; no run was evaluated, so no accuracy is drawn")
+        f"wrote {written} to {out}"
+        + ("" if reached else "; accuracy.png is not written, because no run was evaluated")
     )
     return 0

@@ -1,10 +1,11 @@
-"""Train one stage in as many processes as this machine has GPUs: torchrun with the right words.
+"""Train one stage on all GPUs of this machine. The command checks the config, then starts torchrun.
 
 examples:
   vl3train train stage=1 model=debug data=demo machine=cpu --nproc 2
   vl3train train stage=3 model=2b adapter=lora data.recipe=mine.yaml stage.init_from=VideoLLaMA3-2B-hf
 
-Several nodes: scripts/launch_slurm.sh, or torchrun itself with -m vl3train.train.
+Give the same command again to resume a run that has not finished. For several nodes use scripts/launch_slurm.sh, or
+torchrun with -m vl3train.train.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from vl3train.preview.check_config import check_config
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train train``."""
     add_config_arguments(parser)
-    parser.add_argument("--nproc", type=int, help="processes; unset: the number of GPUs, else 1")
+    parser.add_argument(
+        "--nproc", type=int, help="processes (default: the number of GPUs, or 1 without a GPU)"
+    )
 
 
 def main(args: Namespace) -> int:

@@ -1,9 +1,9 @@
-"""Try your own data and model before they cost anything, and say whether a run may start, with reasons.
+"""Test your data and model before a run, and say whether the run may start, with reasons.
 
-Decodes samples drawn at random behind the firewall, compares what is supervised with what the assistant says, shares
-a step out over every number of ranks, and runs the model to see that samples have the same losses and gradients
-packed together and alone, and the losses that transformers' own forward gives them. The recipe must be indexed:
-`vl3train index`.
+The command decodes samples drawn at random in the decode sandbox. It compares the supervised text with what the
+assistant says, and divides a step over every possible number of ranks. Then it runs the model: each sample must have
+the same loss and gradients packed and alone, and the loss that transformers' own forward pass gives. The recipe must
+have an index: run `vl3train index` first.
 
 examples:
   vl3train verify stage=1 model=debug data=demo machine=cpu
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from vl3train.cli.arguments import count
 from vl3train.config.load import add_config_arguments
-from vl3train.preview.opened import opened
+from vl3train.preview.check_config import opened
 from vl3train.preview.step_samples import decoding
 from vl3train.preview.verify_data import (
     REASONS_SHOWN,
@@ -37,18 +37,20 @@ MODEL_SAMPLES = 16
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train verify``."""
     add_config_arguments(parser)
-    parser.add_argument("--samples", type=count, default=64, metavar="N", help="drawn at random (default 64)")
-    parser.add_argument("--no-model", action="store_true", help="look at the data only")
+    parser.add_argument(
+        "--samples", type=count, default=64, metavar="N", help="samples drawn at random (default 64)"
+    )
+    parser.add_argument("--no-model", action="store_true", help="test the data only")
 
 
 def main(args: Namespace) -> int:
-    """Print the verdicts; 0 when all passed, else 1."""
+    """Print the verdicts; returns 0 when all passed, else 1."""
     from vl3train.data.render.chat_tokens import ChatTokenizer
 
     console = Console(highlight=False, soft_wrap=True)
     verdicts: list[Verdict] = []
 
-    def tell(verdict: Verdict) -> None:
+    def show(verdict: Verdict) -> None:
         verdicts.append(verdict)
         word, style = ("passed", "green") if verdict.passed else ("FAILED", "bold red")
         console.print(Text.assemble((word, style), f"  {verdict.name}: {verdict.found}"))
@@ -62,16 +64,16 @@ def main(args: Namespace) -> int:
         rows = drawn_rows(data, args.samples, cfg.run.seed)
         with decoding(data) as decoder:
             decoded, samples = check_decoding(data, rows, decoder)
-        tell(decoded)
-        tell(check_labels(data, samples, tokenizer))
-        tell(check_splits(data))
+        show(decoded)
+        show(check_labels(data, samples, tokenizer))
+        show(check_splits(data))
         if not args.no_model:
             limits = (cfg.step.max_tokens, cfg.step.max_patches)
             chosen = fitting(list(samples.values())[:MODEL_SAMPLES], limits)
             model = packed_model(cfg, data.tokenizer_dir)
-            tell(check_packed(model, chosen))
-            tell(check_stock(model, chosen))
+            show(check_packed(model, chosen))
+            show(check_stock(model, chosen))
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
-    verdict = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
-    console.print(Text(verdict, style="bold red" if failed else "bold green"))
+    summary = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"
+    console.print(Text(summary, style="bold red" if failed else "bold green"))
     return int(bool(failed))

@@ -1,4 +1,4 @@
-"""Options that take one of a few words: a wrong one is refused with the right ones listed."""
+"""Options that take one of a few words. A wrong word is refused, and the answer lists the right ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Dtype(Enum):
 
 
 class MasterDtype(Enum):
-    """How masters of bfloat16 weights are kept; ``split`` is float32 too, its upper half being the weight."""
+    """Format of the master copy of bfloat16 weights. ``split`` is float32 too: the weight is its upper 16 bits."""
 
     float32 = "float32"
     split = "split"
@@ -31,7 +31,7 @@ class Attention(Enum):
 
 
 class GemmBackend(Enum):
-    """Who makes the matrix products of compiled layers (model/kernels/check.py)."""
+    """Library for the matrix products of compiled layers (model/kernels/check.py)."""
 
     auto = "auto"
     quack = "quack"
@@ -39,12 +39,14 @@ class GemmBackend(Enum):
 
 
 class Recompute(Enum):
-    """What a layer computes again in the backward pass instead of keeping it; each keeps less than the one before.
+    """What a layer recomputes in the backward pass. Each choice keeps less memory than the one before.
 
-    Bytes a layer keeps for each row of width H with an MLP of width I (bfloat16): nothing about 2 (9 H + 3 I),
-    elementwise 2 (6 H + I) in the encoder and 2 (5 H + 2 I) in the language model, mlp the same without I, layer 2 H,
-    offload none: what ``layer`` keeps waits in the host's memory. Compiled layers keep at ``nothing`` what they keep at
-    elementwise, and with quack's products the rows that enter the last product of the MLP, 2 I.
+    Bytes that a layer keeps for each row in bfloat16, with H = hidden_size and I = intermediate_size:
+    nothing: about 2 (9 H + 3 I).
+    elementwise: 2 (6 H + I) in the encoder, 2 (5 H + 2 I) in the language model.
+    mlp: the same without I. layer: 2 H. offload: none on the GPU; the 2 H of ``layer`` go to the host's memory.
+    With ``nothing``, compiled layers keep what they keep with ``elementwise``; with machine.gemm_backend=quack also the
+    input of the MLP's last product, 2 I.
     """
 
     nothing = "nothing"
@@ -55,7 +57,7 @@ class Recompute(Enum):
 
 
 class Memory(Enum):
-    """Who says what each layer computes again."""
+    """Who decides what each layer recomputes: the options (given), or the run (auto)."""
 
     given = "given"
     auto = "auto"
@@ -84,14 +86,14 @@ class AdapterKind(Enum):
 
 
 class Tracker(Enum):
-    """Where figures go besides the console and metrics.jsonl."""
+    """Where metrics go, besides the console and metrics.jsonl."""
 
     none = "none"
     wandb = "wandb"
 
 
 class WandbMode(Enum):
-    """``auto`` is online when a key is set, else offline: ``wandb sync`` uploads it later."""
+    """``auto`` is online when W&B has a key, else offline; ``wandb sync`` uploads an offline run later."""
 
     auto = "auto"
     online = "online"

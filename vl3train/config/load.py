@@ -62,7 +62,7 @@ def load_config(
 ) -> TrainConfig:
     """The config that ``overrides`` (``group=choice``, ``key=value``) make.
 
-    The content of the recipe is not checked: see preview/opened.py.
+    The content of the recipe is not checked: see preview/check_config.py.
 
     Args:
         overrides: they replace what ``config_file`` says.

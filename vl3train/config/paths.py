@@ -1,4 +1,4 @@
-"""Folders that runs write and start from: what they hold, and where their weights lie. Imports no torch."""
+"""Folders that runs write and start from: what is in them, and where their weights are. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shipped_folder(name: str) -> Path:
     for folder in (package / name, package.parent / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"{name} is neither in {package} nor beside it: the installation is not whole")
+    raise FileNotFoundError(f"{name} is neither in {package} nor beside it: install vl3train again")
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -32,18 +32,18 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def is_finished(cfg: TrainConfig) -> bool:
-    """Whether a run of these very options has come to its end in its output folder."""
+    """Whether a run with exactly these options has finished in its output folder."""
     file = Path(cfg.run.output_dir) / "finished.json"
     return file.is_file() and json.loads(file.read_text()) == what_trains(cfg)
 
 
 def mark_finished(cfg: TrainConfig) -> None:
-    """Leave the mark that ``is_finished`` looks for."""
+    """Write the file that ``is_finished`` reads."""
     (Path(cfg.run.output_dir) / "finished.json").write_text(json.dumps(what_trains(cfg), indent=1))
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, object]:
-    """The options that decide what a run does; where and under which watch it runs is left out."""
+    """The options that decide what a run computes: all but those of the machine and of tracking."""
     return {name: options for name, options in as_plain(cfg).items() if name not in ("machine", "tracking")}
 
 
@@ -54,7 +54,7 @@ def latest_checkpoint(run_folder: Path) -> Path:
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint yet ({latest} is missing)")
     checkpoint = latest.parent / latest.read_text().strip()
     if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{latest} names {checkpoint.name}, which is not there")
+        raise FileNotFoundError(f"{latest} names {checkpoint.name}, which does not exist")
     return checkpoint
 
 
@@ -109,7 +109,7 @@ def model_type(folder: Path) -> str:
 
 
 def means_a_path(name: str) -> bool:
-    """Whether ``name`` is a path on this machine rather than a name on the Hugging Face hub (``org/model``).
+    """Whether ``name`` is a path on this machine, and not a name on the Hugging Face hub (``org/model``).
 
     >>> means_a_path("google/siglip-so400m-patch14-384"), means_a_path("./parts/vision")
     (False, True)

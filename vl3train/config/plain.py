@@ -8,7 +8,7 @@ from typing import Any
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:
-    """A config as nested dicts of plain values, enums by name: what is logged, saved and compared."""
+    """A config as nested dicts of plain values, enums as their values: the form that is logged, saved and compared."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Enum):

@@ -1,4 +1,4 @@
-"""What is wrong with a config: one record for each mistake, and the error that carries all of them."""
+"""Mistakes in a config: one record for each, and the error that holds all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake. ``str()`` is one line: key=value, what is wrong, the way out."""
+    """One mistake. ``str()`` is one line: key=value, what is wrong, what to do."""
 
     key: str
     value: object
@@ -21,7 +21,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run, with everything that is wrong with it."""
+    """A config that cannot run. The message lists everything that is wrong with it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 def show(value: object) -> str:
-    """A value as one would write it on the command line.
+    """A value as a user writes it on the command line.
 
     >>> show(None), show(True), show(1e-05), show("runs/a")
     ('null', 'true', '1e-05', 'runs/a')

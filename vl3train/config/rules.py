@@ -1,4 +1,4 @@
-"""Rules that span several options, and what follows from them. Changes no config, imports no torch."""
+"""Whether a run may start, and the learning rates that follow from a config. Changes no config, imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vl3train.config.schema import PARTS, TrainConfig
 
 
 def problems(cfg: TrainConfig) -> list[Problem]:
-    """Everything that keeps this config from being run, at once. Empty when the run may start.
+    """Everything that keeps the run from starting. Empty when it may start.
 
-    The recipe is not looked into: its problems come from vl3train.data.recipe.
+    The recipe is not checked here: see vl3train.data.recipe.
     """
     found = range_problems(cfg)
     if {problem.key for problem in found} & {"stage.number", "machine.dp_size", "step.global_packs"}:
@@ -36,16 +36,16 @@ def problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def effective_learning_rates(cfg: TrainConfig) -> dict[str, float]:
-    """Peak learning rate of each part the stage trains, the model's own rates in place of the stage's.
+    """Peak learning rate of each part that the stage trains. The model's own rate replaces the stage's.
 
-    Parts come in the order of schema.PARTS; one that is not in it is frozen.
+    Parts are in the order of schema.PARTS. A part that is missing is frozen.
     """
     rates = cfg.stage.learning_rates
     return {part: cfg.model.learning_rates.get(part, rates[part]) for part in PARTS if part in rates}
 
 
 def adapter_rates(cfg: TrainConfig) -> dict[str, float]:
-    """Peak learning rate of the adapters on each part that has them; their full weights are frozen."""
+    """Peak learning rate of the adapters of each part that has them. The full weights of these parts are frozen."""
     if cfg.adapter.kind is AdapterKind.none:
         return {}
     own, rates = cfg.adapter.learning_rate, effective_learning_rates(cfg)
@@ -59,7 +59,7 @@ def full_rates(cfg: TrainConfig) -> dict[str, float]:
 
 
 def rate_problems(cfg: TrainConfig) -> list[Problem]:
-    """Parts that do not exist and rates that train nothing."""
+    """Learning rates that are out of range or of parts that do not exist."""
     found = []
     if not cfg.stage.learning_rates and cfg.adapter.kind is AdapterKind.none:
         way_out = f"name parts with a rate each: {', '.join(PARTS)}"
@@ -73,14 +73,14 @@ def rate_problems(cfg: TrainConfig) -> list[Problem]:
                 )
             elif not 0 < rate < 1:
                 way_out = (
-                    "a part is frozen by not naming it" if rate == 0 else "published rates are 2e-6 to 1e-3"
+                    "to freeze a part, do not name it" if rate == 0 else "published rates are 2e-6 to 1e-3"
                 )
                 found.append(Problem(key, rate, "a learning rate must be between 0 and 1", way_out))
     return found
 
 
 def folder_problems(cfg: TrainConfig) -> list[Problem]:
-    """Folders that are missing, or already hold something else."""
+    """Folders that are missing, or that are files."""
     found = []
     if not Path(cfg.data.root).expanduser().is_dir():
         way_out = "set it to the folder your shards are in"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vl3train.config.data_options import DataConfig
 from vl3train.contracts.geometry import time_text, token_budget_pixels
 from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_PAD, VIDEO_PAD
-from vl3train.inference.requests import Request
+from vl3train.inference.requests import Request, as_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,21 @@ class Asker:
 
         data = DataConfig()
         return DecodeLimits(max_pixels=data.decode_max_pixels, max_seconds=data.decode_max_seconds)
+
+
+def write_answers(asker: Asker, requests: Sequence[Request], file: Path, batch_size: int) -> Iterator[int]:
+    """Answer the requests in order, ``batch_size`` together, and yield how many are answered so far.
+
+    Each batch of answers is written as soon as it is there: a line of JSON with the request and its ``answer``.
+    Raises FileExistsError when ``file`` exists.
+    """
+    with file.open("x", encoding="utf-8") as out:
+        for first in range(0, len(requests), batch_size):
+            together = requests[first : first + batch_size]
+            for request, answer in zip(together, asker.answers(together), strict=True):
+                out.write(json.dumps({**as_line(request), "answer": answer}, ensure_ascii=False) + "\n")
+            out.flush()
+            yield first + len(together)
 
 
 def pad_left(inputs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:

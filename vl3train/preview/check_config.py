@@ -1,15 +1,23 @@
-"""A config as the command line makes it, with its recipe, and everything that is wrong with either."""
+"""The config that the command line makes: checked together with its recipe, or opened with its indexed data."""
 
 from __future__ import annotations
 
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vl3train.config.load import read_config
+from vl3train.config.load import load_config, read_config
+from vl3train.config.paths import tokenizer_source
 from vl3train.config.problems import ConfigError, Problem
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
+
+if TYPE_CHECKING:
+    from vl3train.data.pipeline import OpenData
 
 
 def check_config(args: Namespace, dp_size: int | None = None) -> TrainConfig:
@@ -47,3 +55,19 @@ def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:
     if not Path(cfg.data.root).expanduser().is_dir():
         return recipe, []  # data.root is a problem of its own; every source would be missing
     return recipe, [Problem("data.recipe", name, text, "") for text in recipe_problems(recipe, cfg.data.root)]
+
+
+@contextmanager
+def opened(args: Namespace) -> Iterator[tuple[TrainConfig, OpenData]]:
+    """The config that the arguments make, and its training samples, which must be indexed.
+
+    Raises ValueError when the config, the recipe or an index cannot be used; the message says what to do.
+    """
+    from vl3train.data.pipeline import open_data
+    from vl3train.model.weights.processor import build_processor
+
+    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        # The tokenizer exactly as a run writes it: the index carries its checksum.
+        build_processor(tokenizer_source(cfg)).save_pretrained(folder)
+        yield cfg, open_data(cfg, tokenizer_dir=Path(folder), held_out=False, build=False)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
-from vl3train.preview.step_samples import Place, TextPiece
+from vl3train.preview.step_samples import ShownPack, ShownSample, ShownStep, TextPiece
 from vl3train.report.html import STYLE
 
 PAGE_STYLE = """
@@ -23,34 +22,13 @@ mark { background: var(--good-back); color: var(--good); border-radius: 3px; }
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownSample:
-    """One sample of a pack."""
-
-    key: str
-    about: str
-    text: Sequence[TextPiece]
-    pictures: Sequence[Sequence[str]]  # data: addresses of each visual item's frames
-    fault: str | None  # why it cannot be used
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownPack:
-    """One pack with those of its samples that are shown."""
-
-    place: Place
-    token_fill: float
-    patch_fill: float
-    work: float  # over the mean pack's
-    samples: Sequence[ShownSample]
-
-
-def step_page(title: str, facts: Sequence[str], packs: Sequence[ShownPack]) -> str:
+def step_page(step: ShownStep) -> str:
     """The whole page."""
+    title, facts, packs = step.title, step.facts, step.packs
     body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in facts)]
     body.append(
         "<p><mark>Green</mark> words are supervised: the model is asked for them. "
-        "Pictures are what the encoder sees; dark squares are pruned tokens, which the language model does not.</p>"
+        "Pictures are what the encoder sees; dark squares are pruned tokens, which the language model does not see.</p>"
     )
     body += [_table(packs), *(_pack(pack) for pack in packs)]
     return (

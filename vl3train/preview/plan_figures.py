@@ -1,4 +1,4 @@
-"""What a plan says of a run, in numbers: from the index alone, nothing is decoded."""
+"""The plan of a run in numbers, counted from the index alone: nothing is decoded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vl3train.data.plan.costs import rank_packs
 if TYPE_CHECKING:
     from vl3train.data.pipeline import OpenData
 
-STEPS_LOOKED_AT = 200
+STEPS_COUNTED = 200
 MODALITIES = ("text", "image", "video", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Samples of one source or one modality, as one virtual epoch has them."""
+    """Samples of one source or one modality in one virtual epoch."""
 
     name: str
     samples: int
@@ -32,7 +32,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFigures:
-    """One virtual epoch, and some of its steps packed."""
+    """One virtual epoch, and the packs of some of its steps."""
 
     num_steps: int  # of the run
     steps_in_epoch: int
@@ -43,8 +43,8 @@ class PlanFigures:
     patches: dict[str, np.ndarray]  # patches likewise, where there are any
     image_patches: int  # of the epoch
     clip_frames: int  # of the epoch, sampled ones
-    drops: tuple[tuple[str, int, str], ...]  # reason, how many, an example's key
-    token_fill: np.ndarray  # (steps,) share of the packs' tokens in use, of the steps looked at
+    rejected: tuple[tuple[str, int, str], ...]  # reason, how many, an example's key
+    token_fill: np.ndarray  # (steps,) share of the packs' tokens in use, of the steps counted
     patch_fill: np.ndarray  # (steps,)
     balance: np.ndarray  # (steps,) work of the costliest pack over the mean pack
     rank_balance: np.ndarray  # (steps,) the same of ranks
@@ -53,7 +53,7 @@ class PlanFigures:
 
 
 def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
-    """Count the first virtual epoch and pack up to ``STEPS_LOOKED_AT`` steps spread over it."""
+    """Count the first virtual epoch and pack up to ``STEPS_COUNTED`` steps spread over it."""
     plan, index, table = data.plan, data.index, data.plan.table
     steps = plan.steps_in_epoch(0)
     order = np.asarray(plan.epoch_rows(0))
@@ -68,8 +68,8 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
 
     in_clips = np.isin(modality, ("video", "mixed"))
     frames = _clip_frames(data, modality == "video")
-    looked_at = np.unique(np.linspace(0, max(0, steps - 2), min(steps, STEPS_LOOKED_AT)).astype(int)).tolist()
-    found = [plan.step_packs(plan.cursor_at(step)) for step in looked_at]
+    counted = np.unique(np.linspace(0, max(0, steps - 2), min(steps, STEPS_COUNTED)).astype(int)).tolist()
+    found = [plan.step_packs(plan.cursor_at(step)) for step in counted]
     costs = np.array([[pack.cost for pack in packs] for packs in found], float)
     ranks = np.array([_rank_costs(packs, cfg.machine.dp_size) for packs in found], float)
     caps = len(found[0]) * cfg.step.max_tokens, len(found[0]) * cfg.step.max_patches
@@ -86,7 +86,7 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
         patches={name: patches[modality == name] for name in MODALITIES[1:] if np.any(modality == name)},
         image_patches=int(patches[order][~in_clips[order]].sum()),
         clip_frames=int(frames[order].sum()),
-        drops=_drops(data),
+        rejected=_rejected(data),
         token_fill=np.array([sum(pack.num_tokens for pack in packs) for packs in found]) / caps[0],
         patch_fill=np.array([sum(pack.num_patches for pack in packs) for packs in found]) / caps[1],
         balance=costs.max(axis=1) / costs.mean(axis=1),
@@ -94,6 +94,24 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
         language_work=float(language) / steps,
         encoder_work=float(encoder - language) / steps,
     )
+
+
+def advice(cfg: TrainConfig, figures: PlanFigures) -> str | None:
+    """Which option to change when packs are not balanced; None when they are (99 % of steps within 2 %)."""
+    worst = float(np.quantile(figures.balance, 0.99))
+    if worst <= 1.02:
+        return None
+    if figures.patch_fill.mean() > figures.token_fill.mean():
+        return (
+            f"packs reach step.max_patches={cfg.step.max_patches} before step.max_tokens; raise it, where memory "
+            "allows, to fill and balance the packs better"
+        )
+    if len(figures.balance) > 1 and cfg.step.max_samples is not None:
+        return (
+            f"step.max_samples={cfg.step.max_samples} leaves too few samples to balance {cfg.step.global_packs} packs; "
+            "raise it, or lower step.global_packs"
+        )
+    return "single samples cost more than a mean pack, or packs are too full to balance: lower step.fill"
 
 
 def _rank_costs(packs: list, dp_size: int) -> list[int]:
@@ -113,8 +131,8 @@ def _clip_frames(data: OpenData, all_clips: np.ndarray) -> np.ndarray:
     return np.bincount(owner, frames, len(lists)).astype(np.int64)
 
 
-def _drops(data: OpenData) -> tuple[tuple[str, int, str], ...]:
-    """Reasons without what differs from sample to sample, the commonest first."""
+def _rejected(data: OpenData) -> tuple[tuple[str, int, str], ...]:
+    """Kinds of reasons for which samples are rejected, the most frequent first."""
     from vl3train.data.prepare.write_shards import kind_of_reason
 
     step = data.plan.step

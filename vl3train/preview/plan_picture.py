@@ -1,4 +1,4 @@
-"""The plan as a picture: how long samples are, how full and how even steps are."""
+"""The plan as a picture: lengths of samples, fill and balance of steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BINS = 40
 
 
 def draw_plan(figures: PlanFigures, *, title: str, max_tokens: int, max_patches: int) -> bytes:
-    """A PNG of four panels: tokens and patches of a sample, fill and balance of the steps looked at."""
+    """A PNG of four panels: tokens and patches of a sample, fill and balance of the steps counted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.4), dpi=110, layout="constrained")
@@ -30,7 +30,7 @@ def draw_plan(figures: PlanFigures, *, title: str, max_tokens: int, max_patches:
         (figures.patch_fill, "patches", COLORS["video"]),
     ):
         panels[1, 0].hist(values, np.linspace(0, 1, BINS).tolist(), color=color, alpha=0.7, label=label)
-    panels[1, 0].set_xlabel("share of the packs in use")
+    panels[1, 0].set_xlabel("fill of the packs")
     panels[1, 0].legend(frameon=False)
     top = max(1.05, float(figures.balance.max()), float(figures.rank_balance.max()))
     for values, label, color in (
@@ -39,7 +39,7 @@ def draw_plan(figures: PlanFigures, *, title: str, max_tokens: int, max_patches:
     ):
         panels[1, 1].hist(values, np.linspace(1, top, BINS).tolist(), color=color, alpha=0.7, label=label)
     panels[1, 1].axvline(1.02, color="#cf222e", linewidth=1, linestyle="--")
-    panels[1, 1].set_xlabel("work of the costliest over the mean (1 is even)")
+    panels[1, 1].set_xlabel("work of the costliest / mean (1 is balanced)")
     panels[1, 1].legend(frameon=False)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)

@@ -1,29 +1,27 @@
-"""The samples of one step, rendered as the model will see them: for eyes, not for training."""
+"""The samples of one step, rendered as the model will see them, for people to look at."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
+from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
 from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.report.html import data_url, thumbnail
 
 if TYPE_CHECKING:
     from vl3train.data.loader import OpenData
     from vl3train.data.render.decode_client import Decoder
 
 FRAMES_SHOWN = 8
-PICTURE_PIXELS = 320
 PRUNED_SHADE = 0.25
 """How much of a pruned token's brightness is left in the picture."""
 
@@ -143,10 +141,87 @@ def frame_picture(patches: np.ndarray, kept: np.ndarray, grid: tuple[int, int], 
     return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * PATCH_SIZE, w * PATCH_SIZE, 3)
 
 
-def data_address(picture: np.ndarray) -> str:
-    """A picture as a ``data:`` address, made small."""
-    image = Image.fromarray(picture)
-    image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownSample:
+    """One sample of a pack, with its text and pictures."""
+
+    key: str
+    about: str
+    text: Sequence[TextPiece]
+    pictures: Sequence[Sequence[str]]  # data: addresses of each visual item's frames
+    fault: str | None  # why it cannot be used; it has no text and no pictures then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPack:
+    """One pack, with the first of its samples."""
+
+    place: Place
+    token_fill: float
+    patch_fill: float
+    work: float  # its cost over the mean pack's
+    samples: Sequence[ShownSample]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownStep:
+    """One step of a run: a title, lines about it, its packs rank after rank."""
+
+    title: str
+    facts: Sequence[str]
+    packs: Sequence[ShownPack]
+
+
+def shown_step(cfg: TrainConfig, data: OpenData, step: int, most: int) -> ShownStep:
+    """One step with the first ``most`` samples of each pack rendered.
+
+    Raises ValueError when the run has no such step.
+    """
+    num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
+    if step >= num_steps:
+        raise ValueError(f"step={step}: the run has {num_steps} steps, 0 to {num_steps - 1}")
+    tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
+    cursor = data.plan.cursor_at(step)
+    places = step_places(data.plan.step_packs(cursor), cfg.machine.dp_size)
+    with decoding(data) as decoder:
+        packs = [_shown_pack(data, tokenizer, decoder, place, places, most) for place in places]
+    facts = [
+        f"virtual epoch {cursor.epoch}, step {cursor.step_in_epoch} of its {data.plan.steps_in_epoch(cursor.epoch)}; "
+        f"plan {data.plan.fingerprint}",
+        f"{sum(len(place.pack.samples) for place in places)} samples, "
+        f"{sum(place.pack.num_tokens for place in places):,} tokens, "
+        f"{sum(place.pack.num_supervised_tokens for place in places):,} of them supervised, on "
+        f"{cfg.machine.dp_size} ranks",
+    ]
+    return ShownStep(title=f"{cfg.stage.name}, step {step}", facts=facts, packs=packs)
+
+
+def _shown_pack(
+    data: OpenData, tokenizer: ChatTokenizer, decoder: Decoder, place: Place, places: list[Place], most: int
+) -> ShownPack:
+    """A pack with its first samples rendered."""
+    limits, pack = data.plan.step, place.pack
+    mean = sum(other.pack.cost for other in places) / len(places)
+    return ShownPack(
+        place=place,
+        token_fill=pack.num_tokens / limits.max_tokens,
+        patch_fill=pack.num_patches / limits.max_patches,
+        work=pack.cost / mean,
+        samples=[_shown_sample(data, row, tokenizer, decoder) for row in pack.samples[:most]],
+    )
+
+
+def _shown_sample(data: OpenData, row: int, tokenizer: ChatTokenizer, decoder: Decoder) -> ShownSample:
+    """A sample with its pictures and text, or with the reason why it has none."""
+    lengths = data.index.lengths(row)
+    about = (
+        f"{lengths.modality}: {lengths.num_tokens:,} tokens, {lengths.num_supervised_tokens:,} supervised, "
+        f"{lengths.num_patches:,} patches, {lengths.num_visual_tokens:,} visual tokens"
+    )
+    key, sample = data.index.key(row), rendered(data, row, decoder)
+    if isinstance(sample, SampleError):
+        return ShownSample(key=key, about=about, text=[], pictures=[], fault=str(sample))
+    pictures = [[data_url(thumbnail(frame), "jpeg") for frame in item] for item in sample_pictures(sample)]
+    return ShownSample(
+        key=key, about=about, text=text_pieces(sample, tokenizer), pictures=pictures, fault=None
+    )

@@ -200,7 +200,7 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     """The model that the run would start from, on the device it would run on. float32 on a CPU."""
     import torch
 
-    from vl3train.engine.build import build_model
+    from vl3train.engine.start.model import build_model
     from vl3train.model.attention.backends import choose_attention
     from vl3train.model.kernels.check import choose_gemm_backend
     from vl3train.model.packed_forward import PackedModel, head_dims

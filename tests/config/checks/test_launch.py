@@ -18,18 +18,18 @@ def test_what_torchrun_sets_is_taken():
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_variable_that_is_missing_is_named(name):
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE=2: 2 ranks cannot meet without {name};"):
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE=2: 2 ranks cannot connect without {name};"):
         launched_ranks({key: value for key, value in WHOLE.items() if key != name})
 
 
 def test_a_rank_beyond_the_launch_and_words_for_numbers_are_refused():
     with pytest.raises(
-        ConfigError, match="RANK=3: is beyond the ranks of the launch, WORLD_SIZE=unset, so 1"
+        ConfigError, match="RANK=3: must be less than the number of ranks, WORLD_SIZE=unset, so 1"
     ):
         launched_ranks({"RANK": "3"})
-    with pytest.raises(ConfigError, match="WORLD_SIZE=two: is no whole number"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE=two: is not a whole number"):
         launched_ranks({"WORLD_SIZE": "two"})
-    with pytest.raises(ConfigError, match="RANK=0: is beyond the ranks of the launch, WORLD_SIZE=0"):
+    with pytest.raises(ConfigError, match="RANK=0: must be less than the number of ranks, WORLD_SIZE=0"):
         launched_ranks({"WORLD_SIZE": "0"})
 
 
@@ -39,4 +39,4 @@ def test_the_train_command_says_so_on_every_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(["stage=1"]) == 2
-    assert "2 ranks cannot meet without LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
+    assert "2 ranks cannot connect without LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err

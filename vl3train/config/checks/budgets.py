@@ -7,15 +7,15 @@ from vl3train.config.schema import TrainConfig
 
 
 def cost_problems(cfg: TrainConfig) -> list[Problem]:
-    """Costs that the planner cannot weigh."""
+    """Costs that the planner cannot use."""
     names = ("token", "token_pair", "patch", "patch_pair")
     found = []
     if set(cfg.model.costs) != set(names):
         way_out = f"give {', '.join(names)}"
-        found.append(Problem("model.costs", cfg.model.costs, "these are not the four costs", way_out))
+        found.append(Problem("model.costs", cfg.model.costs, "must name exactly four costs", way_out))
     found += [
         Problem(
-            f"model.costs.{name}", value, "must be 0 or more", "leave model.costs out: the model has its own"
+            f"model.costs.{name}", value, "must be 0 or more", "leave model.costs out to use the model's own"
         )
         for name, value in cfg.model.costs.items()
         if value < 0
@@ -24,7 +24,7 @@ def cost_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def budget_problems(cfg: TrainConfig) -> list[Problem]:
-    """Budgets that no sample, or no set of ranks, could keep."""
+    """Limits that contradict each other or the number of ranks."""
     data, step, stage = cfg.data, cfg.step, cfg.stage
     found = []
     if step.global_packs % cfg.machine.dp_size:
@@ -46,7 +46,7 @@ def budget_problems(cfg: TrainConfig) -> list[Problem]:
         way_out = f"set it to {patches} or more, or lower data.max_visual_tokens"
         found.append(Problem("step.max_patches", step.max_patches, what, way_out))
     if data.max_frames > data.max_visual_tokens:
-        what = f"more frames than data.max_visual_tokens={data.max_visual_tokens}, and each has one at least"
+        what = f"is more than data.max_visual_tokens={data.max_visual_tokens}, and a frame has at least one token"
         found.append(Problem("data.max_frames", data.max_frames, what, "lower it"))
     pairs = (
         ("min_frames", "max_frames"),

@@ -134,7 +134,7 @@ def _attention_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def adapter_problems(cfg: TrainConfig) -> list[Problem]:
-    """Adapters on parts that cannot have them, or without a rate."""
+    """Adapters on parts that cannot have them, or without a learning rate."""
     if cfg.adapter.kind is AdapterKind.none:
         return []
     found = []
@@ -152,8 +152,8 @@ def adapter_problems(cfg: TrainConfig) -> list[Problem]:
         found.append(Problem("machine.compile_layers", True, what, way_out))
     for part in cfg.adapter.parts:
         if part not in ADAPTER_PARTS:
-            way_out = f"they can sit on {', '.join(ADAPTER_PARTS)}; the projector is trained in full"
-            found.append(Problem("adapter.parts", part, "adapters cannot sit on this part", way_out))
+            way_out = f"adapters can be on {', '.join(ADAPTER_PARTS)}; the projector is trained in full"
+            found.append(Problem("adapter.parts", part, "this part cannot have adapters", way_out))
         elif cfg.adapter.learning_rate is None and part not in cfg.stage.learning_rates:
             what = f"unset, and stage {cfg.stage.number} gives {part} no rate that its adapters could use"
             found.append(Problem("adapter.learning_rate", None, what, "set it; 1e-4 is a common choice"))

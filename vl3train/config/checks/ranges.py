@@ -11,7 +11,7 @@ from vl3train.config.schema import TrainConfig
 
 
 class Range(NamedTuple):
-    """What a number must be, in words and as a test."""
+    """What a number must be, in words and as a condition."""
 
     words: str
     holds: Callable[[float], bool]
@@ -79,7 +79,7 @@ RANGES: dict[str, Range] = {
 
 
 def range_problems(cfg: TrainConfig) -> list[Problem]:
-    """Every number that lies outside its range. Unset ones are in range."""
+    """Every number that is out of its range. A number that is not set is in range."""
     found = []
     for key, allowed in RANGES.items():
         section, option = key.split(".")

@@ -1,4 +1,4 @@
-"""What a run starts from: published parts in stage 1, the stage before or a checkpoint in stages 2 to 4."""
+"""What a run starts from: published parts in stage 1; in stages 2 to 4 the stage before, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ PART_MODEL_TYPES = {
     "vision_encoder_from": ("siglip", "siglip_vision_model"),
     "language_model_from": ("qwen2",),
 }
-"""``model_type`` that model/weights/from_parts.py takes each part from."""
+"""The ``model_type`` that model/weights/from_parts.py accepts for each part."""
 
 
 def starts_from(cfg: TrainConfig) -> str:
-    """In words, what the run's weights are before its first step."""
+    """Where the run's weights come from, in words."""
     if cfg.stage.number == 1:
         return (
             f"vision encoder {cfg.model.vision_encoder_from}, "
             f"language model {cfg.model.language_model_from}, "
-            f"a projector of random weights (seed {cfg.run.seed})"
+            f"projector with random weights (seed {cfg.run.seed})"
         )
     assert cfg.stage.init_from is not None, "a config without problems has it"
     folder = Path(cfg.stage.init_from).expanduser()
     if not folder.exists():
-        return f"{folder}, which is not there yet"
+        return f"{folder}, which does not exist yet"
     if not paths.is_run_folder(folder):
         return f"the checkpoint {folder}"
     if not (folder / "checkpoints" / "latest").is_file():
-        return f"{folder}, which has no whole checkpoint yet"
+        return f"{folder}, which has no complete checkpoint yet"
     return f"{run_stage(folder) or 'the run'} in {folder}, {paths.latest_checkpoint(folder).name}"
 
 
@@ -44,7 +44,7 @@ def run_stage(run_folder: Path) -> str | None:
 
 
 def start_problems(cfg: TrainConfig) -> list[Problem]:
-    """Everything that keeps the run from having weights to start from."""
+    """Every reason why the run has no weights or no tokenizer to start from."""
     if cfg.stage.number == 1:
         return _parts_problems(cfg)
     found = _init_from_problems(cfg)
@@ -57,14 +57,14 @@ def _parts_problems(cfg: TrainConfig) -> list[Problem]:
     if cfg.stage.init_from is not None:
         what = "stage 1 starts from model.vision_encoder_from and model.language_model_from"
         found.append(
-            Problem("stage.init_from", cfg.stage.init_from, what, "leave it unset, or choose a later stage")
+            Problem("stage.init_from", cfg.stage.init_from, what, "do not set it, or choose a later stage")
         )
     for option, known_types in PART_MODEL_TYPES.items():
         key, name = f"model.{option}", getattr(cfg.model, option)
         kind = "SigLIP" if option == "vision_encoder_from" else "Qwen2 or Qwen2.5"
         way_out = f"name a {kind} checkpoint in Hugging Face form: a folder, or a name on the hub"
         if name is None:
-            found.append(Problem(key, None, "stage 1 would start from nothing", way_out))
+            found.append(Problem(key, None, "stage 1 has nothing to start from", way_out))
         elif paths.means_a_path(name):
             if cfg.model.name == "debug":
                 way_out = f"make it with `vl3train demo {cfg.data.root}`"
@@ -91,8 +91,8 @@ def _tokenizer_problems(name: str | None) -> list[Problem]:
     folder = Path(name).expanduser()
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return []
-    way_out = "name a folder that holds one, or a name on the hub"
-    return [Problem("model.tokenizer_from", name, "no tokenizer.json there", way_out)]
+    way_out = "name a folder that has one, or a name on the hub"
+    return [Problem("model.tokenizer_from", name, "has no tokenizer.json", way_out)]
 
 
 def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
@@ -100,15 +100,15 @@ def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
     key = "stage.init_from"
     way_out = f"name the output folder of stage {number - 1}, or a video_llama_3 checkpoint's folder"
     if init_from is None:
-        return [Problem(key, None, f"stage {number} would start from nothing", way_out)]
+        return [Problem(key, None, f"stage {number} has nothing to start from", way_out)]
     folder = Path(init_from).expanduser()
     if not folder.is_dir():
         if not paths.means_a_path(init_from):
             way_out = f"download it first: hf download {init_from} --local-dir FOLDER"
         return [Problem(key, init_from, "no such folder", way_out)]
     if folder.resolve() == Path(cfg.run.output_dir).expanduser().resolve():
-        what = "is this run's own run.output_dir"
-        return [Problem(key, init_from, what, f"give stage {number} an output folder of its own")]
+        what = "is the run.output_dir of this run"
+        return [Problem(key, init_from, what, f"give stage {number} its own output folder")]
     try:
         paths.resolve_weights(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -116,9 +116,7 @@ def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
     before = _run_stage_section(folder)
     if before is not None and before["number"] < number - 1:
         what = f"is a run of stage {before['number']}, and stage {number - 1} comes between"
-        way_out = (
-            f"train stage {number - 1} first, or name the weights folder in its checkpoint to leave it out"
-        )
+        way_out = f"train stage {number - 1} first; to skip it, name the weights folder inside the checkpoint"
         return [Problem(key, init_from, what, way_out)]
     return []
 
