@@ -16,8 +16,8 @@ from vl3train.model.kernels.ops import (
     gelu_backward_reference,
     norm_backward,
     norm_backward_reference,
-    pairs_apart,
-    pairs_together,
+    separate_pairs,
+    interleave_pairs,
     recompute_linear,
     rope_cos_sin,
     rotate,
@@ -26,6 +26,9 @@ from vl3train.model.kernels.ops import (
 
 EPS = 1e-6
 SIZES = [(1, 64), (7, 1152), (300, 64), (7, 1536), (5, 3584)]
+INTERPRETED_SIZES = [(1, 64), (7, 72), (200, 24), (1, 1152), (1, 1536), (1, 3584)]
+"""Triton's interpreter adds up value by value, in Python. A row that fills its block and one that does not, every case
+of each; then programs of several rows, and the model's widths."""
 CASES = [
     # gradients, centred, bias, residual, normed again, sums of weights, sums of rows
     (1, True, True, True, True, True, True),
@@ -41,16 +44,16 @@ def norm_arguments(num_rows, width, case, device="cpu", dtype=torch.float32):
     """Rows far from centred, weights far from 1."""
     num_grads, centred, bias, residual, recompute, weight_sums, row_sums = case
     torch.manual_seed(num_rows + width)
-    rows, *reserved_bytes = torch.randn(5, num_rows, width, device=device)
-    rows = (rows * (1 + reserved_bytes[3]) + 1.5).to(dtype)
+    rows, *others = torch.randn(5, num_rows, width, device=device)
+    rows = (rows * (1 + others[3]) + 1.5).to(dtype)
     weight, bias_W = torch.randn(2, width, device=device)
     return (
-        [grad.to(dtype) for grad in reserved_bytes[:num_grads]],
+        [grad.to(dtype) for grad in others[:num_grads]],
         rows,
         (weight + 1).to(dtype),
         bias_W.to(dtype) if bias else None,
         EPS,
-        reserved_bytes[3].to(dtype) if residual else None,
+        others[3].to(dtype) if residual else None,
         centred,
         recompute,
         weight_sums,
@@ -93,6 +96,7 @@ def rotate_arguments(num_rows, heads, rotated, head_dim, backward, sums, device=
     return rows, rope_cos_sin(angles.cos(), angles.sin()), rotated, backward, sums
 
 
+GELU_SIZES = [(1, 64), (37, 300), (7, 4304)]
 ROTATED = [
     (1, 3, 2, 16, True, True),
     (37, 4, 3, 12, True, True),
@@ -107,10 +111,10 @@ ROTATED = [
 def rotated_by_transformers(rows, table, num_rotated):
     """transformers' rotation, which has the two of a pair half a head apart."""
     cos, sin = (of_pair.repeat(1, 2) for of_pair in table.unflatten(1, (-1, 2)).unbind(2))
-    heads = pairs_apart(rows.t(), table.shape[1]).t().unflatten(1, (-1, table.shape[1]))
+    heads = separate_pairs(rows.t(), table.shape[1]).t().unflatten(1, (-1, table.shape[1]))
     turning, still = heads[:, :num_rotated], heads[:, num_rotated:]
     rotated, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
-    return pairs_together(torch.cat((rotated, still), 1).flatten(1).t(), table.shape[1]).t()
+    return interleave_pairs(torch.cat((rotated, still), 1).flatten(1).t(), table.shape[1]).t()
 
 
 def assert_close(found, expected, tolerance):
@@ -165,11 +169,11 @@ def test_what_is_said_of_the_ops_shapes_is_so(case):
     torch.library.opcheck(recompute_linear, (rows, weight, torch.randn(12), rows), test_utils=checks)
 
 
-def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
+def check_kernels(device, dtype, tolerance, sizes, cases=CASES, rotated=ROTATED, gelu=GELU_SIZES):
     from vl3train.model.kernels.triton_norm import gelu_backward_kernel, norm_backward_kernel
     from vl3train.model.kernels.triton_rope import rotate_kernel
 
-    for case in ROTATED:
+    for case in rotated:
         arguments = rotate_arguments(*case, device, dtype)
         same = arguments[0].clone()
         found, expected = rotate_kernel(*arguments), rotate_reference(same, *arguments[1:])
@@ -178,7 +182,7 @@ def check_kernels(device, dtype, tolerance, sizes, cases=CASES):
         for case in cases:
             arguments = norm_arguments(*size, case, device, dtype)
             assert_close(norm_backward_kernel(*arguments), norm_backward_reference(*arguments), tolerance)
-    for size in ((1, 64), (37, 300), (7, 4304)):
+    for size in gelu:
         grad, intermediate = gelu_arguments(*size, device, dtype)
         same = grad.clone()
         found, expected = (
@@ -194,9 +198,9 @@ def test_kernels_interpreted_are_the_formulas():
     if triton.__version__.startswith("3.6"):
         pytest.skip("the interpreter of triton 3.6 cannot count a loop with numpy 2.4's arrays")
     code = (
-        "import torch; from tests.model.kernels.test_ops import CASES, SIZES, check_kernels;"
-        "check_kernels('cpu', torch.float32, 2e-6, SIZES[:2] + SIZES[3:]);"
-        "check_kernels('cpu', torch.float32, 2e-6, SIZES[2:3], CASES[:2])"
+        "import torch; from tests.model.kernels.test_ops import CASES, INTERPRETED_SIZES, check_kernels;"
+        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[:2]);"
+        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[2:], CASES[:2], rotated=(), gelu=())"
     )
     environment = dict(os.environ, TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
