@@ -168,6 +168,6 @@ def figures(times: list[float], lines: list[dict[str, Any]], row: Row) -> dict[s
         "step_seconds": [late - early for early, late in pairwise(times[WARM_UP_STEPS - 1 :])],
         "step_tflops": [line["useful_tflops"] for line in counted],
         "loss": lines[-1]["loss"],
-        "skipped_samples": sum(line["skipped_samples"] for line in lines),
+        "skipped_samples": sum(line["failed_samples"] for line in lines),
         "wandb": importlib.util.find_spec("wandb") is not None,
     }

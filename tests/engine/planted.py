@@ -46,13 +46,13 @@ PLANTS = {
     "save": ("engine.loop", "save_checkpoint", 0, raise_planted),
     "evaluation": ("engine.loop", "evaluate", 0, raise_planted),
     "ledger": ("data.pipeline", "_write_ledger", 2, raise_planted),
-    "model": ("engine.run", "build_model", 0, raise_planted),
-    "data": ("engine.run", "open_both", 0, raise_planted),
-    "engine": ("engine.run", "Zero", 0, raise_planted),
-    "tracker": ("engine.run", "Tracker", 0, raise_planted),
+    "model": ("engine.start.model", "build_model", 0, raise_planted),
+    "data": ("engine.start.run", "open_run_data", 0, raise_planted),
+    "engine": ("engine.start.engine", "Zero", 0, raise_planted),
+    "tracker": ("engine.start.run", "Tracker", 0, raise_planted),
     "join": ("engine.ranks", "join", 0, raise_planted),
-    "loader_start": ("data.fetch", "DataLoader", 0, raise_planted),
-    "decode_start": ("data.fetch", "decode_server", 0, raise_planted),
+    "loader_start": ("data.loader", "DataLoader", 0, raise_planted),
+    "decode_start": ("data.loader", "decode_server", 0, raise_planted),
 }
 
 

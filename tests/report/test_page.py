@@ -32,7 +32,7 @@ def make_run(folder, stage, num_steps=60, *, start=False):
                 "fill": 0.93,
                 "data_wait_fraction": 0.02,
                 "step_seconds": 1.5,
-                "skipped_samples": step % 2,
+                "failed_samples": step % 2,
             }
             file.write(json.dumps(line) + "\n")
 

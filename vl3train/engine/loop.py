@@ -17,9 +17,11 @@ from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.compile_log import Compiles, take_compiles
+from vl3train.engine.monitor.console import Console
 from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import Rank, RunError
-from vl3train.engine.run import Run, start_run
+from vl3train.engine.run import Run
+from vl3train.engine.start.run import start_run
 from vl3train.engine.step import StepResult, train_step
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
 from vl3train.model.activations.work import RecomputePlan
@@ -28,12 +30,13 @@ from vl3train.model.activations.work import RecomputePlan
 def train(cfg: TrainConfig, rank: Rank) -> None:
     """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
     start_workers_ignoring_signals()
-    with explain_oom(cfg, rank, "model, optimizer and first layers were put there"):
-        run = start_run(cfg, rank)
+    console = Console(cfg.run.output_dir, stage_name=cfg.stage.name, enabled=rank.is_first)
     try:
+        with explain_oom(cfg, rank, "model, optimizer and first layers were put there"):
+            run = start_run(cfg, rank, console)
         run_steps(run, StopRequest())
     finally:
-        run.console.close()  # or a failure's cause would stand above the bar, and the terminal without its cursor
+        console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
     run.tracker.finish()
 
 
@@ -128,7 +131,7 @@ def log_step(
         "supervised_tokens": step_batches.num_supervised_tokens,
         "patches": step_batches.num_patches,
         "fill": step_batches.fill,
-        "skipped_samples": result.num_failed_samples,
+        "failed_samples": result.num_failed_samples,
         "step_seconds": step_seconds,
         "tokens_per_second": step_batches.num_tokens / step_seconds,
         "patches_per_second": step_batches.num_patches / step_seconds,
@@ -147,11 +150,10 @@ def log_step(
 
 
 def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:
-    """What each layer computed again in each micro-batch of this rank."""
-    places = [(number == 0, number == len(batches) - 1) for number in range(len(batches))]
+    """What each layer recomputed in each micro-batch of this rank."""
+    last = len(batches) - 1
     return [
-        run.packed.choose_plan(batch, run.engine.reserved_bytes(batch, first=first, last=last))
-        for batch, (first, last) in zip(batches, places, strict=True)
+        run.engine.plan_of(batch, first=number == 0, last=number == last) for number, batch in enumerate(batches)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What ``vl3train verify`` asks of the model: packed equals alone, and alone equals transformers."""
+"""The checks of ``vl3train verify`` on the model: packed equals alone, and alone equals transformers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from vl3train.config.choices import Device
 from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
-from vl3train.preview.verify_data import (
-    Verdict,
-)
+from vl3train.preview.verify_data import Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +33,8 @@ def fitting(samples: Sequence[RenderedSample], limits: tuple[int, int]) -> list[
 def check_packed(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
     """Whether samples that fit one pack have the same loss and the same gradients in it and each alone.
 
-    Gradients are those of the first and last weight of every part, summed over the samples; their difference is
-    told as its length over theirs.
+    We compare the gradients of the first and last matrix of every part, summed over the samples: the norm of the
+    difference over the norm of the gradient.
 
     Args:
         model: a PackedModel, on its device.
@@ -71,7 +69,7 @@ def check_packed(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
         if not value <= allowed_apart
     ]
     if len(samples) < 2:
-        reasons.append("fewer than two samples fit a pack together: nothing to compare")
+        reasons.append("fewer than two samples fit into one pack: nothing to compare")
     tokens = sum(len(sample.input_ids) for sample in samples)
     found = (
         f"{len(samples)} samples, {tokens:,} tokens: losses differ by at most {max(off, default=0.0):.1e} "
@@ -109,7 +107,7 @@ def _relative(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[dict[str, Tensor]]:
-    """The first and last matrix of every part, as all that a backward pass makes gradients of."""
+    """The first and last matrix of every part; only these get gradients within the block."""
     from vl3train.model.trainable import part_of
 
     matrices: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -119,14 +117,14 @@ def _watched(model: Any) -> Iterator[dict[str, Tensor]]:
             matrices[part_of(name)].append(name)
     chosen = [name for names in matrices.values() for name in dict.fromkeys(names[:1] + names[-1:])]
     before = {name: weight.requires_grad for name, weight in named.items()}
-    recomputed = model.training
+    was_training = model.training
     for name, weight in named.items():
         weight.requires_grad_(name in chosen)
-    model.training = True  # of the wrapper alone: what is recomputed in a run is here too, dropout stays off
+    model.training = True  # of the wrapper only: layers recompute as in a run, dropout stays off
     try:
         yield {name: named[name] for name in chosen}
     finally:
-        model.training = recomputed
+        model.training = was_training
         for name, weight in named.items():
             weight.requires_grad_(before[name])
 
@@ -173,9 +171,9 @@ def _stock_loss(hf_model: Any, sample: RenderedSample) -> float:
 
 
 def stock_inputs(sample: RenderedSample, video_token_id: int) -> dict[str, np.ndarray]:
-    """A sample as transformers' model takes it: images and clips apart, patches still uint8.
+    """A sample as transformers' model takes it: images and clips in separate arrays, patches still uint8.
 
-    Which item is a clip its placeholders say: they follow in the items' order.
+    The placeholders, which are in the order of the items, say which item is a clip.
     """
     found: dict[str, list[np.ndarray]] = {}
     patch = token = placed = 0

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no other."""
+"""The report as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ def write_page(
     """Write the report.
 
     Args:
-        file: Where to.
-        runs: Logs in the order of the training.
-        reached: Held-out figures along it; may be empty.
+        file: where to write it.
+        runs: logs, in the order of training.
+        reached: held-out figures at the start and after each run; may be empty.
         figures: PNG of each figure for a light (False) and a dark (True) page.
-        samples: Predictions with ``SAMPLE_KEYS`` of cli/report.py.
+        samples: answers beside the right ones, as ``run_log.read_samples`` returns them.
 
     Raises:
-        SampleError: A picture or clip of ``samples`` cannot be read.
+        SampleError: a picture or clip of ``samples`` cannot be read.
     """
     names = ", ".join(run.name for run in runs)
     parts = ["<h1>VideoLLaMA3 training report</h1>", f"<p>{escape(names)}</p>"]
     if reached:
         parts += [
-            "<h2>Held-out accuracy against chance</h2>",
-            "<p>A sample counts when every token of its answer is right. Chance is what the most frequent"
-            " answer alone reaches. Green: more than two standard deviations of guessing above chance.</p>",
+            "<h2>Held-out accuracy, beside chance</h2>",
+            "<p>An answer is right when all its tokens are right. Chance is the accuracy of always giving the most"
+            " frequent answer. Green: above chance by more than two standard deviations of guessing.</p>",
             f'<div class="card">{accuracy_table(reached)}</div>',
             f'<div class="card" style="margin-top:14px">{figure_tag(figures["accuracy"], "accuracy")}</div>',
         ]
     parts += [
         "<h2>Loss</h2>",
-        "<p>Sum over the supervised tokens of the global batch, divided by their number.</p>",
+        "<p>Sum of the loss over the supervised tokens of the global batch, divided by their number.</p>",
         f'<div class="card">{figure_tag(figures["loss_curves"], "loss curves")}</div>',
         "<h2>Runs</h2>",
         f'<div class="card">{runs_table(runs)}</div>',
     ]
     if samples:
         cards = "".join(sample_card(sample) for sample in samples)
-        parts += ["<h2>Sample predictions</h2>", f'<div class="samples">{cards}</div>']
+        parts += ["<h2>Sample answers</h2>", f'<div class="samples">{cards}</div>']
     file.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -72,7 +72,7 @@ def write_page(
 
 
 def accuracy_table(reached: Sequence[Milestone]) -> str:
-    """Sources down, milestones across, chance last."""
+    """A row for each source, a column for each milestone, then chance and the number of samples."""
     from vl3train.report.run_log import clearly_above_chance
 
     names = list(dict.fromkeys(name for milestone in reached for name in milestone.sources))
@@ -94,7 +94,7 @@ def accuracy_table(reached: Sequence[Milestone]) -> str:
 
 
 def runs_table(runs: Sequence[RunLog]) -> str:
-    """Length, speed and losses of each run; what a run did not log is left empty."""
+    """Length, speed and losses of each run; a cell is empty when the run did not log the figure."""
 
     def mean(run: RunLog, key: str, form: str) -> str:
         values = [line[key] for line in run.steps if line.get(key) is not None]
@@ -113,7 +113,7 @@ def runs_table(runs: Sequence[RunLog]) -> str:
             mean(run, "patches_per_second", "{:,.0f}"),
             mean(run, "fill", "{:.0%}"),
             mean(run, "data_wait_fraction", "{:.0%}"),
-            f"{sum(line.get('skipped_samples', 0) for line in run.steps)}",
+            f"{sum(line.get('failed_samples', 0) for line in run.steps)}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = [
@@ -126,20 +126,20 @@ def runs_table(runs: Sequence[RunLog]) -> str:
         "patches/s",
         "fill",
         "data wait",
-        "skipped",
+        "failed samples",
     ]
     return table_of(heads, rows)
 
 
 def sample_card(sample: Mapping[str, Any]) -> str:
-    """One prediction beside its pictures; of a clip, some frames in their order."""
+    """One answer, with the pictures of its question; for a clip, some of its frames in order."""
     pictures = [picture for path in sample["media"] for picture in pictures_of(Path(path))]
     images = "".join(f'<img alt="" src="{data_url(thumbnail(picture), "jpeg")}">' for picture in pictures)
     several = " several" if len(pictures) > 1 else ""
     right = str(sample["prediction"]).strip() == str(sample["answer"]).strip()
     mark, kind = ("✓", "right") if right else ("✗", "wrong")
     said = escape(str(sample["prediction"])) or "(nothing)"
-    wanted = "" if right else f" &middot; right: {escape(str(sample['answer']))}"
+    wanted = "" if right else f" &middot; expected: {escape(str(sample['answer']))}"
     return (
         f'<div class="card sample"><div class="source">{escape(str(sample["source"]))}</div>'
         + (f'<div class="media{several}">{images}</div>' if images else "")
@@ -150,7 +150,7 @@ def sample_card(sample: Mapping[str, Any]) -> str:
 
 
 def pictures_of(path: Path) -> list[np.ndarray]:
-    """A picture, or frames of a clip in their order, each (height, width, 3) uint8."""
+    """The picture, or some frames of the clip in order; each (height, width, 3) uint8."""
     data = path.read_bytes()
     limits = DecodeLimits(
         max_pixels=DataConfig().decode_max_pixels, max_seconds=DataConfig().decode_max_seconds
@@ -162,7 +162,7 @@ def pictures_of(path: Path) -> list[np.ndarray]:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether the header is that of a picture."""
+    """Whether the file header is that of a picture."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS):
             return True

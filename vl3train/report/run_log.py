@@ -1,4 +1,4 @@
-"""What runs wrote of themselves, read back."""
+"""Logs of runs, read for the report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class RunLog:
-    """What one run wrote of itself."""
+    """What one run logged: a line for each step, and its evaluations."""
 
     name: str
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def evaluation(self, *, first: bool) -> dict[str, dict[str, float]] | None:
-        """Figures of each source before the first step, or the last ones after it."""
+        """Figures of each source before the first step, or else the last figures after it."""
         found = [line for line in self.evaluations if (line["when"] == "start") == first]
         return found[-1]["sources"] if found else None
 
@@ -31,11 +31,14 @@ class Milestone:
 
 
 def read_run(folder: Path, problems: list[str]) -> RunLog | None:
-    """The log of one run; what is wrong goes to ``problems``."""
+    """The log of one run; None when it has no figures. Whatever is wrong is added to ``problems``."""
     steps = read_lines(folder / "metrics.jsonl", ("step", "loss"), problems)
     if not steps:
-        problems.append(f"{folder} holds no figures; is it the output folder of a run that has begun?")
+        problems.append(f"{folder} holds no figures; is it the output folder of a run that has started?")
         return None
+    for step in steps:
+        if "skipped_samples" in step:  # its name before 2026-12
+            step["failed_samples"] = step.pop("skipped_samples")
     evaluations: list[dict[str, Any]] = []
     if (folder / "evaluations.jsonl").exists():
         keys = ("stage", "step", "when", "sources")
@@ -45,7 +48,7 @@ def read_run(folder: Path, problems: list[str]) -> RunLog | None:
 
 
 def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:
-    """Lines of JSON, each with ``keys``; a last line without its end (a run still writes) is left out."""
+    """Lines of JSON, each with ``keys``. A last line that is incomplete, because the run still writes, is ignored."""
     if not file.exists():
         problems.append(f"{file} does not exist")
         return []
@@ -66,7 +69,7 @@ def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[d
 
 
 def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Answers beside what is right; what is wrong with the files goes to ``problems``."""
+    """Answers with the expected answers. Whatever is wrong with the files is added to ``problems``."""
     so_far = len(problems)
     given = read_lines(answers, ("prompt", "answer"), problems)
     right = read_lines(expected, ("source", "key", "answer"), problems)
@@ -74,7 +77,7 @@ def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dic
         return []
     if len(given) != len(right):
         problems.append(
-            f"{answers} has {len(given)} answers and {expected} {len(right)}: they go line for line"
+            f"{answers} has {len(given)} answers and {expected} {len(right)}: they must have a line for each other"
         )
         return []
     samples = []
@@ -88,7 +91,7 @@ def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dic
 
 
 def milestones(runs: list[RunLog]) -> list[Milestone]:
-    """Before the first run and after every one, as far as they were evaluated."""
+    """Held-out figures before the first run and after each run, where there was an evaluation."""
     found = []
     if (sources := runs[0].evaluation(first=True)) is not None:
         found.append(Milestone(name="before", sources=sources))
@@ -99,7 +102,9 @@ def milestones(runs: list[RunLog]) -> list[Milestone]:
 
 
 def clearly_above_chance(figures: dict[str, float]) -> bool:
-    """Whether guessing would do as well in fewer than about one of forty times: two standard deviations.
+    """Whether the accuracy is more than two standard deviations of guessing above chance.
+
+    Guessing reaches that about once in forty times.
 
     >>> clearly_above_chance({"accuracy": 0.6, "chance": 0.25, "samples": 40})
     True

@@ -181,7 +181,7 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("compiled", "compiled {:.1f} s", figures.get("compile_seconds") or None),
         ("left", "left {}", None if seconds_left is None else clock(seconds_left)),
         ("memory", "{:.1f} GiB", figures.get("memory_gib")),
-        ("skipped", "skipped {}", figures.get("skipped_samples") or None),
+        ("failed", "failed {}", figures.get("failed_samples") or None),
     ]
     return "  ".join(form.format(value) for _, form, value in shown if value is not None)
 

@@ -1,4 +1,4 @@
-"""The kernels of a run: chosen, and proven right, before anything is trained with them."""
+"""The kernels of a run: chosen, and checked against float64, before anything is trained with them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from vl3train.model.packed_forward import head_dims
 
 
 class Kernels(NamedTuple):
-    """Who does a run's attention and the products of its compiled layers."""
+    """Which libraries compute a run's attention and the matrix products of its compiled layers."""
 
     attention: KernelChoice
     gemm_backend: KernelChoice
 
+    def remarks(self) -> list[str]:
+        """What was chosen and why, a line each."""
+        named = (("attention", self.attention), ("matrix products", self.gemm_backend))
+        return [f"{what}: {choice.name} ({choice.reason})" for what, choice in named]
+
 
 def choose_kernels(machine: MachineConfig, hf_model: Any, rank: Rank) -> Kernels:
-    """All ranks call it; RunError on every rank where what was asked for cannot serve or is wrong."""
+    """Choose the kernels and check them. All ranks call it.
+
+    Raises RunError on every rank where a kernel that the config asks for cannot be used, or gives wrong results.
+    """
     attention = gemm_backend = KernelChoice("none", "never used: a problem is raised below")
     problem = None
     dtype = next(hf_model.parameters()).dtype

@@ -1,0 +1,66 @@
+"""The second step of a start: the training samples and the held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vl3train.config.schema import TrainConfig
+from vl3train.data.pipeline import OpenData, open_data
+from vl3train.engine.monitor.console import Console
+from vl3train.engine.ranks import Rank
+from vl3train.engine.start.folder import OutputFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """What a run reads."""
+
+    train: OpenData
+    held_out: OpenData | None  # None where the run never evaluates, or the recipe has no held-out samples
+    num_steps: int
+
+
+def open_run_data(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console) -> RunData:
+    """Open training and held-out data. Rank 0 builds a missing index, then all ranks read it.
+
+    Raises RunError on every rank where the recipe, a shard or an index cannot be used.
+    """
+    evaluates = cfg.run.evaluate_at_start or cfg.run.evaluate_at_end or cfg.run.evaluate_steps > 0
+    splits = (False, True) if evaluates else (False,)
+
+    def open_split(held_out: bool, build: bool) -> OpenData:
+        return open_data(
+            cfg, tokenizer_dir=folder.processor_dir, held_out=held_out, build=build, progress=console.progress
+        )
+
+    problem = None
+    if rank.is_first:
+        try:
+            for held_out in splits:
+                open_split(held_out, build=True)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    rank.agree(problem)
+    opened = [open_split(held_out, build=False) for held_out in splits]
+    train = opened[0]
+    return RunData(
+        train=train,
+        held_out=opened[1] if evaluates and opened[1].index.num_samples else None,
+        num_steps=cfg.run.num_steps or train.plan.total_steps(cfg.run.num_epochs),
+    )
+
+
+def data_remarks(data: OpenData) -> list[str]:
+    """How many samples there are, and which of them are not trained on, with the reason. Said once at the start."""
+    index, plan = data.index, data.plan
+    remarks = [f"data: {index.num_samples:,} samples of {len(index.source_names)} sources"]
+    if plan.oversized_samples:
+        keys = [index.key(row) for row in plan.oversized_samples[:3]]
+        remarks.append(
+            f"data: {len(plan.oversized_samples):,} samples are not trained on, because they are larger than a pack "
+            f"(step.max_tokens={plan.step.max_tokens}, step.max_patches={plan.step.max_patches}): {', '.join(keys)}"
+        )
+    if index.refused:
+        shown = "; ".join(f"{key}: {reason}" for key, reason in index.refused[:3])
+        remarks.append(f"data: the index rejected {len(index.refused):,} samples: {shown}")
+    return remarks

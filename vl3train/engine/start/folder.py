@@ -1,0 +1,117 @@
+"""The first step of a start: the output folder, the checkpoint to resume from, and the run's processor."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vl3train.config.paths import tokenizer_source
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrainConfig
+from vl3train.contracts.files import write_whole
+from vl3train.engine.checkpoint import find_checkpoint
+from vl3train.engine.ranks import Rank
+from vl3train.model.weights.processor import build_processor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFolder:
+    """The output folder of a run, ready to be written to."""
+
+    path: Path
+    checkpoint: Path | None  # the newest whole checkpoint, which the run resumes from
+    remarks: list[str]  # what is wrong with newer checkpoints
+    processor_dir: Path  # tokenizer, pixel budgets and chat template of this run
+
+
+def open_folder(cfg: TrainConfig, rank: Rank) -> OutputFolder:
+    """Find the newest whole checkpoint, or prepare the folder for a new run. All ranks call it.
+
+    Raises RunError on every rank where the folder holds something else, where it cannot be written, or where the
+    tokenizer cannot be read.
+    """
+    folder = Path(cfg.run.output_dir)
+    checkpoint, remarks = find_checkpoint(folder / "checkpoints", rank)
+    if checkpoint is None:
+        clear_folder(folder, rank)
+    processor_dir = write_processor(cfg, folder, rank)
+    if checkpoint is None and rank.is_first:
+        write_config(cfg, folder)  # before the long steps: it marks the folder as that of a run
+    return OutputFolder(path=folder, checkpoint=checkpoint, remarks=remarks, processor_dir=processor_dir)
+
+
+def clear_folder(folder: Path, rank: Rank) -> None:
+    """Remove processor and base of a run that ended before its first checkpoint: its options may have differed.
+
+    Raises RunError on every rank where no config.yaml shows that a run wrote them: they may be somebody's only copy.
+    """
+    problem = None
+    if rank.is_first and (left := [one for one in (folder / "processor", folder / "base") if one.exists()]):
+        if _was_a_run(folder):
+            for one in left:
+                shutil.rmtree(one)
+        else:
+            problem = (
+                f"run.output_dir={folder} holds {' and '.join(one.name for one in left)}, which a run writes, and no "
+                "config.yaml of a run: name another folder, or move them away"
+            )
+    rank.agree(problem)
+
+
+def _was_a_run(folder: Path) -> bool:
+    file = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False  # no run wrote it
+    return isinstance(config, dict) and {"stage", "run", "machine"} <= config.keys()
+
+
+def write_config(cfg: TrainConfig, folder: Path) -> None:
+    """Write the options of this run as config.yaml, which also marks the folder as that of a run."""
+    write_whole(folder / "config.yaml", yaml.safe_dump(as_plain(cfg), sort_keys=False))
+
+
+def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:
+    """Write the run's processor to ``<output_dir>/processor``, if it is not there; returns that folder.
+
+    Raises RunError on every rank where the tokenizer cannot be read or the folder cannot be written.
+    """
+    target = folder / "processor"
+    problem = None
+    if rank.is_first and not (target / "tokenizer.json").exists():
+        tokenizer_from = tokenizer_source(cfg)
+        try:
+            processor = build_processor(
+                tokenizer_from,
+                data=cfg.data,
+                image_merge_size=cfg.stage.image_merge_size,
+                video_merge_size=cfg.stage.video_merge_size,
+                prune_frames=cfg.stage.prune_frames,
+            )
+        except (OSError, ValueError) as error:
+            problem = f"the tokenizer could not be read from {tokenizer_from}: {error}"
+        else:
+            problem = _save_processor(processor, target)
+    rank.agree(problem)
+    return target
+
+
+def _save_processor(processor: Any, target: Path) -> str | None:
+    """Write the processor, the first file of a run; returns why the output folder cannot be written, or None."""
+    try:
+        processor.save_pretrained(target)
+    except OSError as error:
+        return f"run.output_dir={target.parent} cannot be written: {error}; name another folder"
+    return None
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor that ``write_processor`` wrote."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)

@@ -1,0 +1,148 @@
+"""The third step of a start: the model, what of it trains, its adapters, its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from vl3train.config.choices import AdapterKind, Dtype
+from vl3train.config.paths import resolve_weights
+from vl3train.config.rules import adapter_rates, full_rates
+from vl3train.config.schema import TrainConfig
+from vl3train.engine.monitor.console import Console
+from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.start.folder import OutputFolder, load_processor
+from vl3train.engine.start.kernels import Kernels, choose_kernels
+from vl3train.model.adapters import add_adapters, save_adapter
+from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
+from vl3train.model.weights.from_parts import check_vocabulary, init_from_parts, load_model
+from vl3train.model.weights.hf_folder import save_weights
+
+transformers_logging.disable_progress_bar()  # one bar a rank, for a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunModel:
+    """The model of a run on its device, not yet under DeepSpeed."""
+
+    hf_model: Any  # VideoLlama3ForConditionalGeneration of transformers
+    peft_model: Any | None  # the same model with its adapters, as peft holds it
+    packed: PackedModel
+    counts: dict[str, tuple[int, int]]  # trained and all parameters of each part
+    rates: dict[str, float]  # peak learning rate of each part that trains
+    groups: list[dict[str, Any]]  # for the optimizer
+    kernels: Kernels
+
+    def write(self, partial: Path, processor_dir: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the adapter below ``partial``, or the weights with their processor. ``state`` is the whole model's."""
+        if self.peft_model is not None:
+            save_adapter(self.peft_model, partial / "adapter", state_dict=dict(state))
+        else:
+            save_weights(
+                self.hf_model, load_processor(processor_dir), partial / "weights", state_dict=dict(state)
+            )
+
+
+def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console) -> RunModel:
+    """Build the model, choose what trains, add adapters, choose and check kernels. All ranks call it.
+
+    Raises RunError on every rank where the weights cannot be read or have another size than model=NAME says, or
+    where a kernel that the config asks for cannot be used.
+    """
+    hf_model: Any = None
+    problem = None
+    try:
+        hf_model = build_model(cfg, folder.checkpoint, folder.processor_dir)
+    except (OSError, ValueError) as error:
+        problem = f"the model cannot be built: {error}"
+    rank.agree(problem)
+    full, low_rank = full_rates(cfg), adapter_rates(cfg)
+    rates = {**full, **low_rank}
+    set_trainable(hf_model, full)
+    peft_model = None
+    if cfg.adapter.kind is AdapterKind.lora:
+        keep_base(hf_model, folder, rank)
+        peft_model = add_adapters(hf_model, cfg.adapter)
+    counts = count_parameters(hf_model)
+    refuse_other_size(cfg, counts)
+    groups = parameter_groups(hf_model, rates, cfg.optim.weight_decay)
+    hf_model.to(rank.device)
+    if rank.device.type == "cuda":
+        console.message(
+            "checking kernels against float64; up to two minutes where they must be compiled first"
+        )
+    kernels = choose_kernels(cfg.machine, hf_model, rank)
+    packed = PackedModel(
+        hf_model,
+        kernels.attention.name,
+        recompute_vision=cfg.machine.recompute_vision,
+        recompute_language=cfg.machine.recompute_language,
+        compile_layers=cfg.machine.compile_layers,
+        gemm_backend=kernels.gemm_backend.name,
+    )
+    return RunModel(
+        hf_model=hf_model,
+        peft_model=peft_model,
+        packed=packed,
+        counts=counts,
+        rates=rates,
+        groups=groups,
+        kernels=kernels,
+    )
+
+
+def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) -> Any:
+    """The transformers model: from the checkpoint to resume, the stage before, or the published parts.
+
+    Raises OSError or ValueError where weights are missing, damaged or of another model.
+    """
+    dtype = torch.bfloat16 if cfg.machine.dtype is Dtype.bfloat16 else torch.float32
+    if checkpoint is not None:
+        stored = checkpoint / "weights"
+        return load_model(stored if stored.exists() else Path(cfg.run.output_dir) / "base", dtype=dtype)
+    if cfg.stage.init_from is not None:
+        return load_model(resolve_weights(cfg.stage.init_from), dtype=dtype)
+    assert cfg.model.vision_encoder_from is not None, "config rules refuse this"
+    assert cfg.model.language_model_from is not None, "config rules refuse this"
+    processor = load_processor(processor_dir)
+    model = init_from_parts(
+        cfg.model.vision_encoder_from,
+        cfg.model.language_model_from,
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        initializer_range=cfg.model.initializer_range,
+        seed=cfg.run.seed,
+        dtype=dtype,
+    )
+    check_vocabulary(model.config, len(processor.tokenizer) - 1)
+    return model
+
+
+def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> None:
+    """Write the model that adapters are trained on to ``<output_dir>/base``, once: checkpoints hold adapters only."""
+    base = folder.path / "base"
+    if rank.is_first and not base.exists():
+        save_weights(hf_model, load_processor(folder.processor_dir), base)
+    rank.barrier()
+
+
+def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> None:
+    """Raise RunError where the weights have another size than model=NAME says, as with model=2b and a 7B checkpoint."""
+    if cfg.adapter.kind is AdapterKind.lora:
+        return  # counts include the adapters and peft's copies
+    wrong = [
+        f"  {part}: {counts[part][1]:,} parameters in the weights, {size:,} in model={cfg.model.name}"
+        for part, size in cfg.model.num_parameters.items()
+        if counts[part][1] != size
+    ]
+    if wrong:
+        raise RunError(
+            "\n".join(["the weights to start from have another size:", *wrong, "choose another model="])
+        )

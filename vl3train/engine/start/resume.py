@@ -1,0 +1,92 @@
+"""The fifth step of a start: where the run goes on, and what it refuses to go on with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Cursor
+from vl3train.data.pipeline import OpenData
+from vl3train.engine.checkpoint import load_checkpoint, refuse_other_identity
+from vl3train.engine.monitor.console import truncate_metrics
+from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.run import FailedSampleLimit
+from vl3train.engine.start.data import RunData
+from vl3train.engine.start.folder import OutputFolder, write_config
+from vl3train.engine.start.model import RunModel
+from vl3train.engine.zero.engine import Zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """Where a run begins: at its first step, or after the steps of its newest checkpoint."""
+
+    cursor: Cursor  # the next step
+    identity: dict[str, Any]  # see ``run_identity``
+    failed_samples: FailedSampleLimit
+
+
+def resume(
+    cfg: TrainConfig, folder: OutputFolder, data: RunData, model: RunModel, engine: Zero, rank: Rank
+) -> ResumePoint:
+    """Load the checkpoint, if there is one, and cut metrics.jsonl back to it. All ranks call it.
+
+    Raises RunError where the checkpoint was made with another plan, model or machine layout, or where this config
+    cannot go on from it.
+    """
+    identity = run_identity(cfg, data.train, model.counts, rank)
+    cursor = Cursor()
+    failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
+    if folder.checkpoint is not None:
+        stored = refuse_other_identity(folder.checkpoint, identity)
+        refuse_what_cannot_go_on(cfg, stored, data.num_steps)
+        load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
+        cursor = Cursor(**stored["cursor"])
+        failed_samples.load(stored)
+    if rank.is_first:
+        truncate_metrics(folder.path / "metrics.jsonl", cursor.step)
+        write_config(cfg, folder.path)
+    return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples)
+
+
+def refuse_what_cannot_go_on(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:
+    """Raise RunError, with every reason at once, where this config cannot go on from a checkpoint of the same run.
+
+    ``stored`` is the checkpoint's resume.json.
+    """
+    found = []
+    before, now = stored["config"]["optim"]["weight_decay"], cfg.optim.weight_decay
+    if (before > 0) != (now > 0):
+        found.append(
+            f"  optim.weight_decay={now:g}, and the checkpoint has {before:g}: with it biases and norms form groups of "
+            f"their own, which AdamW's stored states do not have; set optim.weight_decay={before:g}"
+        )
+    done = stored["cursor"]["step"]
+    if done > num_steps:
+        found.append(
+            f"  the run has {num_steps} steps, and the checkpoint has done {done}; set run.num_steps={done} or more"
+        )
+    if found:
+        found.append("or start a new run with another run.output_dir")
+        raise RunError("\n".join([f"the run in {cfg.run.output_dir} cannot go on:", *found]))
+
+
+def run_identity(
+    cfg: TrainConfig, data: OpenData, counts: dict[str, tuple[int, int]], rank: Rank
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    return {
+        "stage": cfg.stage.number,
+        "plan": data.plan.describe(),
+        "model": {part: {"trained": trained, "total": total} for part, (trained, total) in counts.items()},
+        "adapter": as_plain(cfg.adapter),
+        "machine": {
+            "machine.dp_size": rank.dp_size,
+            "machine.zero_stage": cfg.machine.zero_stage,
+            "machine.dtype": cfg.machine.dtype.value,
+            "optim.state_dtype": cfg.optim.state_dtype.value,
+            "optim.master_dtype": cfg.optim.master_dtype.value,
+        },
+    }

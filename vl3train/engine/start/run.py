@@ -1,0 +1,103 @@
+"""The start of a run: its steps in order, then what they found, said on the console."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vl3train.config.choices import Memory
+from vl3train.config.plain import as_plain
+from vl3train.config.schema import TrainConfig
+from vl3train.engine.memory.fit import fit_run
+from vl3train.engine.memory.warmup import warm_up_run
+from vl3train.engine.monitor.console import Console
+from vl3train.engine.monitor.meter import make_meter
+from vl3train.engine.monitor.wandb_tracker import Tracker
+from vl3train.engine.optim.build import optimizer_cost
+from vl3train.engine.ranks import Rank
+from vl3train.engine.run import Run
+from vl3train.engine.start.data import RunData, data_remarks, open_run_data
+from vl3train.engine.start.engine import start_engine
+from vl3train.engine.start.folder import OutputFolder, open_folder
+from vl3train.engine.start.model import RunModel, start_model
+from vl3train.engine.start.resume import ResumePoint, resume
+
+
+def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
+    """Build a run, or build it again from the newest whole checkpoint in its output folder. All ranks call it.
+
+    The caller closes ``console``, also where this raises: its bar has begun.
+
+    Raises RunError on every rank for everything that keeps this config from being run here.
+    """
+    seed_everything(cfg.run.seed)
+    folder = open_folder(cfg, rank)
+    data = open_run_data(cfg, folder, rank, console)
+    model = start_model(cfg, folder, rank, console)
+    # Before the engine: ZeRO-3 cuts the weights whose sizes the meter reads.
+    meter = make_meter(model.hf_model, rank.device, recomputes_logits=not model.packed.makes_logits_once)
+    engine = start_engine(cfg, model, rank, console.message)
+    point = resume(cfg, folder, data, model, engine, rank)
+    for remark in start_remarks(cfg, rank, folder, data, model, point):
+        console.message(remark)
+    if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
+        warm_up_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console)
+    if cfg.machine.memory is Memory.auto:
+        fit_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console.message)
+    console.start(first_step=point.cursor.step, total_steps=data.num_steps)
+    tracker = Tracker(cfg.tracking, folder.path, as_plain(cfg), step=point.cursor.step, enabled=rank.is_first)
+
+    def write_weights(partial: Path) -> None:
+        state = engine.full_state_dict(model.hf_model)
+        if rank.is_first:
+            model.write(partial, folder.processor_dir, state)
+
+    return Run(
+        cfg=cfg,
+        rank=rank,
+        folder=folder.path,
+        data=data.train,
+        held_out=data.held_out,
+        engine=engine,
+        packed=model.packed,
+        num_steps=data.num_steps,
+        cursor=point.cursor,
+        identity=point.identity,
+        write_weights=write_weights,
+        console=console,
+        tracker=tracker,
+        failed_samples=point.failed_samples,
+        meter=meter,
+        source_names=list(data.train.index.source_names),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for every generator; the data's order does not use them (data/plan/order.py has its own)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def start_remarks(
+    cfg: TrainConfig, rank: Rank, folder: OutputFolder, data: RunData, model: RunModel, point: ResumePoint
+) -> list[str]:
+    """What a person should know before the first step, a line each."""
+    remarks = list(folder.remarks)
+    for part, (trained, total) in model.counts.items():
+        rate = f"rate {model.rates[part]:g}" if trained else "frozen"
+        remarks.append(f"{part}: {trained:,} of {total:,} parameters trained, {rate}")
+    num_trained = sum(trained for trained, _ in model.counts.values())
+    resumed = (
+        f", resumed after step {point.cursor.step} from {folder.checkpoint}" if folder.checkpoint else ""
+    )
+    return [
+        *remarks,
+        optimizer_cost(num_trained, cfg.optim, cfg.machine),
+        *model.kernels.remarks(),
+        *data_remarks(data.train),
+        f"{data.num_steps} steps of {cfg.step.global_packs} packs on {rank.dp_size} ranks{resumed}",
+    ]
