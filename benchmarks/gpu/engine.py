@@ -19,14 +19,14 @@ from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.memory.device import device_memory
 from vl3train.engine.memory.fit import fit_memory, row_bytes
-from vl3train.engine.memory.warmup import num_sizes, plans_to_warm_up, warm_up
+from vl3train.engine.memory.warmup import LAYERS_WARMED_UP, num_sizes, plans_to_warm_up, warm_up
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import Rank, join
 from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
 from vl3train.engine.zero.gradient_sums import add_gradients, put_gradients
 from vl3train.engine.zero.transfer import Reading, Transfer
-from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.activations.work import RecomputePlan, uniform_plan
 from vl3train.model.attention.backends import choose_attention
 from vl3train.model.kernels.check import choose_gemm_backend
 from vl3train.model.packed_forward import PackedModel, head_dims
@@ -84,10 +84,9 @@ def own_step(
     engine.train(True)
     if row.zero_stage < 3:
         started = time.perf_counter()
-        given = RecomputePlan((Recompute(row.recompute_vision),), (Recompute(row.recompute_language),) * 2)
-        warm_up(
-            engine, packed, other_batches(row), plans_to_warm_up(packed) if row.memory == "auto" else [given]
-        )
+        levels = Recompute(row.recompute_vision), Recompute(row.recompute_language)
+        given = uniform_plan(*levels, LAYERS_WARMED_UP)
+        warm_up(engine, other_batches(row), plans_to_warm_up(packed) if row.memory == "auto" else [given])
         say(f"warmed_up in {time.perf_counter() - started:.1f} s")
     if row.memory == "auto" and device.type == "cuda":
         widths = row_bytes(packed)
@@ -100,7 +99,7 @@ def own_step(
         memory = device_memory(device)
         fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack", say=say)
         peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
-        print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.levels}", flush=True)
+        print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.plan}", flush=True)
 
     def step(batches: list[Any], num_supervised: int) -> float:
         return train_step(
@@ -156,14 +155,16 @@ class PlainEngine:
         """As Zero.train."""
         self.model.train(training)
 
-    def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
-        """As Zero.forward; there are no means elsewhere, whatever the place in the step."""
+    def forward(
+        self, batch: Batch, *, first: bool = False, last: bool = False, plan: RecomputePlan | None = None
+    ) -> Any:
+        """As Zero.forward; no optimizer state is on its way, whatever the place in the step."""
         del first, last
-        return self.model(self.transfer.take(batch))
+        return self.model(self.transfer.get(batch), plan=plan)
 
-    def send(self, batch: Batch) -> None:
-        """As Zero.send."""
-        self.transfer.send(batch)
+    def prefetch(self, batch: Batch) -> None:
+        """As Zero.prefetch."""
+        self.transfer.prefetch(batch)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of ``loss``, added to the step's sums and let go."""

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vl3train.config.choices import Recompute
 from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.layers.tower import LayerCallbacks
 from vl3train.model.packed_forward import PackedModel, head_dims, merge_patches
 from vl3train.model.trainable import part_of, set_trainable
 
@@ -64,6 +66,33 @@ def test_compiled_layers_give_the_same_gradients(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6, (
         "one for each tower and one for the last layer, none for another; pixels, last norm, scores of logits"
     )
+
+
+def test_a_plan_is_for_one_forward_pass(tiny_model, batch_of, mixed):
+    """The next pass without one follows the plan of the constructor's levels."""
+    model, batch = tiny_model(), batch_of(mixed)
+    packed = PackedModel(model, "reference").train()
+    encoder, decoder = model.model.vision_model.encoder.layers, model.model.language_model.layers
+    calls = count_calls(*(layer.mlp for layer in (*encoder, *decoder)))
+    nothing, layer = Recompute.nothing, Recompute.layer
+    packed(batch, plan=RecomputePlan((layer, nothing), (nothing, layer))).loss_sum.backward()
+    assert calls == [2, 1, 1, 2]
+    packed(batch).loss_sum.backward()
+    assert calls == [3, 2, 2, 3]
+
+
+def test_callbacks_are_called_around_each_layer_of_their_forward_pass_alone(tiny_model, batch_of, mixed):
+    model, called = tiny_model(layers=3), []
+    packed = PackedModel(model, "reference").train()
+    callbacks = LayerCallbacks(
+        before_layer=lambda: called.append("before"), after_layer_backward=lambda: called.append("after")
+    )
+    loss = packed(batch_of(mixed), callbacks=callbacks).loss_sum
+    assert called == ["before"] * 6
+    packed(batch_of(mixed)).loss_sum.backward()
+    assert called == ["before"] * 6
+    loss.backward()
+    assert called == ["before"] * 6 + ["after"] * 6
 
 
 def count_calls(*modules):

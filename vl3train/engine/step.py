@@ -42,12 +42,13 @@ def train_step(
     totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
-        # Before the forward pass: a GPU copies each way in the order asked, and in the last one AdamW's means come in.
+        # Before the forward pass: a GPU copies each way in the order in which it was asked, and in the last forward
+        # pass optimizer state comes in.
         sources_U = supervised_sources(batch, device)
         output = engine.forward(batch, first=first, last=last)
         totals[2:] += losses_by_source(output.token_losses, sources_U, num_sources)
         if not last:
-            engine.send(micro_batches[position + 1])
+            engine.prefetch(micro_batches[position + 1])
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
         if not last:
             engine.finish_micro_batch()
@@ -68,7 +69,7 @@ def train_step(
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host, there; from pageable memory the host would wait for the whole backward pass."""
+    """A small tensor of the host, on ``device``. Page-locked first: else the host would wait for the backward pass."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 

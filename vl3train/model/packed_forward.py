@@ -6,8 +6,7 @@ size, H language-model hidden size. No line here waits for the device: bounds an
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +17,16 @@ from transformers import VideoLlama3ForConditionalGeneration
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.activations.last_layer import last_positions
-from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.activations.work import RecomputePlan, uniform_plan
 from vl3train.model.attention.backends import make_segments
 from vl3train.model.compiling import compiled
-from vl3train.model.layers.layers import decoder_layer, encoder_layer, layer_runner, run_layers
+from vl3train.model.layers.layers import GradientSums, Layer, decoder_layer, encoder_layer
+from vl3train.model.layers.tower import NO_CALLBACKS, LayerCallbacks, Tower, layer_runner, run_layers
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 
 
 class PackedOutput(NamedTuple):
-    """What one micro-batch gives. A tuple: DeepSpeed's ZeRO-3 hooks look for tensors in tuples and dicts
-    only."""
+    """What one micro-batch gives. A tuple: DeepSpeed's ZeRO-3 hooks find tensors in tuples and dicts only."""
 
     loss_sum: Tensor  # 0-d float32, sum over the supervised tokens; differentiable
     token_losses: Tensor  # (U,) float32, detached
@@ -37,12 +36,10 @@ class PackedOutput(NamedTuple):
 class PackedModel(nn.Module):
     """A VideoLLaMA3 of transformers, its modules and parameter names untouched, with a forward over packs.
 
-    ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() go on working.
-    ``attention`` is the name of a backend, from choose_attention. In training each tower's layers recompute in
-    the backward pass what ``recompute_vision`` and ``recompute_language`` say, unless ``choose_plan`` is set to
-    something else (engine/memory/fit.py does); ``compile_layers`` fuses them, and ``products`` (model/kernels/check.py)
-    says who makes their products. ``before_layer`` is called in the forward pass before each layer,
-    ``on_layer_backward`` in the backward pass after each.
+    ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() still work. ``attention`` is the
+    name of a backend, from choose_attention. ``recompute_vision`` and ``recompute_language`` make ``given_plan``, the
+    plan of a forward pass in training that is given none. ``compile_layers`` fuses the layers' elementwise work, and
+    ``gemm_backend`` (model/kernels/check.py) makes the matrix products of compiled layers.
     """
 
     def __init__(
@@ -59,17 +56,12 @@ class PackedModel(nn.Module):
         _refuse_what_packs_cannot(hf_model)
         self.model = hf_model
         self.attention = attention
-        given = RecomputePlan(
-            (recompute_vision,) * len(hf_model.model.vision_model.encoder.layers),
-            (recompute_language,) * len(hf_model.model.language_model.layers),
+        num_layers = (
+            len(hf_model.model.vision_model.encoder.layers),
+            len(hf_model.model.language_model.layers),
         )
-        self.choose_plan: Callable[[Batch, int], RecomputePlan] = lambda *_: given
-        """(micro-batch, bytes for activations that others take meanwhile) -> what each layer computes again."""
-        self.whole_last_layer = False
-        """Whether the last layer works for all tokens, not for those alone that the loss reads."""
-        self.before_layer: Callable[[], None] | None = None
-        self.on_layer_backward: Callable[[], None] | None = None
-        self._nothing = RecomputePlan(*((Recompute.nothing,) * len(levels) for levels in given))
+        self.given_plan = uniform_plan(recompute_vision, recompute_language, num_layers)
+        self._nothing = uniform_plan(Recompute.nothing, Recompute.nothing, num_layers)
         self.compile_layers, self.gemm_backend = compile_layers, gemm_backend
         self._run_layer = layer_runner(compiled=compile_layers)
         self._score = compiled(score_logits, enabled=compile_layers)
@@ -80,7 +72,10 @@ class PackedModel(nn.Module):
 
     @property
     def makes_logits_once(self) -> bool:
-        """Whether the loss makes its gradients with the logits: compiled layers, whose weights are whole, do so."""
+        """Whether the loss computes its gradients from the logits while it has them, and never recomputes logits.
+
+        With compiled layers it does: their weights are whole on every rank.
+        """
         return self.compile_layers
 
     @property
@@ -88,21 +83,26 @@ class PackedModel(nn.Module):
         """Whether compiled layers keep more at nothing than at elementwise (config/choices.py)."""
         return self.compile_layers and self.gemm_backend == "quack"
 
-    def weights_with_sums(self) -> list[list[Tensor]]:
-        """Those whose layers add a gradient to ``grad_sum``, if they have one: by product, in the sum's order."""
+    def weights_with_sums(self) -> list[tuple[tuple[Tensor, ...], ...]]:
+        """Weights whose gradients the layers can add to float32 sums themselves, for each layer of the language model.
+
+        A layer has one group of weights for each matrix product: gate and up, then down. Groups and weights are in
+        the order of ``GradientSums``. Empty where layers cannot: they are not compiled, quack does not make their
+        products, or not all of these weights are plain and trained.
+        """
         if not self.compile_layers or self.gemm_backend != "quack":
             return []
-        mlps = [layer.mlp for layer in self.model.model.language_model.layers]
-        by_gemm = [linears for mlp in mlps for linears in ([mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
-        linears = itertools.chain.from_iterable(by_gemm)
-        plain = all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears)
-        return [[linear.weight for linear in linears] for linears in by_gemm] if plain else []
+        mlps: list[Any] = [layer.mlp for layer in self.model.model.language_model.layers]
+        linears = [linear for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        if not all(type(linear) is nn.Linear and linear.weight.requires_grad for linear in linears):
+            return []
+        return [((mlp.gate_proj.weight, mlp.up_proj.weight), (mlp.down_proj.weight,)) for mlp in mlps]
 
     def lay_frozen_weights_together(self) -> None:
-        """Lay the weights of gate and up of a frozen layer one below the other in memory; for a model on its device.
+        """Store the weights of gate and up of each frozen layer one below the other; for a model on its device.
 
-        quack's products take both as one matrix (model/kernels/quack_gemm.py), and copy them together in each pass
-        where they lie apart. Those that train lie so in DeepSpeed's buffers.
+        quack's products take both as one matrix (model/kernels/quack_gemm.py); weights that lie apart would be copied
+        together in each pass. Weights that train lie together already, in DeepSpeed's buffers.
         """
         if self.gemm_backend != "quack":
             return
@@ -113,12 +113,26 @@ class PackedModel(nn.Module):
                 for linear, weight in zip(linears, together.chunk(2), strict=True):
                     linear.weight.data = weight
 
-    def forward(self, batch: Batch, *, reserved_bytes: int = 0) -> PackedOutput:
-        """Loss of one micro-batch by the sum over its supervised tokens; ``others`` as ``choose_plan`` takes them."""
-        levels = self.choose_plan(batch, reserved_bytes) if self.training else self._nothing
-        inputs_TH = self._embed(batch, self._visual_tokens(batch, levels.vision))
-        positions = None if self.whole_last_layer else last_positions(batch)
-        hidden = self._language_states(batch, inputs_TH, levels.language, positions)
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        plan: RecomputePlan | None = None,
+        whole_last_layer: bool = False,
+        sums: Sequence[GradientSums] = (),
+        callbacks: LayerCallbacks = NO_CALLBACKS,
+    ) -> PackedOutput:
+        """Loss of one micro-batch, summed over its supervised tokens.
+
+        ``plan`` says what each layer recomputes in the backward pass; without one it is ``given_plan`` in training, and
+        nothing otherwise. ``whole_last_layer`` lets the last layer compute all tokens, not only the supervised ones.
+        ``sums`` are the gradient sums of each layer of the language model, for ``weights_with_sums``, or none.
+        """
+        if plan is None:
+            plan = self.given_plan if self.training else self._nothing
+        inputs_TH = self._embed(batch, self._visual_tokens(batch, plan.vision, callbacks))
+        positions = None if whole_last_layer else last_positions(batch)
+        hidden = self._language_states(batch, inputs_TH, plan.language, positions, sums, callbacks)
         head, places = self.model.lm_head, batch.supervised_positions
         if positions is not None:
             places = torch.arange(len(positions), device=positions.device)
@@ -127,10 +141,11 @@ class PackedModel(nn.Module):
             return PackedOutput(*loss_with_gradients(hidden, head, self._grade, *supervised))
         return PackedOutput(*supervised_loss(hidden, head, self._score, *supervised))
 
-    def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute]) -> Tensor:
-        """(N, H) projected visual tokens; one dummy row when N is 0, so that every rank runs every module."""
+    def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute], callbacks: LayerCallbacks) -> Tensor:
+        """(N, H) projected visual tokens; one dummy row when N is 0: every rank must run every module."""
         vision = self.model.model.vision_model
-        # Not through vision.embeddings, which adds a view alone: compiled layers would take the first for another kind.
+        # Not through vision.embeddings, which only adds a view: for the compiler a view is another kind of tensor, and
+        # it would compile the first layer apart.
         embedding = vision.embeddings.patch_embedding
         hidden_PC = embedding(self._scale_pixels(batch.pixel_values, embedding.weight.dtype))
         rope = vision.rotary_pos_emb(hidden_PC, batch.patch_positions)
@@ -141,19 +156,8 @@ class PackedModel(nn.Module):
             self.attention,
             compiled=self.compile_layers,
         )
-        hidden_PC = run_layers(
-            self._run_layer,
-            encoder_layer,
-            vision.encoder.layers,
-            hidden_PC,
-            rope,
-            segments,
-            levels,
-            self.gemm_backend,
-            self.compile_layers,
-            before=self.before_layer,
-            on_backward=self.on_layer_backward,
-        )
+        tower = self._tower(vision.encoder.layers, encoder_layer)
+        hidden_PC = run_layers(tower, hidden_PC, rope, segments, levels, callbacks=callbacks)
         merged_MC = merge_patches(vision.post_layernorm(hidden_PC), batch.patches_by_merge)
         rows_NC = merged_MC.index_select(0, batch.kept) if batch.kept.shape[0] else merged_MC[:1]
         return self.model.model.projector(rows_NC)
@@ -162,14 +166,19 @@ class PackedModel(nn.Module):
         """(T, H) token embeddings with the visual tokens in their places."""
         embeds_TH = self.model.model.language_model.embed_tokens(batch.input_ids)
         if batch.placeholder_positions.shape[0] == 0:
-            # Zero, but a path for the gradient: vision and projector get theirs, and the layers of a frozen
-            # language model run their backward pass here because they do on the ranks that have images
-            # (ZeRO-3 waits for all).
+            # Zero, but a path for the gradient: encoder and projector get zero gradients, and the layers of a frozen
+            # language model run their backward pass, as on the ranks that have images (ZeRO-3 waits for all ranks).
             return embeds_TH + (visual_NH.sum() * 0).to(embeds_TH.dtype)
         return embeds_TH.index_copy(0, batch.placeholder_positions, visual_NH.to(embeds_TH.dtype))
 
     def _language_states(
-        self, batch: Batch, inputs_TH: Tensor, levels: Sequence[Recompute], positions: Tensor | None
+        self,
+        batch: Batch,
+        inputs_TH: Tensor,
+        levels: Sequence[Recompute],
+        positions: Tensor | None,
+        sums: Sequence[GradientSums],
+        callbacks: LayerCallbacks,
     ) -> Tensor:
         """(T, H) final hidden states, or (U, H), those at ``positions``."""
         language_model = self.model.model.language_model
@@ -182,27 +191,26 @@ class PackedModel(nn.Module):
             self.attention,
             compiled=self.compile_layers,
         )
+        tower = self._tower(language_model.layers, decoder_layer)
         hidden = run_layers(
-            self._run_layer,
-            decoder_layer,
-            language_model.layers,
-            inputs_TH,
-            rope,
-            segments,
-            levels,
-            self.gemm_backend,
-            self.compile_layers,
-            positions,
-            self.before_layer,
-            self.on_layer_backward,
+            tower, inputs_TH, rope, segments, levels, positions=positions, sums=sums, callbacks=callbacks
         )
         return self._norm(language_model.norm, hidden)
 
+    def _tower(self, layers: nn.ModuleList, body: Layer) -> Tower:
+        return Tower(
+            layers=layers,
+            body=body,
+            run_layer=self._run_layer,
+            compiled=self.compile_layers,
+            gemm_backend=self.gemm_backend,
+        )
+
 
 class PatchLinear(nn.Conv2d):
-    """The patch embedding as what it is, one matrix product: each of its inputs is one patch.
+    """The patch embedding as one matrix product: each of its inputs is exactly one patch.
 
-    cuDNN takes 2 to 4 ms for 50 000 patches where the product takes 0.1 (H100).
+    For 50 000 patches cuDNN's convolution takes 2 to 4 ms, the product 0.1 ms (H100).
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -222,8 +230,8 @@ def _last_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
 def merge_patches(hidden_PC: Tensor, patches_by_merge: tuple[tuple[int, int], ...]) -> Tensor:
     """(M, C): the mean of each square of ``merge_size`` patches, which lie side by side in merge-block order.
 
-    For merge size 2 transformers' bilinear interpolation is this mean; for 3 and more it is not, and a
-    model trained with the one would be asked with the other, so those are refused.
+    For merge size 2, transformers' bilinear interpolation is this mean. For 3 and more it is not: a model trained here
+    would get other visual tokens there, so ValueError refuses those sizes.
     """
     merged, start = [], 0
     for merge_size, num_patches in patches_by_merge:
@@ -248,7 +256,7 @@ def head_dims(hf_model: VideoLlama3ForConditionalGeneration) -> tuple[int, int]:
 
 
 def _refuse_what_packs_cannot(hf_model: VideoLlama3ForConditionalGeneration) -> None:
-    """ValueError for what our attention would silently leave out."""
+    """ValueError for settings that our attention would silently ignore."""
     vision: Any = hf_model.config.vision_config
     text: Any = hf_model.config.text_config
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):

@@ -20,6 +20,7 @@ from vl3train.engine.memory import fit as memory_module
 from vl3train.engine.memory.fit import fit_memory
 from vl3train.engine.ranks import RunError, join
 from vl3train.engine.zero.engine import Zero
+from vl3train.model.activations.work import uniform_plan
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
 
@@ -85,10 +86,10 @@ def counted(engine, batch, device_bytes, margin_bytes=0):
     return CountedMemory(device_bytes, margin_bytes, there=there)
 
 
-def peak_of(engine, batch):
-    """What a real micro-batch takes at its peak."""
+def peak_of(engine, batch, plan=None):
+    """What a real micro-batch takes at its peak, by ``plan`` or by the engine's own."""
     with counted(engine, batch, ROOMY) as memory:
-        engine.backward(engine.forward(batch).loss_sum * 0)
+        engine.backward(engine.forward(batch, plan=plan).loss_sum * 0)
     return memory.peak()
 
 
@@ -100,17 +101,14 @@ def fitted_in(small, batch, device_bytes, margin_bytes=0):
 @pytest.fixture(scope="module")
 def extremes(small):
     """Peaks of the worst pack with nothing but products kept, and with everything on the host."""
-    engine, packed = small
-    found = []
-    for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_plan = lambda *_, level=level: memory_module.RecomputePlan((level,) * 4, (level,) * 4)
-        found.append(peak_of(engine, pack(3, 300)))
-    return found
+    engine, _ = small
+    levels = (Recompute.elementwise, Recompute.offload)
+    return [peak_of(engine, pack(3, 300), uniform_plan(level, level, (4, 4))) for level in levels]
 
 
 def test_with_room_for_all_nothing_but_elementwise_work_is_done_again(small):
     fitted = fitted_in(small, pack(3, 300), ROOMY)
-    assert str(fitted.levels) == "encoder 4 x elementwise, language model 4 x elementwise"
+    assert str(fitted.plan) == "encoder 4 x elementwise, language model 4 x elementwise"
     assert fitted.peak_bytes < fitted.limit_bytes == ROOMY - states_to_come(small[1])
 
 
@@ -126,9 +124,9 @@ def test_the_tighter_the_memory_the_more_is_done_again_and_no_pack_exceeds_it(sm
         assert fitted.peak_bytes > 0.85 * limit, "memory that is there is used"
         for other in (pack(1, 300), pack(3, 20)):
             assert peak_of(engine, other) <= limit
-        work.append(fitted.budget.rates.of(pack(3, 300), fitted.levels))
-        kept.append(sum(fitted.budget.kept_bytes(memory_module.pack_size(pack(3, 300)), fitted.levels)))
-        smaller = packed.choose_plan(pack(1, 20), 0)
+        work.append(fitted.budget.rates.of(pack(3, 300), fitted.plan))
+        kept.append(sum(fitted.budget.kept_bytes(memory_module.pack_size(pack(3, 300)), fitted.plan)))
+        smaller = engine.plan_of(pack(1, 20), first=False, last=False)
         assert fitted.budget.rates.of(pack(1, 20), smaller) <= work[-1]
     assert work == sorted(work)
     assert work[0] < work[-1]
@@ -136,19 +134,18 @@ def test_the_tighter_the_memory_the_more_is_done_again_and_no_pack_exceeds_it(sm
 
 
 def test_bytes_of_each_level_are_those_that_the_forward_pass_keeps(small):
-    engine, packed = small
+    engine, _ = small
     fitted = fitted_in(small, pack(3, 300), ROOMY)
     size = memory_module.pack_size(pack(3, 300))
     rests, held_by_all = [], 0
     for level in (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload):
-        levels = memory_module.RecomputePlan((level,) * 4, (level,) * 4)
-        packed.choose_plan = lambda *_, levels=levels: levels
+        plan = uniform_plan(level, level, (4, 4))
         with counted(engine, pack(3, 300), ROOMY) as memory:
-            output = engine.forward(pack(3, 300))
+            output = engine.forward(pack(3, 300), plan=plan)
             held = memory.held()
         del output
         held_by_all = max(held_by_all, held)
-        rests.append(held - sum(fitted.budget.kept_bytes(size, levels)))
+        rests.append(held - sum(fitted.budget.kept_bytes(size, plan)))
     assert rests[0] > 0
     assert max(rests) - min(rests) < 0.02 * held_by_all
 
@@ -157,7 +154,7 @@ def test_what_runs_out_of_memory_is_tried_with_less_and_ends_in_offload(small, e
     monkeypatch.setattr(Zero, "states_to_come", lambda self: 0)  # as in a run that is resumed
     least = extremes[1]
     fitted = fitted_in(small, pack(3, 300), int(least * 1.05))
-    assert Recompute.offload in fitted.levels.language + fitted.levels.vision
+    assert Recompute.offload in fitted.plan.language + fitted.plan.vision
     assert fitted.peak_bytes <= least * 1.05
 
 
@@ -248,8 +245,8 @@ def test_dry_runs_change_nothing_of_the_run(rank, zero_stage, dtype, num_micro_b
         # As dropout does in the forward pass.
         packed.model.lm_head.register_forward_pre_hook(lambda *_: torch.rand(1) and None)
         if fits:
-            levels = fitted_in((engine, packed), worst, ROOMY).levels
-            assert Recompute.layer not in levels.vision
+            plan = fitted_in((engine, packed), worst, ROOMY).plan
+            assert Recompute.layer not in plan.vision
         losses = []
         for _ in range(2):
             for number in range(num_micro_batches):
@@ -279,15 +276,16 @@ def test_on_a_gpu_real_packs_stay_within_the_limit(monkeypatch, compile_layers):
     memory, worst = memory_module.device_memory(rank.device), pack(64, 3000)
     peaks = {}
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_plan = lambda *_, level=level: memory_module.RecomputePlan((level,) * 6, (level,) * 6)
         for _ in range(2):
             memory.reset_peak()
-            engine.backward(engine.forward(worst).loss_sum * 0)
+            output = engine.forward(worst, plan=uniform_plan(level, level, (6, 6)))
+            engine.backward(output.loss_sum * 0)
+            del output
         peaks[level] = memory.peak()
     limit = (2 * peaks[Recompute.elementwise] + 3 * peaks[Recompute.offload]) // 5
     monkeypatch.setattr(type(memory), "limit", lambda self: limit)
     fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack", say=lambda _: None)
-    assert len(set(fitted.levels.vision + fitted.levels.language)) > 1
+    assert len(set(fitted.plan.vision + fitted.plan.language)) > 1
     for other in (worst, pack(64, 300), pack(8, 3000)):
         memory.reset_peak()
         engine.backward(engine.forward(other).loss_sum * 0)

@@ -19,7 +19,7 @@ from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
 from vl3train.model import packed_forward
 from vl3train.model.activations.last_layer import last_positions
-from vl3train.model.activations.work import RecomputePlan, pack_size
+from vl3train.model.activations.work import pack_size, uniform_plan
 from vl3train.model.packed_forward import PackedModel
 
 pytestmark = pytest.mark.usefixtures("most_supervised")
@@ -50,8 +50,7 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     assert engine.states_to_come() == states
     peaks = []
     for level in (Recompute.elementwise, Recompute.offload):
-        packed.choose_plan = lambda *_, level=level: RecomputePlan((level,) * 4, (level,) * 4)
-        peaks.append(peak_of(engine, batch))
+        peaks.append(peak_of(engine, batch, uniform_plan(level, level, (4, 4))))
     limit = int(sum(peaks) / 2) + states
     supervised = len(batch.supervised_positions)
     with counted(engine, batch, ROOMY, ROOMY - limit) as memory:
@@ -66,7 +65,7 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
 
 @contextlib.contextmanager
 def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
-    """An engine whose means wait on the host, fitted to that share between its least and its most, with its limit."""
+    """An engine whose moments wait on the host, fitted to that share between its least and its most, with its limit."""
     model = make_model(layers=4).to(torch.bfloat16)
     packed, optim = PackedModel(model, "reference"), OptimConfig()
     groups = [{"name": "all", "params": list(packed.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
@@ -82,8 +81,7 @@ def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
     assert engine.states_to_come() == 0
     peaks = []
     for level in (Recompute.elementwise, Recompute.layer):
-        packed.choose_plan = lambda *_, level=level: RecomputePlan((level,) * 4, (level,) * 4)
-        peaks.append(peak_of(engine, batch))
+        peaks.append(peak_of(engine, batch, uniform_plan(level, level, (4, 4))))
     limit = int(share * peaks[0] + (1 - share) * peaks[1])
     scattered = engine.offload_schedule.scattered()
     assert scattered == int(offload_schedule.SCATTERED * engine.offload_schedule.optimizer.num_bytes()) > 0
@@ -94,12 +92,12 @@ def fitted_on_host(rank, batch, *, share=0.9, num_micro_batches=3):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 2000)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 2000)
 
 
 @pytest.fixture
-def on_host(rank, small_pieces):
+def on_host(rank, small_chunks):
     batch = pack(3, 300)
     with fitted_on_host(rank, batch) as (engine, packed, memory, limit):
         yield engine, packed, batch, memory, limit
@@ -118,26 +116,26 @@ def steps(engine, batch, number, num_micro_batches=3):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
-def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_pieces, share):
-    """Its first layer backward keeps all and makes nothing again, those after it do: with means in all that it had
+def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_chunks, share):
+    """Its first layer backward keeps all and makes nothing again, those after it do: with moments in all that it had
     freed, a pack of 131 072 tokens ran out of memory."""
     batch = pack(1, 3000)
-    with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, packed, memory, limit):
-        levels = packed.choose_plan(batch, 0).language
+    with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, _, memory, limit):
+        levels = engine.plan_of(batch, first=False, last=False).language
         assert levels[-1] is Recompute.elementwise is not levels[0]
         memory.reset_peak()
         steps(engine, batch, 3, num_micro_batches=1)
         assert 0.95 * limit < memory.peak() <= limit
 
 
-def work_that_carries(engine, batch, of_means, direction):
-    """So that the link carries that share of the means while ``direction`` of a micro-batch is computed."""
+def work_that_carries(engine, batch, of_moments, direction):
+    """So that the link carries that share of the moments while ``direction`` of a micro-batch is computed."""
     work = getattr(engine.offload_schedule.budget.rates, direction)(pack_size(batch))
-    return int(work / (of_means * engine.offload_schedule.optimizer.num_bytes()))
+    return int(work / (of_moments * engine.offload_schedule.optimizer.num_bytes()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carry_meanwhile(
+def test_the_first_micro_batch_keeps_less_by_the_moments_that_the_link_cannot_carry_meanwhile(
     on_host, monkeypatch, share
 ):
     engine, packed, batch, memory, limit = on_host
@@ -180,11 +178,11 @@ def test_the_first_micro_batch_keeps_less_by_the_means_that_the_link_cannot_carr
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
-def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_cannot_bring(
+def test_the_last_micro_batch_begins_with_the_moments_that_its_backward_pass_cannot_bring(
     on_host, monkeypatch, share
 ):
-    engine, packed, batch, memory, limit = on_host
-    steps(engine, batch, 1)  # makes the means
+    engine, _, batch, memory, limit = on_host
+    steps(engine, batch, 1)  # makes the moments
     a_crossing = work_that_carries(engine, batch, share, "backward")
     monkeypatch.setattr(offload_schedule, "WORK_A_CROSSING", a_crossing)
     moments = engine.offload_schedule.optimizer
@@ -193,7 +191,7 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
     there, peaks, forward, backward = [], [], engine.forward, engine.backward
 
     def brought():
-        return sum(piece.num_bytes for piece in moments._all_pieces() if piece.is_there)
+        return sum(chunk.num_bytes for chunk in moments._all_chunks() if chunk.is_on_device)
 
     def watched_forward(batch, *, first, last):
         output = forward(batch, first=first, last=last)
@@ -212,9 +210,9 @@ def test_the_last_micro_batch_begins_with_the_means_that_its_backward_pass_canno
     *before, early, all_of_them = there
     assert before == [0] * 4, "not in the first two micro-batches"
     spared = engine.offload_schedule.budget.can_spare(pack_size(batch), reserved_bytes)
-    # In pieces of 16 000 bytes at most, as many as the chosen levels leave room for.
-    levels = packed.choose_plan(batch, reserved_bytes)
-    room = engine.offload_schedule.budget.room_beside(pack_size(batch), levels)[-1]
+    # In chunks of 16 000 bytes at most, as many as the chosen levels leave room for.
+    plan = engine.plan_of(batch, first=False, last=True)
+    room = engine.offload_schedule.budget.room_beside(pack_size(batch), plan)[-1]
     assert 0 < spared - 16000 < early <= room
     assert early <= all_of_them
     assert peaks[-1] <= limit

@@ -13,7 +13,7 @@ from vl3train.engine.memory import host as memory_host
 from vl3train.engine.memory.fit import Fitting, fit_memory
 from vl3train.engine.memory.host import free_in_groups, free_of_machine, require
 from vl3train.engine.ranks import RunError, join
-from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.activations.work import uniform_plan
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, files, free):
     assert free_in_groups(tmp_path) == free
 
 
-def test_this_machine_tells_what_is_free_and_one_without_proc_nothing(tmp_path):
+def test_this_machine_knows_what_is_free_and_one_without_proc_does_not(tmp_path):
     assert free_of_machine() > 2**28
     assert free_of_machine(tmp_path) is None
     write(tmp_path, {"proc/meminfo": "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"})
@@ -77,10 +77,10 @@ def test_all_ranks_of_a_host_are_counted(rank, monkeypatch, ranks, refused):
     host_has(monkeypatch, limit=5 * 2**30, free=2**40)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     said = []
-    need = {"what": "means", "way_out": "do without", "say": said.append}
+    need = {"what": "moments", "way_out": "do without", "say": said.append}
     if refused:
         with pytest.raises(
-            RunError, match=r"means take 6\.0 GiB .* \(2\.0 GiB .* 3 ranks\), and 5\.0 .*: do without"
+            RunError, match=r"moments need 6\.0 GiB .* \(2\.0 GiB .* 3 ranks\), and 5\.0 .*: do without"
         ):
             require(rank, 2 * 2**30, **need)
     else:
@@ -88,21 +88,19 @@ def test_all_ranks_of_a_host_are_counted(rank, monkeypatch, ranks, refused):
     assert said == []
 
 
-def test_what_the_machine_seems_too_small_for_is_said_and_tried(rank, monkeypatch):
+def test_what_seems_too_much_for_the_machine_is_warned_of_and_tried(rank, monkeypatch):
     """A virtual machine may be given more memory as it uses it, and what caches hold may come back."""
     host_has(monkeypatch, free=2**30)
     said = []
-    require(rank, 2 * 2**30, what="means", way_out="do without", say=said.append)
+    require(rank, 2 * 2**30, what="moments", way_out="do without", say=said.append)
     (line,) = said
-    assert line.startswith("means take 2.0 GiB")
-    assert line.endswith(
-        "1.0 GiB are said to be free. If no more can be had, the system will kill the run: then do without"
-    )
-    require(rank, 2 * 2**30, what="means", way_out="do without", say=said.append, already=2**30)
+    assert line.startswith("moments need 2.0 GiB")
+    assert line.endswith("1.0 GiB seem to be free. If the system kills the run for its memory, do without")
+    require(rank, 2 * 2**30, what="moments", way_out="do without", say=said.append, already=2**30)
     assert len(said) == 1
 
 
-def test_means_count_until_they_are_there():
+def test_moments_count_until_they_are_there():
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
     assert optimizer.host_bytes_to_come() == 8 * sum(SIZES) == optimizer.num_bytes()
@@ -115,9 +113,9 @@ def small(rank):
     """An engine, its worst pack, and what that takes with every layer's input on the host."""
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
     batch = pack(3, 300)
-    packed.choose_plan = lambda *_: RecomputePlan((Recompute.offload,) * 4, (Recompute.offload,) * 4)
-    peak_of(engine, batch)  # makes the gradients, which stay
-    return engine, packed, batch, peak_of(engine, batch) + states_to_come(packed)
+    plan = uniform_plan(Recompute.offload, Recompute.offload, (4, 4))
+    peak_of(engine, batch, plan)  # makes the gradients, which stay
+    return engine, packed, batch, peak_of(engine, batch, plan) + states_to_come(packed)
 
 
 def fit(small, more, said):
@@ -128,12 +126,12 @@ def fit(small, more, said):
 
 def test_a_pack_whose_inputs_the_host_cannot_hold_is_refused_before_they_are_sent_there(small, monkeypatch):
     host_has(monkeypatch, limit=10**6)
-    found = fit(small, 10_000, []).levels
+    found = fit(small, 10_000, []).plan
     assert Recompute.offload in found.vision
     host_has(monkeypatch, limit=1000)
     said = []
     with pytest.raises(
-        RunError, match=r"the worst pack needs the inputs .* the host\. These take .*max_tokens"
+        RunError, match=r"the worst pack needs the inputs .* the host\. These need .*max_tokens"
     ):
         fit(small, 10_000, said)
     assert not any("offload" in line for line in said)
@@ -156,7 +154,7 @@ def test_what_a_dry_run_took_of_the_host_is_not_asked_for_again(small, monkeypat
 def test_a_pack_that_exceeds_the_limit_with_all_inputs_on_the_host_is_refused_too(small):
     """The device still holds it, but not beside the states that the first step makes."""
     said = []
-    with pytest.raises(RunError, match=r"the worst pack does not fit, .* GiB were taken at the peak"):
+    with pytest.raises(RunError, match=r"the worst pack does not fit, .* GiB were in use at the peak"):
         fit(small, -1000, said)
     assert any("offload" in line for line in said)
     assert "does not fit" not in said[-1]

@@ -1,4 +1,4 @@
-"""What a rehearsal runs and leaves behind, on a CPU; on a GPU that nothing is left to load."""
+"""What a kernel warm-up runs and leaves behind, on a CPU; on a GPU that nothing is left to load."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.load import load_config
 from vl3train.config.schema import MachineConfig
-from vl3train.engine import run as run_module
 from vl3train.engine.loop import train
 from vl3train.engine.memory import warmup
-from vl3train.engine.memory.warmup import plans_to_warm_up, warm_up, warm_up_run
+from vl3train.engine.memory.warmup import LAYERS_WARMED_UP, plans_to_warm_up, warm_up, warm_up_run
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import join
-from vl3train.model.activations.work import RecomputePlan
+from vl3train.engine.start import run as start
+from vl3train.model.activations.work import uniform_plan
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def record_layers(packed, monkeypatch):
 
 def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     engine, packed = engine_of(rank, make_model(layers=4), zero_stage=0)
-    ran, chosen = record_layers(packed, monkeypatch), packed.choose_plan
+    ran = record_layers(packed, monkeypatch)
     batches = [pack(3, 50), pack(2, 60), pack(1, 70), pack(0, 80)]
-    warm_up(engine, packed, batches, plans_to_warm_up(packed))
+    warm_up(engine, batches, plans_to_warm_up(packed))
     expected = []
     for batch, level in zip(batches, ["elementwise", "mlp", "layer", "elementwise"], strict=True):
         tokens, positions = len(batch.input_ids), batch.supervised_positions
@@ -53,23 +53,9 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
             (tokens, level, positions),
         ]
     assert ran == expected
-    assert packed.choose_plan is chosen
     ran.clear()
     engine.forward(batches[0])
     assert len(ran) == 8, "a run has all its layers again"
-
-
-def test_levels_come_back_when_a_pack_does_not_fit(rank, monkeypatch):
-    engine, packed = engine_of(rank, make_model(), zero_stage=0)
-    chosen = packed.choose_plan
-
-    def full(batch):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(engine, "forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        warm_up(engine, packed, [pack(1, 50)], plans_to_warm_up(packed))
-    assert packed.choose_plan is chosen
 
 
 @pytest.mark.parametrize(
@@ -89,7 +75,7 @@ def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_
         # What dropout would do.
         packed._run_layer = lambda *args, run_layer=run_layer: (torch.rand(1), run_layer(*args))[1]
         if warmed_up:
-            warm_up(engine, packed, packs, plans_to_warm_up(packed))
+            warm_up(engine, packs, plans_to_warm_up(packed))
         losses = []
         for _ in range(2):
             for number, batch in enumerate(steps):
@@ -109,17 +95,19 @@ def test_steps_after_it_are_those_of_a_run_without(rank, zero_stage, dtype, num_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="machine.device=auto would take the GPU")
-def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tmp_path, monkeypatch, capsys):
+def test_a_run_warms_up_with_packs_of_its_plan_and_trains_as_without(
+    demo_words, tmp_path, monkeypatch, capsys
+):
     warmed_up = []
 
-    def recorded(engine, packed, batches, levels):
+    def recorded(engine, batches, plans):
         batches = list(batches)
-        warmed_up.append(([len(batch.pixel_values) for batch in batches], levels))
-        warm_up(engine, packed, batches, levels)
+        warmed_up.append(([len(batch.pixel_values) for batch in batches], plans))
+        warm_up(engine, batches, plans)
 
     console = Console(tmp_path, stage_name="stage", enabled=True)
     # A CPU has neither a budget to find nor kernels to load: the one stands in for the other.
-    monkeypatch.setattr(run_module, "fit_run", lambda *args: warm_up_run(*args[:-1], console))
+    monkeypatch.setattr(start, "fit_run", lambda *args: warm_up_run(*args[:-1], console))
     monkeypatch.setattr(warmup, "warm_up", recorded)
     words = [*demo_words, "stage=1", "machine.device=auto", "run.num_steps=2", "run.evaluate_at_end=false"]
     figures = []
@@ -129,8 +117,8 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         figures.append([(line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
     assert figures[0] == figures[1]
-    ((patches, levels),) = warmed_up
-    assert [level.vision[0].value for level in levels] == ["elementwise", "mlp", "layer"]
+    ((patches, plans),) = warmed_up
+    assert [plan.vision[0].value for plan in plans] == ["elementwise", "mlp", "layer"]
     assert patches == sorted(patches, reverse=True)
     assert len(patches) == 2 * cfg.step.global_packs, "both steps, and no two packs alike"
     said = capsys.readouterr().out
@@ -142,20 +130,19 @@ def test_a_run_rehearses_packs_of_its_plan_and_goes_on_as_without(demo_words, tm
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_after_it_a_gpu_has_nothing_to_load(rank, tmp_path):
     model = make_model(layers=3, head_dim=128, vision_head_dim=64).to("cuda", torch.bfloat16)
-    engine, packed = engine_of(rank, model, dtype=Dtype.bfloat16, attention="torch_varlen")
+    engine, _ = engine_of(rank, model, dtype=Dtype.bfloat16, attention="torch_varlen")
     packs = [pack(64, 3000), pack(40, 2000), pack(7, 900)]
     level = Recompute.elementwise
 
     def loads(name):
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        packed.choose_plan = lambda *_: RecomputePlan((level,) * 3, (level,) * 3)
         with torch.profiler.profile(activities=kinds) as profiler:
             for one in packs:
-                engine.backward(engine.forward(one).loss_sum * 0)
+                engine.backward(engine.forward(one, plan=uniform_plan(level, level, (3, 3))).loss_sum * 0)
             torch.cuda.synchronize()
         profiler.export_chrome_trace(str(tmp_path / name))
         events = json.loads((tmp_path / name).read_text())["traceEvents"]
         return sum(event.get("name") == "Lazy Function Loading" for event in events)
 
-    warm_up(engine, packed, packs, [RecomputePlan((level,), (level,) * 2)])
+    warm_up(engine, packs, [uniform_plan(level, level, LAYERS_WARMED_UP)])
     assert loads("after.json") == 0

@@ -16,7 +16,7 @@ from vl3train.engine.zero.engine import Zero
 from vl3train.engine.zero.gradient_sums import add_gradients, put_gradients
 from vl3train.model.kernels import gemm_accumulate
 from vl3train.model.kernels.gemm_accumulate import add_gate_up_weights_grad, add_weight_grad
-from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED
+from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
 from vl3train.model.weights.from_parts import load_model
@@ -169,3 +169,25 @@ def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch
         for name, total in sums.items():
             # Without, each gradient of a micro-batch is rounded to bfloat16.
             assert (total - expected[name]).norm() <= 4e-3 * expected[name].norm(), name
+
+
+def test_the_model_alone_adds_nothing_to_the_sums_of_an_engine(tiny_model_dir, rank, monkeypatch):
+    """An engine passes its sums with each forward pass, and leaves nothing on the weights."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
+    packed = PackedModel(hf_model, "reference", compile_layers=True, gemm_backend="quack").train()
+    engine = Zero(
+        packed,
+        torch.optim.SGD([{"name": "all", "params": list(packed.parameters()), "lr": 0.0}]),
+        machine=MachineConfig(),
+        optim=OptimConfig(max_grad_norm=0),
+        num_micro_batches=1,
+        rank=rank,
+    )
+    assert engine._sums
+    packed(collate_samples(random_samples(hf_model.config, count=2))).loss_sum.backward()
+    assert not any(total.any() for sums in engine._sums for total in sums)
+    assert all(weight.grad is not None for weight in packed.parameters())

@@ -1,4 +1,4 @@
-"""The next micro-batch comes over while this one is computed with, and none is taken for another."""
+"""The next micro-batch is copied while this one is computed with, and none is taken for another."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def same(one, other):
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one.values(), other.values(), strict=True))
 
 
-def test_what_was_sent_is_taken_once_and_by_its_own_batch_only():
+def test_a_prefetched_copy_is_used_once_and_by_its_own_batch_only():
     first, second = pack(1, 40), pack(2, 60)
     transfer = Transfer(torch.device("cpu"))
-    transfer.send(first)
-    assert same(transfer.take(second).tensors(), second.tensors())
-    assert same(transfer.take(first).tensors(), first.tensors())
+    transfer.prefetch(first)
+    assert same(transfer.get(second).tensors(), second.tensors())
+    assert same(transfer.get(first).tensors(), first.tensors())
 
 
 class Watched:
@@ -36,8 +36,8 @@ class Watched:
         token_losses = torch.zeros(len(batch.supervised_segments))
         return PackedOutput(token_losses.sum(), token_losses, token_losses == 0)
 
-    def send(self, batch):
-        self.acts.append(("send", batch))
+    def prefetch(self, batch):
+        self.acts.append(("prefetch", batch))
 
     def backward(self, loss):
         self.acts.append("backward")
@@ -49,17 +49,17 @@ class Watched:
         return Reading(torch.cat([totals, torch.zeros(1)]))
 
 
-def test_a_step_sends_each_micro_batch_before_the_backward_pass_of_the_one_before():
+def test_a_step_prefetches_each_micro_batch_before_the_backward_pass_of_the_one_before():
     batches = [pack(number, 40) for number in (1, 2, 3)]
     engine = Watched(join(MachineConfig()))
     train_step(engine, batches, num_supervised_tokens=1, num_sources=1, stop_requested=False)
     one, two, three = batches
     assert engine.acts == [
         ("forward", one, True, False),
-        ("send", two),
+        ("prefetch", two),
         "backward",
         ("forward", two, False, False),
-        ("send", three),
+        ("prefetch", three),
         "backward",
         ("forward", three, False, True),
         "backward",
@@ -77,12 +77,12 @@ def test_on_a_gpu_copies_arrive_whole_while_it_computes_and_the_host_never_waits
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if round_trip else "default")
         try:
-            transfer.send(batches[0])
+            transfer.prefetch(batches[0])
             for number, batch in enumerate(batches):
-                there = transfer.take(batch)
+                there = transfer.get(batch)
                 torch.cuda._sleep(10_000_000)  # what it computes before it reads the last of the batch
                 if number + 1 < len(batches):
-                    transfer.send(batches[number + 1])
+                    transfer.prefetch(batches[number + 1])
                 sums.append(there.pixel_values.double().sum() + there.input_ids.double().sum())
                 del there
         finally:

@@ -87,7 +87,7 @@ def test_no_choice_of_levels_that_fits_does_less_again(
     total, vision_bytes, vision_kept, language_kept, vision, language, size
 ):
     found = budget(total, vision_bytes, vision_kept, language_kept, tower(3, *vision), tower(2, *language))
-    chosen = found.levels(size)
+    chosen = found.plan(size)
     everything = [RecomputePlan(levels[:3], levels[3:]) for levels in itertools.product(SCALE, repeat=5)]
     prices = [price(found, size, levels) for levels in everything if fits(found, size, levels)]
     assert fits(found, size, chosen) == bool(prices)
@@ -108,25 +108,25 @@ PACK = PackSize(patches=57_000, patch_pairs=57_000 * 1500, tokens=16_384, token_
 @pytest.mark.parametrize("gib", [0, 3, 8, 20, 35, 50, 100])
 def test_less_memory_is_never_exceeded_and_never_does_less_again(gib):
     found, more = (budget(size * 2**30, size * 2**30, *PUBLISHED) for size in (gib, gib + 2))
-    levels = found.levels(PACK)
+    levels = found.plan(PACK)
     assert fits(found, PACK, levels) or levels == found.least_kept()
-    assert price(found, PACK, levels) >= price(found, PACK, more.levels(PACK))
+    assert price(found, PACK, levels) >= price(found, PACK, more.plan(PACK))
 
 
 def test_a_smaller_pack_does_less_again():
     found = budget(40 * 2**30, 40 * 2**30, *PUBLISHED)
     half = PackSize(*(size // 2 for size in PACK))
-    assert Recompute.mlp in found.levels(PACK).language + found.levels(PACK).vision
-    assert set(found.levels(half).vision + found.levels(half).language) == {Recompute.elementwise}
+    assert Recompute.mlp in found.plan(PACK).language + found.plan(PACK).vision
+    assert set(found.plan(half).vision + found.plan(half).language) == {Recompute.elementwise}
 
 
 def test_inputs_go_to_the_host_only_when_nothing_else_helps():
     recompute = PACK.tokens * (2 * (5 * H + 2 * I_LANGUAGE) - 2 * H)  # by the language model's last layer
     inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + recompute
-    barely = budget(inputs, inputs, *PUBLISHED).levels(PACK)
+    barely = budget(inputs, inputs, *PUBLISHED).plan(PACK)
     assert set(barely.vision + barely.language[:-1]) == {L}
     assert barely.language[-1] is Recompute.elementwise, "made again at once it would take as much"
-    less = budget(inputs - 2**20, inputs, *PUBLISHED).levels(PACK)
+    less = budget(inputs - 2**20, inputs, *PUBLISHED).plan(PACK)
     assert (less.vision + less.language).count(Recompute.offload) == 1
 
 
@@ -135,7 +135,7 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
 def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vision, reserved_bytes):
     total, of_vision = total * 2**30, of_vision * 2**30
     found = budget(total, of_vision, *PUBLISHED)
-    levels = found.levels(PACK, reserved_bytes=reserved_bytes * 2**30)
+    levels = found.plan(PACK, reserved_bytes=reserved_bytes * 2**30)
     room = found.room_beside(PACK, levels)
     assert room == sorted(room, reverse=True)
     for position in range(27 + 28):
@@ -155,10 +155,10 @@ def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vi
 def test_what_others_take_is_spared_down_to_every_layers_input(gib, wanted):
     vision_gib = gib * 3 // 4
     found = budget(gib * 2**30, vision_gib * 2**30, *PUBLISHED)
-    spared, levels = found.can_spare(PACK, wanted * 2**30), found.levels(PACK, reserved_bytes=wanted * 2**30)
+    spared, levels = found.can_spare(PACK, wanted * 2**30), found.plan(PACK, reserved_bytes=wanted * 2**30)
     inputs = needs(found, PACK, RecomputePlan((L,) * 27, (L,) * 28))
     rest = budget(gib * 2**30 - spared, vision_gib * 2**30 - spared, *PUBLISHED)
-    assert levels == rest.levels(PACK)
+    assert levels == rest.plan(PACK)
     assert fits(rest, PACK, levels)
     if fits(found, PACK, RecomputePlan((L,) * 27, (L,) * 28)):
         assert Recompute.offload not in levels.vision + levels.language
@@ -169,7 +169,7 @@ def test_what_others_take_is_spared_down_to_every_layers_input(gib, wanted):
 
 
 def test_layers_that_keep_most_come_last_and_words_say_how_many():
-    levels = budget(30 * 2**30, 30 * 2**30, *PUBLISHED).levels(PACK)
+    levels = budget(30 * 2**30, 30 * 2**30, *PUBLISHED).plan(PACK)
     order = [SCALE.index(level) for level in levels.language]
     assert len(set(order)) > 1
     assert order == sorted(order, reverse=True)
@@ -179,7 +179,7 @@ def test_layers_that_keep_most_come_last_and_words_say_how_many():
 
 
 def test_what_does_not_fit_keeps_least():
-    assert budget(-5, 0, *PUBLISHED).levels(PACK).vision == (Recompute.offload,) * 27
+    assert budget(-5, 0, *PUBLISHED).plan(PACK).vision == (Recompute.offload,) * 27
 
 
 def with_nothing(total, of_vision, *, more_vision=2 * I_VISION, more_language=2 * I_LANGUAGE):
@@ -204,7 +204,7 @@ def with_nothing(total, of_vision, *, more_vision=2 * I_VISION, more_language=2 
 def test_what_elementwise_layers_leave_spares_elementwise_work(total, of_vision, reserved_bytes):
     total, of_vision, reserved_bytes = total * 2**30, of_vision * 2**30, reserved_bytes * 2**30
     found = with_nothing(total, of_vision)
-    levels = found.levels(PACK, reserved_bytes=reserved_bytes)
+    levels = found.plan(PACK, reserved_bytes=reserved_bytes)
     plain = RecomputePlan(
         *(tuple(level if level is not NOTHING else ELEMENTWISE for level in own) for own in levels)
     )
@@ -233,6 +233,6 @@ def test_what_elementwise_layers_leave_spares_elementwise_work(total, of_vision,
 def test_a_tower_that_keeps_no_more_at_nothing_stays_at_elementwise():
     found = with_nothing(200 * 2**30, 200 * 2**30)
     language_kept = {level: size for level, size in found.language_kept.items() if level is not NOTHING}
-    levels = replace(found, language_kept=language_kept).levels(PACK)
+    levels = replace(found, language_kept=language_kept).plan(PACK)
     assert set(levels.vision) == {NOTHING}
     assert set(levels.language) == {ELEMENTWISE}

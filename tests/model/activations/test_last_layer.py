@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +31,7 @@ def test_it_works_for_the_tokens_that_the_loss_reads(tiny_model, batch_of, mixed
         narrow = packed(batch)
         assert seen == [tokens, tokens, supervised, supervised]
         seen.clear()
-        packed.whole_last_layer = True
-        whole = packed(batch)
+        whole = packed(batch, whole_last_layer=True)
         assert seen == [tokens] * 4
     torch.testing.assert_close(narrow.token_losses, whole.token_losses)
     assert torch.equal(narrow.correct, whole.correct)
@@ -49,6 +49,10 @@ def test_few_tokens_and_nearly_all_take_the_whole_layer(supervised, few):
 def test_packs_with_hardly_any_supervised_token_run_as_before(
     tiny_model, batch_of, mixed, stock_gradients, answers, compiled, monkeypatch
 ):
+    """Compiled as in test_packed_forward.py: traced and cut as on a GPU, and run by torch's own kernels."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
     torch._dynamo.reset()
     chosen = [mixed[4], mixed[5]][: 1 + answers]
     model = tiny_model()

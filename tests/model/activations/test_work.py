@@ -22,13 +22,12 @@ def _torch_linear(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
-def counted(model, batch, levels):
+def counted(model, batch, plan):
     """Operations of products with weights and of attention, as torch sees them in a step."""
     packed = PackedModel(model, "reference").train()
-    packed.choose_plan = lambda *_: levels
     # Attention as plain products, which torch counts; a causal square in full.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        packed(batch).loss_sum.backward()
+        packed(batch, plan=plan).loss_sum.backward()
     found = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in found.items() if "bmm" in str(op))
     return sum(found.values()) - attention, attention

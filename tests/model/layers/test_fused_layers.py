@@ -14,7 +14,7 @@ from vl3train.model.kernels import ops
 from vl3train.model.kernels.gemm_ops import gelu_linear_backward_reference
 from vl3train.model.kernels.ops import gelu_backward_reference, norm_backward_reference
 from vl3train.model.layers import attention_half
-from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED
+from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import part_of, set_trainable
 
@@ -68,7 +68,7 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
     ).train()
     if gemm_backend == "quack":
         # The heads of the tiny model, so that products turn them.
-        monkeypatch.setattr(attention_half, "ROTATED_HEADS", (12, 16))
+        monkeypatch.setattr(attention_half, "ROPE_HEAD_DIMS", (12, 16))
     ran = []
     gelu_ops = {"torch": (ops, gelu_backward_reference), "quack": (quack_ops, gelu_linear_backward_reference)}
     for place, op in ((ops, norm_backward_reference), gelu_ops[gemm_backend]):

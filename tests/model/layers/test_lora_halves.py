@@ -12,9 +12,9 @@ from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters
 from vl3train.model.kernels import gemm_ops as quack_ops
 from vl3train.model.layers import lora_halves
-from vl3train.model.layers.layers import FUNCTIONS_ARE_REPEATED
 from vl3train.model.layers.lora_dispatch import adapter_of
 from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, beside
+from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
 
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_pefts_modules(
     loss, expected = loss_and_gradients(model, batch)
     assert sum("lora_" in name for name in expected) == 2 * 7 * 2
     if turned:
-        monkeypatch.setattr(lora_halves, "ROTATED_HEADS", (16,))
+        monkeypatch.setattr(lora_halves, "ROPE_HEAD_DIMS", (16,))
     ran = []
     plain = quack_ops.swiglu_linear_backward_reference
     monkeypatch.setattr(

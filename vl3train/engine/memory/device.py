@@ -1,4 +1,4 @@
-"""What a device counts of its memory, in bytes."""
+"""A device's memory counters, in bytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from vl3train.engine.ranks import RunError
 
 MARGIN = 0.03
-"""Share of what this process may hold that stays free, for what packs of changing lengths leave between them."""
+"""Share of what this process may hold that stays free: packs of changing lengths fragment the memory."""
 
 
 class DeviceMemory(Protocol):
     """A device's counters, in bytes."""
 
     def limit(self) -> int:
-        """What this process may hold: all that is not in use by others, less a margin."""
+        """What this process may hold: all that other processes do not use, less a margin."""
         ...
 
     def held(self) -> int:
@@ -29,7 +29,7 @@ class DeviceMemory(Protocol):
         ...
 
     def reset_peak(self) -> None:
-        """Begin a new peak."""
+        """Start to measure a new peak."""
         ...
 
 

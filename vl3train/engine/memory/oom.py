@@ -1,4 +1,4 @@
-"""What to say when a GPU has no room left: where it happened, what was there, and what would make room."""
+"""The message when a GPU is out of memory: where it happened, which packs were there, and which options save memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from vl3train.engine.ranks import OneRankError, Rank
 
 @contextmanager
 def explain_oom(cfg: TrainConfig, rank: Rank, doing: str, batches: Sequence[Batch] = ()) -> Iterator[None]:
-    """Turn torch.OutOfMemoryError into OneRankError: the other ranks do not know of it and wait."""
+    """Turn torch.OutOfMemoryError into OneRankError: the other ranks do not know of it, and wait.
+
+    ``doing`` completes "out of memory while ..."; ``batches`` are those of this rank in the step, if it was in one.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -27,20 +30,20 @@ def explain_oom(cfg: TrainConfig, rank: Rank, doing: str, batches: Sequence[Batc
         raise OneRankError(
             f"rank {rank.index}: out of memory while {doing}: {first}\n"
             + (f"Packs of this rank in the step: {packs}.\n" if packs else "")
-            + "What makes room:\n"
+            + "Options that save memory:\n"
             + "\n".join(f"  {way_out}" for way_out in ways_out(cfg, in_a_step=bool(batches)))
         ) from error
 
 
 def ways_out(cfg: TrainConfig, *, in_a_step: bool) -> list[str]:
-    """Options that are not taken yet, the cheapest first."""
+    """Options that the run does not use yet, the cheapest first."""
     machine, optim = cfg.machine, cfg.optim
     found = []
     if in_a_step and machine.memory is Memory.given:
-        found.append("machine.memory=auto: layers compute again just as much as each pack needs to fit")
+        found.append("machine.memory=auto: layers recompute only as much as each pack needs to fit")
         if {machine.recompute_vision, machine.recompute_language} - {Recompute.layer, Recompute.offload}:
             found.append(
-                "machine.recompute_vision=layer machine.recompute_language=layer: all is computed again"
+                "machine.recompute_vision=layer machine.recompute_language=layer: layers recompute everything"
             )
     if machine.dtype is Dtype.float32:
         found.append("machine.dtype=bfloat16: half the bytes of weights and activations")
@@ -49,9 +52,9 @@ def ways_out(cfg: TrainConfig, *, in_a_step: bool) -> list[str]:
             "machine.offload_optimizer=true: 8 bytes less for each trained parameter of this rank's share"
         )
     if machine.zero_stage < 3:
-        found.append("more GPUs, or machine.zero_stage=3 on those that are there: weights are spread, too")
+        found.append("more GPUs, or machine.zero_stage=3 on these: weights are partitioned too")
     if cfg.adapter.kind is AdapterKind.none:
-        found.append("adapter=lora: only adapters have gradients and an optimizer")
+        found.append("adapter=lora: only adapters have gradients and optimizer state")
     if in_a_step:
         found.append(
             f"step.max_tokens below {cfg.step.max_tokens}, step.max_patches below {cfg.step.max_patches}"

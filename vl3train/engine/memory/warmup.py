@@ -1,10 +1,9 @@
-"""Packs of many sizes run once before the first step, so that no step stops to load a kernel.
+"""Kernel warm-up: packs of many sizes run once before the first step, so that no step stops to load a kernel.
 
-CUDA loads a kernel when it is called for the first time, and for that the whole GPU has to have finished, copies
-too: 107 ms of a step of the 2B, in which nothing ran while AdamW's means came in. cuBLAS chooses its kernels by the
-number of rows, which no two packs share: after 25 sizes each new one still brought 0.8 kernels that had not been
-loaded, with CUDA_MODULE_LOADING=EAGER too (benchmarks/log.md, round eight). Of many GPUs all wait for the one that
-loads.
+CUDA loads a kernel at its first call, and waits until the whole GPU has finished, copies too: 107 ms of a step of the
+2B, in which nothing ran while optimizer state came in. cuBLAS chooses its kernels by the number of rows, which no two
+packs share: after 25 sizes each new one still brought 0.8 kernels that had not been loaded, with
+CUDA_MODULE_LOADING=EAGER too (benchmarks/log.md, round eight). All GPUs of a run wait for the one that loads.
 """
 
 from __future__ import annotations
@@ -22,15 +21,19 @@ from vl3train.data.loader import OpenData
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.activations.budget import level_scale
-from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.activations.work import RecomputePlan, uniform_plan
 from vl3train.model.packed_forward import PackedModel
 
 SIZES = 192
-"""Of packs of 16 384 tokens; to make the batch of one takes the host some 35 ms."""
+"""Number of packs of 16 384 tokens. The host needs about 35 ms to build the batch of one."""
+
+LAYERS_WARMED_UP = (1, 2)
+"""Of the encoder and of the language model. The layers of a tower run the same kernels, but for the language model's
+last (model/activations/last_layer.py): one of the others and the last are enough."""
 
 
 def num_sizes(max_tokens: int) -> int:
-    """How many packs of that many tokens are warmed_up: fewer of longer ones, whose steps are longer too.
+    """How many packs of that many tokens warm up a run: fewer of longer ones, whose steps are longer too.
 
     >>> num_sizes(4096), num_sizes(16384), num_sizes(131072)
     (192, 192, 25)
@@ -47,17 +50,17 @@ def warm_up_run(
     last_step: int,
     console: Console,
 ) -> None:
-    """Rehearse packs of the sizes that the run will meet. All ranks call it.
+    """Warm up the kernels for the pack sizes that the run will meet. All ranks call it.
 
-    Not for a CPU, which loads no kernels, nor for ZeRO-3, whose prefetching learns the order of modules from its first
+    Not for a CPU, which loads no kernels. Not for ZeRO-3, whose prefetching learns the order of modules from its first
     forward pass.
     """
     machine = cfg.machine
     packs = packs_of_many_sizes(data.plan, first, last_step, num_sizes(cfg.step.max_tokens))
     if machine.memory is Memory.auto:
-        levels = plans_to_warm_up(packed)
+        plans = plans_to_warm_up(packed)
     else:
-        levels = [RecomputePlan((machine.recompute_vision,), (machine.recompute_language,) * 2)]
+        plans = [uniform_plan(machine.recompute_vision, machine.recompute_language, LAYERS_WARMED_UP)]
 
     def batches() -> Iterator[Batch]:
         for number, pack in enumerate(packs):
@@ -67,7 +70,7 @@ def warm_up_run(
             yield blank_batch(data, pack, machine.loss_chunk_tokens)
 
     started = time.perf_counter()
-    warm_up(engine, packed, batches(), levels)
+    warm_up(engine, batches(), plans)
     console.message(
         f"kernels: those for packs of {packs[-1].num_patches:,} to {packs[0].num_patches:,} patches are loaded, "
         f"{time.perf_counter() - started:.0f} s"
@@ -75,28 +78,19 @@ def warm_up_run(
 
 
 def plans_to_warm_up(packed: PackedModel) -> list[RecomputePlan]:
-    """One layer of the encoder and two of the language model, whose last is unlike the others, at each level that
-    machine.memory=auto chooses from; offload has the kernels of layer."""
+    """One plan for each level that machine.memory=auto chooses from, without offload, which runs layer's kernels."""
     scale = ((Recompute.nothing,) if packed.keeps_more_at_nothing else ()) + level_scale(zero_stage=1)
-    return [RecomputePlan((level,), (level,) * 2) for level in scale if level is not Recompute.offload]
+    return [uniform_plan(level, level, LAYERS_WARMED_UP) for level in scale if level is not Recompute.offload]
 
 
-def warm_up(
-    engine: Zero, packed: PackedModel, batches: Iterable[Batch], levels: Sequence[RecomputePlan]
-) -> None:
-    """Forward and backward pass of each batch, its loss counted zero times, with as many layers as ``levels`` have.
+def warm_up(engine: Zero, batches: Iterable[Batch], plans: Sequence[RecomputePlan]) -> None:
+    """Forward and backward pass of each batch, its loss times zero, with as many layers as ``plans`` have.
 
-    The layers of a tower are alike, but for the language model's last (model/activations/last_layer.py): one and the
-    last are enough. Batches take ``levels`` in turn; large ones come first, since the compiler tunes its kernels for
-    the sizes that it meets first. Weights, gradients and random numbers stay as they were.
+    Batches take the ``plans`` in turn. Large batches come first: the compiler tunes its kernels for the sizes that it
+    meets first. Weights, gradients and random numbers stay as they were.
     """
-    choose_plan = packed.choose_plan
     device = engine.rank.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            for number, batch in enumerate(batches):
-                now = levels[number % len(levels)]
-                packed.choose_plan = lambda *_, now=now: now
-                engine.backward(engine.forward(batch).loss_sum * 0)
-        finally:
-            packed.choose_plan = choose_plan
+        for number, batch in enumerate(batches):
+            output = engine.forward(batch, plan=plans[number % len(plans)])
+            engine.backward(output.loss_sum * 0)

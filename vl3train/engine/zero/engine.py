@@ -1,14 +1,15 @@
 """The only door to DeepSpeed: forward, backward, step, and the state a checkpoint keeps.
 
-DeepSpeed by default divides by accumulation steps and averages over ranks. Both are undone here and nowhere
-else, so that the gradient of a step is that of the loss the step defines: the sum over its supervised tokens
-divided by their number in the global batch.
+DeepSpeed by default divides by accumulation steps and averages over ranks. Both are undone here and nowhere else. So
+the gradient of a step is that of the loss that the step defines: the sum over its supervised tokens, divided by their
+number in the global batch.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,29 @@ from vl3train.engine.optim.offload_schedule import OffloadSchedule
 from vl3train.engine.ranks import Rank
 from vl3train.engine.zero.transfer import Reading, Transfer
 from vl3train.engine.zero.zero1_bf16 import drop_masters, keep_float32_sums
+from vl3train.model.activations.work import RecomputePlan
+from vl3train.model.layers.layers import GradientSums
+from vl3train.model.layers.tower import NO_CALLBACKS, LayerCallbacks
 from vl3train.model.packed_forward import PackedModel
 
-# On the CPU accelerator init_distributed would compile this op: a minute, and a compiler. gloo serves as well.
+# On the CPU accelerator init_distributed would compile this op, which takes a minute and a compiler. gloo can do it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# ZeRO-1 in bfloat16 prints a page of memory figures at every start, unasked.
+# ZeRO-1 in bfloat16 prints a page of memory figures at every start.
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
-# DeepSpeed 0.19.8 still calls collectives by names that torch 2.14 renames: nothing a user can act on.
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.14 deprecates: a user can do nothing about it.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
-# transformers 5.23 renames a method that 5.20 has by the old name only.
+# transformers 5.23 renames a method; 5.20 has only the old name.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
 
 
+ChoosePlan = Callable[[Batch, int], RecomputePlan]
+"""(micro-batch, reserved bytes) -> what each layer recomputes. Reserved bytes are those of the activations' budget that
+optimizer state on its way to or from the host takes meanwhile."""
+
+
 class Zero:
-    """A model under DeepSpeed ZeRO."""
+    """A model under DeepSpeed ZeRO. It chooses what each micro-batch recomputes, and passes that to the model."""
 
     def __init__(
         self,
@@ -69,43 +78,72 @@ class Zero:
         )
         if self.zero_stage < 3:
             model.lay_frozen_weights_together()
-        for parameter in model.parameters():
-            # Of an engine before this one: layers would add to it still.
-            parameter.__dict__.pop("grad_sum", None)
+        self._sums: list[GradientSums] = []  # to which layers add gradients themselves
         if isinstance(self.optimizer, BF16_Optimizer):
-            keep_float32_sums(
+            self._sums = keep_float32_sums(
                 self.optimizer,
                 clip=optim.max_grad_norm,
                 on_norm=self._report,
                 summed_by_layers=model.weights_with_sums(),
             )
             if optim.master_dtype is MasterDtype.split:
-                assert offload_adamw is not None, "nobody else updates masters that are split"
+                assert offload_adamw is not None, "only OffloadAdamW updates split masters"
                 drop_masters(self.optimizer, offload_adamw.keep_low_bits)
             elif optim.master_dtype is MasterDtype.bfloat16:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)
-        self._totals = torch.empty(0)  # of the step that is being made
-        self._reading: Reading | None = None  # what it reports
-        self.offload_schedule: OffloadSchedule | None = None  # where they wait on the host
+        self._totals = torch.empty(0)  # of the step in progress
+        self._reading: Reading | None = None  # what that step reports
+        self._choose_plan: ChoosePlan = lambda batch, reserved_bytes: model.given_plan
+        self._callbacks = NO_CALLBACKS
+        self.offload_schedule: OffloadSchedule | None = None  # None: optimizer state stays on the device
         if offload_adamw is not None:
             self.offload_schedule = OffloadSchedule(offload_adamw)
-            model.before_layer = self.offload_schedule.before_layer
-            model.on_layer_backward = self.offload_schedule.after_layer_backward
+            self._callbacks = LayerCallbacks(
+                before_layer=self.offload_schedule.before_layer,
+                after_layer_backward=self.offload_schedule.after_layer_backward,
+            )
 
-    def send(self, batch: Batch) -> None:
-        """Start copying a micro-batch to the device, beside what it computes; the next ``forward`` takes it."""
-        self._transfer.send(batch)
+    def choose_plans_by(self, choose_plan: ChoosePlan) -> None:
+        """From now on let ``choose_plan`` say what each micro-batch recomputes, not the model's ``given_plan``."""
+        self._choose_plan = choose_plan
 
-    def forward(self, batch: Batch, *, first: bool = False, last: bool = False) -> Any:
-        """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both."""
-        reserved_bytes = self.reserved_bytes(batch, first=first, last=last)
+    def plan_of(self, batch: Batch, *, first: bool, last: bool) -> RecomputePlan:
+        """What the layers recompute of a micro-batch in training, by its place in the step."""
+        return self._choose_plan(batch, self.reserved_bytes(batch, first=first, last=last))
+
+    def prefetch(self, batch: Batch) -> None:
+        """Start copying a micro-batch to the device while the device computes; the next ``forward`` uses the copy."""
+        self._transfer.prefetch(batch)
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        first: bool = False,
+        last: bool = False,
+        plan: RecomputePlan | None = None,
+        whole_last_layer: bool = False,
+    ) -> Any:
+        """The model's output for a micro-batch on this rank's device, the ``first`` of a step, its ``last`` or both.
+
+        ``plan`` replaces ``plan_of``, for dry runs. ``whole_last_layer`` as PackedModel.forward takes it.
+        """
+        if plan is None and self.engine.training:
+            plan = self.plan_of(batch, first=first, last=last)
         if self.offload_schedule is not None and (first or last):
+            reserved_bytes = self.reserved_bytes(batch, first=first, last=last)
             self.offload_schedule.begin_forward(batch, reserved_bytes, first=first, last=last)
-        return self.engine(self._transfer.take(batch), reserved_bytes=reserved_bytes)
+        return self.engine(
+            self._transfer.get(batch),
+            plan=plan,
+            whole_last_layer=whole_last_layer,
+            sums=self._sums,
+            callbacks=self._callbacks,
+        )
 
     def reserved_bytes(self, batch: Batch, *, first: bool, last: bool) -> int:
-        """Bytes for activations that means on their way take beside a micro-batch, by its place in the step."""
+        """Bytes of the activations' budget that optimizer state in transit takes beside this micro-batch."""
         return (
             0
             if self.offload_schedule is None
@@ -119,13 +157,13 @@ class Zero:
     def step(self, totals: Tensor) -> Reading:
         """Clip and update once the last micro-batch is in.
 
-        Gives ``totals`` (n,) summed over ranks, in place, and behind them the L2 norm of the gradients before clipping.
-        Under ZeRO-1 in bfloat16 they are on their way before the update is.
+        Returns ``totals`` (n,), summed over ranks in place, and after them the gradients' L2 norm before clipping.
+        ZeRO-1 in bfloat16 their copy to the host starts before the update.
         """
         dist.all_reduce(totals)
         self._totals, self._reading = totals, None
         if self.zero_stage == 0:
-            # DeepSpeed keeps no norm in this case. The last backward has already reduced the gradients.
+            # DeepSpeed keeps no norm here. The last backward pass has already reduced the gradients.
             grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self._report(torch.nn.utils.get_total_norm(grads))
         self.engine.step()
@@ -137,9 +175,9 @@ class Zero:
         return self._reading
 
     def states_to_come(self) -> int:
-        """Bytes that AdamW's states will take on this rank's device, where no step has made them yet.
+        """Bytes that AdamW's state will take on this rank's device, where no step has created it yet.
 
-        torch makes them in the first step, and DeepSpeed 0.19.8 leaves it to torch in all its stages.
+        torch creates it in the first step, and DeepSpeed 0.19.8 leaves that to torch in all its stages.
         """
         if self.offload_schedule is not None or any(
             getattr(self.optimizer, "optimizer", self.optimizer).state.values()
@@ -148,11 +186,11 @@ class Zero:
         trained = [p for p in self.engine.module.parameters() if p.requires_grad]
         size = sum(
             getattr(p, "ds_numel", p.numel()) for p in trained
-        )  # ds_numel: whole, where ZeRO-3 has cut it
+        )  # ds_numel: the whole size of what ZeRO-3 has partitioned
         return -(-size // (self.rank.dp_size if self.zero_stage else 1)) * self.state_bytes
 
     def finish_micro_batch(self) -> None:
-        """Tell DeepSpeed that a micro-batch which is not the step's last one is done."""
+        """Let DeepSpeed count a finished micro-batch that is not the step's last one."""
         self.engine.step()
 
     def train(self, training: bool) -> None:
@@ -187,7 +225,8 @@ class Zero:
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, under the same number of ranks and ZeRO stage.
 
-        The optimizer's options (rates, betas, weight decay) stay those of this run: torch stores them with the states.
+        The optimizer's options (rates, betas, weight decay) stay those of this run, although torch stores them with the
+        optimizer state. Raises RuntimeError where ``folder`` holds no state.
         """
         options = [
             {name: value for name, value in group.items() if name != "params"}
@@ -215,11 +254,11 @@ def deepspeed_config(
         "bf16": {"enabled": bf16},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        # Else DeepSpeed waits for the device, and for all that is copied beside it, in each micro-batch; the meter is
-        # ours (engine/monitor/meter.py).
+        # With it DeepSpeed would wait for the device, and for every copy in progress, in each micro-batch. We measure
+        # throughput ourselves (engine/monitor/meter.py).
         "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and machine.zero_stage in (1, 2):
-        # Sums over micro-batches in bfloat16 would depend on how tokens fall into them.
+        # Sums over micro-batches in bfloat16 would depend on how the tokens fall into micro-batches.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

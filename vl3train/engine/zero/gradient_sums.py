@@ -1,4 +1,4 @@
-"""The gradients of a micro-batch put into their float32 sums, near the speed of memory."""
+"""Gradients of a micro-batch copied or added to their float32 sums, near the speed of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LARGE = 2**20
-"""Values of a gradient that has a kernel launch of its own; those of biases and norms share a few launches."""
+"""A gradient of this many values has a kernel launch of its own; those of biases and norms share a few launches."""
 
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ def add_gradients(pairs: Pairs) -> None:
         if total.numel() >= LARGE:
             add_gradient(total, gradient)
     if small:
-        # torch adds many tensors at once only where all have one format.
+        # torch adds many tensors in one launch only where all have the same format.
         sums = [total for total, _ in small]
         sizes = [total.numel() for total in sums]
         same = list(sums[0].new_empty(sum(sizes)).split(sizes))

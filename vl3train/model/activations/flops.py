@@ -1,7 +1,7 @@
 """Useful floating-point operations of a training step, from integers alone.
 
-What the model must do, once: forward, gradients of inputs where something below trains, gradients of weights
-that train. Causal attention counts half; past attention the last layer counts for supervised tokens alone, since the
+What the model must compute, once: the forward pass, gradients of inputs where something below trains, gradients of
+weights that train. Causal attention counts half. After attention, the last layer counts only supervised tokens: the
 loss reads no others. Padding, recomputation, elementwise work and the optimizer count nothing.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from vl3train.contracts.records import Batch
+from vl3train.model.packed_forward import head_dims
 from vl3train.model.trainable import part_of
 
 
@@ -43,8 +44,8 @@ class FlopRates:
 def flop_rates(hf_model: Any) -> FlopRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
 
-    An adapter's two products count like any other. Where only adapters of the language model train, one layer's
-    input gradient is counted too much.
+    An adapter's two products count like any other. Where only adapters of the language model train, the count has one
+    input gradient of a layer too many.
     """
     trains = {"vision_encoder": False, "projector": False, "language_model": False}
     for name, parameter in hf_model.named_parameters():
@@ -76,7 +77,7 @@ def flop_rates(hf_model: Any) -> FlopRates:
         rows[row] += 2 * work * (1 + input_gradient + module.weight.requires_grad)
 
     vision, text = hf_model.config.vision_config, hf_model.config.text_config
-    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _, text_dim = head_dims(hf_model)
     return FlopRates(
         **rows,
         # Two products a pair forward (scores, values), four backward.

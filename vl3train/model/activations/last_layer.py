@@ -1,7 +1,7 @@
-"""Past attention the last layer of the language model works for the tokens that the loss reads, and for no others.
+"""After attention, the last layer of the language model computes only supervised tokens: the loss reads no others.
 
-Its output product and its MLP make each row from that row alone, and no layer follows that would read the rest. Of a
-pack of images some 5 % of the tokens are supervised: one of 28 layers does nearly nothing past attention.
+Its output projection and its MLP compute each row from that row alone, and no later layer reads the other rows. In a
+pack of images about 5 % of the tokens are supervised: one of 28 layers does nearly nothing after attention.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from vl3train.contracts.records import Batch
 
 
 def last_positions(batch: Batch) -> Tensor | None:
-    """(U,) supervised positions, which the last layer goes on with; None where it goes on with all.
+    """(U,) supervised positions, the rows that the last layer computes after attention; None: it computes all rows.
 
-    All are taken beyond three quarters, where what copying rows takes is about what it spares, and for a single row
-    or none, for which torch.compile would make kernels of their own.
+    It computes all rows where more than three quarters are supervised: copying rows would cost about what it saves. And
+    where one or none is: torch.compile would build separate kernels for so few rows.
     """
     num_supervised = batch.supervised_positions.shape[0]
     few = num_supervised >= 2 and 4 * num_supervised <= 3 * batch.input_ids.shape[0]
@@ -26,7 +26,7 @@ def last_positions(batch: Batch) -> Tensor | None:
 
 
 def rows_at(positions: Tensor | None, rows: Tensor) -> Tensor:
-    """(T, H) -> the (U, H) rows at ``positions``, none of which comes twice; all of them for None."""
+    """(T, H) -> the (U, H) rows at ``positions``, which are all different; all rows for None."""
     if positions is None:
         return rows
     if not rows.requires_grad:
@@ -36,7 +36,7 @@ def rows_at(positions: Tensor | None, rows: Tensor) -> Tensor:
 
 
 class _RowsAt(torch.autograd.Function):
-    """index_select, whose own gradient has to add, for rows that come twice: in bfloat16 a sort and a slow pass."""
+    """index_select for distinct positions. torch's gradient allows equal ones: a sort and a slow pass in bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, positions: Tensor) -> Tensor:

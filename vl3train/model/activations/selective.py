@@ -1,4 +1,4 @@
-"""Which results a layer that is not compiled keeps, where it computes only a part of its work again."""
+"""Which results a layer that is not compiled keeps, where it recomputes only a part of its work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 _aten = torch.ops.aten
 _GEMMS = {_aten.mm.default: 1, _aten.addmm.default: 2}
-"""Matrix products, with the position of their weight (in, out)."""
+"""Matrix products, and which argument of each is the weight (in, out)."""
 _ATTENTION = {
     "vl3train::qkv_attention",
     "torch_attn::_varlen_attn",
@@ -29,7 +29,7 @@ def _keep_gemms(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
 
 
 def _keep_hidden_gemms(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    # The products that widen the row are the MLP's: 6 of 7 parts of what a layer would keep, a third of its work.
+    # Only the MLP has products to intermediate_size: 6 of 7 parts of what a layer would keep, a third of its work.
     if op in _GEMMS:
         width_in, width_out = args[_GEMMS[op]].shape
         intermediate = width_out > width_in

@@ -1,7 +1,7 @@
-"""What each layer of a pack computes again in the backward pass, and how many operations that is.
+"""What each layer recomputes in the backward pass, and how many operations that is.
 
-Like model/activations/flops.py from integers alone: products with weights and attention, elementwise work counts
-nothing.
+Counted from integers alone, like model/activations/flops.py: matrix products with weights, and attention. Elementwise
+work counts nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RecomputePlan(NamedTuple):
     language: tuple[Recompute, ...]
 
     def __str__(self) -> str:
-        """In words, as ``encoder 27 x elementwise, language model 19 x mlp 9 x elementwise``."""
+        """In words: ``encoder 27 x elementwise, language model 19 x mlp 9 x elementwise``."""
         towers = zip(("encoder", "language model"), self, strict=True)
         return ", ".join(
             " ".join([tower, *(f"{len(list(run))} x {level.value}" for level, run in groupby(levels))])
@@ -35,8 +35,13 @@ class RecomputePlan(NamedTuple):
         )
 
 
+def uniform_plan(vision: Recompute, language: Recompute, num_layers: tuple[int, int]) -> RecomputePlan:
+    """The same level in all layers of a tower; ``num_layers`` are the encoder's and the language model's."""
+    return RecomputePlan((vision,) * num_layers[0], (language,) * num_layers[1])
+
+
 class PackSize(NamedTuple):
-    """What decides the work and the memory of a pack, from the host."""
+    """What decides the work and the memory of a pack; integers of the host."""
 
     patches: int
     patch_pairs: int  # in one frame, each with each
@@ -56,25 +61,25 @@ def pack_size(batch: Batch) -> PackSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerWork:
-    """Operations that one layer of a tower does again for each row and each attended pair of rows."""
+    """Operations of one layer of a tower for each row and for each attended pair of rows."""
 
     num_layers: int
     mlp_row: int
-    """The products that widen the row."""
+    """The MLP's products from hidden_size to intermediate_size."""
     layer_row: int
-    """All products but the last, whose result no gradient needs."""
+    """All matrix products but the last, whose result no gradient needs."""
     projection_row: int
     """The product that follows attention."""
     layer_pair: int
     forward_row: int
-    """All products."""
+    """All matrix products."""
     backward_row: int
-    """Those of the gradients, of rows and of weights that train; 0 where nothing has one."""
+    """Products of the backward pass: gradients of rows, and of weights that train; 0 without a backward pass."""
     has_backward: bool
-    """Where nothing in or before the tower trains, its layers keep nothing and do nothing again."""
+    """False where nothing in or before the tower trains: its layers keep nothing and recompute nothing."""
 
     def of(self, level: Recompute, rows: int, pairs: int) -> int:
-        """Operations that one layer at this level does again."""
+        """Operations that one layer at this level recomputes."""
         if not self.has_backward or level in NOTHING_RECOMPUTED:
             return 0
         if level is Recompute.mlp:
@@ -82,7 +87,7 @@ class TowerWork:
         return self.layer_row * rows + self.layer_pair * pairs
 
     def past_attention(self, level: Recompute) -> int:
-        """What of it one row of a layer at this level does again after attention."""
+        """Operations that one row of a layer at this level recomputes after attention."""
         if not self.has_backward or level in NOTHING_RECOMPUTED:
             return 0
         return self.mlp_row + (self.projection_row if level is not Recompute.mlp else 0)
@@ -92,7 +97,7 @@ class TowerWork:
         return self.num_layers * (self.forward_row * rows + self.layer_pair * pairs)
 
     def backward(self, rows: int, pairs: int) -> int:
-        """Operations of the whole tower's backward pass, without what is done again."""
+        """Operations of the whole tower's backward pass, without recomputation."""
         if not self.has_backward:
             return 0
         return self.num_layers * (self.backward_row * rows + 2 * self.layer_pair * pairs)
@@ -100,21 +105,21 @@ class TowerWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeRates:
-    """Of a model as it trains. What is outside of the towers' layers counts for nothing but ``supervised_token``."""
+    """Operations of a model as it trains: of the two towers' layers, and of the logits. Nothing else is counted."""
 
     vision: TowerWork
     language: TowerWork
     supervised_token: int
-    """Its logits, where the loss computes them again, whatever the levels."""
+    """Of a supervised token's logits, where the loss recomputes them, whatever the plan; else 0."""
 
-    def of(self, batch: Batch, levels: RecomputePlan) -> int:
-        """Operations of one micro-batch that are done again."""
+    def of(self, batch: Batch, plan: RecomputePlan) -> int:
+        """Operations of one micro-batch that are recomputed."""
         size, positions = pack_size(batch), last_positions(batch)
         left_out = 0 if positions is None else size.tokens - positions.shape[0]
         return (
-            sum(self.vision.of(level, size.patches, size.patch_pairs) for level in levels.vision)
-            + sum(self.language.of(level, size.tokens, size.token_pairs) for level in levels.language)
-            - self.language.past_attention(levels.language[-1]) * left_out
+            sum(self.vision.of(level, size.patches, size.patch_pairs) for level in plan.vision)
+            + sum(self.language.of(level, size.tokens, size.token_pairs) for level in plan.language)
+            - self.language.past_attention(plan.language[-1]) * left_out
             + self.supervised_token * batch.supervised_positions.shape[0]
         )
 
@@ -125,7 +130,7 @@ class RecomputeRates:
         )
 
     def backward(self, size: PackSize) -> int:
-        """Operations of the backward pass, without what is done again."""
+        """Operations of the backward pass, without recomputation."""
         return self.vision.backward(size.patches, size.patch_pairs) + self.language.backward(
             size.tokens, size.token_pairs
         )
@@ -134,32 +139,28 @@ class RecomputeRates:
 def recompute_rates(hf_model: Any, *, recomputes_logits: bool) -> RecomputeRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
 
-    ``recomputes_logits`` where the loss makes logits once more for their gradients (model/loss.py).
+    ``recomputes_logits``: whether the loss recomputes logits for their gradients (model/loss.py).
 
-    Adapters count in the products they sit on; the narrow ones that a layer which is not compiled keeps are counted
-    all the same. Not counted: what of a layer's last product is done again after all, where an adapter sits on it or
-    where DeepSpeed's linear function of ZeRO-3 takes torch's place (2 % of a step was seen).
+    An adapter counts with the product it sits on. Two small errors: the adapters' low-rank products count as recomputed
+    also where a layer that is not compiled keeps them; and a layer's last product does not count, although it is
+    recomputed where it has an adapter or where ZeRO-3 replaces torch's linear function (2 % of a step was seen).
     """
     trained = {part_of(name) for name, parameter in hf_model.named_parameters() if parameter.requires_grad}
-    vision, text = hf_model.config.vision_config, hf_model.config.text_config
-    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     encoder_layers = hf_model.model.vision_model.encoder.layers
     decoder_layers = hf_model.model.language_model.layers
     head = hf_model.get_output_embeddings()
-    language_backward = bool(trained)  # every part that trains has its gradient through the language model
+    language_backward = bool(trained)  # the gradients of every part come through the language model
     return RecomputeRates(
         vision=_tower_work(
             encoder_layers,
             ("fc1",),
             "out_proj",
-            4 * vision.hidden_size,
             has_backward="vision_encoder" in trained,
         ),
         language=_tower_work(
             decoder_layers,
             ("gate_proj", "up_proj"),
             "o_proj",
-            4 * text_dim * text.num_attention_heads,
             has_backward=language_backward,
         ),
         supervised_token=2 * head.in_features * head.out_features * (language_backward and recomputes_logits),
@@ -167,17 +168,18 @@ def recompute_rates(hf_model: Any, *, recomputes_logits: bool) -> RecomputeRates
 
 
 def _tower_work(
-    layers: nn.ModuleList, widening: tuple[str, ...], projection: str, pair: int, *, has_backward: bool
+    layers: nn.ModuleList, to_intermediate: tuple[str, ...], projection: str, *, has_backward: bool
 ) -> TowerWork:
-    """``widening`` are the MLP's products that widen the row, the one that narrows it again is left out."""
+    """``to_intermediate`` names the MLP's products to intermediate_size, ``projection`` the one after attention."""
     layer: Any = layers[0]
-    mlp_row = sum(_products(getattr(layer.mlp, name)) for name in widening)
+    mlp_row = sum(_products(getattr(layer.mlp, name)) for name in to_intermediate)
+    projected: Any = getattr(layer.self_attn, projection)
     return TowerWork(
         num_layers=len(layers),
         mlp_row=mlp_row,
         layer_row=mlp_row + _products(layer.self_attn),
-        projection_row=_products(getattr(layer.self_attn, projection)),
-        layer_pair=pair,
+        projection_row=_products(projected),
+        layer_pair=4 * projected.in_features,  # scores and values, 2 operations for each value of all heads
         forward_row=_products(layer),
         backward_row=has_backward * (_products(layer) + _products(layer, trained=True)),
         has_backward=has_backward,
@@ -185,7 +187,7 @@ def _tower_work(
 
 
 def _products(module: nn.Module, *, trained: bool = False) -> int:
-    """Operations of all linear layers in a module, or of those whose weight is ``trained``, for one row."""
+    """Operations of all linear layers in a module for one row; ``trained``: only of those whose weight trains."""
     linears = (
         part
         for part in module.modules()

@@ -1,10 +1,9 @@
-"""Gradients of weights added to their float32 sums by the product that makes them, as ops for model/layers/mlp_half.py.
+"""Weight gradients added to float32 sums by the matrix product that computes them, as ops for model/layers/mlp_half.py.
 
-So they are not rounded to bfloat16 before they are summed, are not held until the micro-batch ends, and no pass adds
-them up. A weight whose layer does so has its sum as the attribute ``grad_sum``, (out, in) float32, which the engine
-gives it and sets to zero (engine/zero/zero1_bf16.py); it gets no ``grad``. Weights of one product have one sum, with
-the first of them: an op that changes two tensors of one buffer goes wrong in torch 2.11's compiler. R rows, W values
-a row, I of an MLP's wide rows.
+So a gradient is not rounded to bfloat16 before it is summed, is not kept until the micro-batch ends, and needs no
+separate addition. The engine owns the sums, (out, in) float32, sets them to zero (engine/zero/zero1_bf16.py) and passes
+them to the layers; these weights get no ``grad``. Weights of one matrix product share one sum: an op that changes two
+tensors of one buffer goes wrong in torch 2.11's compiler. R rows, W the hidden_size, I the intermediate_size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from vl3train.model.kernels.gemm_ops import gate_up_weights_grad_reference
 
 @torch.library.custom_op("vl3train::add_weight_grad", mutates_args=("total",))
 def add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """``total`` (out, in) += what F.linear's weight gets from ``grad`` (R, out) and its ``rows`` (R, in)."""
+    """``total`` (out, in) += the gradient of F.linear's weight, from ``grad`` (R, out) and its input ``rows`` (R, in)."""
     if total.is_cuda:
         torch.addmm(total, grad.t(), rows, out_dtype=torch.float32, out=total)
     else:
@@ -30,13 +29,13 @@ def _(total: Tensor, grad: Tensor, rows: Tensor) -> None:
 
 
 def add_weight_grad_reference(total: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """``add_weight_grad``."""
+    """``add_weight_grad`` in torch's own ops."""
     total.addmm_(grad.t().to(total.dtype), rows.to(total.dtype))
 
 
 @torch.library.custom_op("vl3train::add_gate_up_weights_grad", mutates_args=("total",))
 def add_gate_up_weights_grad(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
-    """``total`` (2 I, W) += gate_up_weights_grad of ``d_gate_up`` and ``rows`` (model/kernels/gemm_ops.py)."""
+    """``total`` (2 I, W) += ``gate_up_weights_grad`` of ``d_gate_up`` and ``rows`` (model/kernels/gemm_ops.py)."""
     if total.is_cuda:
         from vl3train.model.kernels.quack_gemm import add_gate_up_weights_grad_kernel
 
@@ -51,5 +50,5 @@ def _(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
 
 
 def add_gate_up_weights_grad_reference(total: Tensor, d_gate_up: Tensor, rows: Tensor) -> None:
-    """``add_gate_up_weights_grad``."""
+    """``add_gate_up_weights_grad`` in torch's own ops."""
     total.add_(gate_up_weights_grad_reference(d_gate_up.to(total.dtype), rows.to(total.dtype)))
