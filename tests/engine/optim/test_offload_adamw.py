@@ -1,4 +1,4 @@
-"""AdamW with its means on the host does, to the bit, what torch's does."""
+"""AdamW with its moments on the host does, to the bit, what torch's does."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def go_on(parameters, optimizer, steps, before_step=lambda: None):
         optimizer.step()
 
 
-def assert_same(parameters, optimizer, reserved_bytes, other_optimizer):
-    for parameter, other in zip(parameters, reserved_bytes, strict=True):
+def assert_same(parameters, optimizer, others, other_optimizer):
+    for parameter, other in zip(parameters, others, strict=True):
         assert torch.equal(parameter, other)
         state, wanted = optimizer.state.get(parameter, {}), other_optimizer.state.get(other, {})
         assert state.keys() == wanted.keys()
@@ -58,95 +58,104 @@ def assert_same(parameters, optimizer, reserved_bytes, other_optimizer):
             assert torch.equal(state[name], wanted[name].to(state[name].device)), name
 
 
-def pieces(optimizer):
-    return list(optimizer._all_pieces())
+def chunks(optimizer):
+    return list(optimizer._all_chunks())
 
 
-@pytest.mark.parametrize("piece", [7, 64, 10**9])
-@pytest.mark.parametrize("brought", [None, 0, 3000, 10**9], ids=lambda size: f"{size} bytes brought")
-def test_weights_and_means_are_torchs_to_the_bit(monkeypatch, piece, brought):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", piece)
+@pytest.mark.parametrize("chunk", [7, 64, 10**9])
+@pytest.mark.parametrize("prefetched", [None, 0, 3000, 10**9], ids=lambda size: f"{size} bytes prefetched")
+def test_weights_and_moments_are_torchs_to_the_bit(monkeypatch, chunk, prefetched):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", chunk)
     ours, torchs = parameters_on(), parameters_on()
     on_host, on_device = optimizer_of(ours, True), optimizer_of(torchs, False)
     assert isinstance(on_host, OffloadAdamW)
-    bring = (lambda: None) if brought is None else lambda: on_host.bring(brought)
-    go_on(ours, on_host, range(6), bring)
+    prefetch = (lambda: None) if prefetched is None else lambda: on_host.prefetch(prefetched)
+    go_on(ours, on_host, range(6), prefetch)
     go_on(torchs, on_device, range(6))
     assert_same(ours, on_host, torchs, on_device)
-    assert not any(piece.is_there for piece in pieces(on_host)), "means are let go"
+    assert not any(chunk.is_on_device for chunk in chunks(on_host)), "the device's copies are freed"
 
 
-def test_what_is_brought_is_what_is_updated_first_and_fits(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+def test_what_is_prefetched_is_what_is_updated_first_and_fits(monkeypatch):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
-    optimizer.bring(10**9)  # before the first step there is nothing to bring
+    optimizer.prefetch(10**9)  # before the first step there is nothing to fetch
     go_on(parameters, optimizer, range(3))
     there = []
-    # Of all means that are there, whatever was brought before; those that are there stay.
+    # Of all means that are there, whatever was prefetched before; those that are there stay.
     for room, wanted in ((799, 0), (800, 1), (1700, 2), (800, 2), (2399, 2), (2400, 3), (10**9, 13)):
-        optimizer.bring(room)
-        there.append([piece.is_there for piece in pieces(optimizer)])
+        optimizer.prefetch(room)
+        there.append([chunk.is_on_device for chunk in chunks(optimizer)])
         assert there[-1] == [True] * wanted + [False] * (13 - wanted)
-    assert sum(piece.num_bytes for piece in pieces(optimizer)) == 8 * (SIZES[0] + SIZES[2])
+    assert sum(chunk.num_bytes for chunk in chunks(optimizer)) == 8 * (SIZES[0] + SIZES[2])
     assert optimizer.num_bytes() == 8 * sum(SIZES)
 
 
-def test_what_was_brought_for_a_parameter_without_gradient_is_let_go(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+def test_what_was_prefetched_for_a_parameter_without_gradient_is_freed(monkeypatch):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
     go_on(parameters, optimizer, range(3))
     before = parameters[0].detach().clone(), copy.deepcopy(optimizer.state[parameters[0]])
-    optimizer.bring(10**9)
+    optimizer.prefetch(10**9)
     parameters[0].grad = None
     optimizer.step()
-    assert not any(piece.is_there for piece in pieces(optimizer))
+    assert not any(chunk.is_on_device for chunk in chunks(optimizer))
     assert torch.equal(parameters[0], before[0])
     assert all(torch.equal(optimizer.state[parameters[0]][name], value) for name, value in before[1].items())
 
 
-def test_a_step_takes_no_more_memory_than_what_was_brought_and_three_pieces(monkeypatch):
+def test_a_step_takes_no_more_memory_than_what_was_prefetched_and_three_chunks(monkeypatch):
     """Nothing that leaves is free yet as far as the host knows, which is ahead of the device."""
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
     go_on(parameters, optimizer, range(3))
-    made, room = [], offload_chunk.Room
-    monkeypatch.setattr(offload_chunk, "Room", lambda moments: made.append(moments) or room(moments))
-    for brought, rooms in ((0, 3), (799, 3), (800, 3), (4 * 800, 4), (6 * 800, 6), (10**9, 13)):
+    made, buffer = [], offload_chunk.DeviceBuffer
+    monkeypatch.setattr(
+        offload_chunk, "DeviceBuffer", lambda moments: made.append(moments) or buffer(moments)
+    )
+    for prefetched, buffers in ((0, 3), (799, 3), (800, 3), (4 * 800, 4), (6 * 800, 6), (10**9, 13)):
         made.clear()
-        go_on(parameters, optimizer, range(3, 4), lambda brought=brought: optimizer.bring(brought))
-        assert len(made) == rooms
+        go_on(
+            parameters, optimizer, range(3, 4), lambda prefetched=prefetched: optimizer.prefetch(prefetched)
+        )
+        assert len(made) == buffers
 
 
-@pytest.mark.parametrize(("brought", "most"), [(0, 3), (4 * 800, 7), (10**9, 13)])
-def test_rooms_that_nobody_needs_again_are_let_go_at_once(monkeypatch, brought, most):
-    """torch gives a room out again when what was queued before it was let go is done."""
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+@pytest.mark.parametrize(("prefetched", "most"), [(0, 3), (4 * 800, 7), (10**9, 13)])
+def test_buffers_that_no_fetch_needs_are_freed_at_once(monkeypatch, prefetched, most):
+    """torch reuses memory when the work that was queued before it was freed is done."""
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     parameters = parameters_on()
     optimizer = optimizer_of(parameters, True)
     go_on(parameters, optimizer, range(3))
-    made, alive, room, update = weakref.WeakSet(), [], offload_chunk.Room, offload_chunk.Piece.update
+    made, alive, buffer, update = (
+        weakref.WeakSet(),
+        [],
+        offload_chunk.DeviceBuffer,
+        offload_chunk.Chunk.update,
+    )
 
-    def counted_room(moments):
+    def counted_buffer(moments):
         made.add(moments[0])
-        return room(moments)
+        return buffer(moments)
 
     def watched(self, *arguments):
         alive.append(len(made))
         update(self, *arguments)
 
-    monkeypatch.setattr(offload_chunk, "Room", counted_room)
-    monkeypatch.setattr(offload_chunk.Piece, "update", watched)
-    go_on(parameters, optimizer, range(3, 4), lambda: optimizer.bring(brought))
+    monkeypatch.setattr(offload_chunk, "DeviceBuffer", counted_buffer)
+    monkeypatch.setattr(offload_chunk.Chunk, "update", watched)
+    go_on(parameters, optimizer, range(3, 4), lambda: optimizer.prefetch(prefetched))
     assert max(alive) <= most
-    assert alive[-1] == 1, "with the last piece no other room is left"
+    assert alive[-1] == 1, "with the last chunk no other buffer is left"
     assert len(made) == 0
 
 
-def test_a_room_too_small_is_not_taken_again(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+def test_a_buffer_too_small_is_not_reused(monkeypatch):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     found = []
     for offload_optimizer in (False, True):
         torch.manual_seed(0)
@@ -160,7 +169,7 @@ def test_a_room_too_small_is_not_taken_again(monkeypatch):
 @pytest.mark.parametrize("saved_on_host", [False, True])
 @pytest.mark.parametrize("loaded_on_host", [False, True])
 def test_a_state_goes_from_either_optimizer_into_either(monkeypatch, saved_on_host, loaded_on_host):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     straight = parameters_on()
     straight_optimizer = optimizer_of(straight, False)
     go_on(straight, straight_optimizer, range(6))
@@ -171,7 +180,7 @@ def test_a_state_goes_from_either_optimizer_into_either(monkeypatch, saved_on_ho
     second = [nn.Parameter(parameter.detach().clone()) for parameter in first]
     second_optimizer = optimizer_of(second, loaded_on_host)
     second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))
-    go_on(second, second_optimizer, range(3, 6), lambda: loaded_on_host and second_optimizer.bring(2000))
+    go_on(second, second_optimizer, range(3, 6), lambda: loaded_on_host and second_optimizer.prefetch(2000))
     assert_same(second, second_optimizer, straight, straight_optimizer)
     assert second_optimizer.param_groups[0].keys() == straight_optimizer.param_groups[0].keys()
 
@@ -205,9 +214,9 @@ def test_the_cost_says_where_the_states_lie():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("brought", [0, 10**9], ids=["none brought", "all brought"])
-def test_on_a_gpu_weights_are_torchs_nothing_stays_and_the_host_never_waits(monkeypatch, brought):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 2**20)
+@pytest.mark.parametrize("prefetched", [0, 10**9], ids=["none prefetched", "all prefetched"])
+def test_on_a_gpu_weights_are_torchs_nothing_stays_and_the_host_never_waits(monkeypatch, prefetched):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 2**20)
     device, copy_of = torch.device("cuda", 0), offload_chunk._copy
 
     def slow_copy(sources, targets, stream, after=()):
@@ -234,17 +243,17 @@ def test_on_a_gpu_weights_are_torchs_nothing_stays_and_the_host_never_waits(monk
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 if offload_optimizer:
-                    optimizer.bring(brought)
+                    optimizer.prefetch(prefetched)
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             if offload_optimizer and step == 3:  # until then each step runs into the copies of the one before
-                late = [piece for piece in pieces(optimizer) if not piece._left.query()]
+                late = [chunk for chunk in chunks(optimizer) if not chunk._left.query()]
                 assert late, "the host did not wait"
                 optimizer.wait(max_bytes_left=2 * 2**20 * 8)
-                assert all(piece._left.query() for piece in pieces(optimizer)[:-2])
+                assert all(chunk._left.query() for chunk in chunks(optimizer)[:-2])
                 optimizer.wait()
-                assert all(piece._left.query() for piece in pieces(optimizer))
+                assert all(chunk._left.query() for chunk in chunks(optimizer))
                 assert torch.cuda.memory_allocated(device) == held
         states = [optimizer.state[parameter] for parameter in parameters]
         if offload_optimizer:

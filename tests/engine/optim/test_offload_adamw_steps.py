@@ -1,4 +1,4 @@
-"""AdamW with its means on the host under real DeepSpeed: the same run to the bit, and when its means come back."""
+"""AdamW with its moments on the host under real DeepSpeed: the same run to the bit, and when its moments come back."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train(engine, steps):
 
 
 def outcome(engine):
-    """Weights, masters and means."""
+    """Weights, masters and moments."""
     found = dict(engine.full_state_dict(engine.engine.module.model))
     for number, master in enumerate(engine.optimizer.fp32_groups_flat_partition):
         state = engine.optimizer.state[master]
@@ -86,21 +86,21 @@ def assert_equal(found, wanted):
 
 @pytest.fixture(scope="module")
 def straight(rank):
-    """Four steps with the means on the device."""
+    """Four steps with the moments on the device."""
     engine = engine_of(rank, False)
     train(engine, range(4))
     return outcome(engine)
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 5000)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 5000)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["begun on the device", "begun on the host"])
 @pytest.mark.parametrize("then", [False, True], ids=["resumed on the device", "resumed on the host"])
-def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_means_lie(
-    rank, straight, tmp_path, small_pieces, first, then
+def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_moments_lie(
+    rank, straight, tmp_path, small_chunks, first, then
 ):
     engine = engine_of(rank, first)
     train(engine, range(2))
@@ -114,12 +114,12 @@ def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_means_lie(
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
-def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
-    rank, straight, small_pieces, monkeypatch, num_micro_batches
+def test_moments_come_back_in_the_last_backward_pass_as_layers_free_memory(
+    rank, straight, small_chunks, monkeypatch, num_micro_batches
 ):
     engine = engine_of(rank, True, num_micro_batches)
     optimizer, calls, passes = engine.offload_schedule.optimizer, [], []
-    bring, backward = OffloadAdamW.bring, Zero.backward
+    prefetch, backward = OffloadAdamW.prefetch, Zero.backward
     worst = pack(*BATCHES[0])
     with counted(engine, worst, ROOMY) as memory:
         packed = engine.engine.module
@@ -129,7 +129,7 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
         # Room for what the last pack of a step keeps, and little more.
         last = pack_size(pack(*BATCHES[-1]))
         _, total = engine.offload_schedule.budget.needed_bytes(
-            last, packed.choose_plan(pack(*BATCHES[-1]), 0)
+            last, engine.plan_of(pack(*BATCHES[-1]), first=False, last=False)
         )
         engine.offload_schedule.budget = replace(
             engine.offload_schedule.budget, vision_bytes=total + 10_000, total_bytes=total + 10_000
@@ -140,14 +140,14 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
             passes.append(loss)
             backward(self, loss)
 
-        def watched_bring(self, max_bytes):
-            bring(self, max_bytes)
-            there = [piece.num_bytes for piece in self._all_pieces() if piece.is_there]
+        def watched_prefetch(self, max_bytes):
+            prefetch(self, max_bytes)
+            there = [chunk.num_bytes for chunk in self._all_chunks() if chunk.is_on_device]
             assert sum(there) <= max_bytes
             calls.append((len(passes), len(there)))
 
         monkeypatch.setattr(Zero, "backward", watched_backward)
-        monkeypatch.setattr(OffloadAdamW, "bring", watched_bring)
+        monkeypatch.setattr(OffloadAdamW, "prefetch", watched_prefetch)
         train(engine, range(1))
         assert [there for _, there in calls] == [0] * len(calls), "before the first update there are none"
         calls.clear()
@@ -163,11 +163,11 @@ def test_means_come_back_in_the_last_backward_pass_as_layers_free_memory(
         there = [there for _, there in of_step]
         assert there == sorted(there)
         assert there[0] < there[3] < there[4 + early], "the room of later layers is used too"
-        assert there[-1] > len(list(optimizer._all_pieces())) // 8
+        assert there[-1] > len(list(optimizer._all_chunks())) // 8
 
 
-def test_nobody_waits_for_means_that_come_early_until_the_update(
-    rank, straight, small_pieces, late_link, monkeypatch
+def test_nobody_waits_for_moments_that_come_early_until_the_update(
+    rank, straight, small_chunks, late_link, monkeypatch
 ):
     """Beside a light pack all of them come before its forward pass: a host that waits for them has queued nothing."""
     engine, worst, step, seen = engine_of(rank, True), pack(*BATCHES[0]), Zero.step, []
@@ -183,24 +183,24 @@ def test_nobody_waits_for_means_that_come_early_until_the_update(
         train(engine, range(4))
     engine.offload_schedule.optimizer.wait()
     assert_equal(outcome(engine), straight)
-    num_pieces = len(list(engine.offload_schedule.optimizer._all_pieces()))
-    assert seen == [(0, 0), *[(num_pieces, 0)] * 3], "before the first update there are none"
+    num_chunks = len(list(engine.offload_schedule.optimizer._all_chunks()))
+    assert seen == [(0, 0), *[(num_chunks, 0)] * 3], "before the first update there are none"
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
-def test_none_comes_while_others_leave(rank, small_pieces, late_link, monkeypatch, num_micro_batches):
+def test_none_comes_while_others_leave(rank, small_chunks, late_link, monkeypatch, num_micro_batches):
     """Their memory is given out again when their copies are done, and the host is ahead of those."""
-    engine, worst, bring, found = (
+    engine, worst, prefetch, found = (
         engine_of(rank, True, num_micro_batches),
         pack(*BATCHES[0]),
-        OffloadAdamW.bring,
+        OffloadAdamW.prefetch,
         [],
     )
     _, leaving = late_link
     with counted(engine, worst, ROOMY) as memory:
         fit_memory(engine, engine.engine.module, worst, memory, pack_name="the worst", say=lambda _: None)
         monkeypatch.setattr(
-            OffloadAdamW, "bring", lambda self, room: found.append(len(leaving)) or bring(self, room)
+            OffloadAdamW, "prefetch", lambda self, room: found.append(len(leaving)) or prefetch(self, room)
         )
         train(engine, range(3))
     assert leaving, "those of the last update"
@@ -227,7 +227,7 @@ def straight_rounded(rank):
 
 @pytest.mark.parametrize("stop", [0, 2])
 def test_split_masters_are_float32_masters_to_the_bit_in_a_resumed_run_too(
-    rank, straight, straight_rounded, tmp_path, small_pieces, stop
+    rank, straight, straight_rounded, tmp_path, small_chunks, stop
 ):
     assert not torch.equal(straight["master 0"], straight["master 0"].bfloat16().float()), "low bits are used"
     engine = engine_of(rank, True, masters=MasterDtype.split)

@@ -64,7 +64,7 @@ def test_masters_come_back_to_the_bit_and_weights_are_the_nearest(lower):
     assert torch.equal(weight.view(torch.int16), rounded(masters).view(torch.int16))
     tie = (bits_of(masters) & 0xFFFF) == 0x8000
     assert torch.equal(weight[~tie].view(torch.int16), masters[~tie].bfloat16().view(torch.int16))
-    for values in (slice(0, 77), slice(3, 40), slice(5000, None)):  # as pieces of a parameter are
+    for values in (slice(0, 77), slice(3, 40), slice(5000, None)):  # as chunks of a parameter are
         recompute, recomputed_low = torch.zeros_like(weight), torch.zeros_like(low)
         split(masters[values], recompute[values], recomputed_low[values])
         assert torch.equal(recompute[values].view(torch.int16), weight[values].view(torch.int16))
@@ -102,7 +102,7 @@ def test_what_is_no_number_stays_none():
 
 
 def check_kernels(device):
-    """The kernels against the formulas, bit for bit, for pieces of a buffer that begin anywhere."""
+    """The kernels against the formulas, bit for bit, for chunks of a buffer that begin anywhere."""
     from vl3train.model.kernels.triton_split import join_bits, split_bits
 
     random = torch.randint(2**16, UPPER.shape, generator=torch.Generator().manual_seed(0))
@@ -182,9 +182,9 @@ def assert_same(parameters, optimizer, masters, wanted):
             assert torch.equal(state[name], wanted.state[master][name].to(state[name].device)), name
 
 
-@pytest.mark.parametrize("piece", [7, 300, 10**9])
-def test_masters_weights_and_means_are_those_of_float32_masters(monkeypatch, piece):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", piece)
+@pytest.mark.parametrize("chunk", [7, 300, 10**9])
+def test_masters_weights_and_moments_are_those_of_float32_masters(monkeypatch, chunk):
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", chunk)
     ours, torchs = optimizer_of(start(), is_split=True), optimizer_of(start(), is_split=False)
     for step in range(5):
         go_on(*ours, [step])
@@ -194,7 +194,7 @@ def test_masters_weights_and_means_are_those_of_float32_masters(monkeypatch, pie
 
 
 def test_a_state_is_loaded_with_its_low_bits(monkeypatch):
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", 100)
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     torchs = optimizer_of(start(), is_split=False)
     go_on(*torchs, range(5))
     for stop in (0, 3):
@@ -202,15 +202,15 @@ def test_a_state_is_loaded_with_its_low_bits(monkeypatch):
         go_on(parameters, optimizer, range(stop))
         saved = copy.deepcopy(optimizer.state_dict())
         weights = [parameter.detach().clone() for parameter in parameters]
-        reserved_bytes = optimizer_of([torch.zeros(size) for size in SIZES], is_split=True)
-        place = reserved_bytes[1].state[reserved_bytes[0][0]][LOW_BITS].data_ptr()
+        others = optimizer_of([torch.zeros(size) for size in SIZES], is_split=True)
+        place = others[1].state[others[0][0]][LOW_BITS].data_ptr()
         for _ in range(2):  # into a new optimizer, and over what it has
-            reserved_bytes[1].load_state_dict(copy.deepcopy(saved))
-            for other, weight in zip(reserved_bytes[0], weights, strict=True):
+            others[1].load_state_dict(copy.deepcopy(saved))
+            for other, weight in zip(others[0], weights, strict=True):
                 other.data.copy_(weight)
-            go_on(*reserved_bytes, range(stop, 5))
-            assert_same(*reserved_bytes, *torchs)
-        assert reserved_bytes[1].state[reserved_bytes[0][0]][LOW_BITS].data_ptr() == place
+            go_on(*others, range(stop, 5))
+            assert_same(*others, *torchs)
+        assert others[1].state[others[0][0]][LOW_BITS].data_ptr() == place
 
 
 def test_a_state_without_low_bits_is_refused_and_nothing_is_changed():
@@ -227,11 +227,11 @@ def test_a_state_without_low_bits_is_refused_and_nothing_is_changed():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_masters_are_those_of_torchs_fused_adamw_and_one_piece_is_whole_at_a_time(monkeypatch):
-    piece = 2**20
-    monkeypatch.setattr(offload_adamw, "PIECE_VALUES", piece)
+def test_on_a_gpu_masters_are_those_of_torchs_fused_adamw_and_one_chunk_is_whole_at_a_time(monkeypatch):
+    chunk = 2**20
+    monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", chunk)
     device = torch.device("cuda", 0)
-    masters = start(device, (9 * piece + 12345, 7, 3 * piece))
+    masters = start(device, (9 * chunk + 12345, 7, 3 * chunk))
     ours = optimizer_of(masters, is_split=True, device=device)
     torchs = optimizer_of(masters, is_split=False, device=device)
     for step in range(4):
@@ -247,5 +247,5 @@ def test_on_a_gpu_masters_are_those_of_torchs_fused_adamw_and_one_piece_is_whole
         ours[1].step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # Means of three pieces, and one piece's masters.
-    assert torch.cuda.max_memory_allocated(device) - held <= (3 * 8 + 4) * piece + 2**20
+    # Means of three chunks, and one chunk's masters.
+    assert torch.cuda.max_memory_allocated(device) - held <= (3 * 8 + 4) * chunk + 2**20
