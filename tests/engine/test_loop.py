@@ -76,7 +76,7 @@ def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
     words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
     with pytest.raises(
         RunError,
-        match=r"AdamW's means \(machine\.offload_optimizer=true\) take .* are left of the limit .*: set mach",
+        match=r"AdamW's moments \(machine\.offload_optimizer=true\) need .* are left of this run's limit: set mach",
     ):
         run([*words, *ON_HOST])
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -34,7 +34,7 @@ def test_a_step_says_what_it_compiled_and_why(demo_words, tmp_path, monkeypatch,
     told = capsys.readouterr().out.splitlines()
     start = told.index(f"step 2: {second['recompiles']} graphs compiled in {second['compile_seconds']:.1f} s")
     reasons = told[start + 1 : start + 1 + second["recompiles"]]
-    assert any(line.startswith("  _run (layers.py:") for line in reasons)
+    assert any(line.startswith("  _run (tower.py:") for line in reasons)
     # torch names the newest graph that did not fit, which may be the other tower's or the last layer's.
     other = [line for line in reasons if "size mismatch at index 0" not in line]
     assert all("check_obj_id(body.__code__" in line or "positions" in line for line in other), other

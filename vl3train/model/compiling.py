@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
+from torch import Tensor
 from torch._dynamo.utils import set_compilation_metrics_limit
 
 
@@ -38,6 +39,11 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     # engine/monitor/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
     set_compilation_metrics_limit(1024)
     return torch.compile(function, dynamic=True)
+
+
+def fix_shape(tensor: Tensor) -> None:
+    """Let the compiler treat the shape of ``tensor`` as a constant, as it does for weights: no pack changes it."""
+    torch._dynamo.mark_static(tensor)
 
 
 @functools.cache
