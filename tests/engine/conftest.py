@@ -49,7 +49,7 @@ def demo_words(demo_root: Path) -> list[str]:
 
 @pytest.fixture
 def late_link(monkeypatch: pytest.MonkeyPatch) -> tuple[list[LateCopy], list[LateCopy]]:
-    """What of AdamW's means is on its way in, and out, of a GPU whose link is as late as it can be."""
+    """Which of AdamW's moments are on their way in, and out, of a GPU whose link is as late as it can be."""
     device_waits = types.SimpleNamespace(wait_event=lambda event: event.synchronize())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device_waits)
     queues: tuple[list[LateCopy], list[LateCopy]] = [], []

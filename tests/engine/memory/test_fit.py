@@ -106,13 +106,13 @@ def extremes(small):
     return [peak_of(engine, pack(3, 300), uniform_plan(level, level, (4, 4))) for level in levels]
 
 
-def test_with_room_for_all_nothing_but_elementwise_work_is_done_again(small):
+def test_with_room_for_all_only_elementwise_work_is_recomputed(small):
     fitted = fitted_in(small, pack(3, 300), ROOMY)
     assert str(fitted.plan) == "encoder 4 x elementwise, language model 4 x elementwise"
     assert fitted.peak_bytes < fitted.limit_bytes == ROOMY - states_to_come(small[1])
 
 
-def test_the_tighter_the_memory_the_more_is_done_again_and_no_pack_exceeds_it(small, extremes):
+def test_the_tighter_the_memory_the_more_is_recomputed_and_no_pack_exceeds_it(small, extremes):
     engine, packed = small
     most, least = extremes
     work, kept = [], []

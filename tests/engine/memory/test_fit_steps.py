@@ -117,7 +117,7 @@ def steps(engine, batch, number, num_micro_batches=3):
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
 def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_chunks, share):
-    """Its first layer backward keeps all and makes nothing again, those after it do: with moments in all that it had
+    """Its first layer backward keeps all and recomputes nothing, later ones recompute: with moments in all that it had
     freed, a pack of 131 072 tokens ran out of memory."""
     batch = pack(1, 3000)
     with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, _, memory, limit):
@@ -190,18 +190,18 @@ def test_the_last_micro_batch_begins_with_the_moments_that_its_backward_pass_can
     assert reserved_bytes == pytest.approx((1 - share) * moments.num_bytes(), rel=0.01)
     there, peaks, forward, backward = [], [], engine.forward, engine.backward
 
-    def brought():
+    def prefetched_bytes():
         return sum(chunk.num_bytes for chunk in moments._all_chunks() if chunk.is_on_device)
 
     def watched_forward(batch, *, first, last):
         output = forward(batch, first=first, last=last)
-        there.append(brought())
+        there.append(prefetched_bytes())
         return output
 
     def watched_backward(loss):
         backward(loss)
         peaks.append(memory.peak())
-        there.append(brought())
+        there.append(prefetched_bytes())
 
     monkeypatch.setattr(engine, "forward", watched_forward)
     monkeypatch.setattr(engine, "backward", watched_backward)

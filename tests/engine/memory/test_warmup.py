@@ -55,7 +55,7 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     assert ran == expected
     ran.clear()
     engine.forward(batches[0])
-    assert len(ran) == 8, "a run has all its layers again"
+    assert len(ran) == 8, "a forward pass without a plan runs all layers"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_is_prefetched_is_what_is_updated_first_and_fits(monkeypatch):
     optimizer.prefetch(10**9)  # before the first step there is nothing to fetch
     go_on(parameters, optimizer, range(3))
     there = []
-    # Of all means that are there, whatever was prefetched before; those that are there stay.
+    # Of all moments on the device, whatever was prefetched before; those on the device stay.
     for room, wanted in ((799, 0), (800, 1), (1700, 2), (800, 2), (2399, 2), (2400, 3), (10**9, 13)):
         optimizer.prefetch(room)
         there.append([chunk.is_on_device for chunk in chunks(optimizer)])
@@ -200,7 +200,7 @@ def test_a_state_is_loaded_into_the_memory_that_is_there():
 
 def test_the_cost_says_where_the_states_lie():
     assert optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2, offload_optimizer=True)) == (
-        "optimizer: 4.0 GiB for AdamW's states in float32 in the host's memory and 2.0 GiB for float32 masters on each "
+        "optimizer: 4.0 GiB for AdamW's moments in float32 in host memory and 2.0 GiB for float32 master weights on each "
         "of 2 ranks"
     )
     machine, split = (
@@ -208,7 +208,7 @@ def test_the_cost_says_where_the_states_lie():
         OptimConfig(master_dtype=MasterDtype.split),
     )
     assert optimizer_cost(2**30, split, machine).endswith(
-        "and 2.0 GiB for the lower half of float32 masters on each of 1 ranks"
+        "and 2.0 GiB for the lower half of float32 master weights on each of 1 ranks"
     )
 
 

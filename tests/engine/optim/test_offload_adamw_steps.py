@@ -189,7 +189,7 @@ def test_nobody_waits_for_moments_that_come_early_until_the_update(
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
 def test_none_comes_while_others_leave(rank, small_chunks, late_link, monkeypatch, num_micro_batches):
-    """Their memory is given out again when their copies are done, and the host is ahead of those."""
+    """Their memory is reused only when their copies have ended, and the host runs ahead of those."""
     engine, worst, prefetch, found = (
         engine_of(rank, True, num_micro_batches),
         pack(*BATCHES[0]),

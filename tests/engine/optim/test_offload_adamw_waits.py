@@ -1,4 +1,4 @@
-"""Who needs a mean that is on its way waits for it, and for no other."""
+"""Who needs a moment that is being copied waits for it, and for no other."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_who_waits_for_what_leaves_does_not_wait_for_what_comes(late_link, monke
     assert len(coming) == 13, "all of them are still on their way"
 
 
-@pytest.mark.parametrize("brought", [0, 3000, 10**9])
-def test_whoever_needs_a_copy_waits_for_it(late_link, monkeypatch, brought):
+@pytest.mark.parametrize("prefetched", [0, 3000, 10**9])
+def test_whoever_needs_a_copy_waits_for_it(late_link, monkeypatch, prefetched):
     monkeypatch.setattr(offload_adamw, "CHUNK_VALUES", 100)
     queues = late_link
     torchs = parameters_on()
@@ -57,16 +57,16 @@ def test_whoever_needs_a_copy_waits_for_it(late_link, monkeypatch, brought):
     go_on(torchs, on_device, range(6))
     ours = parameters_on()
     on_host = optimizer_of(ours, True)
-    go_on(ours, on_host, range(4), lambda: on_host.prefetch(brought))
+    go_on(ours, on_host, range(4), lambda: on_host.prefetch(prefetched))
     assert queues[1], "nobody has waited for what left last"
     saved = copy.deepcopy(on_host.state_dict())
     assert not queues[1]
     weights = [parameter.detach().clone() for parameter in ours]
-    go_on(ours, on_host, range(4, 6), lambda: on_host.prefetch(brought))
+    go_on(ours, on_host, range(4, 6), lambda: on_host.prefetch(prefetched))
     on_host.load_state_dict(saved)  # over what is still leaving
     assert not any(queues)
     for parameter, before in zip(ours, weights, strict=True):
         parameter.data.copy_(before)
-    go_on(ours, on_host, range(4, 6), lambda: on_host.prefetch(brought))
+    go_on(ours, on_host, range(4, 6), lambda: on_host.prefetch(prefetched))
     on_host.wait()
     assert_same(ours, on_host, torchs, on_device)

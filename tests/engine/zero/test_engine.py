@@ -158,7 +158,7 @@ def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(tiny_mode
     """They are views of the weights of all ranks, of which torch.save writes the whole."""
     in_two_processes("tests.engine.masters_worker", tiny_model_dir, tmp_path)
     found = torch.load(tmp_path / "found.pt")
-    # Bytes of a parameter: weight and means in bfloat16; weight, lower half and means in float32.
+    # Bytes of a parameter: weight and moments in bfloat16; weight, lower half and moments in float32.
     for master_dtype, of_parameter in (("bfloat16", 2 + 4), ("split", 2 + 2 + 8)):
         assert found[master_dtype] == {"moved": True, "loaded": True}
         sizes = [path.stat().st_size for path in (tmp_path / master_dtype).rglob("*optim_states.pt")]
@@ -192,7 +192,7 @@ def test_deepspeed_never_waits_for_the_device_to_take_its_times(tiny_model_dir, 
     assert waits == []
 
 
-def test_nothing_small_goes_to_the_device_while_means_come_in(tiny_model_dir, rank, monkeypatch):
+def test_nothing_small_goes_to_the_device_while_moments_come_in(tiny_model_dir, rank, monkeypatch):
     """A GPU copies each way in the order asked: behind 64 GB, 9 KB held up a step of the 7B for 145 ms."""
     acts = []
     sent, forward = step_module.to_device, zero_engine.Zero.forward
@@ -210,7 +210,7 @@ def test_nothing_small_goes_to_the_device_while_means_come_in(tiny_model_dir, ra
 
 
 def test_what_a_step_reports_is_on_its_way_before_the_update(tiny_model_dir, rank, monkeypatch):
-    """Behind it, 40 bytes waited for 16 GB of AdamW's means on their way to the host."""
+    """Behind it, 40 bytes would queue behind 16 GB of AdamW's moments on their way to the host."""
     acts = []
     monkeypatch.setattr(zero_engine, "Reading", lambda values: acts.append("report") or Reading(values))
     engine, model = engine_of(tiny_model_dir, rank, num_micro_batches=1)

@@ -41,7 +41,7 @@ def budget(total, vision_bytes, vision_kept, language_kept, vision, language):
 
 
 def price(budget, size, levels):
-    """Work done again, and what offloading counts."""
+    """Recomputed work, and the price of offloading."""
     rates = budget.rates
     work = sum(rates.vision.of(level, size.patches, size.patch_pairs) for level in levels.vision)
     work += sum(rates.language.of(level, size.tokens, size.token_pairs) for level in levels.language)
@@ -83,7 +83,7 @@ sizes = st.builds(PackSize, *[st.integers(1, 30)] * 4)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 8000), st.integers(0, 6000), kept, kept, works, works, sizes)
-def test_no_choice_of_levels_that_fits_does_less_again(
+def test_no_plan_that_fits_recomputes_less(
     total, vision_bytes, vision_kept, language_kept, vision, language, size
 ):
     found = budget(total, vision_bytes, vision_kept, language_kept, tower(3, *vision), tower(2, *language))
@@ -106,14 +106,14 @@ PACK = PackSize(patches=57_000, patch_pairs=57_000 * 1500, tokens=16_384, token_
 
 
 @pytest.mark.parametrize("gib", [0, 3, 8, 20, 35, 50, 100])
-def test_less_memory_is_never_exceeded_and_never_does_less_again(gib):
+def test_less_memory_is_never_exceeded_and_never_recomputes_less(gib):
     found, more = (budget(size * 2**30, size * 2**30, *PUBLISHED) for size in (gib, gib + 2))
     levels = found.plan(PACK)
     assert fits(found, PACK, levels) or levels == found.least_kept()
     assert price(found, PACK, levels) >= price(found, PACK, more.plan(PACK))
 
 
-def test_a_smaller_pack_does_less_again():
+def test_a_smaller_pack_recomputes_less():
     found = budget(40 * 2**30, 40 * 2**30, *PUBLISHED)
     half = PackSize(*(size // 2 for size in PACK))
     assert Recompute.mlp in found.plan(PACK).language + found.plan(PACK).vision
@@ -125,7 +125,7 @@ def test_inputs_go_to_the_host_only_when_nothing_else_helps():
     inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + recompute
     barely = budget(inputs, inputs, *PUBLISHED).plan(PACK)
     assert set(barely.vision + barely.language[:-1]) == {L}
-    assert barely.language[-1] is Recompute.elementwise, "made again at once it would take as much"
+    assert barely.language[-1] is Recompute.elementwise, "recomputed at once it would take as much"
     less = budget(inputs - 2**20, inputs, *PUBLISHED).plan(PACK)
     assert (less.vision + less.language).count(Recompute.offload) == 1
 
@@ -152,7 +152,7 @@ def test_the_room_beside_each_layer_is_what_the_layers_so_far_leave(total, of_vi
 
 @pytest.mark.parametrize("wanted", [0, 7, 60])
 @pytest.mark.parametrize("gib", [3, 8, 20, 50])
-def test_what_others_take_is_spared_down_to_every_layers_input(gib, wanted):
+def test_reserved_bytes_are_spared_down_to_every_layers_input(gib, wanted):
     vision_gib = gib * 3 // 4
     found = budget(gib * 2**30, vision_gib * 2**30, *PUBLISHED)
     spared, levels = found.can_spare(PACK, wanted * 2**30), found.plan(PACK, reserved_bytes=wanted * 2**30)

@@ -1,4 +1,4 @@
-"""The count of what is done again against torch's own counter, which sees everything that is done."""
+"""The count of recomputed operations against torch's own counter, which sees every operation."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def counted(model, batch, plan):
     ],
 )
 @pytest.mark.parametrize("trained", [("vision_encoder", "projector", "language_model"), ("projector",)])
-def test_useful_work_and_what_is_done_again_are_all_that_torch_sees(
-    tiny_model, batch_of, mixed, levels, trained
-):
+def test_useful_and_recomputed_work_are_all_that_torch_sees(tiny_model, batch_of, mixed, levels, trained):
     model, batch = tiny_model(), batch_of(mixed)
     set_trainable(model, trained)
     useful, recompute = flop_rates(model), recompute_rates(model, recomputes_logits=True)
@@ -84,7 +82,7 @@ def test_the_work_of_both_passes_is_that_of_the_layers(tiny_model, batch_of, mix
 
 
 @pytest.mark.parametrize("level", [ELEMENTWISE, MLP])
-def test_products_that_are_done_again_in_part(tiny_model, batch_of, mixed, level):
+def test_products_that_are_recomputed_in_part(tiny_model, batch_of, mixed, level):
     """Without attention: as plain products, which no user runs, it is not kept."""
     model, batch = tiny_model(), batch_of(mixed)
     recompute = recompute_rates(model, recomputes_logits=True)
