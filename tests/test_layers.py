@@ -48,7 +48,12 @@ DOORS = {
     "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py"},
     "peft": {"model/adapters.py"},
     "wandb": {"engine/monitor/wandb_tracker.py"},
-    "numba": {"data/plan/balance.py", "data/media/resampling.py", "data/media/resampling_kernels.py"},
+    "numba": {
+        "data/plan/balance.py",
+        "data/plan/cut.py",
+        "data/media/resampling.py",
+        "data/media/resampling_kernels.py",
+    },
     "flash_attn": {"model/attention/flash_attn_4.py"},
     "triton": {
         "model/kernels/triton_add.py",

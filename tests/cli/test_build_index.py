@@ -104,7 +104,7 @@ def test_stored_frames_are_indexed_under_their_own_recipe(tmp_path, tiny_model_d
     words, frames = config_words(tmp_path, tiny_model_dir), tmp_path / "frames"
     assert main(["index", *words, "--store-frames", str(frames)]) == 0
     out = capsys.readouterr().out
-    assert f"train with data.recipe={frames / 'recipe.yaml'}" in out
+    assert f"train on them with data.recipe={frames / 'recipe.yaml'}" in out
     assert "clips: 8 samples" in out
     shards = sorted(path.relative_to(frames) for path in frames.rglob("*.tar"))
     assert any(path.parts[1] == "held_out" for path in shards)

@@ -78,7 +78,7 @@ def test_a_sample_that_comes_twice_is_found(made):
     order = plan.epoch_rows(0)
     order[-1] = order[-2]
     verdict = check_splits(dataclasses.replace(data, plan=plan))
-    assert verdict.reasons == ["1 samples come twice in an epoch, 1 never"]
+    assert verdict.reasons == ["1 samples are twice in an epoch, 1 never"]
 
 
 def test_a_sample_that_hangs_is_ended_at_the_limit(made):

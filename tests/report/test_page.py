@@ -160,7 +160,9 @@ def test_the_page_is_whole_in_itself(page):
 def test_predictions_are_marked(report):
     text = (report / "report.html").read_text()
     assert '<span class="right">✓ red</span>' in text
-    assert '<span class="wrong">✗ bright &amp; &lt;i&gt;light&lt;/i&gt;</span> &middot; right: dark' in text
+    assert (
+        '<span class="wrong">✗ bright &amp; &lt;i&gt;light&lt;/i&gt;</span> &middot; expected: dark' in text
+    )
 
 
 @pytest.mark.parametrize("name", ["loss_curves.png", "accuracy.png"])

@@ -28,7 +28,7 @@ from vl3train.preview.check_config import examine
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train check``."""
     add_config_arguments(parser)
-    ahead = "check a stage before the stage before it is trained: stage.init_from need not exist yet"
+    ahead = "do not require that stage.init_from exists: check a stage before the earlier one is trained"
     parser.add_argument("--ahead", action="store_true", help=ahead)
 
 

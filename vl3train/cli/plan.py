@@ -137,8 +137,8 @@ def print_estimate(
         )
         parts = ", ".join(f"{name} {size:.1f}" for name, size in found.memory.items())
         console.print(f"  memory  {found.peak_gib:.1f} GiB of {has:.1f} at the peak: {verdict} ({parts})")
-        if found.levels:
-            console.print(f"          with machine.memory=auto, a full pack: {found.levels}")
+        if found.recompute:
+            console.print(f"          with machine.memory=auto, a full pack: {found.recompute}")
     console.print(
         f"  decode  {found.cores:.1f} cores keep up where clips have stored frames, {found.cores_unstored:.1f} where "
         f"they are decoded from 720p video\n"

@@ -37,9 +37,9 @@ def train_step(
     plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
     """
     device = engine.rank.device
-    skipped = sum(batch.num_failed_samples for batch in micro_batches)
+    num_failed = sum(batch.num_failed_samples for batch in micro_batches)
     totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
-    totals[:2] = to_device(torch.tensor([skipped, stop_requested], dtype=torch.float64), device)
+    totals[:2] = to_device(torch.tensor([num_failed, stop_requested], dtype=torch.float64), device)
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
         # Before the forward pass: a GPU copies each way in the order in which it was asked, and in the last forward

@@ -1,1 +1,1 @@
-"""A trained model is asked questions."""
+"""Questions to a trained model, and its answers."""

@@ -1,4 +1,4 @@
-"""A trained model that is asked questions: media in, text out, through transformers' own ``generate``."""
+"""Answers of a trained model: media and a question in, text out, with transformers' own ``generate``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vl3train.inference.requests import Request, as_line
 
 @dataclass(frozen=True, kw_only=True)
 class Asker:
-    """A model with its processor, and how to sample frames and tokens."""
+    """A model with its processor, and how frames and tokens are sampled."""
 
     model: Any
     processor: Any
@@ -41,11 +41,11 @@ class Asker:
         """Load a run, a checkpoint or an export.
 
         Args:
-            folder: What ``model.weights.hf_folder.locate_trained`` takes.
-            device: None is cuda where there is one, else the CPU.
-            fps: Frames a second of a clip; None is what the model was trained with.
-            max_frames: Most frames of a clip; None likewise.
-            max_new_tokens: Longest answer.
+            folder: what ``model.weights.hf_folder.locate_trained`` takes.
+            device: None takes cuda where there is a GPU, else the CPU.
+            fps: frames sampled from each second of a clip; None takes the value of the training.
+            max_frames: most frames of a clip; None takes the value of the training.
+            max_new_tokens: most tokens of an answer.
             temperature: 0 is greedy.
 
         Raises:
@@ -73,7 +73,7 @@ class Asker:
         )
 
     def problems(self, request: Request) -> list[str]:
-        """Pictures and clips that cannot be read, found by decoding them."""
+        """Pictures and clips of the request that cannot be decoded, with the reason."""
         found = []
         for path in (*request.images, *request.videos):
             try:
@@ -83,10 +83,10 @@ class Asker:
         return found
 
     def answers(self, requests: Sequence[Request]) -> list[str]:
-        """One answer to each request, all generated together.
+        """One answer to each request, generated as one batch.
 
         Raises:
-            SampleError: A picture or clip cannot be read; ``problems`` tells beforehand.
+            SampleError: a picture or clip cannot be read; ``problems`` finds them before.
         """
         import torch
 
@@ -107,10 +107,10 @@ class Asker:
         return [text.strip() for text in texts]
 
     def inputs(self, request: Request) -> dict[str, Any]:
-        """The tensors of one request, with the frames, time stamps and sizes that training would give it.
+        """The tensors of one request, with the same frames, time stamps and sizes as in training.
 
-        Each item passes the processor alone: one call for several has one size for all, while training shares
-        the token budget out equally among all images and frames of a sample.
+        The processor is called once for each item: one call for several gives them one size, while in training all
+        images and frames of a sample share the token budget equally.
         """
         import torch
         from PIL import Image
@@ -154,9 +154,9 @@ class Asker:
         return {"input_ids": ids, **{name: torch.cat(values) for name, values in tensors.items()}}
 
     def _size(self, item_processor: Any, num_pictures: int, *, num_frames: int) -> dict[str, int]:
-        """Pixel limits of one item, in the processor's terms: ``longest_edge`` is that of all its frames."""
+        """Pixel limits of one item, as the processor counts: ``longest_edge`` limits all its frames together."""
         shortest, longest = item_processor.size["shortest_edge"], item_processor.size["longest_edge"]
-        # Processors of other makers do not know a budget that the items of a sample share.
+        # Only our processors have a budget that the items of a sample share.
         if max_visual_tokens := getattr(self.processor.image_processor, "max_visual_tokens", None):
             share = token_budget_pixels(
                 max_visual_tokens=max_visual_tokens,
@@ -205,7 +205,7 @@ def write_answers(asker: Asker, requests: Sequence[Request], file: Path, batch_s
 
 
 def pad_left(inputs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """One batch of several requests: rows end together, at the right; pixels lie end to end."""
+    """Several requests as one batch: token rows are padded on the left, pixels are concatenated."""
     import torch
 
     longest = max(one["input_ids"].shape[1] for one in inputs)

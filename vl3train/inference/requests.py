@@ -1,4 +1,4 @@
-"""Questions as users write them: options, or lines of JSON."""
+"""Questions to a model, as options of a command or as lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REQUEST_KEYS = ("prompt", "image", "video", "system")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question. Images come first, then videos, then the prompt."""
+    """One question. The model sees the images first, then the videos, then the prompt."""
 
     prompt: str
     images: tuple[Path, ...] = ()
@@ -23,7 +23,7 @@ class Request:
 
 
 def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
-    """The requests of a JSON-lines file. Raises ValueError naming every bad line at once."""
+    """The requests of a JSON-lines file. Raises ValueError that names every wrong line."""
     found: list[tuple[str, Request]] = []
     problems = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -42,13 +42,12 @@ def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
     if problems:
         raise ValueError(f"{len(problems)} problems in the requests\n" + "\n".join(problems))
     if not found:
-        raise ValueError(f"{file} holds no request")
+        raise ValueError(f"{file} has no request")
     return found
 
 
 def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[str]]:
-    """A request from plain values and everything that is wrong with them; a request only if nothing is."""
-
+    """A request from plain values, or None and everything that is wrong with them."""
     if not isinstance(fields, dict):
         return None, [f"is a {type(fields).__name__}, not an object with {', '.join(REQUEST_KEYS)}"]
     problems = [
@@ -59,11 +58,12 @@ def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[s
     for key in ("prompt", "system"):
         text = fields.get(key)
         if not isinstance(text, str) and not (key == "system" and text is None):
-            problems.append(f"{key} is {'missing' if text is None else 'no text'}")
+            problems.append(f"{key} is {'missing' if text is None else 'not text'}")
             continue
         taken = [token for token in RESERVED_TOKENS if token in (text or "")]
         problems.extend(
-            f"{key} holds {token}, which the model reads as structure; remove it" for token in taken
+            f"{key} holds {token}, which is a special token of the chat template; remove it"
+            for token in taken
         )
     media: dict[str, tuple[Path, ...]] = {}
     for key in ("image", "video"):
@@ -85,7 +85,7 @@ def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[s
 
 
 def as_line(request: Request) -> dict[str, Any]:
-    """The plain values of a request; what it lacks is left out."""
+    """The plain values of a request, without those that it does not set."""
     line: dict[str, Any] = {"prompt": request.prompt}
     if request.images:
         line["image"] = [str(path) for path in request.images]

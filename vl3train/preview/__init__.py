@@ -1,1 +1,1 @@
-"""What a run would do, looked at before it is paid for."""
+"""What a run would do, shown before it starts."""

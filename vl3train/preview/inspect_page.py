@@ -1,4 +1,4 @@
-"""One step as an HTML file that needs no other."""
+"""One step as an HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _bar(share: float) -> str:
 def _pack(shown: ShownPack) -> str:
     place = shown.place
     left = len(place.pack.samples) - len(shown.samples)
-    rest = f"<p>{left} more samples are not shown; --samples shows more.</p>" if left else ""
+    rest = f"<p>{left} more samples; --samples N shows more of them.</p>" if left else ""
     name = f"rank {place.rank}, micro-batch {place.micro_batch}: {len(place.pack.samples)} samples"
     cards = "".join(_sample(sample) for sample in shown.samples)
     return f"<details open><summary>{name}</summary>{cards}{rest}</details>"

@@ -1,4 +1,4 @@
-"""Estimates of time, memory and decoding, from shapes and a few measured constants. Estimates, not measurements."""
+"""Estimates of time, memory and decoding, from shapes and a few measured constants. They are not measurements."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ STORED_FRAMES_PER_CORE_SECOND = 2900
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """For one GPU model; ``None`` where the constants do not reach."""
+    """Estimates for one GPU model; ``None`` where a constant is missing."""
 
     step_seconds: float
     run_hours: float
     peak_gib: float | None  # of the fullest rank
     memory: dict[str, float]  # its parts in GiB
-    levels: (
-        str  # what machine.memory=auto would compute again of a full pack, by layers; empty where it is given
-    )
+    recompute: str  # what machine.memory=auto recomputes of a full pack, by layers; empty where it is given
     cores: float  # that decode images, and clips from their stored frames, as fast as the GPUs train
     cores_unstored: float  # with clips decoded from 720p video
 
@@ -47,7 +45,7 @@ class Estimate:
 def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: float) -> Estimate:
     """Time from the work of a step, memory from shapes, cores from decode rates."""
     trained = set(full_rates(cfg))
-    # A pass back through the language model is needed for what lies before it, trained or not.
+    # The backward pass goes through the language model even when it is frozen: parts before it are trained.
     passes = (
         2 + ("language_model" in trained),
         3 if "vision_encoder" in trained else 1,
@@ -63,13 +61,13 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
         (images + figures.clip_frames / steps / rate) / seconds
         for rate in (STORED_FRAMES_PER_CORE_SECOND, CLIP_FRAMES_PER_CORE_SECOND)
     )
-    memory, levels = rank_memory(cfg, gpu)
+    memory, recompute = rank_memory(cfg, gpu)
     return Estimate(
         step_seconds=seconds,
         run_hours=seconds * figures.num_steps / 3600,
         peak_gib=sum(memory.values()) if memory else None,
         memory=memory,
-        levels=levels,
+        recompute=recompute,
         cores=stored,
         cores_unstored=unstored,
     )
@@ -93,7 +91,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
 
     The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much. The second
-    part of the result is ``Estimate.levels``.
+    part of the result is ``Estimate.recompute``.
     """
     shape = LANGUAGE_MODELS.get(cfg.model.name)
     if shape is None:
@@ -118,7 +116,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
         "activations": float(max(inner, encoder_inner)),  # of one layer at work
         "logits": machine.loss_chunk_tokens * shape.vocab_size * (width + 8),
     }
-    levels = ""
+    recompute = ""
     if machine.memory is Memory.given:
         kept_token = values_kept(machine.recompute_language, shape)
         kept_patch = values_kept(machine.recompute_vision, ENCODER)
@@ -126,15 +124,15 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     else:
         on_host = split(trained * state_bytes(cfg.optim), 1) if machine.offload_optimizer else 0
         room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
-        kept, levels = chosen(cfg, shape, room, width)
+        kept, recompute = chosen(cfg, shape, room, width)
     parts["activations"] += kept
-    return {name: size / 2**30 for name, size in parts.items()}, levels
+    return {name: size / 2**30 for name, size in parts.items()}, recompute
 
 
 def chosen(cfg: TrainConfig, shape: TowerShape, room: int, width: int) -> tuple[int, str]:
-    """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and the levels in words.
+    """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and what it recomputes, in words.
 
-    Attention is left out of what is computed again, so neighbouring levels may share the layers a little otherwise.
+    Recomputed attention is not counted, so a run may choose slightly differently.
     """
     towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
     for name, tower in (("vision", ENCODER), ("language", shape)):
@@ -160,5 +158,5 @@ def chosen(cfg: TrainConfig, shape: TowerShape, room: int, width: int) -> tuple[
         rates=RecomputeRates(vision=towers["vision"][1], language=towers["language"][1], supervised_token=0),
     )
     size = PackSize(cfg.step.max_patches, 0, cfg.step.max_tokens, 0)
-    levels = budget.plan(size)
-    return sum(budget.kept_bytes(size, levels)), str(levels)
+    plan = budget.plan(size)
+    return sum(budget.kept_bytes(size, plan)), str(plan)

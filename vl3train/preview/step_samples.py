@@ -53,7 +53,7 @@ def step_places(packs: list[Pack], dp_size: int) -> list[Place]:
 
 @contextmanager
 def decoding(data: OpenData) -> Iterator[Decoder]:
-    """A decode process for ``rendered``, behind the firewall: a file that hangs or crashes it ends only that."""
+    """A decoder for ``rendered`` in the decode sandbox: a file that hangs or crashes it ends only that process."""
     from vl3train.data.render.decode_client import Decoder, decode_server
 
     with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
@@ -65,7 +65,7 @@ def decoding(data: OpenData) -> Iterator[Decoder]:
 
 
 def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | SampleError:
-    """A sample as its pack will hold it, or why it cannot be used: within ``data.decode_seconds``."""
+    """A sample as its pack will hold it, or why it cannot be used. Decoding ends after ``data.decode_seconds``."""
     index = data.index
     try:
         conversation, parts = index.read_sample(row)
@@ -74,12 +74,12 @@ def rendered(data: OpenData, row: int, decoder: Decoder) -> RenderedSample | Sam
         )
     except SampleError as error:
         return error
-    return dataclasses.replace(sample, patches=sample.patches.copy())  # their memory is used again
+    return dataclasses.replace(sample, patches=sample.patches.copy())  # the decoder reuses their memory
 
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Neighbouring tokens of one kind. ``count`` is the length of a run of visual tokens, else 0."""
+    """Neighbouring tokens of one kind. ``count`` is the number of visual tokens, and 0 for text."""
 
     text: str
     supervised: bool
@@ -107,7 +107,7 @@ def text_pieces(sample: RenderedSample, tokenizer: ChatTokenizer) -> list[TextPi
 
 
 def sample_pictures(sample: RenderedSample) -> list[list[np.ndarray]]:
-    """What the encoder sees, put together again from the patches: for each visual item up to FRAMES_SHOWN frames.
+    """What the encoder sees, rebuilt from the patches: up to FRAMES_SHOWN frames of each visual item.
 
     Tokens that are pruned are dark. Each picture is (h, w, 3) uint8.
     """

@@ -1,4 +1,4 @@
-"""The checks of ``vl3train verify``: on a user's own samples and model, each with a verdict and its reasons."""
+"""The checks of ``vl3train verify`` on a user's samples. Each gives a verdict with reasons."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REASONS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -31,7 +31,7 @@ class Verdict:
 
 
 def drawn_rows(data: OpenData, count: int, seed: int) -> list[int]:
-    """Up to so many rows of the index, drawn without repetition."""
+    """Up to ``count`` rows of the index, drawn without repetition."""
     total = data.index.num_samples
     return np.random.default_rng(seed).permutation(total)[:count].tolist()
 
@@ -39,7 +39,7 @@ def drawn_rows(data: OpenData, count: int, seed: int) -> list[int]:
 def check_decoding(
     data: OpenData, rows: Sequence[int], decoder: Decoder
 ) -> tuple[Verdict, dict[int, RenderedSample]]:
-    """Whether samples can be read, decoded and rendered to the lengths that were indexed; and those, by row."""
+    """Whether samples can be read, decoded and rendered to the lengths in the index; and those that can, by row."""
     good: dict[int, RenderedSample] = {}
     reasons = []
     for row in rows:
@@ -48,12 +48,12 @@ def check_decoding(
             reasons.append(f"{data.index.key(row)}: {sample}")
         else:
             good[row] = sample
-    found = f"{len(good)} of {len(rows)} samples drawn at random decode to the lengths that were indexed"
+    found = f"{len(good)} of {len(rows)} samples drawn at random decode to the lengths in the index"
     return Verdict("decoding", not reasons, found, reasons), good
 
 
 def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenizer: ChatTokenizer) -> Verdict:
-    """Whether exactly the assistant's words, and the end mark after each, are supervised; read from the shard again."""
+    """Whether exactly the assistant's text, and the end token after it, is supervised. Reads the shards once more."""
     from vl3train.data.records.conversation import Text, read_conversation
 
     reasons, seen = [], 0
@@ -69,19 +69,19 @@ def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenize
         ]
         asked = [piece.text for piece in text_pieces(sample, tokenizer) if piece.supervised]
         seen += 1
-        # A leading space may be joined to the newline before it, which is no word of the assistant.
+        # The tokenizer may join a leading space to the newline before it, which is not the assistant's text.
         if [text.strip() for text in asked] != [text.strip() for text in said]:
             reasons.append(f"{key}: supervised {asked[:2]!r}, the assistant says {said[:2]!r}")
         if (sample.labels != IGNORE_INDEX).sum() == 0:
             reasons.append(f"{key}: no token is supervised")
         if np.isin(sample.placeholder_positions, np.flatnonzero(sample.labels != IGNORE_INDEX) + 1).any():
             reasons.append(f"{key}: a visual token is supervised")
-    found = f"in {seen} samples the supervised words are compared with the assistant's"
+    found = f"the supervised text of {seen} samples is compared with the assistant's"
     return Verdict("labels", not reasons, found, reasons)
 
 
 def check_splits(data: OpenData) -> Verdict:
-    """Whether the first step holds the same packs however many ranks share it, and each sample once in its epoch."""
+    """Whether any number of ranks has the same packs in the first step, and an epoch has each sample once."""
     from vl3train.data.plan.costs import rank_packs
 
     plan, reasons = data.plan, []
@@ -91,7 +91,7 @@ def check_splits(data: OpenData) -> Verdict:
     for world in worlds:
         shares: list[Pack] = [pack for rank in range(world) for pack in rank_packs(packs, rank, world)]
         if sorted(pack.samples for pack in shares) != whole:
-            reasons.append(f"with {world} ranks the step holds other samples")
+            reasons.append(f"with {world} ranks the step has other samples")
     for pack in packs:
         if pack.num_tokens > plan.step.max_tokens or pack.num_patches > plan.step.max_patches:
             reasons.append(f"a pack holds {pack.num_tokens} tokens and {pack.num_patches} patches")
@@ -100,6 +100,6 @@ def check_splits(data: OpenData) -> Verdict:
     if all(weight == 1 for weight in plan.table.weights) and (bound is None or expected <= bound):
         twice, never = int((counts > 1).sum()), expected - len(rows)
         if twice or never:
-            reasons.append(f"{twice} samples come twice in an epoch, {never} never")
-    found = f"{len(packs)} packs are shared out alike over {', '.join(map(str, worlds))} ranks"
+            reasons.append(f"{twice} samples are twice in an epoch, {never} never")
+    found = f"{len(packs)} packs are divided without change over {', '.join(map(str, worlds))} ranks"
     return Verdict("splits", not reasons, found, reasons)

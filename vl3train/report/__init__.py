@@ -1,1 +1,1 @@
-"""Pages and pictures of runs that were made."""
+"""Pages and figures of finished runs."""

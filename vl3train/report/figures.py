@@ -18,7 +18,7 @@ COLUMNS = 4
 
 
 def draw_losses(runs: Sequence[RunLog], *, dark: bool) -> bytes:
-    """Loss over steps, one panel for each run: every step faintly, their running mean on top."""
+    """Loss over steps, one panel for each run: a faint line of every step, and the running mean on top."""
     colors = DARK if dark else LIGHT
     figure, panels = panels_of(len(runs), min(len(runs), COLUMNS), 2.7, colors)
     for i, (panel, run) in enumerate(zip(panels, runs, strict=True)):
@@ -35,7 +35,7 @@ def draw_losses(runs: Sequence[RunLog], *, dark: bool) -> bytes:
 
 
 def draw_accuracies(reached: Sequence[Milestone], *, dark: bool) -> bytes:
-    """Held-out accuracy of each source over the milestones, one panel each, with chance as a broken line."""
+    """Held-out accuracy over the milestones, one panel for each source, with chance as a dashed line."""
     colors = DARK if dark else LIGHT
     names = list(dict.fromkeys(name for milestone in reached for name in milestone.sources))
     figure, panels = panels_of(len(names), min(len(names), COLUMNS), 2.2, colors)
@@ -97,22 +97,22 @@ def panels_of(count: int, columns: int, height: float, colors: dict[str, str]) -
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Mean over a window around each value, ``share`` of the whole length wide, narrower at both ends.
+    """Mean over a window around each value. Its width is ``share`` of the length, less near both ends.
 
     >>> running_mean([0.0, 3.0, 6.0, 3.0], share=0.75)
     [0.0, 3.0, 4.0, 3.0]
     """
     reach = int(len(values) * share) // 2
-    means = []
+    smooth = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
         window = values[i - near : i + near + 1]
-        means.append(sum(window) / len(window))
-    return means
+        smooth.append(sum(window) / len(window))
+    return smooth
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, the same for the same figures."""
+    """The figure as PNG; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Pieces of an HTML file that needs no other: style, tables, figures, thumbnails."""
+"""Parts of an HTML file that needs no other file: style, tables, figures, thumbnails."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def table_of(heads: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def figure_tag(of_theme: Mapping[bool, bytes], about: str) -> str:
-    """A figure that follows the page's theme."""
+    """A figure in its light and dark form; the browser shows the one of its theme."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(of_theme[True], "png")}">'
         f'<img class="figure" alt="{about}" src="{data_url(of_theme[False], "png")}"></picture>'
@@ -74,5 +74,5 @@ def thumbnail(picture: np.ndarray) -> bytes:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """The picture as part of the page."""
+    """The picture as a ``data:`` address, which is part of the page."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
