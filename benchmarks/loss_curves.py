@@ -37,9 +37,9 @@ from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
-from vl3train.engine.kernels import choose_kernels
 from vl3train.engine.optim.build import build_optimizer, rate_factor, set_rates
 from vl3train.engine.ranks import Rank, join
+from vl3train.engine.start.kernels import choose_kernels
 from vl3train.engine.step import train_step
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a few steps on few samples; nothing is kept")
     parser.add_argument(
-        "--table", action="store_true", help="only the tables again, from the curves that were kept"
+        "--table", action="store_true", help="only write the tables anew, from the curves that were kept"
     )
     parser.add_argument(
         "--processes",

@@ -31,11 +31,9 @@ import torch
 from benchmarks.gpu.measure import child, matmul_child
 from benchmarks.gpu.process import in_own_processes
 from benchmarks.gpu.rows import COMPARED, ROWS, Row, quick, tiny
+from benchmarks.markdown import table_head, table_row
 
-HEAD = [
-    "| row | useful TFLOP/s a GPU | ms a pack | tokens/s | patches/s | peak GiB | recompiles |",
-    "|---|---|---|---|---|---|---|",
-]
+COLUMNS = ("useful TFLOP/s a GPU", "ms a pack", "tokens/s", "patches/s", "peak GiB", "recompiles")
 UNITS = {
     "tflops": "TFLOP/s",
     "peak_gib": "GiB",
@@ -89,7 +87,7 @@ def run_rows(args: argparse.Namespace) -> None:
     """Every row in its turn; figures are written when a row is done."""
     keep = not (args.quick or args.tiny)
     out = results_folder() / "one_gpu.jsonl"
-    table, done = list(HEAD), {}
+    table, done = [table_head("row", *COLUMNS, numbers=len(COLUMNS))], {}
     mode = "w" if args.rows == list(ROWS) else "a"  # a run of all rows stands for itself
     with (out if keep else Path(os.devnull)).open(mode, encoding="utf-8") as file:
         machine = "CPU" if args.tiny else "unknown"
@@ -115,7 +113,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 said = found["failed"] if value is None else f"{value:.0f}"
                 put(
                     line if value is not None else {**line, **found},
-                    f"| matrix product of {shown} | {said} | | | | | |",
+                    short_row(f"matrix product of {shown}", said),
                 )
         for name in args.rows:
             row, label = changed(ROWS[name], args), name + args.tag
@@ -127,7 +125,7 @@ def run_rows(args: argparse.Namespace) -> None:
                         "value": None,
                         "failed": found["failed"],
                     }
-                    put(line, f"| {label} | {found['failed']} | | | | | |")
+                    put(line, short_row(label, found["failed"]))
                     return
                 for number, line in enumerate(figure_lines(label, row, found)):
                     put(line, table_line(label, found) if number == 0 else "")
@@ -138,7 +136,7 @@ def run_rows(args: argparse.Namespace) -> None:
             if "failed" not in found:
                 done[name] = found
         for line in compared(done):
-            put(line, f"| {line['figure']} | {line['value']:.3f} | | | | | |")
+            put(line, short_row(line["figure"], f"{line['value']:.3f}"))
     if keep:
         out.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
@@ -210,15 +208,24 @@ def compared(done: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {**line, "note": note}
 
 
+def short_row(label: str, value: str) -> str:
+    """A row of the Markdown table that has one value."""
+    return table_row(label, value, *[""] * (len(COLUMNS) - 1))
+
+
 def table_line(label: str, found: dict[str, Any]) -> str:
     """One row of the Markdown table."""
     peak = found.get("peak_gib")
     if early := found.get("ended_early"):
         label += f" (after {len(found['step_seconds'])} steps: {early})"
-    return (
-        f"| {label} | {found['tflops']:.4g} | {found['seconds_a_pack'] * 1e3:.0f} | "
-        f"{found['tokens_a_second']:.0f} | {found['patches_a_second']:.0f} | "
-        f"{'' if peak is None else f'{peak:.1f}'} | {found.get('recompiles', '')} |"
+    return table_row(
+        label,
+        f"{found['tflops']:.4g}",
+        f"{found['seconds_a_pack'] * 1e3:.0f}",
+        f"{found['tokens_a_second']:.0f}",
+        f"{found['patches_a_second']:.0f}",
+        "" if peak is None else f"{peak:.1f}",
+        found.get("recompiles", ""),
     )
 
 

@@ -6,8 +6,8 @@
 
 Writes profile_ROW.trace.json.gz (open it in https://ui.perfetto.dev), profile_ROW.json and profile_ROW.md. Times are
 of kernels on the GPU, of operations less their callees on a CPU. Idle is the step's wall-clock less the union of
-kernels and copies; the longest stretches without a kernel are told with what the host did in them. Under the profiler
-a step is slower than without; the shares are what to read.
+kernels and copies; the longest stretches without a kernel are listed with what the host did meanwhile. Under the
+profiler a step is slower than without; the shares are what to read.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.gpu.measure import WARM_UP_STEPS, prepare, send, wait_for_all
 from benchmarks.gpu.process import in_own_processes
 from benchmarks.gpu.rows import ROWS, Row, tiny
 from benchmarks.kernels.kinds import UNMATCHED, kind_of, union_seconds
+from benchmarks.markdown import table_head, table_row
 
 PACKS, STEPS = 2, 1
 TOP = 15
@@ -86,7 +87,7 @@ def profile_rows(
     steps: int = STEPS,
     step: int | None = None,
 ) -> None:
-    """Profile rows one after the other, each in processes of its own; a row that cannot be is told with its reason.
+    """Profile rows one after the other, each in processes of its own; a row that fails prints its reason.
 
     ``step`` of a row with ``steps`` timed ones, the last if it is left out.
     """
@@ -195,29 +196,27 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f"## Where the time of a step goes: {found['row']}, {found['packs']} packs, {wall * 1e3:.0f} ms\n"
     ]
-    lines += ["| kind | ms | share of the step | calls |", "|---|---:|---:|---:|"]
+    lines.append(table_head("kind", "ms", "share of the step", "calls", numbers=3))
     for kind, of_kind in found["kinds"].items():
         seconds = of_kind["seconds"]
-        lines.append(f"| {kind} | {seconds * 1e3:.1f} | {seconds / wall:.1%} | {of_kind['calls']} |")
+        lines.append(table_row(kind, f"{seconds * 1e3:.1f}", f"{seconds / wall:.1%}", of_kind["calls"]))
     if found["idle_seconds"] is not None:
         idle = found["idle_seconds"]
-        lines.append(f"| idle: no kernel runs | {idle * 1e3:.1f} | {idle / wall:.1%} | |")
+        lines.append(table_row("idle: no kernel runs", f"{idle * 1e3:.1f}", f"{idle / wall:.1%}", ""))
     for title, key in (("Longest", "top"), ("Not matched", "unmatched")):
         shown = found[key][:TOP]
         if key == "unmatched":
             lines.append(f"\nNot matched: {found['unmatched_share']:.1%} of the kernels' time.")
         if shown:
-            lines += [f"\n| {title.lower()} | kind | ms | calls |", "|---|---|---:|---:|"]
+            lines.append("\n" + table_head(title.lower(), "kind", "ms", "calls", numbers=2))
         for one in shown:
-            name, ms = one["name"].replace("|", " "), one["seconds"] * 1e3
-            lines.append(f"| `{name}` | {one.get('kind', '')} | {ms:.2f} | {one['calls']} |")
+            ms = f"{one['seconds'] * 1e3:.2f}"
+            lines.append(table_row(f"`{one['name']}`", one.get("kind", ""), ms, one["calls"]))
     if found["gaps"]:
-        lines += ["\n| ms without a kernel | at | before | the host meanwhile |", "|---:|---:|---|---|"]
+        lines.append("\n" + table_head("ms without a kernel", "at", "before", "the host meanwhile"))
     for gap in found["gaps"]:
-        name = gap["before"].replace("|", " ")
-        lines.append(
-            f"| {gap['ms']:.1f} | {gap['at_ms']:.0f} ms | `{name}` | {gap['host'].replace('|', ' ')} |"
-        )
+        at = f"{gap['at_ms']:.0f} ms"
+        lines.append(table_row(f"{gap['ms']:.1f}", at, f"`{gap['before']}`", gap["host"]))
     return "\n".join(lines) + "\n"
 
 

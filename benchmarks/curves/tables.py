@@ -1,4 +1,4 @@
-"""What is told of loss curves: how far they lie apart, as JSON lines and Markdown."""
+"""How far loss curves lie apart, as JSON lines and Markdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.figures import machine
+from benchmarks.markdown import table_head, table_row
 from vl3train.config.choices import Dtype
 
 WINDOW = 10
@@ -27,9 +28,9 @@ class Curve:
     packed: bool
     dtype: Dtype
     compiled: bool = False
-    rounded: bool = False  # no float32 masters, AdamW's states in bfloat16: rounded at random
+    rounded: bool = False  # no float32 masters, AdamW's moments in bfloat16: stochastic rounding
     seed: int = 0
-    turned: bool = False  # the samples of each step from the last to the first: other rounding, nothing else
+    turned: bool = False  # the samples of each step in reverse order: only the rounding differs
 
     @property
     def name(self) -> str:
@@ -125,23 +126,22 @@ def markdown(found: dict[Curve, list[float]]) -> str:
     shown = [step for step in SHOWN if step <= num_steps] or [1, num_steps]
     lines = [
         "Loss, nats a token; from step 50 on the mean of the 10 steps that end there.\n",
-        f"| gradient by | order | {' | '.join(f'step {step}' for step in shown)} |",
-        f"|---|---|{'---:|' * len(shown)}",
+        table_head("gradient by", "order", *(f"step {step}" for step in shown), numbers=len(shown)),
     ]
     for curve, losses in found.items():
         means = [np.mean(losses[max(0, step - WINDOW) : step]) if step > 1 else losses[0] for step in shown]
-        lines.append(f"| {curve.name} | seed {curve.seed} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+        lines.append(table_row(curve.name, f"seed {curve.seed}", *(f"{mean:.4f}" for mean in means)))
+    distances = ("step 1", "any of steps 1 to 50", "any mean of 10 steps", "mean of the last 50")
     lines += [
         "\nDistance from each other on the same data, nats a token.\n",
-        "| gradient by | from | order | step 1 | any of steps 1 to 50 | any mean of 10 steps | mean of the last 50 |",
-        "|---|---|---|---:|---:|---:|---:|",
+        table_head("gradient by", "from", "order", *distances, numbers=4),
     ]
     pairs = [(c, reference_of(c)) for c in found if c != reference_of(c)]
     in_bfloat16 = [c for c in found if c.packed and c.dtype is Dtype.bfloat16]
     pairs += [(c, Curve(packed=False, dtype=c.dtype, seed=c.seed, turned=c.turned)) for c in in_bfloat16]
     for curve, other in pairs:
-        cells = " | ".join(f"{x:.2g}" for x in differences(found, curve, other).values())
-        lines.append(f"| {curve.name} | {other.name} | seed {curve.seed} | {cells} |")
-    cells = " | ".join(f"{x:.2g}" for x in noise(found).values())
-    lines.append(f"| transformers float32, seed 0 | itself, seed 1 | noise | {cells} |")
+        cells = [f"{x:.2g}" for x in differences(found, curve, other).values()]
+        lines.append(table_row(curve.name, other.name, f"seed {curve.seed}", *cells))
+    cells = [f"{x:.2g}" for x in noise(found).values()]
+    lines.append(table_row("transformers float32, seed 0", "itself, seed 1", "noise", *cells))
     return "\n".join(lines) + "\n"

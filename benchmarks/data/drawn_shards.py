@@ -27,7 +27,7 @@ WORDS = tuple(first + second for first in "bdfghklmnprstvz" for second in "aeiou
 """Each, with the space before it, is one token of ``write_tokenizer``'s."""
 SAMPLES_A_SHARD = 40
 RULE = {"fps": 1.0, "min_frames": 1, "max_frames": 180, "start_seconds": None, "end_seconds": None}
-"""How frames were taken: vl3train's defaults, or the stored frames would be refused."""
+"""How frames were sampled: vl3train's defaults, or the index would reject the stored frames."""
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -89,7 +89,7 @@ def sample_members(sample: RenderedSample, rng: np.random.Generator) -> dict[str
 
 
 def words(count: int, rng: np.random.Generator) -> str:
-    """So many words."""
+    """``count`` words."""
     return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), count))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LEAST_MS = 2.0
-"""Of a gap that is told."""
+"""The shortest gap that is listed."""
 CALLS, OVERHEAD = {"cuda_runtime", "cuda_driver"}, "overhead"
 """What kineto calls the host's calls of CUDA, and what these do beside, such as "Lazy Function Loading" of a kernel;
 whether that carries the number of the thread is not relied on."""

@@ -24,8 +24,8 @@ from vl3train.engine.monitor.meter import MATMUL_SIZE, measure_matmul
 from vl3train.model.activations.flops import FlopRates, flop_rates
 
 WARM_UP_STEPS = 2
-"""The first compiles, and makes AdamW's states; where these wait on the host they cross the link twice within it, and
-the second step pays for that."""
+"""The first step compiles and makes AdamW's moments. Where these are kept on the host, they cross the link twice within
+it, and the second step pays for that."""
 
 
 class Work:
@@ -169,7 +169,7 @@ def measure(
 
 
 def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.device) -> dict[str, Any]:
-    """What is had from the seconds and the work of each timed step, and memory."""
+    """The figures: from the seconds and the work of each timed step, and from memory."""
     total = sum(took for took, _ in timed)
     flops, tokens, patches = (
         sum(of_step[key] for _, of_step in timed) for key in ("flops", "tokens", "patches")
@@ -183,7 +183,7 @@ def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.
         "patches_a_second": patches / total,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-        # Each is a wait for the device that no count of waits sees: memory ran out and had to be given back first.
+        # Memory ran out and had to be given back first: a wait for the device that no count of waits sees.
         "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if cuda else None,
         "step_seconds": [took for took, _ in timed],
         # Packs differ in their work: seconds alone do not tell which step was slow.
@@ -205,7 +205,7 @@ def memory_mappings(device: torch.device) -> int:
 
 
 def wait_for_all(device: torch.device) -> None:
-    """Until what this device computes, and every rank, is done."""
+    """Wait until this device, and every rank, is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -78,7 +78,7 @@ def _stop(*_: Any) -> None:
 
 
 def start(child: Child, name: str, row: Row, rank: int, tiny: bool, port: int, pipe: Any) -> None:
-    """The child's first act: a process group of its own, and the words by which ranks find one another."""
+    """The child's first act: make a process group of its own, and set the variables by which ranks find each other."""
     os.setsid()  # its decoding processes end with it
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
     if row.ranks > 1:

@@ -31,13 +31,13 @@ class Row:
     fill: bool = False  # packs to the last token, with a text
     lora: bool = False
     lora_dropout: float = 0.0
-    state_dtype: str = "float32"  # of AdamW's means
+    state_dtype: str = "float32"  # of AdamW's moments
     master_dtype: str = "float32"  # of what it updates
-    offload_optimizer: bool = False  # AdamW's means, between updates
+    offload_optimizer: bool = False  # AdamW's moments, between updates
     zero_stage: int = 1
     ranks: int = 1  # processes, a GPU each
     liger: bool = False  # ways of transformers: liger's kernels in the language model, its fused loss
-    stock_recompute: str = "all"  # ways of transformers: layers computed again, all or those of vision
+    stock_recompute: str = "all"  # ways of transformers: layers recomputed, all or those of vision
     stock_rows: int = 4  # padded: samples a micro-batch
     cudnn_attention: bool = True  # padded: whether torch may choose cuDNN's, as it does on Hopper
     steps: int = 4  # that are timed

@@ -1,4 +1,4 @@
-"""Transformers' own forward over the same samples: as shipped, and with what others put on it."""
+"""Transformers' own forward over the same samples: as shipped, and with the fused kernels of others."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TEXT_ATTENTION, VISION_ATTENTION = "varlen", "flash_varlen_vision"
 model such a name would send it looking for the flash-attn package."""
 
 STOCK_PACKS = 16
-"""That are warmed_up: padded, each is some ten micro-batches of shapes of their own."""
+"""Steps of warm-up: padded, each is about ten micro-batches, all of different shapes."""
 
 
 def stock_step(row: Row, hf_model: Any, device: torch.device) -> Step:
     """One step of transformers' forward on a list of samples (padded) or of lists of samples (packed_stock).
 
-    Best fair settings: bfloat16 weights and states as people train it, fused AdamW, layers computed again as far as
+    Best fair settings: bfloat16 weights and states as people train it, fused AdamW, layers recomputed as far as
     memory asks for it, samples of like length beside one another, the loss over the step's supervised tokens, and
     torch's choice among its attention kernels with cuDNN's and without.
     """

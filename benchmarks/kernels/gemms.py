@@ -4,8 +4,8 @@
     python -m benchmarks.kernels.gemms --tiny      # small rows, on the CPU, where both are torch
 
 Both sides get the same random rows and weights. The left one is what layers run with machine.gemm_backend=torch:
-cuBLAS, and what torch.compile makes of the rest. Times are means of calls one after the other; inputs are far larger
-than caches.
+cuBLAS, and what torch.compile makes of the rest. A time is the mean over calls one after the other; inputs are far
+larger than caches.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.markdown import table_head, table_row
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.model.compiling import compiled
 from vl3train.model.kernels import gemm_ops
@@ -152,11 +153,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="small rows on the CPU: a try of this script")
+    parser.add_argument("--tiny", action="store_true", help="small rows on the CPU, to try this script")
     args = parser.parse_args(words)
     device = torch.device("cpu" if args.tiny else "cuda")
     print(f"{'CPU' if args.tiny else torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| rows | what | torch, ms | quack, ms |\n| --- | --- | --- | --- |")
+    print(table_head("rows", "what", "torch, ms", "quack, ms", numbers=2))
     towers = {"encoder": ENCODER, "2B": LANGUAGE_MODELS["2b"], "7B": LANGUAGE_MODELS["7b"]}
     for name, tower in towers.items():
         cases = decoder_cases if tower.is_decoder else encoder_cases
@@ -164,7 +165,7 @@ def main(words: list[str] | None = None) -> None:
         size = num_rows, tower.hidden_size, tower.intermediate_size
         for what, plain, op in cases(*(TINY if args.tiny else size), device):
             times = [milliseconds(act, device) for act in (plain, op)]
-            print(f"| {name} | {what} | {times[0]:.3f} | {times[1]:.3f} |", flush=True)
+            print(table_row(name, what, *(f"{ms:.3f}" for ms in times)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.norms import milliseconds
+from benchmarks.markdown import table_head, table_row
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.engine.zero.gradient_sums import Pairs, add_gradients, put_gradients
 from vl3train.model.compiling import compiled
@@ -46,8 +47,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| layer | act | torch, ms | torch.compile, ms | vl3train, ms | GB/s |")
-    print("|---|---|---:|---:|---:|---:|")
+    print(table_head("layer", "act", "torch, ms", "torch.compile, ms", "vl3train, ms", "GB/s", numbers=4))
     for name, sizes in LAYERS.items():
         pairs = [
             (torch.zeros(size, device="cuda"), torch.randn(size, device="cuda").bfloat16())
@@ -60,7 +60,7 @@ def main() -> None:
             ways = one_by_one(plain), one_by_one(compiled(plain, enabled=True)), own
             times = [milliseconds(way, (pairs,)) / COPIES for way in ways]
             speed = sum(sizes) * num_bytes / times[-1] / 1e6
-            print(f"| {name} | {act} | {' | '.join(f'{ms:.4f}' for ms in times)} | {speed:.0f} |", flush=True)
+            print(table_row(name, act, *(f"{ms:.4f}" for ms in times), f"{speed:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table_head, table_row
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.model.compiling import compiled
 from vl3train.model.kernels import triton_norm
@@ -94,8 +95,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| op | rows x width | torch.compile, ms | GB/s | kernel, ms | GB/s | worst difference |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("torch.compile, ms", "GB/s", "kernel, ms", "GB/s", "worst difference")
+    print(table_head("op", "rows x width", *columns, numbers=5))
     cases: list[tuple[str, tuple[int, int], int, Any, Any, Any]] = [
         (name, case[:2], case[2] + 4, norm_backward_reference, triton_norm.norm_backward_kernel, case)
         for name, case in NORMS.items()
@@ -111,8 +112,8 @@ def main() -> None:
         difference = worst((*kernel(*arguments), arguments[0]), (*plain(*copies), copies[0]))
         gigabytes = num_tensors * num_rows * width * 2 / 1e9
         times = [milliseconds(function, arguments) for function in (by_torch, kernel)]
-        cells = " | ".join(f"{time:.4f} | {gigabytes / time * 1e3:.0f}" for time in times)
-        print(f"| {name} | {num_rows} x {width} | {cells} | {difference:.1e} |", flush=True)
+        cells = [cell for time in times for cell in (f"{time:.4f}", f"{gigabytes / time * 1e3:.0f}")]
+        print(table_row(name, f"{num_rows} x {width}", *cells, f"{difference:.1e}"), flush=True)
         if args.sweep:
             sweep(name, kernel, arguments, SWEPT_NORM if case else SWEPT_GELU)
 
