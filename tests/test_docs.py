@@ -32,7 +32,7 @@ FOLDERS = sorted(
 )
 PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*)`")
 OPTION = re.compile(
-    rf"\b((?:{'|'.join(sorted({key.partition('.')[0] for key in OPTIONS}))})\.(?!py\b)[a-z]\w+)"
+    rf"(?<![\w.])((?:{'|'.join(sorted({key.partition('.')[0] for key in OPTIONS}))})\.(?!py\b)[a-z]\w+)"
 )
 
 
