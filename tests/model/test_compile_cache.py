@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -91,6 +93,16 @@ def test_an_op_whose_backward_pass_is_another_is_not_taken_from_the_disk(empty_c
     assert gradient_and_found() == (2, 1), "torch does not see it: where this fails, the tag can go"
     with torch.compiler.config.patch(cache_key_tag="of other sources"):
         assert gradient_and_found() == (3, 0)
+
+
+def test_torchs_warning_of_its_own_softmax_is_silent_and_another_is_not():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compiled(abs, enabled=True)
+        text = "\nOnline softmax is disabled on the fly since Inductor decides to\nsplit the reduction."
+        for message in (text, "another"):
+            warnings.warn(message, stacklevel=1)
+    assert [str(one.message) for one in seen] == ["another"]
 
 
 def test_the_tag_changes_with_the_sources(tmp_path):

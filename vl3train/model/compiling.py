@@ -1,9 +1,10 @@
-"""What torch.compile is told, in the one place where it is called."""
+"""The one place where torch.compile is called, with the settings it gets."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,33 @@ from torch._dynamo.utils import set_compilation_metrics_limit
 
 
 def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., Any]:
-    """``function`` as torch.compile makes it, for any lengths; itself where that is not ``enabled``."""
+    """``function`` compiled for any lengths; the function itself where not ``enabled``."""
     if not enabled:
         return function
     from vl3train.model.inductor_choices import choose_for_wide_rows  # a second of imports
 
-    # Process-wide, for the compiler reads them when the first batch comes. Computing elementwise work again is
-    # cheaper than the memory that keeping it takes; ops of ours and of torch's own attention are never repeated.
+    # The settings are process-wide: the compiler reads them when the first batch comes. To recompute elementwise work
+    # is cheaper than to keep it in memory; our own ops and torch's attention are never recomputed.
     functorch_config.aggressive_recomputation = True
     functorch_config.is_non_builtin_to_include = True
-    # Graphs with torch.autograd.Function in them are kept on disk as well; torch plans to make this its default
-    # (https://github.com/facebookresearch/fairchem/pull/2162). They are looked up by the function's body too, but of
-    # an op of ours by its name alone: hence the tag.
+    # Cache graphs with a torch.autograd.Function on disk as well; torch plans to make this its default
+    # (https://github.com/facebookresearch/fairchem/pull/2162). The cache key has the function's body, but only the name
+    # of an op of ours: so the tag adds our sources to the key.
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
     if (tag := sources_tag(Path(__file__).parent)) not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += tag
-    # Two towers, with and without gradients, short rows and long: past its own limit of 8 torch would go on
-    # without compiling, and say so in a warning alone.
+    # Two towers, with and without gradients, short rows and long: more graphs than torch's own limit of 8. Past its
+    # limit torch would run uncompiled with only a warning; here it is an error.
     dynamo_config.recompile_limit = 32
     dynamo_config.fail_on_recompile_limit_hit = True
     choose_for_wide_rows()
-    # engine/monitor/compile_log.py reads torch's records once a step; a first step may write more than torch keeps, 64.
+    # engine/monitor/compile_log.py reads torch's records once a step. A first step may write more than the 64 that
+    # torch keeps.
     set_compilation_metrics_limit(1024)
+    # torch 2.11 says so of the loss over the vocabulary. A user can do nothing about it.
+    warnings.filterwarnings(
+        "ignore", message=r"\s*Online softmax is disabled on the fly since Inductor decides"
+    )
     return torch.compile(function, dynamic=True)
 
 
@@ -48,7 +54,7 @@ def fix_shape(tensor: Tensor) -> None:
 
 @functools.cache
 def sources_tag(folder: Path) -> str:
-    """Another one for each state of the Python files in ``folder``, whose ops a graph on disk was made with."""
+    """A tag that changes with every change of a Python file below ``folder``: cached graphs call the ops there."""
     sources = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         sources.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode() + file.read_bytes())

@@ -1,4 +1,4 @@
-"""What torch.compile's code generator, inductor, is told. Importing it takes a second: only runs that compile do."""
+"""Settings of torch.compile's code generator, inductor. Importing this takes a second: only runs that compile do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
 WIDEST_ROW = 2048
-"""Rows up to this many values are held whole while they are normed; torch's own limit is 1024, and read twice
-otherwise. The encoder's have 1152, the 2B's 1536."""
+"""Norms keep rows of up to this many values in registers; longer rows are read twice. torch's own limit is 1024. The
+encoder's rows have 1152 values, the 2B's 1536."""
 
 
 class _Choices(InductorChoices):
-    """torch's choices but for the width of rows (its docstring says how to override them)."""
+    """torch's choices, except for the length of rows (its docstring says how to override them)."""
 
     @staticmethod
     def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
@@ -25,5 +25,5 @@ class _Choices(InductorChoices):
 
 
 def choose_for_wide_rows() -> None:
-    """Let inductor take the choices above, in this whole process."""
+    """Set the choices above for this whole process."""
     V.set_choices_handler(_Choices())

@@ -5,22 +5,11 @@ import itertools
 import pytest
 import torch
 
-from vl3train.model.attention.backends import BACKENDS, choose_attention, varlen_attention
+from vl3train.model.attention.backends import BACKENDS, Segments, choose_attention, varlen_attention
+from vl3train.model.attention.check import exact_attention
 from vl3train.model.attention.qkv_op import qkv_attention
 
 CPU = torch.device("cpu")
-
-
-def exact_attention(q, k, v, lengths, causal, scale):
-    """Softmax attention in float64, one segment and one head after the other."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    outputs = []
-    for q_s, k_s, v_s in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", q_s, k_s) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_s))
-    return torch.cat(outputs)
 
 
 def random_row(lengths, heads, kv_heads, dim, dtype, device):
@@ -35,18 +24,9 @@ def random_row(lengths, heads, kv_heads, dim, dtype, device):
 @pytest.mark.parametrize(("heads", "kv_heads", "causal"), [(4, 4, False), (4, 2, True)])
 def test_reference_is_attention_within_each_segment(lengths, heads, kv_heads, causal):
     q, k, v, bounds = random_row(lengths, heads, kv_heads, 12, torch.float64, CPU)
-    out = varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens=bounds,
-        lengths=lengths,
-        max_seqlen=9,
-        causal=causal,
-        scale=0.3,
-        backend="reference",
-    )
-    expected = exact_attention(q, k, v, lengths, causal, 0.3)
+    segments = Segments(bounds, lengths, 9, "reference")
+    out = varlen_attention(q, k, v, segments, causal=causal, scale=0.3)
+    expected = exact_attention(q, k, v, lengths, causal=causal, scale=0.3)
     torch.testing.assert_close(out, expected)
     upstream = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), upstream)
@@ -60,7 +40,7 @@ def test_rows_that_hold_queries_keys_and_values_give_the_same(heads, kv_heads, c
     q, k, v, bounds = random_row(lengths, heads, kv_heads, 12, torch.float32, CPU)
     qkv = torch.cat((q, k, v), 1).flatten(1)
     out, _ = qkv_attention(qkv, bounds, 12, heads, 7, "reference", causal, 0.3)
-    expected = exact_attention(q, k, v, lengths, causal, 0.3).flatten(1)
+    expected = exact_attention(q, k, v, lengths, causal=causal, scale=0.3).flatten(1)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), upstream)
@@ -74,11 +54,11 @@ def test_rows_that_hold_queries_keys_and_values_give_the_same(heads, kv_heads, c
 
 def test_lengths_that_do_not_fit_are_refused():
     q, k, v, bounds = random_row((3, 5), 2, 2, 8, torch.float32, CPU)
-    settings = dict(cu_seqlens=bounds, causal=True, scale=1.0, backend="reference")
+    settings = dict(causal=True, scale=1.0)
     with pytest.raises(ValueError, match="max_seqlen=4 is below the longest segment, 5"):
-        varlen_attention(q, k, v, lengths=(3, 5), max_seqlen=4, **settings)
+        varlen_attention(q, k, v, Segments(bounds, (3, 5), 4, "reference"), **settings)
     with pytest.raises(ValueError, match="sum to 7, the row has 8"):
-        varlen_attention(q, k, v, lengths=(3, 4), max_seqlen=5, **settings)
+        varlen_attention(q, k, v, Segments(bounds, (3, 4), 5, "reference"), **settings)
 
 
 def test_auto_takes_what_can_serve_and_says_why():
@@ -133,18 +113,9 @@ def test_cuda_backends_against_float64(backend, heads, kv_heads, dim, causal, le
     except ValueError as error:
         pytest.skip(str(error))
     q, k, v, bounds = random_row(lengths, heads, kv_heads, dim, torch.bfloat16, cuda)
-    out = varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens=bounds,
-        lengths=lengths,
-        max_seqlen=max(lengths),
-        causal=causal,
-        scale=dim**-0.5,
-        backend=backend,
-    )
-    expected = exact_attention(q, k, v, lengths, causal, dim**-0.5)
+    segments = Segments(bounds, lengths, max(lengths), backend)
+    out = varlen_attention(q, k, v, segments, causal=causal, scale=dim**-0.5)
+    expected = exact_attention(q, k, v, lengths, causal=causal, scale=dim**-0.5)
     upstream = torch.randn_like(out)
     ours = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     exact = (expected, *torch.autograd.grad(expected, (q, k, v), upstream.double()))

@@ -1,4 +1,4 @@
-"""A wrong kernel never serves: auto goes on to the next one and says why, a forced one is refused with the figure.
+"""A wrong kernel never serves: auto tries the next one and says why; one asked for is refused with its error.
 
 No GPU here: the device is only named, and which backends exist and which are wrong is set by the test.
 """

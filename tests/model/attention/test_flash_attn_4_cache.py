@@ -5,19 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vl3train.model.attention import flash_attn_4_cache
-from vl3train.model.attention.flash_attn_4_cache import ENABLED, FOLDER, keep_kernels
+from vl3train.model.attention.flash_attn_4_cache import ENABLED, FOLDER, cache_kernels
 
 
 def folder_for(file: Path, monkeypatch) -> str:
     monkeypatch.delenv(FOLDER, raising=False)
-    keep_kernels(str(file))
+    cache_kernels(str(file))
     return os.environ[FOLDER]
 
 
 def test_kernels_of_another_mending_are_not_found(tmp_path, monkeypatch):
     monkeypatch.setenv(ENABLED, "1")
-    file = tmp_path / "mended.py"
+    file = tmp_path / "patched.py"
     file.write_text("round to 16")
     first = folder_for(file, monkeypatch)
     assert folder_for(file, monkeypatch) == first
@@ -28,12 +30,16 @@ def test_kernels_of_another_mending_are_not_found(tmp_path, monkeypatch):
 def test_what_the_user_has_set_stands(tmp_path, monkeypatch):
     monkeypatch.setenv(ENABLED, "0")
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    keep_kernels(__file__)
+    cache_kernels(__file__)
     assert (os.environ[ENABLED], os.environ[FOLDER]) == ("0", str(tmp_path))
 
 
-def test_it_is_said_before_the_library_reads_it(tmp_path):
-    """flash-attn-4 needs a GPU: a package of its name here says what it finds when it is imported."""
+@pytest.fixture
+def fake_library(tmp_path):
+    """flash-attn-4 needs a GPU: a package of its name, which prints the settings it finds when it is imported.
+
+    Returns a function that runs code in a process of its own, with that package.
+    """
     cute = tmp_path / "flash_attn" / "cute"
     cute.mkdir(parents=True)
     (tmp_path / "flash_attn" / "__init__.py").touch()
@@ -42,16 +48,27 @@ def test_it_is_said_before_the_library_reads_it(tmp_path):
     )
     (cute / "interface.py").touch()
     (cute / "flash_bwd_sm90.py").write_text("class FlashAttentionBackwardSm90: ...")
-    root = Path(flash_attn_4_cache.__file__).parents[2]
-    found = {name: value for name, value in os.environ.items() if name not in (ENABLED, FOLDER)}
-    found |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", "import vl3train.model.attention.flash_attn_4"],
-        env=found,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    enabled, folder = done.stdout.split()
+    root = Path(flash_attn_4_cache.__file__).parents[3]
+    environment = {name: value for name, value in os.environ.items() if name not in (ENABLED, FOLDER)}
+    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "TMPDIR": str(tmp_path)}
+
+    def run(code):
+        command = [sys.executable, "-c", f"import vl3train.model.attention.flash_attn_4\n{code}"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    return run
+
+
+def test_the_cache_is_set_before_the_library_reads_it(fake_library, tmp_path):
+    enabled, folder = fake_library("").stdout.split()
     assert enabled == "1"
     assert Path(folder).is_relative_to(tmp_path)
+
+
+def test_the_librarys_warning_of_its_own_argument_is_silent_and_another_is_not(fake_library):
+    """The text is that of nvidia-cutlass-dsl 4.8 (base_dsl/diagnostics.py)."""
+    text = "Argument {} (position 17) cannot be converted to a JitArgument for function 'f'."
+    warn = "".join(f"\nwarnings.warn({text.format(name)!r})" for name in ("aux_data", "rows"))
+    shown = fake_library(f"import warnings{warn}").stderr
+    assert "Argument rows" in shown
+    assert "aux_data" not in shown

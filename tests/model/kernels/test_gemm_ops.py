@@ -1,15 +1,22 @@
-"""Matrix products with the pass after them: formulas against float64 autograd, quack's kernels against those."""
+"""Matrix products with fused epilogues: references against float64 autograd, quack's kernels against the references."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.model.kernels import check, gemm_accumulate, gemm_ops
-from vl3train.model.kernels.check import GemmError, GemmShapes, choose_gemm_backend, gemm_errors
+from vl3train.model.kernels.check import (
+    GemmError,
+    choose_gemm_backend,
+    gemm_errors,
+    quack_import_problem,
+)
 from vl3train.model.kernels.ops import rotate
 
 CUDA = torch.device("cuda")
@@ -50,7 +57,7 @@ def test_gelu_and_its_products_are_those_of_autograd():
     close(gemm_ops.rows_gemm(d_intermediate, into), rows.grad)
 
 
-def test_products_turn_what_comes_out():
+def test_rope_in_the_epilogue_is_rope_after_the_product():
     rows, weight, bias, table = draw(R, W), draw(6 * 8, W), draw(6 * 8), draw(R, 8)
     expected = F.linear(rows, weight, bias).detach()
     rotate(expected, table.detach(), 4, False, False)
@@ -105,11 +112,11 @@ def test_linear_add_is_differentiable_but_for_its_bias():
     close(torch.autograd.grad(found, inputs, grad), of_inputs)
     found = gemm_ops.linear_add(rows, weight, None, added)
     close(torch.autograd.grad(found, inputs, grad), of_inputs)
-    with pytest.raises(RuntimeError, match="hand it over detached"):
+    with pytest.raises(RuntimeError, match="pass the bias detached"):
         gemm_ops.linear_add(rows, weight, bias, added).sum().backward()
 
 
-def test_what_is_said_of_the_ops_shapes_is_so():
+def test_fake_ops_have_the_shapes_of_the_real_ones():
     """torch.compile believes register_fake."""
     rows, gate, up, out, intermediate = (
         torch.randn(s)
@@ -139,6 +146,7 @@ def test_what_is_said_of_the_ops_shapes_is_so():
 @pytest.fixture
 def config():
     both = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    both |= {"num_hidden_layers": 2, "vocab_size": 100}
     return SimpleNamespace(vision_config=SimpleNamespace(**both), text_config=SimpleNamespace(**both))
 
 
@@ -166,7 +174,7 @@ def test_auto_says_why_not_quack_and_who_asks_for_it_is_refused(config, other, p
     assert choose("torch", config, **other).reason == "asked for"
 
 
-def test_odd_widths_and_other_gpus_are_told(config, monkeypatch):
+def test_odd_sizes_and_other_gpus_are_named(config, monkeypatch):
     config.text_config.intermediate_size = 100
     assert "multiples of 16, not [100]" in choose("auto", config).reason
     config.text_config.intermediate_size = 128
@@ -174,7 +182,7 @@ def test_odd_widths_and_other_gpus_are_told(config, monkeypatch):
     assert "Hopper" in choose("auto", config).reason
 
 
-def test_a_wrong_product_never_serves(config, monkeypatch):
+def test_a_wrong_kernel_never_serves(config, monkeypatch):
     """No GPU here: the device is only named; what the kernels answer is set."""
     monkeypatch.setattr(check, "why_not_quack", lambda *_, **__: None)
     errors = {"linear_gelu": 0.002}
@@ -190,17 +198,70 @@ def test_a_wrong_product_never_serves(config, monkeypatch):
         choose("quack", config)
 
 
+def small_tower(*, is_decoder):
+    return TowerShape(
+        num_layers=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=128,
+        is_decoder=is_decoder,
+    )
+
+
+@pytest.fixture
+def fake_quack(tmp_path, monkeypatch):
+    """A quack and a cutlass in a folder of the given name, whose import raises what quack 0.6.5 raises there."""
+
+    def lay(folder, error):
+        place = tmp_path / folder
+        (place / "quack").mkdir(parents=True)
+        (place / "quack" / "__init__.py").write_text(f"raise {error}")
+        (place / "cutlass").mkdir()
+        (place / "cutlass" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(place)
+        return place
+
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("quack", "cutlass") or name == "vl3train.model.kernels.quack_gemm":
+            monkeypatch.delitem(sys.modules, name)
+    return lay
+
+
+NO_FINGERPRINT = (
+    """TypeError("epilogue fn depends on <f> (type m.F), which has no fail-closed semantic key.")"""
+)
+
+
+def test_quack_in_a_folder_of_another_name_is_told_so_with_the_way_out(fake_quack):
+    place = fake_quack("libraries", NO_FINGERPRINT)
+    problem = quack_import_problem()
+    assert f"lie in {place}; quack works only where they lie in a folder called site-packages or" in problem
+    assert "install them into a virtual environment, or rename the folder" in problem
+
+
+@pytest.mark.parametrize(
+    ("folder", "error"),
+    [("site-packages", NO_FINGERPRINT), ("libraries", "TypeError('no such kernel')")],
+    ids=["another reason, in site-packages", "another error, elsewhere"],
+)
+def test_quack_that_fails_otherwise_is_not_wholly_installed(fake_quack, folder, error):
+    fake_quack(folder, error)
+    assert quack_import_problem().startswith("quack-kernels is not wholly installed (")
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
-    widths, cpu = GemmShapes(32, 64, gated, heads=(2, 1, 128)), torch.device("cpu")
-    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
+    shape, cpu = small_tower(is_decoder=gated), torch.device("cpu")
+    found = {one.name: one for one in gemm_errors(shape, cpu, torch.bfloat16)}
     assert len(found) == (11 if gated else 7)
     assert all(one.is_right for one in found.values()), found
     broken = "linear_swiglu" if gated else "linear_gelu"
     right = getattr(gemm_ops, broken)
     monkeypatch.setattr(gemm_ops, broken, lambda *args: tuple(1.1 * x for x in right(*args)))
-    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(shape, cpu, torch.bfloat16)}
     assert found.pop(broken).error > 0.05
     found.pop(f"{broken}, nothing kept")
     assert all(one.is_right for one in found.values()), found
@@ -211,52 +272,47 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     monkeypatch.setattr(gemm_ops, broken, right)
     right_add = gemm_ops.linear_add
     monkeypatch.setattr(gemm_ops, "linear_add", without_bias)
-    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(shape, cpu, torch.bfloat16)}
     assert found["linear_add"].is_right == gated, "the encoder's has a bias"
 
     def forgets(total, grad, rows):
         total.copy_(grad.t().to(total.dtype) @ rows.to(total.dtype))
 
     monkeypatch.setattr(gemm_accumulate, "add_weight_grad", forgets)
-    found = {one.name: one for one in gemm_errors(widths, cpu, torch.bfloat16)}
+    found = {one.name: one for one in gemm_errors(shape, cpu, torch.bfloat16)}
     assert not gated or found["add_weight_grad"].error > 0.5
 
     def raises(*_):
         raise TypeError("no such kernel\nand more")
 
     monkeypatch.setattr(gemm_ops, broken, raises)
-    told = check.wrong_gemm([widths], cpu, torch.bfloat16)
-    assert told == f"its {broken} does not run here (TypeError: no such kernel)"
+    problem = check.wrong_gemm([shape], cpu, torch.bfloat16)
+    assert problem == f"its {broken} does not run here (TypeError: no such kernel)"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("hidden_size", [1536, 3584], ids=["2B", "7B"])
-def test_quack_on_cuda_is_right(hidden_size):
+@pytest.mark.parametrize("name", ["2b", "7b"])
+def test_quack_on_cuda_is_right(name):
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    of_text = (
-        (hidden_size, 8960, True, (12, 2, 128))
-        if hidden_size == 1536
-        else (hidden_size, 18944, True, (28, 4, 128))
-    )
-    for widths in (GemmShapes(1152, 4304, gated=False, heads=(16, 16, 72)), GemmShapes(*of_text)):
-        for found in gemm_errors(widths, CUDA, torch.bfloat16):
-            assert found.is_right, f"{found} for {widths}"
+    for shape in (ENCODER, LANGUAGE_MODELS[name]):
+        for found in gemm_errors(shape, CUDA, torch.bfloat16):
+            assert found.is_right, f"{found} for {shape}"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_plans_of_packs_long_gone_are_forgotten(monkeypatch):
+def test_full_caches_of_plans_are_emptied(monkeypatch):
     pytest.importorskip("quack", reason="quack-kernels is not installed")
     from vl3train.model.kernels import quack_gemm
 
-    monkeypatch.setattr(quack_gemm, "PLANS_KEPT", 3)
+    monkeypatch.setattr(quack_gemm, "MAX_PLANS", 3)
     weight, bias = (torch.randn(s, device=CUDA).bfloat16() for s in ((48, 16), (48,)))
     for num_rows in range(1, 12):
         rows = torch.randn(num_rows, 16, device=CUDA).bfloat16()
         _, activated = gemm_ops.linear_gelu(rows, weight, bias, False)
         assert activated.shape == (num_rows, 48)
-    plans = quack_gemm._ACTIVATED[0]._plan_cache
+    plans = quack_gemm._ACTIVATION_EPILOGUES[0]._plan_cache
     assert 1 <= len(plans) <= 4
 
 
@@ -264,10 +320,10 @@ def test_plans_of_packs_long_gone_are_forgotten(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_weights_that_lie_together_are_not_copied():
     pytest.importorskip("quack", reason="quack-kernels is not installed")
-    from vl3train.model.kernels.quack_gemm import _joined
+    from vl3train.model.kernels.quack_gemm import _concatenated
 
     both = torch.randn(8, 4, device=CUDA)
     one, other = both.chunk(2)
-    assert _joined(one, other).data_ptr() == both.data_ptr()
-    torch.testing.assert_close(_joined(one, other), both)
-    torch.testing.assert_close(_joined(other, one), torch.cat((other, one)))
+    assert _concatenated(one, other).data_ptr() == both.data_ptr()
+    torch.testing.assert_close(_concatenated(one, other), both)
+    torch.testing.assert_close(_concatenated(other, one), torch.cat((other, one)))

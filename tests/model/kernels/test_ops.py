@@ -14,14 +14,14 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from vl3train.model.kernels.ops import (
     gelu_backward,
     gelu_backward_reference,
+    interleave_pairs,
     norm_backward,
     norm_backward_reference,
-    separate_pairs,
-    interleave_pairs,
     recompute_linear,
     rope_cos_sin,
     rotate,
     rotate_reference,
+    separate_pairs,
 )
 
 EPS = 1e-6
@@ -30,7 +30,7 @@ INTERPRETED_SIZES = [(1, 64), (7, 72), (200, 24), (1, 1152), (1, 1536), (1, 3584
 """Triton's interpreter adds up value by value, in Python. A row that fills its block and one that does not, every case
 of each; then programs of several rows, and the model's widths."""
 CASES = [
-    # gradients, centred, bias, residual, normed again, sums of weights, sums of rows
+    # gradients, centred, bias, residual, normed recomputed, sums of weights, sums of rows
     (1, True, True, True, True, True, True),
     (3, True, True, True, True, True, False),
     (2, False, False, True, True, True, False),
@@ -89,7 +89,7 @@ def gelu_arguments(num_rows, width, device="cpu", dtype=torch.float32):
 
 
 def rotate_arguments(num_rows, heads, rotated, head_dim, backward, sums, device="cpu", dtype=torch.float32):
-    """Rows of ``heads`` heads whose pairs lie together, and the table of angles as transformers makes them."""
+    """Rows of ``heads`` heads whose pairs are interleaved, and angles as transformers makes them."""
     torch.manual_seed(num_rows)
     rows = torch.randn(num_rows, heads * head_dim, device=device).to(dtype)
     angles = (9 * torch.randn(num_rows, head_dim // 2, device=device)).repeat(1, 2)
@@ -112,9 +112,9 @@ def rotated_by_transformers(rows, table, num_rotated):
     """transformers' rotation, which has the two of a pair half a head apart."""
     cos, sin = (of_pair.repeat(1, 2) for of_pair in table.unflatten(1, (-1, 2)).unbind(2))
     heads = separate_pairs(rows.t(), table.shape[1]).t().unflatten(1, (-1, table.shape[1]))
-    turning, still = heads[:, :num_rotated], heads[:, num_rotated:]
-    rotated, _ = apply_rotary_pos_emb(turning, turning, cos, sin)
-    return interleave_pairs(torch.cat((rotated, still), 1).flatten(1).t(), table.shape[1]).t()
+    rotary, rest = heads[:, :num_rotated], heads[:, num_rotated:]
+    rotated, _ = apply_rotary_pos_emb(rotary, rotary, cos, sin)
+    return interleave_pairs(torch.cat((rotated, rest), 1).flatten(1).t(), table.shape[1]).t()
 
 
 def assert_close(found, expected, tolerance):
@@ -142,7 +142,7 @@ def test_gelu_is_that_of_autograd():
 
 
 @pytest.mark.parametrize("case", ROTATED, ids=str)
-def test_rows_turn_as_transformers_turns_them_and_back_as_autograd_does(case):
+def test_rope_is_that_of_transformers_and_its_backward_that_of_autograd(case):
     rows, table, num_rotated, backward, column_sums = rotate_arguments(*case)
     given = rows.double().requires_grad_()
     expected = rotated_by_transformers(given, table.double(), num_rotated)
@@ -157,7 +157,7 @@ def test_rows_turn_as_transformers_turns_them_and_back_as_autograd_does(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_is_said_of_the_ops_shapes_is_so(case):
+def test_fake_ops_have_the_shapes_of_the_real_ones(case):
     """torch.compile believes register_fake, for any number of rows."""
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(norm_backward, norm_arguments(7, 64, case), test_utils=checks)

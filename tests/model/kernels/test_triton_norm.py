@@ -24,7 +24,7 @@ def test_no_number_of_rows_asks_for_a_compilation_of_its_own(kernel):
     tensor = torch.zeros(4)
     names = [parameter.name for parameter in kernel.params]
     given = {name: tensor if name.islower() else 1 for name in names}
-    given |= {name: 1152 for name in ("width", "rotated", "columns") if name in names} | {"num_warps": 4}
+    given |= {name: 1152 for name in ("width", "rotary", "columns") if name in names} | {"num_warps": 4}
 
     def found(num_rows):
         _, specialization, _ = look_at(**{**given, "num_rows": num_rows})

@@ -32,7 +32,7 @@ class Adapted(nn.Linear):
         (["language_model"], Recompute.nothing, False, 4, 0),
         (["vision_encoder", "projector", "language_model"], Recompute.nothing, False, 8, 2),
     ],
-    ids=["stage 1", "adapted", "frozen encoder", "nothing again"],
+    ids=["stage 1", "adapted", "frozen encoder", "nothing recomputed"],
 )
 @pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
 def test_compiled_layers_take_them_and_give_the_same_gradients(
@@ -90,7 +90,7 @@ def test_compiled_layers_take_them_and_give_the_same_gradients(
 
 @pytest.mark.parametrize("level", [Recompute.nothing, Recompute.elementwise], ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_nothing_is_made_again_that_was_kept_or_that_only_frozen_weights_would_take(
+def test_nothing_is_recomputed_that_was_kept_or_that_only_frozen_weights_would_take(
     tiny_model, batch_of, mixed, monkeypatch, frozen, level
 ):
     """What MLPs took once more, and the sums of biases: the gradients are held above."""
@@ -158,7 +158,7 @@ def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
 
 
 @pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
-def test_what_is_computed_again_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, gemm_backend):
+def test_what_is_recomputed_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, gemm_backend):
     """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")

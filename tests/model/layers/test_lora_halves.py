@@ -1,4 +1,4 @@
-"""Compiled layers take adapters into their products, and give what peft's modules give."""
+"""Compiled layers fuse adapters into their matrix products, and give what peft's modules give."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vl3train.model.adapters import add_adapters
 from vl3train.model.kernels import gemm_ops as quack_ops
 from vl3train.model.layers import lora_halves
 from vl3train.model.layers.lora_dispatch import adapter_of
-from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, beside
+from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, extend_with_b
 from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
@@ -51,15 +51,15 @@ def compile_on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("level", list(Recompute)[:4], ids=str)
-@pytest.mark.parametrize("turned", [False, True], ids=["rope apart", "rope in the product"])
+@pytest.mark.parametrize("fused_rope", [False, True], ids=["rope apart", "rope in the product"])
 def test_loss_and_gradients_are_those_of_pefts_modules(
-    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, level, turned
+    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, level, fused_rope
 ):
     model, _ = adapted_model(tiny_model, ["projector", "language_model"])
     batch = batch_of(mixed)
     loss, expected = loss_and_gradients(model, batch)
     assert sum("lora_" in name for name in expected) == 2 * 7 * 2
-    if turned:
+    if fused_rope:
         monkeypatch.setattr(lora_halves, "ROPE_HEAD_DIMS", (16,))
     ran = []
     plain = quack_ops.swiglu_linear_backward_reference
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_pefts_modules(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed, compile_on_cpu):
+def test_no_large_rows_are_kept_that_are_recomputed(tiny_model, batch_of, mixed, compile_on_cpu):
     model, _ = adapted_model(tiny_model, ["projector", "language_model"])
     width, intermediate = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
     # Rows or weights beside B: of down, of gate and up, of q, k, v.
@@ -104,13 +104,15 @@ def test_nothing_wide_is_kept_that_is_computed_again(tiny_model, batch_of, mixed
     assert counts == {Recompute.nothing: 2 + 2, Recompute.elementwise: 2, Recompute.mlp: 0}
 
 
-def test_what_is_said_of_the_ops_shape_is_so():
+def test_the_fake_op_has_the_shape_of_the_real_one():
     weights, b = [torch.randn(6, 4), torch.randn(2, 4)], [torch.randn(6, 3), torch.randn(2, 5)]
-    found = beside(weights, b, None)
+    found = extend_with_b(weights, b, None)
     expected = torch.zeros(8, 12)
     expected[:6, :4], expected[6:, :4], expected[:6, 4:7], expected[6:, 7:] = *weights, *b
     assert torch.equal(found, expected)
-    torch.library.opcheck(beside, (weights, b, weights[0]), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        extend_with_b, (weights, b, weights[0]), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_only_plain_adapters_that_are_on_are_taken(tiny_model):

@@ -1,4 +1,4 @@
-"""Attention over segments laid end to end: one function, four kernels, never swapped silently.
+"""Attention over segments laid end to end: one function, four kernels. A choice is never changed silently.
 
 T tokens (or patches), H query heads, Hkv key and value heads, D values a head, S segments.
 """
@@ -23,12 +23,12 @@ MAX_HEAD_DIM = {"flash_attn_4": 128, "flash_attn": 256, "torch_varlen": 256}
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 SEQLEN_STEP = 512
-"""max_seqlen is told to kernels rounded up to a multiple of this, so that few values ever occur."""
+"""Kernels get max_seqlen rounded up to a multiple of this, so that only few values occur."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """The kernel that serves, and why it was taken: printed when a run starts."""
+    """The kernel that serves, and why it was chosen: printed when a run starts."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ class Segments:
     """Bounds of the segments of one row, on the device for the kernel and on the host for everything else."""
 
     cu_seqlens: Tensor  # (S+1,) int32
-    lengths: tuple[int, ...]  # S; read by the reference alone, where layers are not compiled
+    lengths: tuple[int, ...]  # S; only the reference reads them, where layers are not compiled; else empty
     max_seqlen: int
     backend: str
 
@@ -49,9 +49,8 @@ def make_segments(
 ) -> Segments:
     """Bounds for a row of ``num_rows`` tokens or patches.
 
-    What compiled layers take must not change from pack to pack, or each pack compiles them anew: so the longest
-    length is rounded up, and kernels, which do not read them, get no lengths. Raises ValueError when the lengths
-    do not add up to the row.
+    Compiled layers are compiled again for each value of a plain argument. So the longest length is rounded up, and the
+    lengths, which kernels do not read, are left out. Raises ValueError when the lengths do not add up to the row.
     """
     if sum(lengths) != num_rows:
         raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {num_rows} tokens")
@@ -69,17 +68,17 @@ def choose_attention(
 ) -> KernelChoice:
     """The kernel for every head dimension in ``head_dims``; ``auto`` takes the first that can serve.
 
-    ``wrong`` are backends that ``auto`` passes over, with the reason (model/attention/check.py finds them).
+    ``wrong`` names backends that ``auto`` must not take, with the reason (model/attention/check.py finds them).
     Raises ValueError when ``requested`` is no backend, or one that cannot serve here.
     """
     if requested == "auto":
-        refused: list[str] = []
+        rejected: list[str] = []
         for name in BACKENDS:
             problem = (wrong or {}).get(name) or _problem(name, device, head_dims, dtype)
             if problem is None:
-                reason = "; ".join(refused) or "first choice"
+                reason = "; ".join(rejected) or "first choice"
                 return KernelChoice(name, f"auto: {reason}")
-            refused.append(f"{name} {problem}")
+            rejected.append(f"{name} {problem}")
     if requested not in BACKENDS:
         raise ValueError(f"machine.attention={requested}: it is one of auto, {', '.join(BACKENDS)}")
     if problem := _problem(requested, device, head_dims, dtype):
@@ -112,7 +111,7 @@ def _problem(name: str, device: torch.device, head_dims: Sequence[int], dtype: t
         return f"is not installed ({error})"
     except (
         RuntimeError
-    ) as error:  # how nvidia-cutlass-dsl, below flash-attn-4, says that a part of it is missing
+    ) as error:  # nvidia-cutlass-dsl, which flash-attn-4 needs, raises it where a part is missing
         return f"is not wholly installed ({error})"
     return None
 
@@ -136,25 +135,22 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segments: Segments,
     *,
-    cu_seqlens: Tensor,
-    lengths: tuple[int, ...],
-    max_seqlen: int,
     causal: bool,
     scale: float,
-    backend: str,
 ) -> Tensor:
     """Softmax attention within each segment: ``q`` (T, H, D), ``k`` and ``v`` (T, Hkv, D) -> (T, H, D).
 
-    ``lengths`` and ``max_seqlen`` come from the host, so nothing waits for the device. Raises ValueError
-    when they do not fit the tensors: a ``max_seqlen`` below the longest segment gives NaN without a word in
-    every kernel.
+    ``segments`` must have their lengths. Raises ValueError when these do not fit the tensors: with a ``max_seqlen``
+    below the longest segment every kernel gives NaN and no error.
     """
+    lengths, max_seqlen = segments.lengths, segments.max_seqlen
     if sum(lengths) != q.shape[0]:
         raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {q.shape[0]} tokens")
     if max_seqlen < max(lengths):
         raise ValueError(f"max_seqlen={max_seqlen} is below the longest segment, {max(lengths)}")
-    return attend(q, k, v, Segments(cu_seqlens, lengths, max_seqlen, backend), causal=causal, scale=scale)
+    return attend(q, k, v, segments, causal=causal, scale=scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:
@@ -163,7 +159,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
     if segments.backend == "reference" and not torch.compiler.is_compiling():
         return reference(q, k, v, segments.lengths, causal, scale)
     if segments.backend in SERVED:
-        # The reference too: traced, it would read the lengths of each pack, and each would be compiled anew.
+        # The reference too, as an op: if torch.compile traced it, it would read each pack's lengths and compile again.
         rows, (num_heads, head_dim) = torch.cat((q, k, v), 1).flatten(1), q.shape[1:]
         out, _ = qkv_attention(
             rows, cu_seqlens, head_dim, num_heads, max_seqlen, segments.backend, causal, scale
@@ -174,7 +170,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
         return kernel(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
         )
-    # torch 2.11 has no enable_gqa: there the key and value heads are repeated.
+    # torch 2.11 has no enable_gqa: repeat the key and value heads instead.
     gqa: dict[str, bool] = {}
     if q.shape[1] != k.shape[1]:
         if TORCH_VERSION >= (2, 13):

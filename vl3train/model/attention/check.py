@@ -1,4 +1,4 @@
-"""Attention kernels against float64: a backend serves only where out, dq, dk and dv are right."""
+"""Compares attention kernels with float64: a backend serves only where out, dq, dk and dv are right."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vl3train.model.attention.backends import SEQLEN_STEP, KernelChoice, choose_attention, varlen_attention
+from vl3train.contracts.shapes import tower_shapes
+from vl3train.model.attention.backends import (
+    SEQLEN_STEP,
+    KernelChoice,
+    Segments,
+    choose_attention,
+    varlen_attention,
+)
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130), (9, 40, 1, 14) * 65)
-"""Segments of the rows checked: equal ones, one token alone, lengths that fill no tile, and many. For rows of more than
-256, as clips have, flash-attn-4 compiles other kernels (BIN_BATCH_SEARCH_THRESH): before the first step, so, and not at
-the first such pack."""
+"""Segments of the rows that are checked: equal lengths, one token alone, lengths that fill no tile, and many segments.
+For more than 256 segments, as clips have, flash-attn-4 compiles other kernels (BIN_BATCH_SEARCH_THRESH). The check
+compiles them before the first step, so the first such pack does not wait."""
 
 MAX_ERROR = 0.01
-"""Relative error (norm of the difference over the norm) up to which a bfloat16 kernel is right; right ones measured
-0.002 to 0.004 on an H100, a wrong dq 1.2."""
+"""A bfloat16 kernel is right below this relative error (norm of the difference over the norm). Right kernels had 0.002
+to 0.004 on an H100; a wrong dq had 1.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,7 @@ def check_kernel(
     try:
         for lengths in LENGTHS:
             found = _errors(backend, device, dtype, lengths, (heads, kv_heads, head_dim), causal)
-            # max() would pass over NaN
-            worst = {
-                name: value if value != value or value > worst[name] else worst[name]
-                for name, value in found.items()
-            }
+            worst = {name: largest([worst[name], value]) for name, value in found.items()}
     except (RuntimeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
         failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return KernelError(backend, heads, kv_heads, head_dim, causal, worst, failed)
@@ -69,9 +72,10 @@ def check_kernel(
 def right_attention(
     requested: str, hf_config: Any, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype
 ) -> KernelChoice:
-    """choose_attention, and on a GPU some seconds of proof that the kernel is right for this model's heads and masks.
+    """``choose_attention``, and on a GPU a check that the kernel is right for this model's heads and masks.
 
-    ``auto`` goes on to the next backend and says why; raises ValueError with the figure where one was asked for.
+    The check takes some seconds. Where a kernel is wrong, ``auto`` tries the next backend and says why. Raises
+    ValueError, with the error measured, where a wrong one was asked for.
     """
     wrong: dict[str, str] = {}
     while True:
@@ -81,28 +85,27 @@ def right_attention(
             return choice
         if requested != "auto" or choice.name == "reference":
             raise ValueError(
-                f"machine.attention={choice.name} {problem}. Choose another; `vl3train kernels --check` shows all"
+                f"machine.attention={choice.name} {problem}. Choose another: `vl3train kernels --check` compares all"
             )
         wrong[choice.name] = problem
 
 
 def kernel_problem(backend: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with a backend for the heads and masks of this model, or None."""
-    vision, text = hf_config.vision_config, hf_config.text_config
-    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    vision_heads = vision.num_attention_heads
-    shapes = (
-        (vision_heads, vision_heads, vision.hidden_size // vision_heads, False),
-        (text.num_attention_heads, text.num_key_value_heads, text_dim, True),
-    )
-    for heads, kv_heads, head_dim, causal in shapes:
+    for shape in tower_shapes(hf_config):
         found = check_kernel(
-            backend, device, heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, dtype=dtype
+            backend,
+            device,
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            causal=shape.is_decoder,
+            dtype=dtype,
         )
         if not found.is_right:
             figures = ", ".join(f"{name} {error:.2g}" for name, error in found.errors.items())
             return (
-                f"is wrong on this machine for heads of {head_dim} "
+                f"is wrong on this machine for head dimension {shape.head_dim} "
                 f"({found.failed or 'relative errors against float64: ' + figures})"
             )
     return None
@@ -125,17 +128,8 @@ def _errors(
 
     q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    out = varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens=bounds,
-        lengths=lengths,
-        max_seqlen=-(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP,
-        causal=causal,
-        scale=dim**-0.5,
-        backend=backend,
-    )
+    segments = Segments(bounds, lengths, -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
+    out = varlen_attention(q, k, v, segments, causal=causal, scale=dim**-0.5)
     exact = exact_attention(q, k, v, lengths, causal=causal, scale=dim**-0.5)
     upstream = torch.randn(out.shape, device=device, generator=generator).to(dtype)
     ours = (out, *torch.autograd.grad(out, (q, k, v), upstream))
@@ -144,6 +138,11 @@ def _errors(
         name: float(((a.double() - b.double()).norm() / b.double().norm()).detach())
         for name, a, b in zip(("out", "dq", "dk", "dv"), ours, right, strict=True)
     }
+
+
+def largest(errors: Sequence[float]) -> float:
+    """The largest, or NaN where one is NaN: max() would pass over it."""
+    return next((error for error in errors if error != error), max(errors))
 
 
 def exact_attention(

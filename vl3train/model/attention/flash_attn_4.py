@@ -1,4 +1,4 @@
-"""flash-attn-4, forward and backward; model/attention/qkv_op.py makes an op of it. Importing this needs the library.
+"""flash-attn-4, forward and backward; model/attention/qkv_op.py wraps it in an op. Importing this needs the library.
 
 T tokens (or patches), H query heads, Hkv key and value heads, D values a head.
 """
@@ -6,45 +6,50 @@ T tokens (or patches), H query heads, Hkv key and value heads, D values a head.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from torch import Tensor
 
-from vl3train.model.attention.flash_attn_4_cache import keep_kernels
+from vl3train.model.attention.flash_attn_4_cache import cache_kernels
 
-keep_kernels(__file__)  # before the library is imported, which reads once where they are kept
+cache_kernels(__file__)  # before the library is imported: it reads its settings once
+# nvidia-cutlass-dsl says so of flash-attn-4's own argument, once for each kernel it compiles. The kernels are right.
+warnings.filterwarnings(
+    "ignore", message=r"Argument aux_data \(position \d+\) cannot be converted to a JitArgument"
+)
 
 from flash_attn.cute import interface  # noqa: E402
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90  # noqa: E402
 
 
-def mend(kernel: Any) -> None:
-    """Let the kernels of the backward pass on Hopper agree on the width of a row of dq.
+def patch_head_dim(kernel: Any) -> None:
+    """Make the backward kernels for Hopper agree on the length of a row of dq.
 
-    In 4.0.0b36 the main one rounds heads up to a multiple of 16, those before and after it to 32: for heads of 72 and
-    80 dq comes out wrong (relative error 1.2), without a word. Here the main one rounds to 32 as well, as in
-    https://github.com/Dao-AILab/flash-attention/pull/2896. (With 16 everywhere it is no faster, and its dq and dk
-    were wrong now and then.) That it helps is not believed but measured whenever a run starts
+    In 4.0.0b36 the main kernel rounds the head dimension up to a multiple of 16; the kernels before and after it round
+    to 32. For head dimensions 72 and 80 dq is then wrong (relative error 1.2), and no error is raised. Here the main
+    kernel rounds to 32 too, as in https://github.com/Dao-AILab/flash-attention/pull/2896. (With 16 everywhere it is no
+    faster, and dq and dk were wrong now and then.) Every run checks the result when it starts
     (model/attention/check.py).
     """
     init = kernel.__init__
 
     @functools.wraps(init)
-    def mended(
+    def patched(
         self: Any, dtype: Any, head_dim: int, head_dim_v: int | None = None, *args: Any, **kwargs: Any
     ) -> None:
         init(self, dtype, head_dim, head_dim_v, *args, **kwargs)
-        if self.dKV_swapAB:  # rounds to 64, and so do the others
+        if self.dKV_swapAB:  # all kernels round to 64
             return
         head_dim_v = head_dim_v or head_dim
         self.tile_hdim, self.tile_hdimv = -(-head_dim // 32) * 32, -(-head_dim_v // 32) * 32
         self.check_hdim_oob = head_dim != self.tile_hdim
         self.check_hdim_v_oob = head_dim_v != self.tile_hdimv
 
-    kernel.__init__ = mended
+    kernel.__init__ = patched
 
 
-mend(FlashAttentionBackwardSm90)
+patch_head_dim(FlashAttentionBackwardSm90)
 
 
 def attend(
@@ -71,18 +76,20 @@ def attend(
 
 def attend_backward(
     d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
     max_seqlen: int,
     causal: bool,
     scale: float,
-    results: tuple[Tensor, Tensor, Tensor],
+    d_qkv: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Write the gradients of ``q``, ``k`` and ``v`` into ``results``, which may be views as well."""
+    """Write the gradients of queries, keys and values into ``d_qkv``, which may be views as well.
+
+    ``outputs`` are those of ``attend``.
+    """
+    q, k, v = qkv
+    out, log_sum_exp = outputs
     interface._flash_attn_bwd(
         q,
         k,
@@ -96,7 +103,7 @@ def attend_backward(
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
-        dq=results[0],
-        dk=results[1],
-        dv=results[2],
+        dq=d_qkv[0],
+        dk=d_qkv[1],
+        dv=d_qkv[2],
     )

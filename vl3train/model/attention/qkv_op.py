@@ -1,7 +1,7 @@
-"""Attention on rows that hold queries, keys and values side by side, as one product leaves them.
+"""Attention on rows that hold queries, keys and values side by side, as one matrix product writes them.
 
-So nothing is copied between that product and the kernel, in either direction. T tokens (or patches), H query heads,
-Hkv key and value heads, D values a head; a row holds (H + 2 Hkv) D values.
+So nothing is copied between that product and the attention kernel, forward or backward. T tokens (or patches), H query
+heads, Hkv key and value heads, D values a head; a row holds (H + 2 Hkv) D values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SERVED = ("flash_attn_4", "reference")
-"""Backends of model/attention/backends.py that this is written for."""
+"""The backends of model/attention/backends.py that have this op."""
 
 
 @torch.library.custom_op("vl3train::qkv_attention", mutates_args=())
@@ -30,7 +30,7 @@ def qkv_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention within each segment: (T, H D), and the log-sum-exp of each row (H, T) float32.
 
-    The reference needs no log-sum-exp, and leaves it empty.
+    The reference needs no log-sum-exp: it is empty.
     """
     q, k, v = heads_of(qkv, head_dim, num_heads)
     if backend == "flash_attn_4":
@@ -66,14 +66,15 @@ def qkv_attention_backward(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of ``qkv``, each kernel's result written where it belongs."""
+    """The gradient of ``qkv``: the kernel writes those of queries, keys and values into their places in each row."""
     if backend == "flash_attn_4":
         from vl3train.model.attention.flash_attn_4 import attend_backward
 
         d_qkv = torch.empty_like(qkv)
         parts, d_parts = heads_of(qkv, head_dim, num_heads), heads_of(d_qkv, head_dim, num_heads)
         d_out, out = (rows.contiguous().unflatten(1, (num_heads, head_dim)) for rows in (d_out, out))
-        attend_backward(d_out, *parts, out, log_sum_exp, cu_seqlens, max_seqlen, causal, scale, d_parts)
+        outputs = out, log_sum_exp
+        attend_backward(d_out, parts, outputs, cu_seqlens, max_seqlen, causal, scale, d_parts)
         return d_qkv
     return _reference_backward(d_out, qkv, out, cu_seqlens, head_dim, num_heads, causal, scale)
 
@@ -88,7 +89,7 @@ def _reference_backward(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """By the formulas, one segment after the other: below autograd, where ops run, nothing can be differentiated."""
+    """By the formulas, one segment after the other: ops run below autograd, so autograd cannot do it."""
     q, k, v = (x.float() for x in heads_of(qkv, head_dim, num_heads))
     kv_heads = k.shape[1]
     k, v = (x.repeat_interleave(num_heads // kv_heads, dim=1) for x in (k, v))
@@ -139,10 +140,10 @@ def heads_of(rows: Tensor, head_dim: int, num_heads: int) -> tuple[Tensor, Tenso
 def reference(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, scale: float
 ) -> Tensor:
-    """torch's own attention, one call for each run of neighbours of equal length (frames mostly are)."""
+    """torch's own attention, one call for each run of neighbouring segments of equal length, as frames mostly are."""
     k, v = repeat_heads(q, k), repeat_heads(q, v)
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    # Split, not sliced: the gradient of a slice is as long as the whole row, once for each run.
+    # Split, not sliced: the gradient of each slice would be as long as the whole row.
     parts = (x.split([length * count for length, count in runs]) for x in (q, k, v))
     outputs = []
     for (length, count), *qkv in zip(runs, *parts, strict=True):

@@ -16,7 +16,7 @@ from vl3train.model.kernels.gemm_ops import gate_up_weights_grad_reference
 
 @torch.library.custom_op("vl3train::add_weight_grad", mutates_args=("total",))
 def add_weight_grad(total: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """``total`` (out, in) += the gradient of F.linear's weight, from ``grad`` (R, out) and its input ``rows`` (R, in)."""
+    """``total`` (out, in) += the gradient of F.linear's weight, from ``grad`` (R, out) and ``rows`` (R, in)."""
     if total.is_cuda:
         torch.addmm(total, grad.t(), rows, out_dtype=torch.float32, out=total)
     else:

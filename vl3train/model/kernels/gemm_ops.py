@@ -1,9 +1,11 @@
-"""Matrix products together with the pass over memory that follows them, as ops; model/layers/attention_half.py and
-mlp_half.py use them.
+"""Matrix products with fused epilogues, as custom ops for model/layers/attention_half.py and mlp_half.py.
 
-R rows, W values a row, I of an MLP's wide rows. On a GPU quack's kernels do both at once (model/kernels/quack_gemm.py);
-here are the same formulas in torch, for the CPU. ``gate_up`` are rows (R, 2 I) that hold gate and up of each place side
-by side, as those kernels want them; ``gate_weight`` and ``up_weight`` are (I, W) each.
+On a GPU quack's kernels compute the matrix product and the elementwise work after it at once
+(model/kernels/quack_gemm.py). The references here are the same formulas in torch's own ops: for the CPU, and what the
+kernels are checked against.
+
+R rows, W the hidden_size, I the intermediate_size. ``gate_up`` is (R, 2 I): gate and up of each place side by side, as
+the kernels want them. ``gate_weight`` and ``up_weight`` are (I, W) each.
 """
 
 from __future__ import annotations
@@ -16,40 +18,40 @@ from torch import Tensor
 
 from vl3train.model.kernels.ops import gelu_backward_reference, rotate_reference
 
-ROTATED_HEADS = (128,)
-"""GemmShapes of heads that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads; one for the encoder,
-of 144 for heads of 72, came out wrong (relative error 0.9, benchmarks/log.md)."""
+ROPE_HEAD_DIMS = (128,)
+"""Head dimensions that linear_rotate has a kernel for: Qwen2.5's. Tiles must hold whole heads. A tile of 144 for the
+encoder's heads of 72 gave wrong results (relative error 0.9, benchmarks/log.md)."""
 
 
 @torch.library.custom_op("vl3train::linear_rotate", mutates_args=())
-def linear_rotate(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
-    """F.linear, and RoPE on the first ``num_rotated`` heads of what comes out (see ``ops.rotate``)."""
+def linear_rotate(rows: Tensor, weight: Tensor, bias: Tensor, cos_sin: Tensor, num_rotary: int) -> Tensor:
+    """F.linear, then RoPE on the first ``num_rotary`` heads of the result; ``cos_sin`` as ``ops.rotate`` takes it."""
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import linear_rotate_kernel
 
-        return linear_rotate_kernel(rows, weight, bias, table, num_rotated)
-    return linear_rotate_reference(rows, weight, bias, table, num_rotated)
+        return linear_rotate_kernel(rows, weight, bias, cos_sin, num_rotary)
+    return linear_rotate_reference(rows, weight, bias, cos_sin, num_rotary)
 
 
 @linear_rotate.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int) -> Tensor:
+def _(rows: Tensor, weight: Tensor, bias: Tensor, cos_sin: Tensor, num_rotary: int) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[0]))
 
 
 def linear_rotate_reference(
-    rows: Tensor, weight: Tensor, bias: Tensor, table: Tensor, num_rotated: int
+    rows: Tensor, weight: Tensor, bias: Tensor, cos_sin: Tensor, num_rotary: int
 ) -> Tensor:
-    """``linear_rotate`` in torch's own ops, as all that are called plain here."""
+    """``linear_rotate`` in torch's own ops."""
     qkv = F.linear(rows, weight, bias)
-    rotate_reference(qkv, table, num_rotated, False, False)
+    rotate_reference(qkv, cos_sin, num_rotary, False, False)
     return qkv
 
 
 @torch.library.custom_op("vl3train::linear_gelu", mutates_args=())
 def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """F.linear of (R, W) ``rows`` and (I, W) ``weight``, (R, I), and its GELU by the tanh formula.
+    """(R, I): F.linear of ``rows`` (R, W) and ``weight`` (I, W), and its GELU by the tanh formula.
 
-    The first is left empty where it need not ``keep``.
+    Without ``keep`` the first is empty.
     """
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import linear_gelu_kernel
@@ -65,21 +67,20 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, T
 
 
 def linear_gelu_reference(rows: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """``linear_gelu``."""
+    """``linear_gelu`` in torch's own ops."""
     intermediate = F.linear(rows, weight, bias)
-    return intermediate if keep else intermediate.new_empty((0, len(weight))), F.gelu(
-        intermediate, approximate="tanh"
-    )
+    activated = F.gelu(intermediate, approximate="tanh")
+    return intermediate if keep else intermediate.new_empty((0, len(weight))), activated
 
 
 @torch.library.custom_op("vl3train::gelu_linear_backward", mutates_args=())
 def gelu_linear_backward(
     grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through the product with (W, I) ``weight`` and the GELU of (R, I) ``wide`` before it.
+    """Backward of the matrix product with ``weight`` (W, I) and of the GELU of ``intermediate`` (R, I) before it.
 
-    ``grad`` (R, W) -> the gradient of ``wide``, its GELU ``again``, both (R, I), and the (I,) float32 column sums of
-    the gradient. Without ``again`` the second is left empty.
+    ``grad`` (R, W) -> the gradient of ``intermediate`` (R, I), the GELU recomputed (R, I), and the float32 column sums
+    (I,) of the gradient. Without ``recompute`` the second is empty.
     """
     if grad.is_cuda:
         from vl3train.model.kernels.quack_gemm import gelu_linear_backward_kernel
@@ -102,19 +103,17 @@ def _(grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool) -> tu
 def gelu_linear_backward_reference(
     grad: Tensor, weight: Tensor, intermediate: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``gelu_linear_backward``."""
+    """``gelu_linear_backward`` in torch's own ops."""
     d_intermediate = grad @ weight
     activated, sums = gelu_backward_reference(d_intermediate, intermediate)
-    return (
-        d_intermediate,
-        activated if recompute else intermediate.new_empty((0, intermediate.shape[1])),
-        sums,
-    )
+    if not recompute:
+        activated = intermediate.new_empty((0, intermediate.shape[1]))
+    return d_intermediate, activated, sums
 
 
 @torch.library.custom_op("vl3train::linear_swiglu", mutates_args=())
 def linear_swiglu(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """``gate_up`` of (R, W) ``rows``, left empty where it need not ``keep``, and silu(gate) * up, (R, I)."""
+    """``gate_up`` of ``rows`` (R, W), empty without ``keep``, and silu(gate) * up (R, I)."""
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import linear_swiglu_kernel
 
@@ -131,7 +130,7 @@ def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool) -> tuple
 def linear_swiglu_reference(
     rows: Tensor, gate_weight: Tensor, up_weight: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """``linear_swiglu``."""
+    """``linear_swiglu`` in torch's own ops."""
     gate_up = gate_up_reference(rows, gate_weight, up_weight)
     gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
     return gate_up if keep else gate_up.new_empty((0, gate_up.shape[1])), F.silu(gate) * up
@@ -139,7 +138,7 @@ def linear_swiglu_reference(
 
 @torch.library.custom_op("vl3train::recompute_gate_up", mutates_args=())
 def recompute_gate_up(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Tensor:
-    """``gate_up`` once more, in the backward pass: never before ``after`` (see ``ops.recompute_linear``)."""
+    """``gate_up`` recomputed in the backward pass, not before ``after`` exists (see ``ops.recompute_linear``)."""
     del after
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import gate_up_kernel
@@ -154,7 +153,7 @@ def _(rows: Tensor, gate_weight: Tensor, up_weight: Tensor, after: Tensor) -> Te
 
 
 def gate_up_reference(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """``recompute_gate_up``."""
+    """``recompute_gate_up`` in torch's own ops."""
     return torch.stack((F.linear(rows, gate_weight), F.linear(rows, up_weight)), 2).flatten(1)
 
 
@@ -162,10 +161,10 @@ def gate_up_reference(rows: Tensor, gate_weight: Tensor, up_weight: Tensor) -> T
 def swiglu_linear_backward(
     grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """Back through the product with (W, I) ``weight`` and the SwiGLU of ``gate_up`` before it.
+    """Backward of the matrix product with ``weight`` (W, I) and of the SwiGLU of ``gate_up`` before it.
 
-    ``grad`` (R, W) -> the gradient of ``gate_up``, in its order, and silu(gate) * up ``again``, (R, I), or empty:
-    only the weight's gradient takes it, and a fifth of what the kernel reads and writes is spared where that is frozen.
+    ``grad`` (R, W) -> the gradient of ``gate_up`` (R, 2 I), and silu(gate) * up recomputed (R, I). The second is empty
+    without ``recompute``: only the weight's gradient needs it. A frozen layer saves a fifth of the kernel's traffic.
     """
     if grad.is_cuda:
         from vl3train.model.kernels.quack_gemm import swiglu_linear_backward_kernel
@@ -185,20 +184,20 @@ def _(grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool) -> tuple[T
 def swiglu_linear_backward_reference(
     grad: Tensor, weight: Tensor, gate_up: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """``swiglu_linear_backward``, its arithmetic in float32 at least."""
+    """``swiglu_linear_backward`` in torch's own ops, in float32 or float64."""
     high = torch.promote_types(grad.dtype, torch.float32)
     d_activated = (grad @ weight).to(high)
     gate, up = gate_up.to(high).unflatten(1, (-1, 2)).unbind(2)
-    share = torch.sigmoid(gate)
-    d_gate = d_activated * up * share * (1 + gate * (1 - share))
-    d_gate_up = torch.stack((d_gate, d_activated * gate * share), 2).flatten(1)
-    activated = gate * share * up if recompute else gate_up.new_empty((0, weight.shape[1]))
+    sigmoid = torch.sigmoid(gate)
+    d_gate = d_activated * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up = torch.stack((d_gate, d_activated * gate * sigmoid), 2).flatten(1)
+    activated = gate * sigmoid * up if recompute else gate_up.new_empty((0, weight.shape[1]))
     return d_gate_up.to(grad.dtype), activated.to(grad.dtype)
 
 
 @torch.library.custom_op("vl3train::gate_up_rows_grad", mutates_args=())
 def gate_up_rows_grad(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """From the gradient of ``gate_up`` that of the rows it was made of, (R, W)."""
+    """The gradient (R, W) of the rows, from that of ``gate_up`` (R, 2 I)."""
     if d_gate_up.is_cuda:
         from vl3train.model.kernels.quack_gemm import gate_up_rows_grad_kernel
 
@@ -212,13 +211,13 @@ def _(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
 
 
 def gate_up_rows_grad_reference(d_gate_up: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """``gate_up_rows_grad``."""
+    """``gate_up_rows_grad`` in torch's own ops."""
     return d_gate_up @ torch.stack((gate_weight, up_weight), 1).flatten(0, 1)
 
 
 @torch.library.custom_op("vl3train::gate_up_weights_grad", mutates_args=())
 def gate_up_weights_grad(d_gate_up: Tensor, rows: Tensor) -> Tensor:
-    """From the gradient of ``gate_up`` those of the two weights, one below the other, (2 I, W)."""
+    """The gradients of both weights, one below the other (2 I, W), from that of ``gate_up`` (R, 2 I)."""
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import gate_up_weights_grad_kernel
 
@@ -232,15 +231,16 @@ def _(d_gate_up: Tensor, rows: Tensor) -> Tensor:
 
 
 def gate_up_weights_grad_reference(d_gate_up: Tensor, rows: Tensor) -> Tensor:
-    """``gate_up_weights_grad``."""
+    """``gate_up_weights_grad`` in torch's own ops."""
     return (d_gate_up.t() @ rows).unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1).contiguous()
 
 
 @torch.library.custom_op("vl3train::linear_add", mutates_args=())
 def linear_add(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tensor:
-    """F.linear of ``rows`` (R, in) and ``weight`` (W, in), plus (R, W) ``added``; the kernel rounds once.
+    """F.linear of ``rows`` (R, in) and ``weight`` (W, in), plus ``added`` (R, W); the kernel rounds once.
 
-    Differentiable, but for ``bias``, which has to be handed over (see model/layers/mlp_half.py).
+    Differentiable, except in ``bias``: pass it detached, another function computes its gradient (see
+    model/layers/mlp_half.py).
     """
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import linear_add_kernel
@@ -254,23 +254,23 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor) -> Tenso
     return added.new_empty(added.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight = ctx.saved_tensors
     if ctx.needs_input_grad[2]:
-        raise RuntimeError("linear_add has no gradient for its bias: hand it over detached")
+        raise RuntimeError("linear_add has no gradient for its bias: pass the bias detached")
     return rows_gemm(grad, weight), grad.t() @ rows if ctx.needs_input_grad[1] else None, None, grad
 
 
-linear_add.register_autograd(_backward, setup_context=_keep_for_backward)
+linear_add.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @torch.library.custom_op("vl3train::rows_gemm", mutates_args=())
 def rows_gemm(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows`` (R, K) @ ``weight`` (K, N), for many rows and a weight of no more than some thousand either way."""
+    """``rows`` (R, K) @ ``weight`` (K, N): for many rows, and for K and N of up to a few thousand."""
     if rows.is_cuda:
         from vl3train.model.kernels.quack_gemm import rows_gemm_kernel
 

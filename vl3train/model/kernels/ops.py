@@ -1,9 +1,8 @@
-"""The passes over memory that torch.compile does not make by itself, as ops for model/layers/attention_half.py and
-mlp_half.py
-use them.
+"""Fused passes over memory that torch.compile cannot make by itself, as custom ops for the layers.
 
-In a backward pass the compiler reads each row of a norm twice, writes the normed rows in a pass of their own and sums
-each bias's gradient in another; it cannot rotate a part of a row where it lies. R rows, W values a row.
+In a backward pass the compiler reads each row of a norm twice, writes the normed rows in a separate pass, and sums each
+bias's gradient in another. It cannot apply RoPE in place to a part of a row. Here each is one pass. R rows, W values a
+row.
 """
 
 from __future__ import annotations
@@ -28,30 +27,24 @@ def norm_backward(
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of (R, W) ``rows`` that LayerNorm (``centred``) or RMSNorm normed, all arithmetic in float32.
+    """Backward of LayerNorm (``centred``) or RMSNorm of ``rows`` (R, W), computed in float32.
 
-    ``grads`` are 1 to 3 gradients of the normed rows, to be added up; ``residual_grad`` is what the rows got past
-    the norm, added to the result. Gives (R, W) d_rows, the (R, W) normed rows again (``recompute_normed``, else empty),
-    and (number, W) float32 sums over the rows in this order: with ``weight_sums`` the gradients of ``weight`` and of
-    ``bias`` if there is one, with ``row_sums`` the sums of d_rows and of ``residual_grad`` if there is one.
+    ``grads`` are 1 to 3 gradients of the normed rows; their sum counts. ``residual_grad`` is the gradient of ``rows``
+    that comes past the norm; it is added to the result. Returns
+
+    - ``d_rows`` (R, W),
+    - the normed rows (R, W), recomputed; empty without ``recompute_normed``,
+    - float32 sums over the rows (number, W), in this order: with ``weight_sums`` the gradients of ``weight`` and of
+      ``bias``, with ``row_sums`` the sums of ``d_rows`` and of ``residual_grad``. What is None has no sum.
+
+    Ten plain arguments: a custom op takes no record.
     """
-    arguments = (
-        grads,
-        rows,
-        weight,
-        bias,
-        eps,
-        residual_grad,
-        centred,
-        recompute_normed,
-        weight_sums,
-        row_sums,
-    )
+    settings = eps, residual_grad, centred, recompute_normed, weight_sums, row_sums
     if rows.is_cuda:
         from vl3train.model.kernels.triton_norm import norm_backward_kernel
 
-        return norm_backward_kernel(*arguments)
-    return norm_backward_reference(*arguments)
+        return norm_backward_kernel(grads, rows, weight, bias, *settings)
+    return norm_backward_reference(grads, rows, weight, bias, *settings)
 
 
 @norm_backward.register_fake
@@ -88,7 +81,7 @@ def norm_backward_reference(
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm_backward`` in torch's own ops: for the CPU, and what the kernel is measured against."""
+    """``norm_backward`` in torch's own ops: for the CPU, and what the kernel is checked against."""
     x = rows.float()
     if centred:
         x = x - x.mean(-1, keepdim=True)
@@ -116,10 +109,10 @@ def norm_backward_reference(
 
 @torch.library.custom_op("vl3train::gelu_backward", mutates_args=("grad",))
 def gelu_backward(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
-    """From ``grad``, the gradient of the GELU (tanh formula, in float32) of (R, W) ``wide``, that of ``wide`` in place.
+    """Backward of GELU (tanh formula, in float32) in place: ``grad`` of its result becomes that of ``intermediate``.
 
-    Rows as wide as these are what a layer's backward has least room for. Gives GELU(wide) again, (R, W), and the
-    (W,) float32 column sums of the new gradient.
+    Both are (R, I); in place because a layer's backward pass has the least room for rows of this size. Returns
+    GELU(intermediate) recomputed (R, I), and the float32 column sums (I,) of the new gradient.
     """
     if intermediate.is_cuda:
         from vl3train.model.kernels.triton_norm import gelu_backward_kernel
@@ -144,68 +137,69 @@ def gelu_backward_reference(grad: Tensor, intermediate: Tensor) -> tuple[Tensor,
 
 
 def rope_cos_sin(cos: Tensor, sin: Tensor) -> Tensor:
-    """What ``rotate`` takes, (R, D): cosine and sine of each pair side by side.
+    """The angles as ``rotate`` takes them (R, D): cosine and sine of each pair side by side.
 
-    Both halves of a row of ``cos`` and ``sin`` (R, D) are equal, as transformers makes them.
+    ``cos`` and ``sin`` are (R, D), as transformers makes them: both halves of a row are equal.
     """
     half = cos.shape[1] // 2
     return torch.stack((cos[:, :half], sin[:, :half]), 2).flatten(1)
 
 
-def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
-    """Of (heads * D, ...) rows of weights, those that RoPE turns as a pair next to each other: 0, D/2, 1, D/2 + 1, ...
+def interleave_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows of weights (heads * D, ...) within each head: 0, D/2, 1, D/2 + 1, ...
 
-    Queries and keys then come out in this order, which is nothing to attention, and RoPE need not reach half a head
-    away.
+    RoPE rotates values D/2 apart as a pair; so a pair lies side by side. Queries and keys both come out in this order,
+    so attention gives the same result.
     """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def pairs_apart(rows: Tensor, head_dim: int) -> Tensor:
-    """The way back from ``pairs_together``."""
+def separate_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of ``interleave_pairs``."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 @torch.library.custom_op("vl3train::rotate", mutates_args=("rows",))
-def rotate(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
-    """RoPE in place on the first ``num_rotated`` heads of (R, W) ``rows``, whose pairs lie together; in float32.
+def rotate(rows: Tensor, cos_sin: Tensor, num_rotary: int, backward: bool, column_sums: bool) -> Tensor:
+    """RoPE in place on the first ``num_rotary`` heads of ``rows`` (R, W), whose pairs are interleaved; in float32.
 
-    ``table`` (R, D) is rope_cos_sin's. ``backward`` rotates a gradient back. ``column_sums`` are (W,) float32, of what
-    comes out, the heads that do not turn among them: a bias's gradient; else the result is empty.
+    ``cos_sin`` (R, D) is from ``rope_cos_sin``. ``backward`` rotates by the negative angle, as for a gradient. With
+    ``column_sums`` returns the float32 sums (W,) of the new rows, heads without RoPE too: a bias's gradient. Else the
+    result is empty.
     """
     if rows.is_cuda:
         from vl3train.model.kernels.triton_rope import rotate_kernel
 
-        return rotate_kernel(rows, table, num_rotated, backward, column_sums)
-    return rotate_reference(rows, table, num_rotated, backward, column_sums)
+        return rotate_kernel(rows, cos_sin, num_rotary, backward, column_sums)
+    return rotate_reference(rows, cos_sin, num_rotary, backward, column_sums)
 
 
 @rotate.register_fake
-def _(rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool) -> Tensor:
+def _(rows: Tensor, cos_sin: Tensor, num_rotary: int, backward: bool, column_sums: bool) -> Tensor:
     return rows.new_empty((rows.shape[1] if column_sums else 0,), dtype=torch.float32)
 
 
 def rotate_reference(
-    rows: Tensor, table: Tensor, num_rotated: int, backward: bool, column_sums: bool
+    rows: Tensor, cos_sin: Tensor, num_rotary: int, backward: bool, column_sums: bool
 ) -> Tensor:
     """``rotate`` in torch's own ops."""
-    pairs = rows.view(len(rows), -1, table.shape[1] // 2, 2)
-    one, other = pairs[:, :num_rotated].float().unbind(3)
-    c, s = table.float().view(len(rows), 1, -1, 2).unbind(3)
+    pairs = rows.view(len(rows), -1, cos_sin.shape[1] // 2, 2)
+    x, y = pairs[:, :num_rotary].float().unbind(3)
+    c, s = cos_sin.float().view(len(rows), 1, -1, 2).unbind(3)
     s = -s if backward else s
-    rotated = torch.stack((one * c - other * s, other * c + one * s), 3)
-    pairs[:, :num_rotated] = rotated.to(rows.dtype)
+    rotated = torch.stack((x * c - y * s, y * c + x * s), 3)
+    pairs[:, :num_rotary] = rotated.to(rows.dtype)
     if not column_sums:
         return rows.new_empty((0,), dtype=torch.float32)
-    still = pairs[:, num_rotated:].float()
-    return torch.cat((rotated.sum(0).flatten(), still.sum(0).flatten()))
+    rest = pairs[:, num_rotary:].float()
+    return torch.cat((rotated.sum(0).flatten(), rest.sum(0).flatten()))
 
 
 @torch.library.custom_op("vl3train::recompute_linear", mutates_args=())
 def recompute_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor) -> Tensor:
-    """F.linear once more, in the backward pass: never before ``after``, the gradient that asks for it.
+    """F.linear recomputed in the backward pass, not before ``after`` exists: the gradient that needs it.
 
-    An op of its own, because the compiler would see that the product is that of the forward pass, and keep it.
+    It is an op because torch.compile would see that the forward pass has the same matrix product, and keep its result.
     """
     del after
     return F.linear(rows, weight, bias)
@@ -225,5 +219,5 @@ def normed_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, c
 
 
 def norm_grads(sums: Tensor, wanted: Sequence[bool], weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a norm's weight and bias, where they are wanted, from norm_backward's sums."""
-    return tuple(sums[place].to(weight.dtype) if of else None for place, of in enumerate(wanted))
+    """Gradients of a norm's weight and bias from norm_backward's sums; None where one is not ``wanted``."""
+    return tuple(sums[place].to(weight.dtype) if want else None for place, want in enumerate(wanted))

@@ -1,6 +1,6 @@
-"""Two backward kernels in one pass over memory each. Importing this needs triton, which comes with torch for CUDA.
+"""Backward of norms and of GELU, each in one pass over memory. Importing this needs triton, from torch for CUDA.
 
-R rows, W values a row. What the outputs mean is said in model/kernels/ops.py, which holds the same formulas in torch.
+R rows, W values a row. model/kernels/ops.py says what the results are, and has the same formulas in torch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 VALUES_PER_WARP = 256
-"""Of a row, in norm_backward: 8 a thread, which loads them at once, 16 bytes in bfloat16."""
+"""Values of a row for each warp of norm_backward: 8 a thread, one load of 16 bytes in bfloat16."""
 WARPS_PER_SM = {0: 32, 1: 32, 2: 24, 3: 16, 4: 16}
-"""Warps of norm_backward that a multiprocessor holds at once, by the number of running sums: more would wait for the
-others to end. triton 3.8 gives a thread 60 registers for one sum, 80 for two, 116 for four (for sm_90), of 65 536."""
+"""Warps of norm_backward that fit into a multiprocessor at once, by the number of running sums; more would wait. triton
+3.8 gives a thread 60 registers for one sum, 80 for two, 116 for four (for sm_90); a multiprocessor has 65 536."""
 STAGES = 3
-"""Rows, or tiles, of which two are on their way while the third is worked on."""
+"""Rows, or tiles, in flight: two are loaded while the third is computed."""
 GELU_PROGRAMS_PER_SM = 4
 GELU_TILE = (8, 256)
-"""Rows and columns that a program of gelu_backward takes at a time; 4304, the encoder's, fill 17 such columns."""
-OF_A_PACK = ("num_rows",)
-"""What changes from pack to pack, which triton else compiles anew for where it is a multiple of 16, and where it is 1.
-It bounds loops and masks of whole rows only: the loads and stores are the same."""
+"""Rows and columns that a program of gelu_backward handles at a time; the encoder's 4304 columns fill 17 such tiles."""
+NOT_SPECIALIZED = ("num_rows",)
+"""Arguments that change from pack to pack. triton would compile other kernels where they are 1 or a multiple of 16, and
+gain nothing: they only bound loops and masks of whole rows."""
 _INTERPRETED_PROGRAMS = 3
-"""Where there is no GPU (TRITON_INTERPRET=1): few, so that each still takes several rows."""
+"""Without a GPU (TRITON_INTERPRET=1): few, so that each still handles several rows."""
 
 
 def norm_backward_kernel(
@@ -41,7 +41,7 @@ def norm_backward_kernel(
     weight_sums: bool,
     row_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``vl3train::norm_backward``; a whole row is held in registers. Raises ValueError for over 3 gradients."""
+    """As ``vl3train::norm_backward``; whole rows in registers. Raises ValueError unless there are 1 to 3 ``grads``."""
     if not 1 <= len(grads) <= 3:
         raise ValueError(f"norm_backward adds up 1 to 3 gradients, not {len(grads)}")
     num_rows, width = rows.shape
@@ -84,11 +84,11 @@ def norm_backward_kernel(
 
 
 def gelu_backward_kernel(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``vl3train::gelu_backward``: each program goes down its columns and keeps their sums."""
+    """As ``vl3train::gelu_backward``: each program goes down its columns and sums them."""
     num_rows, width = intermediate.shape
     intermediate = intermediate.contiguous()
     if not grad.is_contiguous():
-        raise ValueError("gelu_backward works in place and takes its gradient in whole rows only")
+        raise ValueError("gelu_backward works in place and takes a contiguous gradient only")
     activated = torch.empty_like(intermediate)
     tile_rows, tile_columns = GELU_TILE
     column_blocks = triton.cdiv(width, tile_columns)
@@ -111,18 +111,18 @@ def gelu_backward_kernel(grad: Tensor, intermediate: Tensor) -> tuple[Tensor, Te
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many a GPU has; programs are counted by them."""
+    """How many multiprocessors the GPU has: they set the number of programs."""
     if not tensor.is_cuda:
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 @triton.jit
-def _add_both(one, other, more_of_one, more_of_other):
-    return one + more_of_one, other + more_of_other
+def _add_pairs(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
 
 
-@triton.jit(do_not_specialize=OF_A_PACK)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _norm_backward(
     g0,
     g1,
@@ -167,13 +167,13 @@ def _norm_backward(
         if NUM_GRADS > 2:
             grad += tl.load(g2 + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            passed = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        # Sums that are known together are taken together: each waits for all warps of the row.
+            past_norm = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        # Two sums in one reduction: each reduction waits for all warps of the row.
         weighted = grad * w
         if CENTRED:
-            mean, weighted_mean = tl.reduce((x, weighted), 0, _add_both)
+            mean, weighted_mean = tl.reduce((x, weighted), 0, _add_pairs)
             x = tl.where(inside, x - mean / width, 0.0)
-        square, product = tl.reduce((x * x, weighted * x), 0, _add_both)
+        square, product = tl.reduce((x * x, weighted * x), 0, _add_pairs)
         rstd = 1.0 / tl.sqrt(square / width + eps)
         x = x * rstd
         if WEIGHT_SUMS:
@@ -185,18 +185,18 @@ def _norm_backward(
             d -= weighted_mean / width
         d = d * rstd
         if HAS_RESIDUAL:
-            d += passed
+            d += past_norm
         tl.store(d_rows + at, d, mask=inside)
         if ROW_SUMS:
             row_sum += d
             if HAS_RESIDUAL:
-                residual_sum += passed
+                residual_sum += past_norm
         if RECOMPUTE_NORMED:
             y = x * w
             if HAS_BIAS:
                 y += b
             tl.store(normed + at, y, mask=inside)
-    # Columns past the width hold what centring made of them: they are never stored.
+    # Columns past the width are not 0 after centring; they are never stored.
     sums = partial_sums + program * width + columns
     if WEIGHT_SUMS:
         tl.store(sums, weight_sum, mask=inside)
@@ -211,10 +211,10 @@ def _norm_backward(
             tl.store(sums, residual_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=OF_A_PACK)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _gelu_backward(
     grads,
-    wides,
+    intermediate,
     activated,
     partial_sums,
     num_rows,
@@ -223,7 +223,7 @@ def _gelu_backward(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # The first axis runs fastest: programs side by side read whole rows.
+    # The first axis runs fastest, so neighbouring programs read whole rows.
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
@@ -233,14 +233,14 @@ def _gelu_backward(
         row = first + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * width + columns[None, :]
         mask = (row < num_rows)[:, None] & inside[None, :]
-        x = tl.load(wides + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(intermediate + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grads + at, mask=mask, other=0.0).to(tl.float32)
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-        share = 0.5 * (1.0 + tanh)
-        slope = share + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        half = 0.5 * (1.0 + tanh)
+        slope = half + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         d = grad * slope
         sums += d
         tl.store(grads + at, d, mask=mask)
-        tl.store(activated + at, x * share, mask=mask)
+        tl.store(activated + at, x * half, mask=mask)
     tl.store(partial_sums + program * width + columns, tl.sum(sums, axis=0), mask=inside)

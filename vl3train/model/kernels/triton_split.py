@@ -1,8 +1,7 @@
-"""The two ways between a master and its halves, one pass each. Importing this needs triton, which comes with torch for
-CUDA.
+"""Splits float32 masters into bfloat16 weights and the lower bits, and joins them, in one pass each.
 
-torch's compiler stores the halves one by one where lengths may change: 194 us for 32 Mi values on an H200, of which the
-bytes need some 65 (benchmarks/log.md, round six).
+Importing this needs triton, which comes with torch for CUDA. torch.compile stores the halves one value at a time where
+lengths may change: 194 us for 32 Mi values on an H200, where the bytes need some 65 (benchmarks/log.md, round six).
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
-"""Values of a program of 128 threads: each has 16, so that halves are written 16 bytes at once."""
+"""Values for each program of 128 threads: 16 a thread, so that halves are written 16 bytes at a time."""
 
 
 def join_bits(weight: Tensor, low: Tensor, master: Tensor) -> None:
-    """Write the bits of masters (n,) int32, from those of weights and lower halves, int16; all contiguous."""
+    """Write ``master`` (n,) int32 from ``weight`` and ``low`` (n,) int16: bits of the numbers; all contiguous."""
     size = master.numel()
     _join[(triton.cdiv(size, BLOCK),)](weight, low, master, size, BLOCK=BLOCK, num_warps=4)
 
 
 def split_bits(master: Tensor, weight: Tensor, low: Tensor) -> None:
-    """The other way."""
+    """Write ``weight`` and ``low`` (n,) int16 from ``master`` (n,) int32: the inverse of ``join_bits``."""
     size = master.numel()
     _split[(triton.cdiv(size, BLOCK),)](master, weight, low, size, BLOCK=BLOCK, num_warps=4)
 
 
 @triton.jit
-def _join(weight, low, master, size, BLOCK: tl.constexpr):  # triton reads annotations
+def _join(weight, low, master, size, BLOCK: tl.constexpr):  # triton reads annotations: none but constexpr
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     upper = tl.load(weight + at, mask=inside, other=0).to(tl.int32)

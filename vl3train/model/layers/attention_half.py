@@ -1,8 +1,10 @@
-"""The first half of a layer as functions that know their gradients: norm, products and attention.
+"""The first half of a layer as autograd functions: norm, matrix products and attention.
 
-Only compiled layers of plain modules come here (model/layers/layers.py): torch.compile traces these functions and
-fuses what lies between their products; the passes that it does not make by itself are ops of model/kernels/ops.py. R
-rows, W values a row. The other half is in model/layers/mlp_half.py.
+Only compiled layers of plain modules use them (model/layers/layers.py). torch.compile traces these functions and fuses
+the elementwise work between the matrix products; what it cannot fuse are ops of model/kernels/ops.py. The second half
+is in model/layers/mlp_half.py. R rows, W values a row.
+
+``forward`` takes many plain arguments: torch.autograd.Function looks for tensors among the arguments only.
 """
 
 from __future__ import annotations
@@ -15,21 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vl3train.model.attention.qkv_op import qkv_attention, qkv_attention_backward
-from vl3train.model.kernels.gemm_ops import ROTATED_HEADS, linear_rotate, rows_gemm
+from vl3train.model.kernels.gemm_ops import ROPE_HEAD_DIMS, linear_rotate, rows_gemm
 from vl3train.model.kernels.ops import (
+    interleave_pairs,
     norm_backward,
     norm_grads,
     normed_rows,
-    pairs_apart,
-    pairs_together,
     rotate,
+    separate_pairs,
 )
 
 Grads = tuple[Tensor | None, ...]
 
 
 class NormAttention(torch.autograd.Function):
-    """Norm, one product for queries, keys and values, RoPE and attention; the rows come out for the residual."""
+    """Norm, one matrix product for queries, keys and values, RoPE and attention."""
 
     @staticmethod
     def forward(
@@ -38,7 +40,7 @@ class NormAttention(torch.autograd.Function):
         norm_weight: Tensor,
         norm_bias: Tensor | None,
         eps: float,
-        table: Tensor,
+        cos_sin: Tensor,
         cu_seqlens: Tensor,
         head_dim: int,
         max_seqlen: int,
@@ -48,27 +50,26 @@ class NormAttention(torch.autograd.Function):
         quack: bool,
         *linears: Any,
     ) -> tuple[Tensor, Tensor]:
-        """(R, W) rows -> the rows, and attention's (R, heads * D) result.
+        """``rows`` (R, W) -> the rows, for the residual, and the result of attention (R, heads * D).
 
-        ``linears`` are the weights (out, W) of the three products, then their biases, all or none of them. A causal
-        language model has an RMSNorm (``norm_bias`` None), the encoder a LayerNorm.
+        ``linears`` are the weights (out, W) of queries, keys and values, then their biases, all or none of them. The
+        language model has an RMSNorm (``norm_bias`` is None), the encoder a LayerNorm.
         """
         weights, biases = linears[:3], linears[3:]
         normed = normed_rows(rows, norm_weight, norm_bias, eps, norm_bias is not None)
-        weight, bias = merged(weights, head_dim), None if biases[0] is None else merged(biases, head_dim)
+        weight = merge_qkv(weights, head_dim)
+        bias = None if biases[0] is None else merge_qkv(biases, head_dim)
         num_heads, kv_heads = (len(weight) // head_dim for weight in weights[:2])
-        ctx.rotated, ctx.of_attention = (
-            num_heads + kv_heads,
-            (head_dim, num_heads, max_seqlen, backend, causal, scale),
-        )
-        if quack and bias is not None and head_dim in ROTATED_HEADS:
-            qkv = linear_rotate(normed, weight, bias, table, ctx.rotated)
+        ctx.num_rotary = num_heads + kv_heads
+        ctx.attention = head_dim, num_heads, max_seqlen, backend, causal, scale
+        if quack and bias is not None and head_dim in ROPE_HEAD_DIMS:
+            qkv = linear_rotate(normed, weight, bias, cos_sin, ctx.num_rotary)
         else:
             qkv = F.linear(normed, weight, bias)
-            rotate(qkv, table, ctx.rotated, False, False)
-        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
+            rotate(qkv, cos_sin, ctx.num_rotary, False, False)
+        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.attention)
         ctx.save_for_backward(
-            rows, norm_weight, norm_bias, table, cu_seqlens, qkv, out, log_sum_exp, *weights
+            rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *weights
         )
         ctx.eps, ctx.quack = eps, quack
         return rows.view_as(rows), out
@@ -77,12 +78,12 @@ class NormAttention(torch.autograd.Function):
     def backward(ctx: Any, residual_grad: Tensor, d_out: Tensor) -> Grads:
         """Gradients of rows, norm, weights and biases."""
         saved = ctx.saved_tensors
-        rows, norm_weight, norm_bias, table, cu_seqlens, qkv, out, log_sum_exp, *weights = saved
-        of_norm, of_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:]
-        head_dim = ctx.of_attention[0]
-        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
-        weight = merged(weights, head_dim)
-        bias_sums = rotate(d_qkv, table, ctx.rotated, True, any(of_linears[3:]))
+        rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *weights = saved
+        needs_norm, needs_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:]
+        head_dim = ctx.attention[0]
+        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.attention)
+        weight = merge_qkv(weights, head_dim)
+        bias_sums = rotate(d_qkv, cos_sin, ctx.num_rotary, True, any(needs_linears[3:]))
         d_rows, normed, sums = norm_backward(
             [rows_gemm(d_qkv, weight) if ctx.quack else d_qkv @ weight],
             rows,
@@ -91,44 +92,44 @@ class NormAttention(torch.autograd.Function):
             ctx.eps,
             residual_grad,
             norm_bias is not None,
-            any(of_linears[:3]),
-            any(of_norm),
+            any(needs_linears[:3]),
+            any(needs_norm),
             False,
         )
         d_linears: list[Tensor | None] = [None] * 6
         widths = [len(weight) for weight in weights]
-        if any(of_linears[:3]):
+        if any(needs_linears[:3]):
             d_weights = d_qkv.t() @ normed
-            d_linears[:3] = parted(d_weights, widths, head_dim)
-        if any(of_linears[3:]):
-            d_linears[3:] = parted(bias_sums.to(rows.dtype), widths, head_dim)
-        wanted = (d if of else None for d, of in zip(d_linears, of_linears, strict=True))
-        return d_rows, *norm_grads(sums, of_norm, norm_weight), *(None,) * 9, *wanted
+            d_linears[:3] = split_qkv(d_weights, widths, head_dim)
+        if any(needs_linears[3:]):
+            d_linears[3:] = split_qkv(bias_sums.to(rows.dtype), widths, head_dim)
+        needed = (d if needs else None for d, needs in zip(d_linears, needs_linears, strict=True))
+        return d_rows, *norm_grads(sums, needs_norm, norm_weight), *(None,) * 9, *needed
 
 
-def merged(of_qkv: Sequence[Tensor], head_dim: int) -> Tensor:
-    """Weights (or biases) of queries, keys and values, one below the other, the pairs that RoPE turns together."""
-    q, k, v = of_qkv
-    return torch.cat((pairs_together(q, head_dim), pairs_together(k, head_dim), v))
+def merge_qkv(tensors: Sequence[Tensor], head_dim: int) -> Tensor:
+    """Weights (or biases) of queries, keys and values, one below the other, with the pairs of RoPE interleaved."""
+    q, k, v = tensors
+    return torch.cat((interleave_pairs(q, head_dim), interleave_pairs(k, head_dim), v))
 
 
-def parted(merged: Tensor, widths: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The way back."""
+def split_qkv(merged: Tensor, widths: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``merge_qkv``; ``widths`` are the rows of each."""
     q, k, v = merged.split(widths)
-    return pairs_apart(q, head_dim), pairs_apart(k, head_dim), v
+    return separate_pairs(q, head_dim), separate_pairs(k, head_dim), v
 
 
 class NormLinears(torch.autograd.Function):
-    """A norm and the products that read it; the rows come out as they are, for the residual.
+    """A norm and the matrix products that read it.
 
-    So the residual's gradient comes back here too, and everything is added up in the norm's one pass.
+    The rows are a result too, for the residual. So its gradient arrives here, and norm_backward adds it in one pass.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, *linears: Any
     ) -> tuple[Tensor, ...]:
-        """(R, W) rows -> the rows, and (R, out) for each product.
+        """``rows`` (R, W) -> the rows, and (R, out) for each matrix product.
 
         ``linears`` are the weights (out, W), then as many biases or None.
         """
@@ -143,8 +144,8 @@ class NormLinears(torch.autograd.Function):
     def backward(ctx: Any, residual_grad: Tensor, *grads: Tensor) -> Grads:
         """Gradients of rows, norm, weights and biases."""
         rows, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        of_norm, of_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[4:]
-        of_weights, of_biases = of_linears[: len(weights)], of_linears[len(weights) :]
+        needs_norm, needs_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[4:]
+        needs_weights, needs_biases = needs_linears[: len(weights)], needs_linears[len(weights) :]
         d_rows, normed, sums = norm_backward(
             [grad @ weight for grad, weight in zip(grads, weights, strict=True)],
             rows,
@@ -153,10 +154,12 @@ class NormLinears(torch.autograd.Function):
             ctx.eps,
             residual_grad,
             norm_bias is not None,
-            any(of_weights),
-            any(of_norm),
+            any(needs_weights),
+            any(needs_norm),
             False,
         )
-        d_weights = [grad.t() @ normed if of else None for grad, of in zip(grads, of_weights, strict=True)]
-        d_biases = [grad.sum(0) if of else None for grad, of in zip(grads, of_biases, strict=True)]
-        return d_rows, *norm_grads(sums, of_norm, norm_weight), None, *d_weights, *d_biases
+        d_weights = [
+            grad.t() @ normed if needs else None for grad, needs in zip(grads, needs_weights, strict=True)
+        ]
+        d_biases = [grad.sum(0) if needs else None for grad, needs in zip(grads, needs_biases, strict=True)]
+        return d_rows, *norm_grads(sums, needs_norm, norm_weight), None, *d_weights, *d_biases

@@ -1,6 +1,6 @@
-"""Which linear layers have an adapter that compiled layers can take into their products, and their calls.
+"""Finds linear layers whose LoRA adapter compiled layers can fuse into the matrix product, and calls the fused halves.
 
-Whatever is not served here is called as peft's module, as it stands. R rows, W values a row, r the adapters' rank.
+Every other adapter runs as peft's own module. R rows, r the adapters' rank.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from vl3train.model.attention.backends import Segments
 from vl3train.model.kernels.gemm_ops import linear_add
 from vl3train.model.layers.lora_halves import AdaptedNormAttention, AdaptedSwigluMlp
 
-RANKS_OF = 8
-"""Ranks served are multiples of this: rows of the kernels' operands begin at 16 bytes."""
+RANK_MULTIPLE = 8
+"""Ranks must be multiples of this: the kernels need rows that begin at multiples of 16 bytes."""
 
 
 class Adapter(NamedTuple):
@@ -30,7 +30,7 @@ class Adapter(NamedTuple):
 
 
 def adapter_of(module: Any) -> Adapter | None:
-    """The adapter of peft's lora.Linear; None where it is anything but one plain adapter that is switched on."""
+    """The adapter of a lora.Linear of peft; None unless it is exactly one plain adapter, active and not merged."""
     name = "default"
     if not hasattr(module, "lora_A") or type(module.base_layer) is not nn.Linear:
         return None
@@ -40,15 +40,15 @@ def adapter_of(module: Any) -> Adapter | None:
         return None
     base, a, b = module.base_layer, module.lora_A[name], module.lora_B[name]
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-    if not frozen or b.bias is not None or len(a.weight) % RANKS_OF:
+    if not frozen or b.bias is not None or len(a.weight) % RANK_MULTIPLE:
         return None
     if not a.weight.dtype == b.weight.dtype == base.weight.dtype:
-        return None  # peft computes such an adapter in its own format
+        return None  # peft computes such an adapter in its own dtype
     return Adapter(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
 def adapters_of(rows: Tensor, *modules: nn.Module) -> list[Adapter] | None:
-    """Those of ``modules``, where every one has one of the same scaling, and ``rows`` have a backward pass."""
+    """The adapters of ``modules``; None unless all have one, with the same scaling, in a compiled backward pass."""
     found = [adapter_of(module) for module in modules]
     adapters = [adapter for adapter in found if adapter is not None]
     if not (torch.compiler.is_compiling() and rows.requires_grad and len(adapters) == len(found)):
@@ -64,26 +64,35 @@ def adapted_add(rows: Tensor, linear: nn.Module, added: Tensor) -> Tensor:
 
 
 def adapted_mlp(rows: Tensor, norm: Any, linears: Sequence[nn.Module], level: str) -> Tensor:
-    """Norm, MLP and residual; ``linears`` are gate, up and down."""
+    """Norm, MLP and residual: ``rows`` (R, W) -> (R, W). ``linears`` are gate, up and down."""
     weights, _, a, b, scaling = _parts(rows, linears)
     return AdaptedSwigluMlp.apply(rows, norm.weight, norm.variance_epsilon, level, scaling, *weights, *a, *b)
 
 
 def adapted_attention(
-    rows: Tensor, norm: Any, linears: Sequence[nn.Module], attention: Any, table: Tensor, segments: Segments
+    rows: Tensor, norm: Any, linears: Sequence[nn.Module], attention: Any, cos_sin: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """The rows, and norm and causal attention of them; ``linears`` are those of queries, keys and values."""
+    """The rows (R, W), and causal attention on their norm (R, heads * D). ``linears``: queries, keys and values."""
     weights, biases, a, b, scaling = _parts(rows, linears)
-    of_segments = segments.cu_seqlens, attention.head_dim, segments.max_seqlen, segments.backend
-    of_norm = norm.weight, norm.variance_epsilon
+    segment_arguments = segments.cu_seqlens, attention.head_dim, segments.max_seqlen, segments.backend
+    norm_arguments = norm.weight, norm.variance_epsilon
     return AdaptedNormAttention.apply(
-        rows, *of_norm, table, *of_segments, attention.scaling, scaling, *weights, *biases, *a, *b
+        rows,
+        *norm_arguments,
+        cos_sin,
+        *segment_arguments,
+        attention.scaling,
+        scaling,
+        *weights,
+        *biases,
+        *a,
+        *b,
     )
 
 
 def _parts(rows: Tensor, linears: Sequence[nn.Module]) -> tuple[Any, Any, Any, Any, float]:
-    """Weights, biases, A and B of each, and the scaling of all."""
+    """The weights, biases, As and Bs of ``linears``, and their one scaling."""
     adapters = adapters_of(rows, *linears)
-    assert adapters is not None, "the layer has asked before"
+    assert adapters is not None, "the caller checks adapters_of first"
     weights, biases, a, b, scalings = zip(*adapters, strict=True)
     return weights, biases, a, b, scalings[0]

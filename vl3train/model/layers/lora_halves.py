@@ -1,12 +1,13 @@
-"""Halves of a language model's layer whose weights are frozen and carry LoRA adapters, as functions with gradients.
+"""Both halves of a language model's layer with frozen weights and LoRA adapters, as autograd functions.
 
-An adapter adds scaling * (x A^T) B^T to a product x W^T. Here it rides in the same product: [x | u] [W | B]^T, with u =
-scaling * x A^T. So no rows as wide as the product's are written, read and added up beside it, forward or back, and what
-follows a product (RoPE, SwiGLU, residuals) stays within it. W is copied next to B for it, which takes as long as some
-200 rows of the product. Compiled layers come here (model/layers/lora_dispatch.py), with the ops of
-model/kernels/gemm_ops.py.
+LoRA (https://arxiv.org/abs/2106.09685, section 4.1) adds scaling * (x A^T) B^T to a matrix product x W^T. Here both are
+one product: [x | u] [W | B]^T with u = scaling * x A^T. So the adapter's result is not written, read and added
+separately, and the epilogue of the product (RoPE, SwiGLU, residual) stays fused. W is copied next to B for this, which
+takes as long as some 200 rows of the product. Compiled layers use these functions (model/layers/lora_dispatch.py), with
+the ops of model/kernels/gemm_ops.py.
 
-R rows, W values a row, I of the MLP's wide rows, r the adapters' rank. https://arxiv.org/abs/2106.09685, section 4.1
+R rows, W the hidden_size, I the intermediate_size, r the adapters' rank. ``forward`` takes many plain arguments:
+torch.autograd.Function looks for tensors among the arguments only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from vl3train.model.attention.qkv_op import qkv_attention, qkv_attention_backward
 from vl3train.model.kernels.gemm_ops import (
-    ROTATED_HEADS,
+    ROPE_HEAD_DIMS,
     gate_up_rows_grad,
     gate_up_weights_grad,
     linear_add,
@@ -30,11 +31,11 @@ from vl3train.model.kernels.gemm_ops import (
     swiglu_linear_backward,
 )
 from vl3train.model.kernels.ops import norm_backward, norm_grads, normed_rows, rotate
-from vl3train.model.layers.attention_half import Grads, merged, parted
+from vl3train.model.layers.attention_half import Grads, merge_qkv, split_qkv
 
 
 class AdaptedSwigluMlp(torch.autograd.Function):
-    """The language model's RMSNorm, MLP with adapters on its three products, and the residual."""
+    """The language model's RMSNorm, MLP with adapters on its three matrix products, and the residual."""
 
     @staticmethod
     def forward(
@@ -54,55 +55,51 @@ class AdaptedSwigluMlp(torch.autograd.Function):
         up_b: Tensor,
         down_b: Tensor,
     ) -> Tensor:
-        """(R, W) rows -> (R, W).
+        """``rows`` (R, W) -> (R, W).
 
-        ``gate`` and ``up`` (I, W), ``down`` (W, I), then each one's A and B. Of the (R, I) rows ``gate_up`` alone is
-        kept, at ``level`` mlp not even that, and at nothing what SwiGLU gives, too.
+        ``gate`` and ``up`` (I, W), ``down`` (W, I), then A (r, in) and B (out, r) of each. For the backward pass
+        ``gate_up`` is kept; at ``level`` mlp nothing of the MLP's inner rows, at nothing the result of SwiGLU too.
         """
         normed = normed_rows(rows, norm_weight, None, eps, False)
         inner = normed @ torch.cat((gate_a, up_a)).t() * scaling
-        intermediate = beside([gate, up], [gate_b, up_b], None).chunk(2)
-        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *intermediate, level != "mlp")
+        extended = extend_with_b([gate, up], [gate_b, up_b], None).chunk(2)
+        gate_up, activated = linear_swiglu(torch.cat((normed, inner), 1), *extended, level != "mlp")
         inner_down = activated @ down_a.t() * scaling
         result = linear_add(activated, down, None, torch.addmm(rows, inner_down, down_b.t()))
-        of_weights = gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b
+        weights = gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b
         kept = None if level == "mlp" else gate_up, activated if level == "nothing" else None
-        ctx.save_for_backward(rows, norm_weight, inner, inner_down, *of_weights, *kept)
+        ctx.save_for_backward(rows, norm_weight, inner, inner_down, *weights, *kept)
         ctx.eps, ctx.scaling = eps, scaling
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of rows, norm and adapters."""
-        rows, norm_weight, inner, inner_down, *of_weights, gate_up, activated = ctx.saved_tensors
-        gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b = of_weights
-        of_norm = ctx.needs_input_grad[1]
-        intermediate, recompute, scaling = (
-            beside([gate, up], [gate_b, up_b], grad).chunk(2),
-            gate_up is None,
-            ctx.scaling,
-        )
+        rows, norm_weight, inner, inner_down, *weights, gate_up, activated = ctx.saved_tensors
+        gate, up, down, gate_a, up_a, down_a, gate_b, up_b, down_b = weights
+        needs_norm = ctx.needs_input_grad[1]
+        extended = extend_with_b([gate, up], [gate_b, up_b], grad).chunk(2)
+        recompute, scaling = gate_up is None, ctx.scaling
         if recompute:
             normed = normed_rows(rows, norm_weight, None, ctx.eps, False)
-            gate_up = recompute_gate_up(torch.cat((normed, inner), 1), *intermediate, grad)
+            gate_up = recompute_gate_up(torch.cat((normed, inner), 1), *extended, grad)
         d_inner_down = grad @ down_b * scaling
-        d_gate_up, recompute_activated = swiglu_linear_backward(
+        d_gate_up, recomputed = swiglu_linear_backward(
             torch.cat((grad, d_inner_down), 1), torch.cat((down, down_a)), gate_up, activated is None
         )
-        activated = recompute_activated if activated is None else activated
-        d_normed, d_inner = gate_up_rows_grad(d_gate_up, *intermediate).split(
-            (rows.shape[1], inner.shape[1]), 1
-        )
+        activated = recomputed if activated is None else activated
+        d_extended = gate_up_rows_grad(d_gate_up, *extended)
+        d_normed, d_inner = d_extended.split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * scaling
         d_normed = torch.addmm(d_normed, d_inner, torch.cat((gate_a, up_a)))
-        d_rows, made, sums = norm_backward(
-            [d_normed], rows, norm_weight, None, ctx.eps, grad, False, not recompute, of_norm, False
+        d_rows, renormed, sums = norm_backward(
+            [d_normed], rows, norm_weight, None, ctx.eps, grad, False, not recompute, needs_norm, False
         )
-        d_gate_b, d_up_b = _blocks(gate_up_weights_grad(d_gate_up, inner), [gate, up], [gate_b, up_b])
-        d_gate_a, d_up_a = (d_inner.t() @ (normed if recompute else made)).split((len(gate_a), len(up_a)))
+        d_gate_b, d_up_b = _b_blocks(gate_up_weights_grad(d_gate_up, inner), [gate, up], [gate_b, up_b])
+        d_gate_a, d_up_a = (d_inner.t() @ (normed if recompute else renormed)).split((len(gate_a), len(up_a)))
         return (
             d_rows,
-            *norm_grads(sums, [of_norm], norm_weight),
+            *norm_grads(sums, [needs_norm], norm_weight),
             *(None,) * 6,
             d_gate_a,
             d_up_a,
@@ -114,7 +111,7 @@ class AdaptedSwigluMlp(torch.autograd.Function):
 
 
 class AdaptedNormAttention(torch.autograd.Function):
-    """RMSNorm, queries, keys and values with adapters from one product, RoPE and attention; the rows come out, too."""
+    """RMSNorm, one matrix product for queries, keys and values with their adapters, RoPE and attention."""
 
     @staticmethod
     def forward(
@@ -122,7 +119,7 @@ class AdaptedNormAttention(torch.autograd.Function):
         rows: Tensor,
         norm_weight: Tensor,
         eps: float,
-        table: Tensor,
+        cos_sin: Tensor,
         cu_seqlens: Tensor,
         head_dim: int,
         max_seqlen: int,
@@ -131,31 +128,26 @@ class AdaptedNormAttention(torch.autograd.Function):
         scaling: float,
         *linears: Any,
     ) -> tuple[Tensor, Tensor]:
-        """(R, W) rows -> the rows, and causal attention's (R, heads * D) result.
+        """``rows`` (R, W) -> the rows, for the residual, and the result of causal attention (R, heads * D).
 
-        ``linears`` are the weights (out, W) of the three products, their biases, and their adapters' A and B.
+        ``linears`` are the weights (out, W) of queries, keys and values, their biases, and their adapters' A and B.
         """
         weights, biases, a, b = (linears[start : start + 3] for start in (0, 3, 6, 9))
         normed = normed_rows(rows, norm_weight, None, eps, False)
         inner = normed @ torch.cat(a).t() * scaling
         num_heads, kv_heads = (len(weight) // head_dim for weight in weights[:2])
-        ctx.rotated = num_heads + kv_heads
-        ctx.of_attention = (head_dim, num_heads, max_seqlen, backend, True, scale)
-        intermediate_rows, weight, bias = (
-            torch.cat((normed, inner), 1),
-            _qkv_weight(weights, b, head_dim, None),
-            None,
-        )
-        if biases[0] is not None:
-            bias = merged(biases, head_dim)
-        if bias is not None and head_dim in ROTATED_HEADS:
-            qkv = linear_rotate(intermediate_rows, weight, bias, table, ctx.rotated)
+        ctx.num_rotary = num_heads + kv_heads
+        ctx.attention = (head_dim, num_heads, max_seqlen, backend, True, scale)
+        extended, weight = torch.cat((normed, inner), 1), _qkv_weight(weights, b, head_dim, None)
+        bias = None if biases[0] is None else merge_qkv(biases, head_dim)
+        if bias is not None and head_dim in ROPE_HEAD_DIMS:
+            qkv = linear_rotate(extended, weight, bias, cos_sin, ctx.num_rotary)
         else:
-            qkv = nn.functional.linear(intermediate_rows, weight, bias)
-            rotate(qkv, table, ctx.rotated, False, False)
-        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.of_attention)
+            qkv = nn.functional.linear(extended, weight, bias)
+            rotate(qkv, cos_sin, ctx.num_rotary, False, False)
+        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.attention)
         ctx.save_for_backward(
-            rows, norm_weight, table, cu_seqlens, qkv, out, log_sum_exp, inner, *weights, *a, *b
+            rows, norm_weight, cos_sin, cu_seqlens, qkv, out, log_sum_exp, inner, *weights, *a, *b
         )
         ctx.eps, ctx.scaling = eps, scaling
         return rows.view_as(rows), out
@@ -163,13 +155,13 @@ class AdaptedNormAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, residual_grad: Tensor, d_out: Tensor) -> Grads:
         """Gradients of rows, norm and adapters."""
-        rows, norm_weight, table, cu_seqlens, qkv, out, log_sum_exp, inner, *linears = ctx.saved_tensors
+        rows, norm_weight, cos_sin, cu_seqlens, qkv, out, log_sum_exp, inner, *linears = ctx.saved_tensors
         weights, a, b = (linears[start : start + 3] for start in (0, 3, 6))
-        of_norm, head_dim = ctx.needs_input_grad[1], ctx.of_attention[0]
-        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.of_attention)
-        rotate(d_qkv, table, ctx.rotated, True, False)
-        d_intermediate = rows_gemm(d_qkv, _qkv_weight(weights, b, head_dim, d_out))
-        d_normed, d_inner = d_intermediate.split((rows.shape[1], inner.shape[1]), 1)
+        needs_norm, head_dim = ctx.needs_input_grad[1], ctx.attention[0]
+        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.attention)
+        rotate(d_qkv, cos_sin, ctx.num_rotary, True, False)
+        d_extended = rows_gemm(d_qkv, _qkv_weight(weights, b, head_dim, d_out))
+        d_normed, d_inner = d_extended.split((rows.shape[1], inner.shape[1]), 1)
         d_inner = d_inner * ctx.scaling
         d_rows, normed, sums = norm_backward(
             [torch.addmm(d_normed, d_inner, torch.cat(a))],
@@ -180,26 +172,27 @@ class AdaptedNormAttention(torch.autograd.Function):
             residual_grad,
             False,
             True,
-            of_norm,
+            needs_norm,
             False,
         )
-        d_merged = torch.cat(parted(d_qkv.t() @ inner, [len(weight) for weight in weights], head_dim))
+        d_b = torch.cat(split_qkv(d_qkv.t() @ inner, [len(weight) for weight in weights], head_dim))
         d_a = (d_inner.t() @ normed).split([len(one) for one in a])
-        of_rows = d_rows, *norm_grads(sums, [of_norm], norm_weight)
-        return *of_rows, *(None,) * 14, *d_a, *_blocks(d_merged, weights, b)
+        d_norm = norm_grads(sums, [needs_norm], norm_weight)
+        return d_rows, *d_norm, *(None,) * 14, *d_a, *_b_blocks(d_b, weights, b)
 
 
-@torch.library.custom_op("vl3train::beside", mutates_args=())
-def beside(weights: Sequence[Tensor], b: Sequence[Tensor], after: Tensor | None) -> Tensor:
-    """[W | B] of several products of the same rows, one below the other; each has columns of its own for its B.
+@torch.library.custom_op("vl3train::extend_with_b", mutates_args=())
+def extend_with_b(weights: Sequence[Tensor], b: Sequence[Tensor], after: Tensor | None) -> Tensor:
+    """[W | B] of several matrix products of the same rows, one below the other: (sum of out, W + sum of ranks).
 
-    (sum of out, W + sum of ranks), in one piece: the kernels for two halves take it without a copy. An op because the
-    compiler would copy a concatenation within another twice, and never before ``after``, the gradient that asks for it:
-    it would keep what the forward pass made (see recompute_linear in model/kernels/ops.py).
+    Each B has columns of its own; the rest is 0. It is one piece, so kernels that need gate above up copy nothing.
+    It is an op because torch.compile would copy a concatenation within another twice, and would keep the result of the
+    forward pass. In the backward pass it is not computed before ``after`` exists, the gradient that needs it (see
+    recompute_linear in model/kernels/ops.py).
     """
     del after
     width = weights[0].shape[1]
-    result = weights[0].new_empty(_beside_shape(weights, b))
+    result = weights[0].new_empty(_extended_shape(weights, b))
     result[:, width:] = 0
     for (rows, columns), weight, one in zip(_places(weights, b), weights, b, strict=True):
         result[rows, :width] = weight
@@ -207,17 +200,17 @@ def beside(weights: Sequence[Tensor], b: Sequence[Tensor], after: Tensor | None)
     return result
 
 
-@beside.register_fake
+@extend_with_b.register_fake
 def _(weights: Sequence[Tensor], b: Sequence[Tensor], after: Tensor | None) -> Tensor:
-    return weights[0].new_empty(_beside_shape(weights, b))
+    return weights[0].new_empty(_extended_shape(weights, b))
 
 
-def _beside_shape(weights: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[int, int]:
+def _extended_shape(weights: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[int, int]:
     return sum(len(weight) for weight in weights), weights[0].shape[1] + sum(one.shape[1] for one in b)
 
 
 def _places(weights: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[slice, slice]]:
-    """Rows of each weight, and the columns of its B behind those of W."""
+    """Rows of each weight, and the columns of its B, counted from the end of W's."""
     found, row, column = [], 0, 0
     for weight, one in zip(weights, b, strict=True):
         found.append((slice(row, row + len(weight)), slice(column, column + one.shape[1])))
@@ -225,13 +218,13 @@ def _places(weights: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[slice,
     return found
 
 
-def _blocks(of_columns: Tensor, weights: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Of the columns behind W of what has ``beside``'s shape, the part of each B."""
-    return [of_columns[place] for place in _places(weights, b)]
+def _b_blocks(columns: Tensor, weights: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """The block of each B in the columns after W's of a tensor like that of ``extend_with_b``."""
+    return [columns[place] for place in _places(weights, b)]
 
 
 def _qkv_weight(
     weights: Sequence[Tensor], b: Sequence[Tensor], head_dim: int, after: Tensor | None
 ) -> Tensor:
-    """``beside`` for queries, keys and values, with the pairs that RoPE turns together."""
-    return merged(beside(weights, b, after).split([len(weight) for weight in weights]), head_dim)
+    """``extend_with_b`` for queries, keys and values, with the pairs of RoPE interleaved."""
+    return merge_qkv(extend_with_b(weights, b, after).split([len(weight) for weight in weights]), head_dim)

@@ -1,12 +1,14 @@
-"""The second half of a layer as functions that know their gradients: norm, MLP and the residual.
+"""The second half of a layer as autograd functions: norm, MLP and the residual.
 
-Only compiled layers of plain modules come here (model/layers/layers.py). With ``products`` quack the ops of
-model/kernels/gemm_ops.py make the products and the passes between them; else torch.compile traces these functions,
-fuses what lies between cuBLAS's products, and the passes that it does not make by itself are ops of
-model/kernels/ops.py. R rows, W values a row.
+Only compiled layers of plain modules use them (model/layers/layers.py). With ``quack`` the ops of
+model/kernels/gemm_ops.py compute the matrix products and the elementwise work between them. Else torch.compile traces
+these functions and fuses the elementwise work between cuBLAS's products; what it cannot fuse are ops of
+model/kernels/ops.py. R rows, W the hidden_size, I the intermediate_size.
 
-A bias is *handed over* where its gradient falls off as column sums of a pass that reads the rows anyway: the product
-takes it detached, and the function whose kernel sums those columns takes it for its gradient alone.
+The bias of the product before the norm (``bias_in``) has a gradient that is the column sums of ``d_rows``, which the
+norm's backward pass has at hand. So that product takes the bias detached, and the function here returns its gradient.
+
+``forward`` takes many plain arguments: torch.autograd.Function looks for tensors among the arguments only.
 """
 
 from __future__ import annotations
@@ -48,94 +50,79 @@ class GeluMlp(torch.autograd.Function):
         eps: float,
         level: str,
         quack: bool,
-        intermediate_weight: Tensor,
-        intermediate_bias: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
     ) -> Tensor:
-        """(R, W) rows -> (R, W).
+        """``rows`` (R, W) -> (R, W).
 
-        ``intermediate_weight`` (I, W), ``weight`` (W, I). Handed over is ``bias_in``, which was added to every row.
-        Of the (R, I) rows what GELU takes alone is kept, at ``level`` mlp not even that, and at nothing what it
-        gives, too, where one of quack's products gives it: the compiler would make it again.
+        ``fc1_weight`` (I, W), ``fc2_weight`` (W, I). ``bias_in`` was added to every row before; here it only gets its
+        gradient. Of the (R, I) rows GELU's input is kept, at ``level`` mlp nothing, and at nothing GELU's output too
+        where quack computes it (torch.compile would recompute it).
         """
         normed = normed_rows(rows, norm_weight, norm_bias, eps, True)
         if quack:
-            intermediate, activated = linear_gelu(
-                normed, intermediate_weight, intermediate_bias, level != "mlp"
-            )
-            result = linear_add(activated, weight, bias, rows)
+            intermediate, activated = linear_gelu(normed, fc1_weight, fc1_bias, level != "mlp")
+            result = linear_add(activated, fc2_weight, fc2_bias, rows)
         else:
-            intermediate = F.linear(normed, intermediate_weight, intermediate_bias)
+            intermediate = F.linear(normed, fc1_weight, fc1_bias)
             activated = F.gelu(intermediate, approximate="tanh")
-            result = rows + F.linear(activated, weight, bias)
+            result = rows + F.linear(activated, fc2_weight, fc2_bias)
         kept = None if level == "mlp" else intermediate, activated if quack and level == "nothing" else None
-        ctx.save_for_backward(
-            rows, norm_weight, norm_bias, intermediate_weight, intermediate_bias, weight, *kept
-        )
+        ctx.save_for_backward(rows, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *kept)
         ctx.eps, ctx.quack = eps, quack
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of the tensors, in their order."""
-        (
-            rows,
-            norm_weight,
-            norm_bias,
-            intermediate_weight,
-            intermediate_bias,
-            weight,
-            intermediate,
-            activated,
-        ) = ctx.saved_tensors
-        _, of_in, *of_norm, _, _, _, of_intermediate, of_intermediate_bias, of_weight, of_bias = (
+        rows, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, *kept = ctx.saved_tensors
+        intermediate, activated = kept
+        _, needs_bias_in, *needs_norm, _, _, _, needs_fc1, needs_fc1_bias, needs_fc2, needs_fc2_bias = (
             ctx.needs_input_grad
         )
         recompute = intermediate is None
         if recompute:
             normed = normed_rows(rows, norm_weight, norm_bias, ctx.eps, True)
-            intermediate = recompute_linear(normed, intermediate_weight, intermediate_bias, grad)
+            intermediate = recompute_linear(normed, fc1_weight, fc1_bias, grad)
         if ctx.quack:
-            d_intermediate, made, intermediate_sums = gelu_linear_backward(
-                grad, weight, intermediate, of_weight and activated is None
+            d_intermediate, recomputed, fc1_bias_sums = gelu_linear_backward(
+                grad, fc2_weight, intermediate, needs_fc2 and activated is None
             )
-            activated = made if activated is None else activated
+            activated = recomputed if activated is None else activated
+            d_normed = rows_gemm(d_intermediate, fc1_weight)
         else:
-            d_intermediate = grad @ weight
-            activated, intermediate_sums = gelu_backward(d_intermediate, intermediate)
-        d_rows, made, sums = norm_backward(
-            [
-                rows_gemm(d_intermediate, intermediate_weight)
-                if ctx.quack
-                else d_intermediate @ intermediate_weight
-            ],
+            d_intermediate = grad @ fc2_weight
+            activated, fc1_bias_sums = gelu_backward(d_intermediate, intermediate)
+            d_normed = d_intermediate @ fc1_weight
+        d_rows, recomputed, sums = norm_backward(
+            [d_normed],
             rows,
             norm_weight,
             norm_bias,
             ctx.eps,
             grad,
             True,
-            of_intermediate and not recompute,
-            any(of_norm),
-            of_in or of_bias,
+            needs_fc1 and not recompute,
+            any(needs_norm),
+            needs_bias_in or needs_fc2_bias,
         )
-        # cuBLAS has a better kernel for the turned gradient: 0.64 ms against 0.86 for 49 152 rows from 1152 to 4304
-        # wide (H100).
-        d_intermediate_weight = (
-            ((normed if recompute else made).t() @ d_intermediate).t() if of_intermediate else None
-        )
+        # cuBLAS has a better kernel for the transposed gradient: 0.64 ms, not 0.86, for 49 152 rows of the encoder's
+        # sizes (H100).
+        normed = normed if recompute else recomputed
+        d_fc1 = (normed.t() @ d_intermediate).t() if needs_fc1 else None
         return (
             d_rows,
-            sums[-2].to(rows.dtype) if of_in else None,
-            *norm_grads(sums, of_norm, norm_weight),
+            sums[-2].to(rows.dtype) if needs_bias_in else None,
+            *norm_grads(sums, needs_norm, norm_weight),
             None,
             None,
             None,
-            d_intermediate_weight,
-            intermediate_sums.to(rows.dtype) if of_intermediate_bias else None,
-            grad.t() @ activated if of_weight else None,
-            sums[-1].to(rows.dtype) if of_bias else None,
+            d_fc1,
+            fc1_bias_sums.to(rows.dtype) if needs_fc1_bias else None,
+            grad.t() @ activated if needs_fc2 else None,
+            sums[-1].to(rows.dtype) if needs_fc2_bias else None,
         )
 
 
@@ -152,13 +139,14 @@ class SwigluMlp(torch.autograd.Function):
         quack: bool,
         gate_weight: Tensor,
         up_weight: Tensor,
-        weight: Tensor,
+        down_weight: Tensor,
         *sums: Tensor,
     ) -> Tensor:
-        """(R, W) rows -> (R, W); ``gate_weight`` and ``up_weight`` (I, W), ``weight`` (W, I); ``level`` as above.
+        """``rows`` (R, W) -> (R, W).
 
-        ``sums`` are none, or those of gate's and up's gradients (2 I, W) and of ``weight``'s (W, I), which the ops of
-        model/kernels/gemm_accumulate.py add to.
+        ``gate_weight`` and ``up_weight`` (I, W), ``down_weight`` (W, I); ``level`` as above. ``sums`` are none, or two
+        float32 sums: of the gradients of gate and up (2 I, W), and of that of down (W, I). The ops of
+        model/kernels/gemm_accumulate.py add to them.
         """
         normed = normed_rows(rows, norm_weight, None, eps, False)
         intermediate: tuple[Tensor, ...]
@@ -169,30 +157,35 @@ class SwigluMlp(torch.autograd.Function):
             intermediate = gate, up = F.linear(normed, gate_weight), F.linear(normed, up_weight)
             activated = F.silu(gate) * up
         ctx.num_sums = len(sums)
-        ctx.recompute = level == "mlp"  # of torch 2.11's tracer one may not ask whether a tuple is empty
+        ctx.recompute = (
+            level == "mlp"
+        )  # a flag, because torch 2.11's tracer cannot ask whether a tuple is empty
         kept = () if ctx.recompute else intermediate
-        of_weight = activated if quack and level == "nothing" else None
-        ctx.save_for_backward(rows, norm_weight, gate_weight, up_weight, weight, of_weight, *sums, *kept)
+        kept_activated = activated if quack and level == "nothing" else None
+        weights = gate_weight, up_weight, down_weight
+        ctx.save_for_backward(rows, norm_weight, *weights, kept_activated, *sums, *kept)
         ctx.eps, ctx.quack = eps, quack
-        return linear_add(activated, weight, None, rows) if quack else rows + F.linear(activated, weight)
+        if quack:
+            return linear_add(activated, down_weight, None, rows)
+        return rows + F.linear(activated, down_weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
         """Gradients of the tensors, in their order."""
-        rows, norm_weight, gate_weight, up_weight, weight, activated, *kept = ctx.saved_tensors
-        of_weights, intermediate = kept[: ctx.num_sums], kept[ctx.num_sums :]
-        _, of_norm, _, _, _, of_gate, of_up, of_weight = ctx.needs_input_grad[:8]
+        rows, norm_weight, gate_weight, up_weight, down_weight, activated, *kept = ctx.saved_tensors
+        grad_sums, intermediate = kept[: ctx.num_sums], kept[ctx.num_sums :]
+        _, needs_norm, _, _, _, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:8]
         recompute = ctx.recompute
         normed = normed_rows(rows, norm_weight, None, ctx.eps, False) if recompute else None
-        weights = gate_weight, up_weight, weight
+        weights = gate_weight, up_weight, down_weight
         if ctx.quack:
-            recomputed, d_normed, weight_grads = _back_through_quack(
-                grad, normed, *weights, intermediate, of_weights, of_weight and activated is None
+            recomputed, d_normed, weight_grads = _backward_with_quack(
+                grad, normed, *weights, intermediate, grad_sums, needs_down and activated is None
             )
             activated = recomputed if activated is None else activated
         else:
-            activated, d_normed, weight_grads = _back_through_torch(grad, normed, *weights, intermediate)
-        d_rows, made, sums = norm_backward(
+            activated, d_normed, weight_grads = _backward_with_torch(grad, normed, *weights, intermediate)
+        d_rows, renormed, sums = norm_backward(
             d_normed,
             rows,
             norm_weight,
@@ -200,72 +193,77 @@ class SwigluMlp(torch.autograd.Function):
             ctx.eps,
             grad,
             False,
-            (of_gate or of_up) and not recompute,
-            of_norm,
+            (needs_gate or needs_up) and not recompute,
+            needs_norm,
             False,
         )
-        d_gate, d_up = weight_grads(made if normed is None else normed) if of_gate or of_up else (None, None)
-        if of_weights:
-            add_weight_grad(of_weights[1], grad, activated)
+        d_gate, d_up = None, None
+        if needs_gate or needs_up:
+            d_gate, d_up = weight_grads(renormed if normed is None else normed)
+        if grad_sums:
+            add_weight_grad(grad_sums[1], grad, activated)
         return (
             d_rows,
-            sums[0].to(norm_weight.dtype) if of_norm else None,
+            sums[0].to(norm_weight.dtype) if needs_norm else None,
             None,
             None,
             None,
-            d_gate if of_gate else None,
-            d_up if of_up else None,
-            grad.t() @ activated if of_weight and not of_weights else None,
-            *(None,) * len(of_weights),
+            d_gate if needs_gate else None,
+            d_up if needs_up else None,
+            grad.t() @ activated if needs_down and not grad_sums else None,
+            *(None,) * len(grad_sums),
         )
 
 
-Back = tuple[Tensor, list[Tensor], Callable[[Tensor], tuple[Tensor | None, ...]]]
-"""What the last product took, the gradients of the normed rows to be added up, and what gives those of gate's and up's
-weights, from the normed rows, or adds them to their sums."""
+MlpBackward = tuple[Tensor, list[Tensor], Callable[[Tensor], tuple[Tensor | None, ...]]]
+"""The input of the down projection (R, I), gradients of the normed rows (R, W), whose sum counts, and a function of the
+normed rows: it returns the gradients of the weights of gate and up, or adds them to their sums and returns None twice.
+"""
 
 
-def _back_through_quack(
+def _backward_with_quack(
     grad: Tensor,
     normed: Tensor | None,
     gate_weight: Tensor,
     up_weight: Tensor,
-    weight: Tensor,
+    down_weight: Tensor,
     intermediate: list[Tensor],
-    of_weights: list[Tensor],
+    grad_sums: list[Tensor],
     recompute_activated: bool,
-) -> Back:
-    """``wide`` is gate_up, or empty, and is made again of ``normed``; ``of_weights`` are sums, or none. What the last
-    product took is left empty if not ``recompute_activated``."""
+) -> MlpBackward:
+    """``intermediate`` is [gate_up], or empty where it is recomputed from ``normed``.
+
+    Without ``recompute_activated`` the input of the down projection is empty.
+    """
     gate_up = intermediate[0] if normed is None else recompute_gate_up(normed, gate_weight, up_weight, grad)
-    d_gate_up, activated = swiglu_linear_backward(grad, weight, gate_up, recompute_activated)
+    d_gate_up, activated = swiglu_linear_backward(grad, down_weight, gate_up, recompute_activated)
     d_normed = gate_up_rows_grad(d_gate_up, gate_weight, up_weight)
 
     def weight_grads(rows: Tensor) -> tuple[Tensor | None, ...]:
-        if not of_weights:
+        if not grad_sums:
             return gate_up_weights_grad(d_gate_up, rows).chunk(2)
-        add_gate_up_weights_grad(of_weights[0], d_gate_up, rows)
+        add_gate_up_weights_grad(grad_sums[0], d_gate_up, rows)
         return None, None
 
     return activated, [d_normed], weight_grads
 
 
-def _back_through_torch(
+def _backward_with_torch(
     grad: Tensor,
     normed: Tensor | None,
     gate_weight: Tensor,
     up_weight: Tensor,
-    weight: Tensor,
+    down_weight: Tensor,
     intermediate: list[Tensor],
-) -> Back:
-    """``wide`` are gate and up, or empty."""
+) -> MlpBackward:
+    """``intermediate`` are [gate, up], or empty where they are recomputed from ``normed``."""
     if normed is not None:
-        intermediate = [recompute_linear(normed, one, None, grad) for one in (gate_weight, up_weight)]
+        intermediate = [recompute_linear(normed, weight, None, grad) for weight in (gate_weight, up_weight)]
     gate, up = intermediate
-    d_activated, x = (grad @ weight).float(), gate.float()
-    share = torch.sigmoid(x)
-    activated = (x * share * up).to(grad.dtype)
-    d_up = (d_activated * x * share).to(grad.dtype)
-    d_gate = (d_activated * up * share * (1 + x * (1 - share))).to(grad.dtype)
+    d_activated, x = (grad @ down_weight).float(), gate.float()
+    sigmoid = torch.sigmoid(x)
+    activated = (x * sigmoid * up).to(grad.dtype)
+    d_up = (d_activated * x * sigmoid).to(grad.dtype)
+    d_gate = (d_activated * up * sigmoid * (1 + x * (1 - sigmoid))).to(grad.dtype)
     d_normed = [d_gate @ gate_weight, d_up @ up_weight]
     return activated, d_normed, lambda rows: (d_gate.t() @ rows, d_up.t() @ rows)
