@@ -16,6 +16,7 @@ from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
+from vl3train.contracts.shapes import tower_shapes
 from vl3train.model.activations.last_layer import last_positions
 from vl3train.model.activations.work import RecomputePlan, uniform_plan
 from vl3train.model.attention.backends import make_segments
@@ -249,10 +250,8 @@ def merge_patches(hidden_PC: Tensor, patches_by_merge: tuple[tuple[int, int], ..
 
 def head_dims(hf_model: VideoLlama3ForConditionalGeneration) -> tuple[int, int]:
     """Head dimensions that attention must serve: the encoder's and the language model's."""
-    vision: Any = hf_model.config.vision_config
-    text: Any = hf_model.config.text_config
-    text_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return vision.hidden_size // vision.num_attention_heads, text_dim
+    encoder, language_model = tower_shapes(hf_model.config)
+    return encoder.head_dim, language_model.head_dim
 
 
 def _refuse_what_packs_cannot(hf_model: VideoLlama3ForConditionalGeneration) -> None:
