@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
-import uuid
-from pathlib import Path
 
 import pytest
 
+from tests.engine.jobs import processes_of, start_job
 from tests.engine.runs import run
 from vl3train.engine.failure import FAILED, INTERRUPTED, report_failure
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 60
 """In which all processes of a job are gone after one of them failed."""
 
@@ -28,30 +24,13 @@ def stage1_words(demo_words, tmp_path_factory):
     return [*demo_words, "stage=1", "data.num_workers=1", "run.num_steps=500", "run.evaluate_steps=4"]
 
 
-def processes_of(job):
-    """Command lines of the live processes that inherited the mark of a job."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if job.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
-        except OSError:
-            continue  # it ended, or is no longer there to read
-    return [line for line in found if line]
-
-
 def start(kind, rank, words, out, log):
-    job = f"job-{uuid.uuid4().hex}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*command, "-m", "tests.engine.planted", kind, rank, *words, f"run.output_dir={out}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VL3TRAIN_TEST_JOB": job},
-        start_new_session=True,
+    return start_job(
+        "tests.engine.planted",
+        [kind, rank, *words, f"run.output_dir={out}"],
         stdout=log,
         stderr=subprocess.STDOUT,
     )
-    return process, job
 
 
 @pytest.mark.two_processes

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.engine.jobs import kill_job, start_job
 from tests.engine.runs import figures, run
 
-ROOT = Path(__file__).parents[2]
 
-
-def torchrun(words, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "vl3train.train", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        **kwargs,
-    )
+def torchrun(words, **settings):
+    return start_job("vl3train.train", words, **settings)
 
 
 @pytest.mark.two_processes
@@ -34,19 +23,21 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
     words += ["stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000001/weights'}"]
     words += ["run.num_steps=9", "data.num_workers=1"]
     straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
-    assert torchrun(straight).wait(timeout=240) == 0
+    process, _ = torchrun(straight)
+    assert process.wait(timeout=240) == 0
     killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
-    process = torchrun(killed)
+    process, job = torchrun(killed)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_job(job)
     process.wait()
     assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
-    assert torchrun(killed).wait(timeout=240) == 0
+    process, _ = torchrun(killed)
+    assert process.wait(timeout=240) == 0
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
 
 
@@ -55,7 +46,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
     """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them."""
     words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
     words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
-    process = torchrun(words, stdout=subprocess.PIPE, text=True)
+    process, _ = torchrun(words, stdout=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:

@@ -1,0 +1,52 @@
+"""Jobs of two ranks under torchrun, and all of their processes, found by a mark that each inherits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_job(module: str, words: list[str], **settings: Any) -> tuple[subprocess.Popen[str], str]:
+    """torchrun with two ranks of ``module``, in a session of its own; its process and the job's mark."""
+    job = f"job-{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "-m", module, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VL3TRAIN_TEST_JOB": job},
+        start_new_session=True,
+        text=True,
+        **settings,
+    )
+    return process, job
+
+
+def processes_of(job: str) -> dict[int, str]:
+    """Command lines of the job's live processes, by process id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if job.encode() in (folder / "environ").read_bytes():
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                found[int(folder.name)] = words
+        except OSError:
+            continue  # it ended, or is no longer there to read
+    return {pid: words for pid, words in found.items() if words}
+
+
+def kill_job(job: str) -> None:
+    """As a machine that loses its power: every process at once. torchrun starts each rank in a session of its own,
+    so a signal to torchrun's group does not reach them."""
+    while alive := processes_of(job):
+        for pid in alive:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
