@@ -110,7 +110,7 @@ def test_attention_across_samples_is_found_by_losses_and_by_gradients(made, monk
     assert not model.training
     assert len(fitting(chosen, (len(chosen[0].input_ids), 9000))) == 1
     alone = check_packed(model, chosen[:1])
-    assert alone.reasons == ["fewer than two samples fit a pack together: nothing to compare"]
+    assert alone.reasons == ["fewer than two samples fit into one pack: nothing to compare"]
 
     def one_segment(*args, **kwargs) -> Batch:
         batch = real(*args, **kwargs)

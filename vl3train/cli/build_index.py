@@ -1,4 +1,4 @@
-"""Build the index of a recipe: where each sample lies, its tokens and patches, its checksum.
+"""Build the index of a recipe: where each sample is, its tokens and patches, its checksum.
 
 Training builds a missing index itself. For a large recipe, build it before, on any machine without a GPU. The command
 keeps what is finished: after a stop it resumes, and it measures only shards that are new or changed. Stages that

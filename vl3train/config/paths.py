@@ -17,7 +17,7 @@ original code, which is converted when it is loaded."""
 def shipped_folder(name: str) -> Path:
     """A folder that ships with the package: ``configs`` or ``data_recipes``.
 
-    In a checkout it lies beside the package, in an installed one inside it (pyproject.toml puts it there).
+    It is beside the package in a checkout, and inside the package after an installation (see pyproject.toml).
     """
     package = Path(vl3train.__file__).resolve().parent
     for folder in (package / name, package.parent / name):

@@ -65,7 +65,7 @@ def measured_costs(
 
 
 def kinds(max_tokens: int, max_patches: int) -> list[Kind]:
-    """Packs that tell the four costs apart: many short samples and few long ones, many small frames and few large."""
+    """Packs that separate the four costs: samples that are many and short or few and long, frames small and large."""
     found = [Kind(count, max_tokens // share // count) for share in (1, 2) for count in (1, 8, 32)]
     for patches in (max_patches, max_patches // 2):
         for side in (8, 16, 32, 64):
