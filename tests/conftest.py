@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,22 @@ TEXTS = [
     "The quick brown fox jumps over the lazy dog, 0123456789 times! (really?)",
     "Describe the video. A green triangle moves from left to right, then a square appears.",
 ]
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make(folder)`` fills, once for all of pytest's workers. No test may change what is in it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tmp_path_factory.mktemp(name)
+        make(folder)
+        return folder
+    session = tmp_path_factory.getbasetemp().parent  # each worker has a folder of its own in it
+    folder, done = session / name, session / f"{name}.done"
+    with (session / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file lets go
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

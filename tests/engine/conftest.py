@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import made_once
 from tests.engine.late_link import LateCopy
 from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts
@@ -20,14 +21,16 @@ from vl3train.model import packed_forward
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as ``vl3train demo`` makes it; the language model is trained for two steps only."""
-    root = tmp_path_factory.mktemp("demo")
-    for source in TASKS:
-        write_folder(root, source, 0, 0.02)
-        write_folder(root, f"{source}-held-out", 0, 0.02)
-    rng = random.Random(0)
-    questions = [TASKS[source](rng) for source in TASKS for _ in range(8)]
-    make_debug_parts(root / "parts", questions, 0, PartSizes(steps=2), lambda *_: None)
-    return root
+
+    def make(root: Path) -> None:
+        for source in TASKS:
+            write_folder(root, source, 0, 0.02)
+            write_folder(root, f"{source}-held-out", 0, 0.02)
+        rng = random.Random(0)
+        questions = [TASKS[source](rng) for source in TASKS for _ in range(8)]
+        make_debug_parts(root / "parts", questions, 0, PartSizes(steps=2), lambda *_: None)
+
+    return made_once(tmp_path_factory, "demo", make)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import VideoLlama3ForConditionalGeneration
 
+from tests.conftest import made_once
 from tests.engine.runs import figures, run, weights
 from vl3train.engine import loop
 from vl3train.engine.memory import host as memory_host
@@ -20,10 +21,8 @@ from vl3train.engine.ranks import OneRankError, RunError
 
 @pytest.fixture(scope="module")
 def stage1(demo_words, tmp_path_factory):
-    out = tmp_path_factory.mktemp("stage1")
-    return run(
-        [*demo_words, "stage=1", f"run.output_dir={out}", "run.num_steps=4", "run.evaluate_at_start=true"]
-    )
+    words = [*demo_words, "stage=1", "run.num_steps=4", "run.evaluate_at_start=true"]
+    return made_once(tmp_path_factory, "stage1", lambda out: run([*words, f"run.output_dir={out}"]))
 
 
 def test_stage_1_trains_encoder_and_projector_and_leaves_the_language_model_alone(stage1, demo_root):
@@ -38,7 +37,7 @@ def test_stage_1_trains_encoder_and_projector_and_leaves_the_language_model_alon
     assert not torch.equal(trained[f"model.vision_model.{name}"], start)
 
 
-def test_a_start_that_cannot_be_read_is_told_and_no_traceback(stage1, demo_words, tmp_path):
+def test_weights_that_cannot_be_read_give_a_message_and_no_traceback(stage1, demo_words, tmp_path):
     newest = sorted((stage1 / "checkpoints").glob("step_*"))[-1] / "weights"
     damaged = Path(shutil.copytree(newest, tmp_path / "weights"))
     file = damaged / "model.safetensors"
@@ -68,7 +67,7 @@ SPLIT = [*ON_HOST, "optim.master_dtype=split"]
 NO_MASTERS = ["machine.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.master_dtype=bfloat16"]
 
 
-def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
+def test_moments_that_the_host_cannot_hold_are_refused_before_the_first_step(
     stage1, demo_words, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(memory_host, "free_in_groups", lambda: 2**20)
@@ -83,7 +82,7 @@ def test_means_that_the_host_cannot_hold_are_refused_before_the_first_step(
     run(words)  # without it the host holds none
 
 
-def test_a_gpu_that_is_full_is_told_with_the_packs_and_what_makes_room(
+def test_the_message_of_a_full_gpu_names_the_packs_and_what_makes_room(
     stage1, demo_words, tmp_path, monkeypatch
 ):
     """No GPU is here to be filled: the step raises what torch would."""
@@ -145,8 +144,8 @@ def test_a_run_with_split_masters_goes_on_with_no_others(stage1, demo_words, tmp
     start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
     words = [*demo_words, "stage=3", start, *SPLIT, f"run.output_dir={tmp_path}", "run.num_steps=2"]
     run([*words, "run.stop_after_steps=1"])
-    told = r"optim\.master_dtype: the checkpoint has 'split', this run has 'float32'\nEither go back"
-    with pytest.raises(RunError, match=told):
+    message = r"optim\.master_dtype: the checkpoint has 'split', this run has 'float32'\nEither go back"
+    with pytest.raises(RunError, match=message):
         run([*words, "optim.master_dtype=float32"])
 
 
