@@ -12,6 +12,32 @@ from vl3train.engine.loop import train
 from vl3train.engine.ranks import join
 from vl3train.preview.check_config import check_config
 
+EARLIER = Path(__file__).parent / "run_before_2026_12"
+"""A run of an earlier build, and the small data and parts that it read."""
+
+EARLIER_WORDS = [
+    "stage=1",
+    "model=debug",
+    "data=demo",
+    "machine=cpu",
+    "data.root=data",
+    "data.recipe=recipe.yaml",
+    "model.vision_encoder_from=parts/vision_encoder",
+    "model.language_model_from=parts/language_model",
+    "data.num_workers=0",
+    "data.plan_cache=plans",
+    "data.max_visual_tokens=64",
+    "step.max_tokens=192",
+    "step.max_patches=256",
+    "step.global_packs=2",
+    "run.num_steps=6",
+    "run.save_steps=3",
+    "run.evaluate_at_start=true",
+    "run.evaluate_at_end=true",
+    "run.output_dir=run",
+]
+"""Its options, with paths relative to a copy of the folder."""
+
 
 def run(words):
     """One run of the loop in this process, a world of one."""

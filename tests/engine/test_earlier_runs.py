@@ -1,0 +1,58 @@
+"""What a build of November 2026 wrote, before options, metrics and folders were renamed, is still read.
+
+``run_before_2026_12`` holds a whole run that was stopped after half of its steps; its README says how it was made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.engine.runs import EARLIER, EARLIER_WORDS, run
+from vl3train.report.page import runs_table
+from vl3train.report.run_log import read_run
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy, and the working folder: the run's options name it by relative paths."""
+    shutil.copytree(EARLIER, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_its_checkpoint_is_resumed_and_goes_on_as_the_run_that_was_never_stopped(folder, capsys):
+    before = lines(folder / "run/metrics.jsonl")
+    run(EARLIER_WORDS)
+    assert "resumed after step 3 from run/checkpoints/step_00000003" in capsys.readouterr().out
+    straight, resumed = lines(folder / "straight/metrics.jsonl"), lines(folder / "run/metrics.jsonl")
+    assert resumed[:3] == before
+    for then, now in zip(straight[3:], resumed[3:], strict=True):
+        assert now["failed_samples"] == then["skipped_samples"]
+        assert "skipped_samples" not in now
+        assert now["tokens"] == then["tokens"]
+        # not to the bit: another computer's library may add in another order
+        assert now["loss"] == pytest.approx(then["loss"], rel=1e-4)
+        assert now["grad_norm"] == pytest.approx(then["grad_norm"], rel=1e-3)
+    state = json.loads((folder / "run/checkpoints/step_00000006/resume.json").read_text())
+    assert state["failed_samples"]["failed"] == sum(line["skipped_samples"] for line in straight) == 4
+    assert "bad_samples" not in state
+    evaluations = lines(folder / "run/evaluations.jsonl")
+    assert [line["when"] for line in evaluations] == ["start", "end"]
+    assert evaluations[0] == lines(EARLIER / "run/evaluations.jsonl")[0]
+    assert len((folder / "run/ledger.rank0.jsonl").read_text().splitlines()) == 4
+
+
+def test_its_figures_are_in_a_report():
+    problems = []
+    log = read_run(EARLIER / "run", problems)
+    assert problems == []
+    assert [line["failed_samples"] for line in log.steps] == [1, 0, 1]
+    assert log.evaluation(first=True)["shape"]["samples"] == 3
+    assert "<td>2</td></tr>" in runs_table([log]), "two samples failed"
