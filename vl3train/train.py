@@ -1,6 +1,6 @@
 """The train command: ``torchrun --nproc-per-node 8 -m vl3train.train stage=2 model=2b run.output_dir=runs/stage2``.
 
-From here to ``backward()`` it is two files: ``engine/loop.py`` and ``engine/step.py``.
+From here to ``backward()`` there are two files: ``engine/loop.py`` and ``engine/step.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ examples:
   torchrun --nproc-per-node 1 -m vl3train.train stage=3 model=2b adapter=lora data.recipe=my_recipe.yaml \\
       stage.init_from=VideoLLaMA3-2B-hf run.output_dir=runs/mine
 
-The same command again resumes a run that did not finish. `vl3train check` with the same words checks them in a second.
+Run the same command again to resume a run that did not finish. `vl3train check` with the same options checks them in
+a second, without a GPU.
 """
 
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         dp_size = launched_ranks(os.environ)
     except ConfigError as error:
-        print(error, file=sys.stderr)  # by every process: which of them is the first is not known
+        print(error, file=sys.stderr)  # by every process: no rank is known yet
         return 2
     try:
         cfg = check_config(args, dp_size=dp_size)
@@ -56,29 +57,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start(cfg: TrainConfig) -> int:
-    """Join the other ranks and train. torch is imported here, not before the config is known to be right."""
+    """Join the other ranks and train; returns the exit code. torch is imported here, after the config is checked."""
     if is_finished(cfg):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{cfg.run.output_dir}: this run is finished; another run.output_dir starts a new one")
+            print(
+                f"{cfg.run.output_dir}: this run is finished; name another run.output_dir to start a new one"
+            )
         return 0
     from vl3train.engine.failure import report_failure
     from vl3train.engine.ranks import join
 
     rank = None
     try:
-        rank = join(cfg.machine)  # before DeepSpeed is imported: it reads there on which device it is to run
+        rank = join(cfg.machine)  # before DeepSpeed is imported: it reads the device from the environment
         from vl3train.engine.loop import train
 
         train(cfg, rank)
-    except BaseException as error:  # whatever it is, this process ends now: the other ranks wait for it
+    except BaseException as error:  # any exception ends this process now: the other ranks wait for it
         return report_failure(error, rank)
     return 0
 
 
 def run_process() -> NoReturn:
-    """``main`` as a process of its own, which ends without waiting for its loader's workers."""
+    """Run ``main`` and end the process without waiting for its loader's workers."""
     code = main()
-    if "torch" not in sys.modules:  # refused, or finished before: there is no process group to leave
+    if (
+        "torch" not in sys.modules
+    ):  # the config was refused, or the run is finished: there is no process group
         sys.exit(code)
     from vl3train.engine.ranks import leave
 

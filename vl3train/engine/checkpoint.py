@@ -2,21 +2,20 @@
 
 One checkpoint is one folder, ``checkpoints/step_00000010/``::
 
-    engine/          DeepSpeed's: weights, optimizer, counters, one file a rank
-    weights/         the model in Hugging Face form, with its processor: what the next stage and export read
-    adapter/         LoRA runs, instead of weights/: the adapter alone, in peft's form
+    engine/          written by DeepSpeed: weights, optimizer state, counters, one file a rank
+    weights/         the model in Hugging Face form, with its processor: the next stage and export read it
+    adapter/         of a LoRA run, instead of weights/: the adapter only, in peft's form
     random/          random state of each rank
-    resume.json      cursor, identity of plan and model, config
+    resume.json      cursor, identity of plan and model, counts of failed samples, config
     MANIFEST.json    every file with its size; written last
 
-It is written as ``step_00000010.partial``, synced, renamed; ``latest`` is switched after that. A process killed
-at any moment leaves the checkpoint before.
+All ranks write into ``step_00000010.partial``; rank 0 syncs and renames it, then switches ``latest``. A process that is
+killed at any moment leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.zero.engine import Zero
 
@@ -53,15 +53,15 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
 
-    ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call
-    it, because gathering partitioned weights needs them all.
+    ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call it,
+    because gathering partitioned weights needs them all.
+
+    Raises OneRankError on a rank that cannot write its files, RunError on every rank where rank 0 cannot finish.
     """
     final = checkpoints / checkpoint_name(step)
     partial = checkpoints / (final.name + ".partial")
     if rank.is_first:
-        for left in checkpoints.glob(
-            "step_*.partial"
-        ):  # by processes that were killed or found the disk full
+        for left in checkpoints.glob("step_*.partial"):  # by a process that was killed or found the disk full
             shutil.rmtree(left)
         (partial / "random").mkdir(parents=True)
     rank.barrier()
@@ -79,12 +79,12 @@ def save_checkpoint(
         try:
             _write_json(partial / "resume.json", resume)
             _write_json(partial / "MANIFEST.json", list_files(partial))
-            _sync_tree(partial)
+            sync_tree(partial)
             if final.exists():  # the same step, saved by a run that was resumed from before it
                 shutil.rmtree(final)
-            os.replace(partial, final)
-            _sync(checkpoints)
-            _write_text(checkpoints / "latest", final.name)
+            partial.rename(final)
+            sync(checkpoints)
+            write_whole(checkpoints / "latest", final.name)
             delete_old(checkpoints, newest=final.name, keep=keep)
         except OSError as error:
             problem = not_written(final, error)
@@ -93,21 +93,21 @@ def save_checkpoint(
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Whether a file could not be written; torch on a full disk says no more than where in its writer it was."""
+    """Whether a file could not be written. On a full disk torch's message names only a line of its own writer."""
     return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
 
 
 def not_written(checkpoint: Path, error: Exception) -> str:
-    """What to tell a person."""
+    """The message for a person."""
     free = shutil.disk_usage(checkpoint.parent).free / 2**20
     return (
         f"checkpoint {checkpoint} could not be written: {error}; {free:,.0f} MiB are free there. Free disk space and "
-        "start again: the run goes on from the checkpoint before"
+        "start again: the run resumes from the previous checkpoint"
     )
 
 
 def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint and what was found wrong with newer ones. Rank 0 looks, all get its answer."""
+    """The newest whole checkpoint, and what is wrong with newer ones. Rank 0 looks; all ranks get its answer."""
     answer: list[Any] = [None]
     if rank.is_first:
         answer[0] = newest_whole(checkpoints)
@@ -117,7 +117,7 @@ def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[st
 
 
 def newest_whole(checkpoints: Path) -> tuple[str | None, list[str]]:
-    """Name of the newest checkpoint whose files are all there in full size, and remarks on newer ones."""
+    """Name of the newest checkpoint that has all its files in full size, and remarks on newer ones."""
     remarks = []
     for folder in sorted(checkpoints.glob("step_????????"), reverse=True):
         if damage := checkpoint_damage(folder):
@@ -146,16 +146,16 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
-    """Put weights, optimizer and random state back, exactly as they were."""
+    """Load weights, optimizer state and random state, exactly as they were."""
     engine.load(folder / "engine")
     state = torch.load(folder / "random" / f"rank_{rank.index}.pt", weights_only=False)
     set_random_state(state)
 
 
 def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The ``resume.json`` of a checkpoint, if it was made by the same plan, model and machine layout.
+    """The ``resume.json`` of a checkpoint that was made with the same plan, model and machine layout.
 
-    Raises RunError listing every difference.
+    Raises RunError that lists every difference.
     """
     resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
     saved, now = _flat(resume["identity"]), _flat(json.loads(json.dumps(identity)))
@@ -165,13 +165,13 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
         if saved.get(key) != now.get(key)
     ]
     if differences:
-        weights = folder / "weights"  # adapters have none, and stage 1 takes no whole model
+        weights = folder / "weights"  # a LoRA run has none, and stage 1 does not start from a whole model
         as_start = weights.is_dir() and identity["stage"] > 1
         raise RunError(
             f"{folder} cannot be resumed, because this run differs from it:\n"
             + "\n".join(differences)
             + "\nEither go back to the old settings, or start a new run with another run.output_dir"
-            + (f" (its weights can be the start: stage.init_from={weights})." if as_start else ".")
+            + (f" (it can start from these weights: stage.init_from={weights})." if as_start else ".")
         )
     return resume
 
@@ -179,7 +179,7 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
 def delete_old(checkpoints: Path, *, newest: str, keep: int) -> None:
     """Delete all but the last ``keep`` checkpoints up to ``newest``.
 
-    One with a later step is damaged, or ``newest`` would not have been made again: it does not count.
+    A checkpoint of a later step is damaged, or the run would have resumed from it: it does not count.
     """
     folders = sorted(checkpoints.glob("step_????????"))
     for folder in [folder for folder in folders if folder.name <= newest][:-keep]:
@@ -197,7 +197,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put ``random_state()`` back. A missing key is an error."""
+    """Set the generators to a ``random_state()``. A missing key is an error."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -206,7 +206,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """Every file under ``folder`` with its size in bytes, the manifest itself excepted."""
+    """Every file under ``folder`` with its size in bytes, except the manifest itself."""
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -220,32 +220,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[key if "." in key else prefix + key] = value  # an option's full name stands as it is
+            flat[key if "." in key else prefix + key] = value  # an option's full name stays as it is
     return flat
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: a reader sees the old text or the new, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

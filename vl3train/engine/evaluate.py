@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vl3train.contracts.files import write_whole
 from vl3train.contracts.records import Batch
 
 
@@ -20,11 +21,11 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Loss and exact-match accuracy of each source, over all ranks.
 
-    A sample is right when the most likely token is the right one at every supervised position, given the right
-    tokens before it: for greedy decoding that is the same as generating exactly the answer. Chance is the share
-    of the most frequent answer among the held-out samples of the source: what a model that never looks reaches.
+    A sample is right when the most likely token is the right one at every supervised position, given the right tokens
+    before it: greedy decoding would generate exactly the answer. Chance is the share of the most frequent answer among
+    the held-out samples of the source: a model that ignores the picture can reach it.
 
-    ``forward`` is a PackedModel's, in evaluation mode. Every rank must be given the same number of batches.
+    ``forward`` is a PackedModel's, in evaluation mode. Every rank must get the same number of batches.
     """
     rows: list[tuple[int, bool, float, int, tuple[int, ...]]] = []
     for batch in batches:
@@ -88,9 +89,9 @@ def table_rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def record_evaluation(
     path: Path, *, stage: int, step: int, when: str, figures: dict[str, dict[str, Any]]
 ) -> None:
-    """Put one evaluation into evaluations.jsonl, in place of an earlier one of the same step and moment.
+    """Write one evaluation to evaluations.jsonl, in place of an earlier one of the same step and moment.
 
-    A run that was killed after an evaluation and resumed before it makes the same evaluation again.
+    A run that was killed after an evaluation and resumed from a step before it repeats the evaluation.
     """
     entry = {"stage": stage, "step": step, "when": when, "sources": figures}
     kept = []
@@ -99,7 +100,4 @@ def record_evaluation(
         kept = [
             line for line in lines if (line["step"], line["when"]) != (step, when) and line["step"] <= step
         ]
-    text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))

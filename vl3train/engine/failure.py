@@ -1,4 +1,4 @@
-"""How the process of a rank ends when something was raised: at once, with the cause as the last thing printed."""
+"""How the process of a rank ends after an exception: at once, with the cause as the last line printed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ INTERRUPTED = 130
 
 
 def report_failure(error: BaseException, rank: Rank | None) -> int:
-    """Print what ended this rank and hand it to the launcher; returns the exit code for ``ranks.leave``.
+    """Print the cause and record it for torchrun; returns the exit code for ``ranks.leave``.
 
-    The caller must leave through ``os._exit``: Python's own exit joins the loader's workers, which ignore SIGTERM,
-    and would wait for ever, and the other ranks with it.
+    The caller must leave through ``os._exit``: Python's own exit waits for the loader's workers, which ignore SIGTERM,
+    and the other ranks would wait with it.
 
     Args:
-        error: Anything raised. A RunError stands on every rank alike and is printed by the first, without traceback.
-        rank: None where the process had not joined the others yet.
+        error: Any exception. A RunError is raised on every rank, and only the first prints it. A OneRankError is
+            printed by the rank that raised it. Neither gets a traceback.
+        rank: None where the process had not joined the group yet.
     """
     _record_for_torchrun(error)
     if isinstance(error, RunError):
         if rank is None or rank.is_first or isinstance(error, OneRankError):
             print(f"\n{error}", file=sys.stderr)
         return FAILED
-    where = "before it joined the others" if rank is None else f"rank {rank.index} of {rank.dp_size}"
+    where = "before it joined the other ranks" if rank is None else f"rank {rank.index} of {rank.dp_size}"
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{where}: interrupted (SIGINT); nothing was saved", file=sys.stderr)
         return INTERRUPTED
@@ -46,7 +47,7 @@ def summary(error: BaseException) -> str:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Where torchrun started this process, its closing table names the first rank that failed, and why."""
+    """Record the exception for torchrun, whose closing table names the first rank that failed, and why."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)

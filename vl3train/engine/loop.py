@@ -1,4 +1,4 @@
-"""The training loop: the order of acts, written once."""
+"""The training loop: what a run does, in order, written once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
-from vl3train.contracts.records import Batch
+from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
 from vl3train.engine.checkpoint import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
@@ -19,7 +19,7 @@ from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.compile_log import Compiles, take_compiles
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.optim.build import rate_factor, set_rates
-from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.run import Run
 from vl3train.engine.start.run import start_run
 from vl3train.engine.step import StepResult, train_step
@@ -28,22 +28,27 @@ from vl3train.model.activations.work import RecomputePlan
 
 
 def train(cfg: TrainConfig, rank: Rank) -> None:
-    """Train one stage from its start, or from the newest whole checkpoint in its output folder, to its end."""
+    """Train one stage to its end, from its start or from the newest whole checkpoint in its output folder.
+
+    Raises RunError on every rank, or OneRankError on one, for what a user can act on.
+    """
     start_workers_ignoring_signals()
     console = Console(cfg.run.output_dir, stage_name=cfg.stage.name, enabled=rank.is_first)
     try:
-        with explain_oom(cfg, rank, "model, optimizer and first layers were put there"):
+        with explain_oom(cfg, rank, "the run started"):
             run = start_run(cfg, rank, console)
         run_steps(run, StopRequest())
+    except TooManyFailed as error:
+        raise OneRankError(f"rank {rank.index}: {error}") from error
     finally:
         console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
     run.tracker.finish()
 
 
 def run_steps(run: Run, stop: StopRequest) -> None:
-    """Every step from ``run.cursor`` on, with logs, checkpoints and evaluations at their times."""
+    """Do every step from ``run.cursor`` on, with logs, checkpoints and evaluations where they are due."""
     cfg, rank = run.cfg, run.rank
-    tell_compiles(run, "before the first step", take_compiles())
+    print_compiles(run, "before the first step", take_compiles())
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
 
@@ -76,7 +81,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         run.failed_samples.count(step, step_batches.num_samples, result.num_failed_samples)
         done = step + 1
         if step > first_step:
-            tell_compiles(run, f"step {done}", compiles, compiles.reasons)
+            print_compiles(run, f"step {done}", compiles, compiles.reasons)
         if done % cfg.run.log_steps == 0 or done == last_step:
             step_seconds = time.perf_counter() - started
             log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
@@ -87,7 +92,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
             evaluate_run(run, step=done, when="step")
         if result.stop_requested:
-            run.console.message(f"stopped on request after step {done}; start again to go on")
+            run.console.message(f"stopped on request after step {done}; start again to resume")
             break
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
         evaluate_run(run, step=run.num_steps, when="end")
@@ -95,12 +100,12 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         mark_finished(cfg)
     run.console.message(
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
-        f"newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
+        f"the newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
     )
 
 
 def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatches]]:
-    """Each step with the seconds spent waiting for its data and the moment the wait began."""
+    """Each step, with the seconds spent waiting for its data and the moment the wait began."""
     while True:
         started = time.perf_counter()
         step_batches = next(steps, None)
@@ -118,7 +123,7 @@ def log_step(
     waited_seconds: float,
     step_seconds: float,
 ) -> None:
-    """The figures of one step, to console, metrics.jsonl and tracker. Wall-clock, data wait included."""
+    """Send one step's figures to console, metrics.jsonl and tracker. Seconds are wall-clock, data wait included."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.rank.device.type == "cuda" else None
     figures: dict[str, Any] = {
         "step": step_batches.cursor.step,
@@ -153,18 +158,19 @@ def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:
     """What each layer recomputed in each micro-batch of this rank."""
     last = len(batches) - 1
     return [
-        run.engine.plan_of(batch, first=number == 0, last=number == last) for number, batch in enumerate(batches)
+        run.engine.plan_of(batch, first=number == 0, last=number == last)
+        for number, batch in enumerate(batches)
     ]
 
 
-def tell_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
-    """A line on the console, below it one for each of ``reasons`` and of what broke a graph, if there are any."""
+def print_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
+    """Print what was compiled, if anything was: one line, then one for each graph break and each of ``reasons``."""
     if compiles.seconds:
         run.console.message("\n  ".join([f"{when}: {compiles}", *compiles.breaks, *reasons]))
 
 
 def evaluate_run(run: Run, *, step: int, when: str) -> None:
-    """Held-out figures of each source, to console, evaluations.jsonl and tracker."""
+    """Evaluate the held-out samples; send each source's figures to console, evaluations.jsonl and tracker."""
     if run.held_out is None:
         return
     batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
@@ -172,7 +178,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
     run.engine.train(True)
-    tell_compiles(run, "held-out samples", take_compiles())
+    print_compiles(run, "held-out samples", take_compiles())
     if not run.rank.is_first:
         return
     record_evaluation(
@@ -183,7 +189,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
 
 
 def save_run(run: Run) -> None:
-    """A checkpoint of the run as it stands: the next step to do is ``run.cursor``."""
+    """Write a checkpoint of the run; the next step is ``run.cursor``."""
     save_checkpoint(
         run.folder / "checkpoints",
         run.cursor.step,
@@ -196,16 +202,16 @@ def save_run(run: Run) -> None:
 
 
 def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -> None:
-    """Stop when the loss or the gradient is no number any more: every later step would be worthless.
+    """Stop the run when the loss or the gradient norm is not finite: every later step would be worthless.
 
-    Raises RunError on every rank, since the figures are the same on all.
+    Raises RunError on every rank, because the figures are the same on all.
     """
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         return
     keys = sorted({key for batch in step_batches.batches for key in batch.segment_keys})
     raise RunError(
         f"step {step_batches.cursor.step}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops; its "
-        f"newest checkpoint in {run.folder / 'checkpoints'} is from before this step. Samples of this rank in the "
-        f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at them with these keys, or lower "
-        "the learning rates."
+        f"newest checkpoint in {run.folder / 'checkpoints'} is from an earlier step. Samples of this rank in the "
+        f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at these "
+        "samples with `vl3train inspect`, or lower the learning rates."
     )

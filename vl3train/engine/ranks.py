@@ -17,17 +17,17 @@ from vl3train.config.schema import MachineConfig
 T = TypeVar("T")
 
 ALLOCATOR = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
-"""What torch's allocators are told where PYTORCH_CUDA_ALLOC_CONF is not set. Packs of ever new lengths else leave gaps
-that none of the later ones fits; and one thread page-locks 4 GiB of the host's memory in 2.5 s, eight in 0.5
-(benchmarks/log.md, round six)."""
+"""PYTORCH_CUDA_ALLOC_CONF where the environment has none. Every pack has another length: without expandable segments
+the freed blocks are gaps that fit no later pack. One thread page-locks 4 GiB of host memory in 2.5 s, eight threads in
+0.5 s (benchmarks/log.md, round six)."""
 
 
 class RunError(RuntimeError):
-    """What stops a run on every rank alike, in words that need no traceback."""
+    """Stops a run on every rank at once. Its message is for the user and needs no traceback."""
 
 
 class OneRankError(RunError):
-    """What stops one rank only, while others may wait for it: the launcher ends them."""
+    """Stops one rank. Other ranks may wait for it: the launcher ends them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for all: prints, writes logs."""
+        """Whether this rank prints and writes logs for all."""
         return self.index == 0
 
     def barrier(self) -> None:
@@ -48,9 +48,9 @@ class Rank:
         dist.barrier()
 
     def agree(self, problem: str | None) -> None:
-        """Raise on every rank what any rank found, so that none is left waiting for the others.
+        """Raise on every rank what any rank found, so that no rank waits for one that has ended.
 
-        Raises RunError with the first problem any rank reports; returns where all report None.
+        Raises RunError with the first problem that any rank reports; returns where all report None.
         """
         if first := next((text for text in self.gather(problem) if text), None):
             raise RunError(first)
@@ -63,10 +63,10 @@ class Rank:
 
 
 def join(machine: MachineConfig) -> Rank:
-    """Join the process group: nccl on GPUs, gloo on CPU. A plain ``python`` call becomes a world of one."""
+    """Join the process group: nccl on GPUs, gloo on CPU. A plain ``python`` call is a group of one process."""
     cuda = machine.device is Device.cuda or (machine.device is Device.auto and torch.cuda.is_available())
     if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed else guesses, and warns
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed guesses, and warns
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -83,7 +83,7 @@ def join(machine: MachineConfig) -> Rank:
         device_id = device if cuda else None
         if "MASTER_PORT" in os.environ:
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-        else:  # a world of one needs no meeting point, so runs side by side cannot collide on a port
+        else:  # one process needs no port, so that runs side by side cannot collide on one
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
             )
@@ -91,16 +91,16 @@ def join(machine: MachineConfig) -> Rank:
 
 
 def leave(exit_code: int = 0) -> NoReturn:
-    """End this process after all ranks are done.
+    """End this process after all ranks are done, through ``os._exit``.
 
-    ``os._exit`` after a barrier: the destructors of a gloo group abort now and then ("terminate called without
-    an active exception"), which turns a finished run into a failed one.
+    The destructors of a gloo group abort sometimes ("terminate called without an active exception"), which would turn a
+    finished run into a failed one.
     """
     if exit_code == 0 and dist.is_initialized():
         try:
             dist.barrier()
         except RuntimeError as error:  # another rank failed after this one was done
-            print(f"not every rank came to its end: {error}", file=sys.stderr)
+            print(f"not every rank finished: {error}", file=sys.stderr)
             exit_code = 1
     sys.stdout.flush()
     sys.stderr.flush()

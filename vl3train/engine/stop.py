@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by the signals that schedulers send before they kill."""
+"""How a run is asked to stop: by the signals that schedulers send before SIGKILL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Turns the stop signals into a flag that the step shares."""
+    """Turns the stop signals into a flag, which the step shares with all ranks."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,14 +23,14 @@ class StopRequest:
 
 
 def start_workers_ignoring_signals() -> None:
-    """Start the server that loader workers and decode processes are forked from, with the stop signals blocked.
+    """Start the fork server of loader workers and decode processes with the stop signals blocked.
 
-    torchrun and schedulers send them to every process of a group. Workers that died of them would take the run along
-    before it has saved. A blocked signal stays so in all that is forked, and under the handler for SIGTERM that torch
-    gives its workers. They end with the loader, or with this process.
+    torchrun and schedulers send these signals to every process of a group. A worker that ended by one would end the run
+    before it has saved. Forked processes inherit the block; the SIGTERM handler that torch gives its workers never
+    runs. The workers end with the loader, or with this process.
     """
-    clean_processes()  # says what the server imports
-    resource_tracker.ensure_running()  # the server needs it, and starting it lifts the block of SIGTERM
+    clean_processes()  # sets what the fork server imports
+    resource_tracker.ensure_running()  # the fork server needs it; starting it later would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()

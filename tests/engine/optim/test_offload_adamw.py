@@ -200,8 +200,8 @@ def test_a_state_is_loaded_into_the_memory_that_is_there():
 
 def test_the_cost_says_where_the_states_lie():
     assert optimizer_cost(2**30, OptimConfig(), MachineConfig(dp_size=2, offload_optimizer=True)) == (
-        "optimizer: 4.0 GiB for AdamW's moments in float32 in host memory and 2.0 GiB for float32 master weights on each "
-        "of 2 ranks"
+        "optimizer: 4.0 GiB for AdamW's moments in float32 in host memory and 2.0 GiB for float32 master weights on "
+        "each of 2 ranks"
     )
     machine, split = (
         MachineConfig(dp_size=1, offload_optimizer=True),

@@ -12,7 +12,7 @@ from torch import nn
 from vl3train.config.choices import Dtype
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.optim.build import build_optimizer, optimizer_cost
-from vl3train.engine.optim.stochastic_adamw import MOMENTS, StochasticAdamW, rounded_at_random
+from vl3train.engine.optim.stochastic_adamw import MOMENTS, StochasticAdamW, round_stochastically
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_the_mean_of_squares_does_not_stand_still():
 def test_rounding_is_right_on_average_and_never_beyond_the_neighbours():
     torch.manual_seed(3)
     values = torch.tensor([1.0, -1.0, 0.0, 1.001, -3.1416, 1e-30, 2.5e8, 1 + 2**-8])
-    rounded = rounded_at_random(values.expand(20_000, -1).contiguous()).float()
+    rounded = round_stochastically(values.expand(20_000, -1).contiguous()).float()
     below, above = (torch.floor if sign < 0 else torch.ceil for sign in (-1, 1))
     step = 2.0 ** (torch.floor(torch.log2(values.abs().clamp(min=1e-38))) - 7)
     assert torch.all(rounded >= below(values / step) * step)
@@ -132,11 +132,11 @@ def test_compiled_it_is_the_same_arithmetic(monkeypatch):
 def test_the_cost_is_told():
     machine = MachineConfig(dp_size=4)
     assert optimizer_cost(2**31, OptimConfig(state_dtype=Dtype.bfloat16), machine) == (
-        "optimizer: 2.0 GiB for AdamW's states in bfloat16 and 2.0 GiB for float32 masters on each of 4 ranks"
+        "optimizer: 2.0 GiB for AdamW's moments in bfloat16 and 2.0 GiB for float32 master weights on each of 4 ranks"
     )
     alone = MachineConfig(zero_stage=0, dtype=Dtype.float32)
     assert optimizer_cost(2**30, OptimConfig(), alone) == (
-        "optimizer: 8.0 GiB for AdamW's states in float32 and none for masters on each of 1 ranks"
+        "optimizer: 8.0 GiB for AdamW's moments in float32 and none for master weights on each of 1 ranks"
     )
 
 

@@ -1,7 +1,7 @@
-"""What torch.compile did since one last asked, from the records that torch itself keeps of it.
+"""What torch.compile did since the last question, from the records that torch itself keeps.
 
-torch has callbacks for the start and end of a compilation (``torch._dynamo.on_compile_start``), but they name neither
-function nor reason. Its records do, for nothing: torch 2.11 and 2.14 write one at the end of each compilation.
+torch has callbacks for the start and end of a compilation (``torch._dynamo.on_compile_start``), but they give neither
+function nor reason. Its records give both at no cost: torch 2.11 and 2.14 write one at the end of each compilation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from torch._dynamo.utils import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiles:
-    """The compilations of some stretch of time.
+    """The compilations of some time.
 
-    ``seconds`` is wall-clock: tracing, forward and backward graphs, and the trials of Triton kernels at their first
-    call. ``graphs`` counts traced functions that had anything to compute, a backward graph with its forward one
-    (torch's own counter "unique_graphs"); ``on_disk`` of them took their code from torch's cache there, filled by what
-    was compiled before, and were traced only. ``reasons`` has a line for each: function, seconds, and the first guard
-    that failed of the newest graph that it had; TORCH_LOGS=recompiles prints those of the others. ``breaks`` has a
-    line for each thing that the tracer could not follow, with the part of a layer that runs without being compiled as
-    its price; TORCH_LOGS=graph_breaks prints where.
+    ``seconds`` is wall-clock: tracing, forward and backward graphs, and the tuning of Triton kernels at their first
+    call. ``graphs`` counts traced functions that compute anything; a backward graph counts with its forward graph
+    (torch's own counter "unique_graphs"). ``on_disk`` of them were only traced and took their code from torch's cache
+    on disk. ``reasons`` has one line for each: function, seconds, and the first guard that failed of the function's
+    newest graph; TORCH_LOGS=recompiles prints those of older graphs. ``breaks`` has one line for each operation that
+    the tracer could not follow: that part of a layer runs uncompiled. TORCH_LOGS=graph_breaks prints where.
     """
 
     seconds: float = 0.0
@@ -39,7 +38,7 @@ class Compiles:
     breaks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """As the console tells it, without reasons.
+        """As the console prints it, without reasons.
 
         >>> str(Compiles(seconds=3.21, graphs=1)), str(Compiles(seconds=40.0, graphs=8, on_disk=7))
         ('1 graph compiled in 3.2 s', '8 graphs compiled in 40.0 s, 7 of them found on disk')
@@ -49,7 +48,7 @@ class Compiles:
 
 
 def take_compiles() -> Compiles:
-    """Everything that this process compiled since the last call; torch forgets it. 0.6 us where that is nothing."""
+    """Everything that this process compiled since the last call; torch then forgets it. 0.6 us where nothing was."""
     records = get_compilation_metrics()
     if not records:
         return Compiles()
@@ -58,7 +57,7 @@ def take_compiles() -> Compiles:
     counters["graph_break"].clear()
     return Compiles(
         seconds=sum(map(_seconds, records)),
-        # Only the record of a trace has it: none of a backward graph, of kernels' trials, or of a failure.
+        # Only the record of a trace has a count: records of a backward graph, kernel tuning or a failure have none.
         graphs=sum(bool(record.graph_op_count) for record in records),
         on_disk=counters["aot_autograd"].pop("autograd_cache_hit", 0),
         reasons=_reasons(records),
@@ -71,7 +70,7 @@ def _seconds(record: CompilationMetrics) -> float:
 
 
 def _reasons(records: Sequence[CompilationMetrics]) -> tuple[str, ...]:
-    """A line for each graph with the seconds of all that it took, which share its ``compile_id``."""
+    """One line for each graph, with the seconds of all records that share its ``compile_id``."""
     by_id: dict[str | None, list[CompilationMetrics]] = {}
     for record in records:
         by_id.setdefault(record.compile_id, []).append(record)

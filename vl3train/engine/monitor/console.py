@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.contracts.files import write_whole
+
 SECONDS_BETWEEN_LINES = 5.0
-"""Where there is no terminal, at most one line is printed in this time (the first and last step always)."""
+"""Without a terminal at most one line is printed in this time, and always the first and the last step."""
 
 
 class Console:
-    """A live progress bar on a terminal, plain lines elsewhere, and one line of metrics.jsonl a call.
+    """A live progress bar on a terminal, plain lines elsewhere, and one line of metrics.jsonl for each step.
 
     Only rank 0's is ``enabled``; the others print and write nothing.
     """
@@ -33,8 +34,8 @@ class Console:
         """Get ready to print; the bar begins with ``start``.
 
         Args:
-            output_dir: Folder of metrics.jsonl; made when the first figures come.
-            stage_name: What stands at the head of the bar and of each line.
+            output_dir: Folder of metrics.jsonl; made with the first figures.
+            stage_name: First word of the bar and of each line.
             enabled: Whether this process prints and writes.
             out: Where to print; None is standard output.
         """
@@ -48,7 +49,7 @@ class Console:
         self._bar: Progress | None = None
 
     def start(self, *, first_step: int, total_steps: int) -> None:
-        """Begin the bar. ``first_step`` comes next; it is not 0 in a resumed run."""
+        """Begin the bar. ``first_step`` is the next step; it is not 0 in a resumed run."""
         self._total_steps = total_steps
         self._pace = Pace()
         self._last_line_time = -float("inf")
@@ -66,11 +67,11 @@ class Console:
             atexit.register(self.close)  # a crash must not leave the terminal without its cursor
 
     def progress(self, source: str, done: int, total: int) -> None:
-        """Tell how far the index pass over a source is."""
+        """Show the progress of the index pass over a source."""
         self.count(f"index of {source}", done, total, "samples")
 
     def count(self, what: str, done: int, total: int, unit: str) -> None:
-        """Tell how far something is that comes before the first step; at most a line every 5 s, and the last."""
+        """Show the progress of work before the first step; at most one line every 5 s, and the last one."""
         now = time.monotonic()
         if self._enabled and (now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == total):
             self._last_line_time = now
@@ -79,7 +80,7 @@ class Console:
     def metrics(self, figures: Mapping[str, Any]) -> None:
         """Show the figures of one step and append them to metrics.jsonl.
 
-        The line is on its way to the disk when this returns, so a killed process loses none.
+        When this returns, the operating system has the line: a killed process loses none.
         """
         if not self._enabled:
             return
@@ -98,7 +99,7 @@ class Console:
             self._print(f"{self._name}  step {done}/{self._total_steps}  {text}")
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print rows that share their keys; the first column is text, the others are figures."""
+        """Print rows with the same keys; the first column is text, the others are figures."""
         if not self._enabled or not rows:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -114,7 +115,7 @@ class Console:
             self._print(text)
 
     def close(self) -> None:
-        """Leave the bar as it stands. May be called twice."""
+        """End the bar as it is. May be called twice."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -126,7 +127,7 @@ class Console:
 
 
 class BarAndFigures(Progress):
-    """A bar with its figures in a line of their own, so that a narrow terminal cuts none of them off."""
+    """A bar with its figures on a second line, so that a narrow terminal cuts off none of them."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """What is drawn, from top to bottom."""
@@ -136,7 +137,7 @@ class BarAndFigures(Progress):
 
 
 class Pace:
-    """Time for the rest, from the wall-clock of the steps so far; the first one warms up and is left out."""
+    """The time that is left, from the wall-clock of the steps so far, except the first, which warms up."""
 
     def __init__(self) -> None:
         self._counted_from: tuple[int, float] | None = None
@@ -160,7 +161,7 @@ class Pace:
 
 
 def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) -> str:
-    """One line of figures; what is absent or None is left out.
+    """One line of figures, without those that are absent or None.
 
     >>> figures_text({"step": 3, "loss": 1.25, "tokens_per_second": 15300.0, "fill": 0.942}, 75)
     'loss 1.2500  15.3k tok/s  fill 94%  left 1:15'
@@ -174,7 +175,7 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("patches", "{} patch/s", short_count(figures.get("patches_per_second"))),
         ("work", "{:.0f} TFLOP/s", figures["useful_tflops"] if figures.get("mfu_matmul") else None),
         ("mfu", "MFU {:.0%}", figures.get("mfu_datasheet")),
-        ("again", "recomputed {:.0%}", figures.get("recompute_fraction")),
+        ("recomputed", "recomputed {:.0%}", figures.get("recompute_fraction")),
         ("fill", "fill {:.0%}", figures.get("fill")),
         ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
         ("seconds", "{:.2f} s/step", figures.get("step_seconds")),
@@ -213,13 +214,13 @@ def clock(seconds: float) -> str:
 def truncate_metrics(path: str | Path, first_step: int) -> int:
     """Remove the lines of steps from ``first_step`` on, which a resumed run will write again.
 
-    A last line without its end, left by a killed process, goes too. The file is replaced at once.
+    A last line that a killed process did not finish is removed too. The file is replaced as a whole.
 
     Returns:
         Number of lines removed.
 
     Raises:
-        ValueError: A line other than the last is no JSON: someone else wrote to the file.
+        ValueError: A line other than the last is not JSON: something else wrote to the file.
     """
     path = Path(path)
     if not path.exists():
@@ -238,10 +239,5 @@ def truncate_metrics(path: str | Path, first_step: int) -> int:
         if step < first_step:
             kept.append(line)
     if len(kept) < len(lines):
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, "".join(kept))
     return len(lines) - len(kept)

@@ -1,9 +1,9 @@
-"""A float32 master in two halves: the bfloat16 weight itself, and the 16 bits that it lacks.
+"""A float32 master weight in two halves: the bfloat16 weight itself, and the 16 bits that it lacks.
 
-A master beside its weight says the upper half twice. So only the lower half is kept, 2 bytes in place of 4, as
-TransformerEngine's FusedAdam does (``store_param_remainders``); the master is all there while it is updated.
-The weight is the master rounded to the nearest, ties away from zero (torch's cast takes ties to even). Rounding away
-from zero adds one to the upper half just where the lower half begins with a one, so it can be taken back.
+A master beside its weight stores the upper half twice. So we keep only the lower half, 2 bytes instead of 4, as
+TransformerEngine's FusedAdam does (``store_param_remainders``); the whole master exists while it is updated. The weight
+is the master rounded to the nearest, ties away from zero (torch's cast rounds ties to even). Rounding away from zero
+adds one to the upper half exactly where the lower half begins with a one, so it can be undone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LOW_BITS = "low_bits"
-"""What AdamW's state calls the lower halves; checkpoints do too."""
+"""The name of the lower halves in AdamW's state, and so in checkpoints."""
 
 
 @torch.no_grad()
@@ -32,17 +32,17 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 
 @torch.no_grad()
 def split(master: Tensor, weight: Tensor, low: Tensor) -> None:
-    """Write masters (float32) into weights (bfloat16) and lower halves (int16), which ``join`` makes masters again.
+    """Write masters (float32) into weights (bfloat16) and lower halves (int16); ``join`` undoes it, bit for bit.
 
-    To the bit, but for what is no number: that comes back as NaN with other bits. What lies less than half a step of
-    bfloat16 below infinity gives an infinite weight, as with any cast, and comes back finite.
+    Except that a NaN comes back as a NaN with other bits. A finite master that rounds to infinity gives an infinite
+    weight, as with any cast, and comes back finite.
     """
     bits, weight_bits = master.view(torch.int32), weight.view(torch.int16)
     if master.is_cuda:
         from vl3train.model.kernels.triton_split import split_bits
 
         return split_bits(bits, weight_bits, low)
-    # A GPU's NaN has 31 ones: rounded up it would be a zero.
+    # A GPU's NaN has 31 ones: rounded up, it would become zero.
     bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
     weight_bits.copy_((bits >> 16) + ((bits >> 15) & 1))
     low.copy_((bits << 16) >> 16)

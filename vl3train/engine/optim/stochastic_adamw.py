@@ -1,9 +1,10 @@
-"""AdamW whose two means are kept in bfloat16: 4 bytes a parameter in place of 8; and weights without masters.
+"""AdamW with stochastic rounding: moments in bfloat16 (4 bytes a parameter, not 8), and weights without masters.
 
-bfloat16 keeps 8 bits of a number. The mean of squares changes by a thousandth a step (beta2 = 0.999), which rounding to
-the nearest would lose, step after step: the mean would stand still at half its true value. Rounded up or down at
-random, by how near each is, the mean is right on average. The same goes for weights in bfloat16 that have no float32
-masters (arXiv:2010.06192, section 4): a rate of 1e-5 moves few of them by half a step. The arithmetic is float32.
+bfloat16 keeps 8 bits of a number. The second moment changes by a thousandth in a step (beta2 = 0.999). Rounding to the
+nearest would lose that change in every step, and the moment would stay at half its true value. Stochastic rounding goes
+up or down at random, more often to the nearer value, so the moment is right on average. The same holds for bfloat16
+weights without float32 masters (arXiv:2010.06192, section 4): at a rate of 1e-5 few updates reach half the distance
+between two bfloat16 values. The arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor
 from vl3train.model.compiling import compiled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch's AdamW calls them; DeepSpeed's checkpoints do too."""
+"""Their names in the state of torch's AdamW, and so in DeepSpeed's checkpoints."""
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW but for how its means are kept."""
+    """torch.optim.AdamW, except for the rounding of its moments and of bfloat16 weights."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        assert closure is None, "nothing here evaluates the loss again"
+        assert closure is None, "this optimizer does not evaluate the loss again"
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -55,15 +56,15 @@ class StochasticAdamW(torch.optim.Optimizer):
                     *(beta1, beta2, group["eps"], 1 - rate * group["weight_decay"]),
                     *(corrected, rate / (1 - beta1 ** state["step"])),
                 ]
-                # A tensor: of a number that changes the compiler would make a program for each.
+                # A tensor: for plain numbers the compiler would compile a graph for each value.
                 values = torch.tensor(numbers, dtype=torch.float32)
                 if parameter.is_cuda:
                     values = values.pin_memory().to(parameter.device, non_blocking=True)
-                # Detached: of a Parameter the compiler takes the size as fixed.
+                # Detached: the compiler takes the size of a Parameter as fixed.
                 self._update(parameter.detach(), parameter.grad, *(state[name] for name in MOMENTS), values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which gives the means the number format of their parameter."""
+        """As torch's, but the moments stay bfloat16: torch casts them to the dtype of their parameter."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in MOMENTS:
@@ -77,16 +78,16 @@ def _update(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, v
     new_mean = mean.float() * beta1 + grad * (1 - beta1)
     new_square = square.float() * beta2 + grad * grad * (1 - beta2)
     new = parameter.float() * decay - rate * new_mean / (new_square.sqrt() / corrected + eps)
-    parameter.copy_(new if parameter.dtype == torch.float32 else rounded_at_random(new))
-    mean.copy_(rounded_at_random(new_mean))
-    square.copy_(rounded_at_random(new_square))
+    parameter.copy_(new if parameter.dtype == torch.float32 else round_stochastically(new))
+    mean.copy_(round_stochastically(new_mean))
+    square.copy_(round_stochastically(new_square))
 
 
-def rounded_at_random(values: Tensor) -> Tensor:
-    """float32 -> bfloat16, up or down with the odds that make it right on average.
+def round_stochastically(values: Tensor) -> Tensor:
+    """float32 -> bfloat16, rounded up or down at random so that the expected value is exact.
 
-    The lower half of a float32's bits is what bfloat16 lacks: a random number of that size, added, carries into the
-    upper half just as often as the value lies nearer to the upper neighbour.
+    bfloat16 is the upper half of a float32's bits. A random number as large as the lower half is added: how often it
+    carries into the upper half is how near the value is to the upper neighbour.
     """
     bits = values.view(torch.int32)
     bits = (bits + torch.randint_like(bits, 0, 1 << 16)) & -(1 << 16)
