@@ -31,7 +31,7 @@ def seen(frame: np.ndarray, colour: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_shape_moves_as_told(direction: str) -> None:
+def test_the_shape_moves_in_its_direction(direction: str) -> None:
     clip = moving_clip(random.Random(3), direction)
     _, frames = read(clip)
     colour = clip.frames[0].shapes[0].colour

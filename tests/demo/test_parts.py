@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     return folder, losses
 
 
-def test_the_language_model_learns_from_told_pictures(made: tuple[Path, list[float]]) -> None:
+def test_the_language_model_learns_from_pictures_in_words(made: tuple[Path, list[float]]) -> None:
     folder, losses = made
     assert len(losses) == SIZES.steps
     assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:10]) / 10

@@ -31,10 +31,10 @@ def test_a_seed_decides_every_question(task: str) -> None:
     assert first != other
 
 
-def test_told_in_words_every_picture_answers_its_question() -> None:
+def test_every_picture_in_words_answers_its_question() -> None:
     """What the language model is pre-trained on holds the answer, in these words or in the captions'."""
     rng = random.Random(5)
     for task in ("colour", "shape", "position", "word", "chart", "captions", "order", "text"):
         for _ in range(20):
             question = TASKS[task](rng)
-            assert question.answer in question.told, question.told
+            assert question.answer in question.in_words, question.in_words

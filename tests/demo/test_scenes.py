@@ -80,7 +80,7 @@ def test_a_word_is_inside_the_picture_and_words_look_different() -> None:
     assert len(set(pictures.values())) == 5
 
 
-def test_two_shapes_differ_and_are_both_told() -> None:
+def test_two_shapes_differ_and_are_both_described() -> None:
     for seed in range(20):
         scene, sides = two_shapes(random.Random(seed))
         for shape, side in zip(scene.shapes, sides, strict=True):

@@ -1,1 +1,1 @@
-"""A drawn data set and a debug model, to see everything run without a download."""
+"""A drawn data set and a debug model: they show the whole training without a download."""

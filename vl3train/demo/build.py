@@ -1,4 +1,4 @@
-"""Writes the demo's samples: annotations and media as a user would have them, then shards."""
+"""Writes the demo's samples: first annotations and media as a user has them, then shards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from vl3train.contracts.files import write_whole
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.demo.clips import encode
@@ -18,18 +19,18 @@ from vl3train.demo.questions import TASKS, Question
 from vl3train.demo.scenes import draw
 
 NUM_TRAIN = {"captions": 2400}
-"""Training samples of a source, where it is not ``NUM_TRAIN_DEFAULT``."""
+"""Training samples of a source, where they are not ``NUM_TRAIN_DEFAULT``."""
 NUM_TRAIN_DEFAULT = 800
 NUM_HELD_OUT = 50
 HELD_OUT_SUFFIX = "-held-out"
 QUESTIONS_FILE = "questions.jsonl"
-"""Held-out questions, as ``vl3train generate --batch`` takes them; the media lie in questions/ beside it."""
+"""Held-out questions for ``vl3train generate --batch``; their media are in questions/ beside it."""
 EXPECTED_FILE = "expected.jsonl"
-"""Line for line what belongs to ``QUESTIONS_FILE``: source, key and the right answer."""
+"""For each line of ``QUESTIONS_FILE`` its source, key and right answer."""
 NUM_QUESTIONS = 2
 """Questions of each source in that file."""
 JPEG_SOURCES = ("colour", "shape")
-"""Sources kept as JPEG; other pictures are PNG, so that both decoders are used."""
+"""Sources stored as JPEG; other pictures are PNG, so that both decoders are used."""
 
 
 def draw_questions(source: str, seed: int, scale: float) -> tuple[list[Question], list[Question]]:
@@ -45,7 +46,7 @@ def draw_questions(source: str, seed: int, scale: float) -> tuple[list[Question]
 
 
 def missing_folders(out: Path) -> list[str]:
-    """Names of the shard folders that are not there yet, the slow ones first."""
+    """Names of the shard folders that do not exist yet, the slow ones first."""
     names = [source + suffix for source in reversed(TASKS) for suffix in ("", HELD_OUT_SUFFIX)]
     return [name for name in names if not (out / name).is_dir()]
 
@@ -54,7 +55,7 @@ def write_missing(
     out: Path, seed: int, scale: float, num_processes: int, progress: Callable[[str, int], None]
 ) -> None:
     """Write every folder that ``missing_folders`` names; ``progress(name, samples)`` after each."""
-    # Spawned: a fork would copy the progress bar's thread half-way through whatever it does.
+    # Spawned: a fork would copy the state of the progress bar's thread at any point of its work.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         jobs = {pool.submit(write_folder, out, name, seed, scale): name for name in missing_folders(out)}
         for job in as_completed(jobs):
@@ -62,11 +63,11 @@ def write_missing(
 
 
 def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
-    """Write the shards of one source's split; how many samples. The folder appears when it is complete."""
+    """Write the shards of one source's split; returns the number of samples. The folder appears when complete."""
     source = name.removesuffix(HELD_OUT_SUFFIX)
     train, held_out = draw_questions(source, seed, scale)
     drawing = out / f".drawing-{name}"
-    if drawing.exists():  # of a run that was stopped; nobody else writes this name
+    if drawing.exists():  # of a command that was stopped; only one process writes this name
         shutil.rmtree(drawing)
     drawing.mkdir(parents=True)
     records = list(write_media(drawing, name, held_out if name != source else train))
@@ -89,7 +90,7 @@ def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
 def write_media(folder: Path, name: str, questions: list[Question]) -> Iterator[dict[str, Any]]:
     """Write each question's picture or clip into ``folder`` and yield its annotation.
 
-    Media are annotated in LLaVA's form, text as OpenAI's ``messages``: the two that users bring.
+    Media have annotations in LLaVA's form, text in OpenAI's ``messages``: the two forms that users have.
     """
     for number, question in enumerate(questions):
         key = f"{name}-{number:05d}"
@@ -119,14 +120,14 @@ def turns(tag: str, question: Question) -> list[dict[str, str]]:
 
 
 def write_questions(out: Path, seed: int, scale: float) -> None:
-    """Write some held-out questions of every source as files that a user can look at and ask again."""
+    """Write some held-out questions of every source as files, which a user can look at and ask a model."""
     media = out / "questions"
     media.mkdir(exist_ok=True)
     requests: list[dict[str, str]] = []
     expected: list[dict[str, str]] = []
     for source in TASKS:
         if source == "captions":
-            continue  # stages 3 and 4 do not train it; what they leave of it is no sample of what was learnt
+            continue  # stages 3 and 4 do not train captions, so the final model is not asked for them
         questions = draw_questions(source, seed, scale)[1][:NUM_QUESTIONS]
         records = write_media(media, source, questions)
         for question, record in zip(questions, records, strict=True):
@@ -135,4 +136,4 @@ def write_questions(out: Path, seed: int, scale: float) -> None:
             requests.append(request)
             expected.append({"source": source, "key": record["id"], "answer": question.answer})
     for name, lines in ((EXPECTED_FILE, expected), (QUESTIONS_FILE, requests)):
-        (out / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_whole(out / name, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Draws the demo's clips, a moving or an appearing shape, and writes them as H.264."""
+"""Draws the demo's clips, in which a shape moves or appears, and encodes them as H.264."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vl3train.contracts.geometry import time_text
 from vl3train.demo.scenes import COLOURS, GROUNDS, SHAPES, Scene, draw, place
 
 SOURCE_FPS = 2
-"""Frames a second in the file. Training takes one a second, so every other frame is left out."""
+"""Frames a second in the file. Training samples one a second, so it skips every other frame."""
 DIRECTIONS = {
     "left": ("right", "left"),
     "right": ("left", "right"),
     "up": ("bottom", "top"),
     "down": ("top", "bottom"),
 }
-"""Where a shape that moves this way starts and ends."""
+"""Start and end side of a shape that moves this way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,17 +1,17 @@
-"""``vl3train demo OUT``: draws the demo's data and makes the debug model's two parts. Never overwrites."""
+"""``vl3train demo OUT``: draws the demo's data and makes the debug model's two parts. It never overwrites."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import shutil
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vl3train.contracts.files import whole_folder, write_whole
 from vl3train.demo.build import (
     QUESTIONS_FILE,
     draw_questions,
@@ -23,7 +23,7 @@ from vl3train.demo.questions import TASKS
 
 MANIFEST = "demo.json"
 RULES = 1
-"""Raised when the same seed comes to mean other samples or parts."""
+"""Increased when the same seed gives other samples or parts."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Make what is missing below ``args.out``; 0 when all is there.
+    """Make what is missing below ``args.out``; returns 0.
 
     Raises:
         ValueError: the folder holds a demo of another seed or size, or something else.
@@ -65,11 +65,11 @@ def main(args: Namespace) -> int:
             num_processes = min(len(missing), os.cpu_count() or 1)
             write_missing(out, args.seed, args.samples_scale, num_processes, drawn)
         else:
-            console.print(f"{out}: all {2 * len(TASKS)} shard folders are there already, left as they are")
+            console.print(f"{out}: all {2 * len(TASKS)} shard folders exist already and are not changed")
         if not (out / QUESTIONS_FILE).is_file():
             write_questions(out, args.seed, args.samples_scale)
         if args.parts and (out / "parts").is_dir():
-            console.print(f"{out / 'parts'}: is there already, left as it is")
+            console.print(f"{out / 'parts'}: exists already and is not changed")
         elif args.parts:
             make_parts(out, args.seed, args.samples_scale, bars)
     console.print(f"{out}: the demo is complete (seed {args.seed})")
@@ -77,7 +77,7 @@ def main(args: Namespace) -> int:
 
 
 def claim_folder(out: Path, wanted: dict[str, float]) -> None:
-    """Write down what ``out`` is for, or refuse it when it is for something else."""
+    """Record in ``out`` which demo it holds, or raise ValueError when it holds something else."""
     manifest = out / MANIFEST
     way_out = f"choose another folder, or delete {out} if you no longer need it"
     if manifest.is_file():
@@ -91,14 +91,14 @@ def claim_folder(out: Path, wanted: dict[str, float]) -> None:
             raise ValueError(f"{out} holds another demo: {differing}; {way_out}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no demo folder (it has no {MANIFEST}); {way_out}")
+        raise ValueError(f"{out} exists and is not a demo folder (it has no {MANIFEST}); {way_out}")
     out.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    write_whole(manifest, json.dumps(wanted) + "\n")
 
 
 def make_parts(out: Path, seed: int, scale: float, bars: Progress) -> None:
-    """Make ``out/parts``; it appears when it is complete."""
-    # Here and not above: torch and transformers take seconds that drawing alone need not wait for.
+    """Make ``out/parts``; the folder appears when it is complete."""
+    # Imported here: torch and transformers take seconds, which drawing alone does not need.
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -107,17 +107,14 @@ def make_parts(out: Path, seed: int, scale: float, bars: Progress) -> None:
     questions = [question for source in TASKS for question in draw_questions(source, seed, scale)[0]]
     disable_progress_bar()  # one bar is enough
     sizes = PartSizes()
-    if scale < 1:  # a demo that only shows that everything runs
+    if scale < 1:  # a small demo only shows that everything runs
         sizes = dataclasses.replace(sizes, steps=max(1, round(sizes.steps * scale)))
-    # Matrices this small lose more to two threads waiting for each other than they gain.
+    # For matrices this small, one thread is faster than two that wait for each other.
     torch.set_num_threads(1)
     bar = bars.add_task("language model on the demo's text", total=sizes.steps)
 
     def trained(step: int, loss: float) -> None:
         bars.update(bar, completed=step, description=f"language model on the demo's text, loss {loss:.2f}")
 
-    partial = out / ".parts"
-    if partial.exists():  # of a run that was stopped; nobody else writes this name
-        shutil.rmtree(partial)
-    make_debug_parts(partial, questions, seed, sizes, trained)
-    os.rename(partial, out / "parts")
+    with whole_folder(out / "parts") as partial:
+        make_debug_parts(partial, questions, seed, sizes, trained)

@@ -1,8 +1,8 @@
 """The two parts that stage 1 of the demo starts from: a SigLIP encoder and a Qwen2, tiny, made on the spot.
 
-The encoder's weights are random: it has seen nothing. The language model is trained here for some seconds on
-the demo's text alone, where each picture is told in words ("A red circle, left."), as published language
-models come knowing language. It has seen no pixel; that is what the four stages are for.
+The encoder's weights are random. The language model is trained here for some seconds on the demo's text only, in which
+words describe each picture ("A red circle, left."): published language models know language, too. It has seen no
+picture; the four stages teach it that.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def make_debug_parts(
     sizes: PartSizes,
     progress: Callable[[int, float], None],
 ) -> None:
-    """Write ``folder/vision_encoder`` and ``folder/language_model``; the latter holds the tokenizer.
+    """Write ``folder/vision_encoder``, and ``folder/language_model`` with the tokenizer.
 
-    ``questions`` is the training split only. ``progress(step, loss)`` is called after each step. The
-    same arguments give the same weights on one machine.
+    ``questions`` is the training split only. ``progress(step, loss)`` is called after each step. The same arguments
+    give the same weights on one machine.
     """
     make_vision_encoder(folder / "vision_encoder", seed, sizes)
     language_folder = folder / "language_model"
-    texts = [text for question in questions for text in (question.told, question.answer)]
+    texts = [text for question in questions for text in (question.in_words, question.answer)]
     train_tokenizer([f"user\nassistant\n{text}" for text in texts], language_folder, VOCAB_SIZE)
     tokenizer = AutoTokenizer.from_pretrained(language_folder)
     model = new_language_model(tokenizer, seed, sizes)
@@ -75,21 +75,21 @@ def make_debug_parts(
 
 
 def make_vision_encoder(folder: Path, seed: int, sizes: PartSizes) -> None:
-    """A SigLIP encoder with transformers' own random weights."""
+    """Write a SigLIP encoder with transformers' own random weights."""
     torch.manual_seed(seed)
     config = SiglipVisionConfig(
         hidden_size=sizes.vision_hidden,
         intermediate_size=2 * sizes.vision_hidden,
         num_hidden_layers=sizes.vision_layers,
         num_attention_heads=sizes.vision_hidden // sizes.head_dim,
-        image_size=4 * PATCH_SIZE,  # only sizes the learned positions, which VideoLLaMA3 drops
+        image_size=4 * PATCH_SIZE,  # sets only the learned positions, which VideoLLaMA3 does not use
         patch_size=PATCH_SIZE,
     )
     SiglipVisionModel(config).save_pretrained(folder)
 
 
 def new_language_model(tokenizer: PreTrainedTokenizerBase, seed: int, sizes: PartSizes) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights and a row for each token, those that stage 1 may add included."""
+    """A Qwen2 with random weights and a row for each token, including those that stage 1 may add."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         hidden_size=sizes.text_hidden,
@@ -106,15 +106,15 @@ def new_language_model(tokenizer: PreTrainedTokenizerBase, seed: int, sizes: Par
     )
     model = Qwen2ForCausalLM(config)
     for name, weight in model.named_parameters():
-        # Qwen2's 0.02 suits thousands of columns; with a hundred the signal would fade from layer to layer.
+        # Qwen2's 0.02 is for thousands of columns; with a hundred the signal would fade from layer to layer.
         if weight.ndim == 2 and "embed_tokens" not in name:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return model
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[list[int], int]:
-    """Ids of one conversation in ChatML, and how many at its end are the answer's."""
-    prompt = f"{IM_START}user\n{question.told}{IM_END}\n{IM_START}assistant\n"
+    """Ids of one conversation in ChatML, and the number of answer ids at its end."""
+    prompt = f"{IM_START}user\n{question.in_words}{IM_END}\n{IM_START}assistant\n"
     answer = tokenizer(f"{question.answer}{IM_END}").input_ids
     return tokenizer(prompt).input_ids + answer, len(answer)
 
@@ -126,7 +126,7 @@ def pretrain(
     sizes: PartSizes,
     progress: Callable[[int, float], None],
 ) -> None:
-    """Train ``model`` to answer; AdamW, cosine to zero."""
+    """Train ``model`` on the answers, with AdamW and a cosine schedule to zero."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, weight_decay=0.0)
     warmup = max(1, sizes.steps // 20)

@@ -1,4 +1,4 @@
-"""The demo's tasks: what is drawn, what is asked about it, and the one right answer."""
+"""The demo's tasks: a picture, clip or text, a question about it, and the one right answer."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Question:
     clip: Clip | None = None
 
     @property
-    def told(self) -> str:
-        """The question with the picture told in words: what the language model is pre-trained on."""
+    def in_words(self) -> str:
+        """The question after a description of its picture or clip: the language model is pre-trained on it."""
         if self.clip is not None:
             return f"{self.clip.description}\n{self.question}"
         if self.picture is not None:

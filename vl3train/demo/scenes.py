@@ -1,4 +1,4 @@
-"""The demo's pictures: coloured shapes on a plain ground, a word, a bar chart. All sizes in pixels."""
+"""The demo's pictures: coloured shapes on a plain background, a word, a bar chart. All sizes in pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDES = ("left", "right", "top", "bottom")
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 WORDS = ("GO", "BUS", "STOP", "TAXI", "MILK")
 GROUNDS = ((255, 255, 255), (238, 238, 232), (226, 236, 244), (246, 236, 222))
-"""Light grounds, so that every colour stands out."""
+"""Light backgrounds, so that every colour is visible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, IMAGE_PAD, VIDEO_PAD)
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
     """Train byte-level BPE on ``texts`` and save it so that ``AutoTokenizer`` gives a fast Qwen2 tokenizer.
 
-    ``vocab_size`` counts the 256 bytes and the special tokens too; a small corpus may fill less of it. The
-    same texts in the same order give the same bytes on disk.
+    ``vocab_size`` includes the 256 bytes and the special tokens; a small corpus may fill less of it. The same texts in
+    the same order give the same bytes on disk. Raises ValueError where ``vocab_size`` is too small.
     """
     floor = 256 + len(SPECIAL_TOKENS)
     if vocab_size < floor:
@@ -48,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Added last, as in Qwen2: words below, structure above.
+    # Added last, as in Qwen2: ids of words first, special tokens after them.
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -58,8 +58,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer`` as a Hugging Face folder whose class is Qwen2's."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The library's Qwen2Tokenizer would rebuild the pre-tokenizer from vocab and merges; handing it the
-    # finished object keeps exactly what was trained. The class name is set afterwards, in the file.
+    # The library's Qwen2Tokenizer would rebuild the pre-tokenizer from vocab and merges. This class keeps exactly what
+    # was trained; the name of the class is set afterwards, in the file.
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,
