@@ -1,4 +1,4 @@
-"""The fifth step of a start: where the run goes on, and what it refuses to go on with."""
+"""The fifth step of a start: the step to resume at, and the configs that cannot resume there."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def resume(
     """Load the checkpoint, if there is one, and cut metrics.jsonl back to it. All ranks call it.
 
     Raises RunError where the checkpoint was made with another plan, model or machine layout, or where this config
-    cannot go on from it.
+    cannot resume it.
     """
     identity = run_identity(cfg, data.train, model.counts, rank)
     cursor = Cursor()
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     if folder.checkpoint is not None:
         stored = refuse_other_identity(folder.checkpoint, identity)
-        refuse_what_cannot_go_on(cfg, stored, data.num_steps)
+        refuse_what_cannot_resume(cfg, stored, data.num_steps)
         load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
@@ -51,8 +51,8 @@ def resume(
     return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples)
 
 
-def refuse_what_cannot_go_on(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:
-    """Raise RunError, with every reason at once, where this config cannot go on from a checkpoint of the same run.
+def refuse_what_cannot_resume(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:
+    """Raise RunError, with every reason at once, where this config cannot resume a checkpoint of the same run.
 
     ``stored`` is the checkpoint's resume.json.
     """
@@ -70,7 +70,7 @@ def refuse_what_cannot_go_on(cfg: TrainConfig, stored: dict[str, Any], num_steps
         )
     if found:
         found.append("or start a new run with another run.output_dir")
-        raise RunError("\n".join([f"the run in {cfg.run.output_dir} cannot go on:", *found]))
+        raise RunError("\n".join([f"the run in {cfg.run.output_dir} cannot be resumed:", *found]))
 
 
 def run_identity(
