@@ -90,7 +90,7 @@ def test_a_dataset_of_200_000_samples_is_sent_in_less_than_a_megabyte(tmp_path):
     assert len(got.index.refused) == 2000
     for row in (0, 77_777, 197_999):
         assert (got.index.key(row), got.index.lengths(row)) == (index.key(row), index.lengths(row))
-    for values in got.plan._arrays:  # the compiled code reads the file itself
+    for values in got.plan._columns:  # the compiled code reads the file itself
         assert not values.flags.owndata
         assert not values.flags.writeable
 

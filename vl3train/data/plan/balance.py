@@ -1,11 +1,12 @@
-"""Samples into the packs of a step, and an epoch into steps: compiled, integers only, equal on every machine.
+"""The samples of a step into its packs: compiled, integers only, equal on every machine.
 
-A step is filled in the order of the epoch. What would overflow it, or finds no place when its packs are put
-together, comes first in the next one. So every sample of the epoch is in exactly one step, every step is known to
-go into its packs, and any step can be put together again by itself.
+The largest sample goes first, into the least loaded pack that has room. Then single moves and swaps even out the
+work. ``cut.py`` decides which samples a step has.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -14,41 +15,56 @@ SHARE = 1 << 20
 """What a pack of mean work counts: work is compared in these units, of the language model and of the encoder."""
 
 SLACK = SHARE // 2
-"""How much more than its total work one of a pack's two kinds may be out of balance before swaps look at it."""
+"""How far the work of one of the two models may be above its mean before an exchange takes it into account."""
 
-ASKED = 16
-"""How many of the least loaded packs are asked for an exchange."""
+MAX_PARTNERS = 16
+"""How many of the least loaded packs are tried for one exchange."""
 
-LOOKAHEAD = 64
-"""Samples that a step may put off while it looks for ones that still fit: fill and locality weigh against it."""
+NO_SAMPLE = -1
+"""End of a linked list of samples; as the second sample of an exchange it means a move: nothing comes back."""
 
 # Columns of a measured sample. The first three have caps; the others are shares of a mean pack.
 TOKENS, PATCHES, ITEMS, WORK, LANGUAGE, ENCODER, TOKEN_SHARE, PATCH_SHARE = range(8)
 
 
+class Columns(NamedTuple):
+    """What the compiled code reads of every sample of a table, n of them."""
+
+    tokens: np.ndarray  # (n,) int32
+    patches: np.ndarray  # (n,) int32
+    items: np.ndarray  # (n,) int32, images and clips
+    pairs: np.ndarray  # (n,) int64, sum over frames of their patches squared
+
+
+class Rules(NamedTuple):
+    """What a step's packs may hold and how their work is counted."""
+
+    num_packs: int
+    caps: np.ndarray  # (3,) int64 on tokens, patches and items of a pack
+    costs: np.ndarray  # (4,) int64 work of a token, a token pair, a patch and a patch pair
+    means: np.ndarray  # (5,) int64 a mean pack's WORK, LANGUAGE, ENCODER, TOKENS and PATCHES
+
+
 @njit(cache=True, nogil=True)
-def measure(rows, tokens, patches, items, pairs, costs, means):
+def measure(rows, columns, rules):
     """The eight columns of some samples.
 
     Args:
         rows: (n,) samples of the table.
-        tokens: of every sample of the table, as ``patches``, ``items`` (images and clips) and ``pairs``.
-        patches: see there.
-        items: see there.
-        pairs: sum over frames of patches squared.
-        costs: (4,) work of a token, a token pair, a patch and a patch pair.
-        means: (5,) what WORK to PATCH_SHARE are shares of: a mean pack's.
+        columns: ``Columns`` of the whole table.
+        rules: ``Rules``.
 
     Returns:
         (n, 8) int64
     """
+    costs, means = rules.costs, rules.means
     measured = np.empty((len(rows), 8), np.int64)
     for i in range(len(rows)):
         row = rows[i]
-        t, p = np.int64(tokens[row]), np.int64(patches[row])
+        t, p = np.int64(columns.tokens[row]), np.int64(columns.patches[row])
         language = costs[0] * t + costs[1] * t * t
-        encoder = costs[2] * p + costs[3] * np.int64(pairs[row])
-        measured[i, TOKENS], measured[i, PATCHES], measured[i, ITEMS] = t, p, items[row]
+        encoder = costs[2] * p + costs[3] * np.int64(columns.pairs[row])
+        measured[i, TOKENS], measured[i, PATCHES], measured[i, ITEMS] = t, p, columns.items[row]
         measured[i, WORK] = (language + encoder) * SHARE // means[0]
         measured[i, LANGUAGE] = language * SHARE // means[1]
         measured[i, ENCODER] = encoder * SHARE // means[2]
@@ -63,8 +79,8 @@ def place(measured, by_size, num_packs, caps):
 
     Args:
         measured: (n, 8), see ``measure``.
-        by_size: a pack's load, and a sample's size, is its tokens or patches, whichever is the larger share; else
-            its work too: all of it, the language model's, the encoder's.
+        by_size: a sample's size, and a pack's load, is its tokens or patches, whichever is the larger share of a
+            pack. False: its work, in all, of the language model and of the encoder, counts too.
         num_packs: K.
         caps: (3,) on tokens, patches and items of a pack.
 
@@ -110,22 +126,17 @@ def place(measured, by_size, num_packs, caps):
 
 @njit(cache=True, nogil=True)
 def assign(measured, num_packs, caps):
-    """As ``place``, by balance; where that leaves some out, by size if that leaves out fewer.
+    """As ``place``, by balance; where samples find no pack, by size if fewer find none that way.
 
-    Asked again for the samples that it placed, it places all of them: one left out changes nothing for the rest.
+    Called with the samples that it placed, it places all of them: one without a pack changes nothing for the others.
     """
     found, held = place(measured, False, num_packs, caps)
-    left_out = np.sum(found < 0)
-    if left_out:
+    num_unplaced = np.sum(found < 0)
+    if num_unplaced:
         other, other_held = place(measured, True, num_packs, caps)
-        if np.sum(other < 0) < left_out:
+        if np.sum(other < 0) < num_unplaced:
             return other, other_held
     return found, held
-
-
-@njit(cache=True, nogil=True)
-def _load(held, k):
-    return max(held[WORK, k], held[LANGUAGE, k] - SLACK, held[ENCODER, k] - SLACK)
 
 
 @njit(cache=True, nogil=True)
@@ -135,69 +146,107 @@ def improve(measured, found, held, caps):
     Ends when no pack is 0.1 % above the mean, or at 8 exchanges a pack.
     """
     num_packs = held.shape[1]
-    first = np.full(num_packs, -1, np.int64)
-    after = np.full(len(found), -1, np.int64)
-    for i in range(len(found)):
-        after[i] = first[found[i]]
-        first[found[i]] = i
+    first, after = _linked(found, num_packs)
     load = np.array([_load(held, k) for k in range(num_packs)])
     enough = np.sum(held[WORK]) // num_packs * 1025 // 1024
     stuck = np.zeros(num_packs, np.bool_)
     for _ in range(8 * num_packs):
-        a = -1
-        for k in range(num_packs):
-            if not stuck[k] and (a < 0 or load[k] > load[a]):
-                a = k
+        a = _first_best(load, stuck)
         if a < 0 or load[a] <= enough:
             return
-        best, best_i, best_j, best_b = load[a], -1, -1, -1
-        asked = np.zeros(num_packs, np.bool_)
-        asked[a] = True
-        for _ in range(min(ASKED, num_packs - 1)):
-            b = -1
-            for k in range(num_packs):
-                if not asked[k] and (b < 0 or load[k] < load[b]):
-                    b = k
-            asked[b] = True
-            i = first[a]
-            while i >= 0:
-                j = -2  # first a move: nothing comes back
-                while j != -1:
-                    # Loads before fits: few exchanges pass the first, and this is the innermost loop.
-                    work = measured[i, WORK] - (measured[j, WORK] if j >= 0 else 0)
-                    if work > 0 and held[WORK, b] + work < best:
-                        language = measured[i, LANGUAGE] - (measured[j, LANGUAGE] if j >= 0 else 0)
-                        encoder = measured[i, ENCODER] - (measured[j, ENCODER] if j >= 0 else 0)
-                        most = max(
-                            held[WORK, a] - work,
-                            held[LANGUAGE, a] - language - SLACK,
-                            held[ENCODER, a] - encoder - SLACK,
-                            held[WORK, b] + work,
-                            held[LANGUAGE, b] + language - SLACK,
-                            held[ENCODER, b] + encoder - SLACK,
-                        )
-                        if most < best:
-                            fits = True
-                            for column in range(3):
-                                change = measured[i, column] - (measured[j, column] if j >= 0 else 0)
-                                fits &= held[column, b] + change <= caps[column]
-                                fits &= held[column, a] - change <= caps[column]
-                            if fits:
-                                best, best_i, best_j, best_b = most, i, j, b
-                    j = first[b] if j == -2 else after[j]
-                i = after[i]
-        if best_i < 0:
+        i, j, b = _best_exchange(a, load, measured, held, caps, first, after)
+        if i == NO_SAMPLE:
             stuck[a] = True
             continue
-        _carry_over(best_i, a, best_b, measured, found, held, first, after)
-        if best_j >= 0:
-            _carry_over(best_j, best_b, a, measured, found, held, first, after)
-        load[a], load[best_b] = _load(held, a), _load(held, best_b)
-        stuck[best_b] = False
+        _carry_over(i, a, b, measured, found, held, first, after)
+        if j != NO_SAMPLE:
+            _carry_over(j, b, a, measured, found, held, first, after)
+        load[a], load[b] = _load(held, a), _load(held, b)
+        stuck[b] = False
+
+
+@njit(cache=True, nogil=True)
+def _best_exchange(a, load, measured, held, caps, first, after):
+    """Sample i of pack a for sample j of a pack b that leaves both least loaded; i is NO_SAMPLE where none helps."""
+    best, best_i, best_j, best_b = load[a], NO_SAMPLE, NO_SAMPLE, -1
+    tried = np.zeros(len(load), np.bool_)
+    tried[a] = True
+    for _ in range(min(MAX_PARTNERS, len(load) - 1)):
+        b = _first_best(-load, tried)
+        tried[b] = True
+        i = first[a]
+        while i != NO_SAMPLE:
+            j, more = NO_SAMPLE, first[b]  # a move first, then a swap with each sample of b
+            while True:
+                most = _load_after(i, j, a, b, measured, held, best)
+                if most < best and _fits_after(i, j, a, b, measured, held, caps):
+                    best, best_i, best_j, best_b = most, i, j, b
+                if more == NO_SAMPLE:
+                    break
+                j, more = more, after[more]
+            i = after[i]
+    return best_i, best_j, best_b
+
+
+@njit(cache=True, nogil=True)
+def _load_after(i, j, a, b, measured, held, best):
+    """The larger load of packs a and b after an exchange; ``best`` or more where it is no better than that."""
+    # One comparison comes before the others: few exchanges pass it, and this is the innermost loop.
+    work = measured[i, WORK] - (measured[j, WORK] if j >= 0 else 0)
+    if work <= 0 or held[WORK, b] + work >= best:
+        return best
+    language = measured[i, LANGUAGE] - (measured[j, LANGUAGE] if j >= 0 else 0)
+    encoder = measured[i, ENCODER] - (measured[j, ENCODER] if j >= 0 else 0)
+    return max(
+        held[WORK, a] - work,
+        held[LANGUAGE, a] - language - SLACK,
+        held[ENCODER, a] - encoder - SLACK,
+        held[WORK, b] + work,
+        held[LANGUAGE, b] + language - SLACK,
+        held[ENCODER, b] + encoder - SLACK,
+    )
+
+
+@njit(cache=True, nogil=True)
+def _fits_after(i, j, a, b, measured, held, caps):
+    """Whether packs a and b keep their caps after an exchange."""
+    fits = True
+    for column in range(3):
+        change = measured[i, column] - (measured[j, column] if j >= 0 else 0)
+        fits &= held[column, b] + change <= caps[column]
+        fits &= held[column, a] - change <= caps[column]
+    return fits
+
+
+@njit(cache=True, nogil=True)
+def _first_best(values, closed):
+    """The first pack with the largest value among those not closed; -1 where all are."""
+    best = -1
+    for k in range(len(values)):
+        if not closed[k] and (best < 0 or values[k] > values[best]):
+            best = k
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _load(held, k):
+    return max(held[WORK, k], held[LANGUAGE, k] - SLACK, held[ENCODER, k] - SLACK)
+
+
+@njit(cache=True, nogil=True)
+def _linked(found, num_packs):
+    """The samples of each pack as a linked list: its first one, (K,), and which comes after each, (n,)."""
+    first = np.full(num_packs, NO_SAMPLE, np.int64)
+    after = np.full(len(found), NO_SAMPLE, np.int64)
+    for i in range(len(found)):
+        after[i] = first[found[i]]
+        first[found[i]] = i
+    return first, after
 
 
 @njit(cache=True, nogil=True)
 def _carry_over(i, source, target, measured, found, held, first, after):
+    """Take sample i out of one pack and put it into another, in all that is kept of the two."""
     if first[source] == i:
         first[source] = after[i]
     else:
@@ -214,86 +263,9 @@ def _carry_over(i, source, target, measured, found, held, first, after):
 
 
 @njit(cache=True, nogil=True)
-def pack_step(rows, tokens, patches, items, pairs, costs, means, num_packs, caps):
-    """The pack of each sample of a step that ``cut_epoch`` made: (n,) int64."""
-    measured = measure(rows, tokens, patches, items, pairs, costs, means)
-    found, held = assign(measured, num_packs, caps)
-    improve(measured, found, held, caps)
+def pack_step(rows, columns, rules):
+    """The pack of each sample of a step that ``cut.cut_epoch`` made: (n,) int64."""
+    measured = measure(rows, columns, rules)
+    found, held = assign(measured, rules.num_packs, rules.caps)
+    improve(measured, found, held, rules.caps)
     return found
-
-
-@njit(cache=True, nogil=True)
-def cut_epoch(order, tokens, patches, items, pairs, costs, means, num_packs, caps, aims, max_samples):
-    """The epoch's samples, step after step, and where each step begins.
-
-    Args:
-        order: (n,) samples in the order of the epoch; each fits a pack alone.
-        tokens: see ``measure``, as for all up to ``means``.
-        patches: likewise.
-        items: likewise.
-        pairs: likewise.
-        costs: likewise.
-        means: likewise.
-        num_packs: K.
-        caps: (3,) of a pack.
-        aims: (3,) tokens, patches and items at which a step closes; one sample alone may be more.
-        max_samples: of one step.
-
-    Returns:
-        (n,) the same samples in another order, and (steps + 1,) int64 bounds.
-    """
-    total = len(order)
-    cut, bounds = np.empty_like(order), np.empty(total + 1, np.int64)
-    waiting, chosen = np.empty_like(order), np.empty_like(order)
-    num_waiting = position = written = num_steps = 0
-    while written < total:
-        bounds[num_steps] = written
-        num_steps += 1
-        num_chosen = t = p = v = kept = 0
-        for w in range(num_waiting):
-            row = waiting[w]
-            if num_chosen == 0 or (
-                num_chosen < max_samples
-                and t + tokens[row] <= aims[0]
-                and p + patches[row] <= aims[1]
-                and v + items[row] <= aims[2]
-            ):
-                chosen[num_chosen] = row
-                num_chosen, t, p, v = num_chosen + 1, t + tokens[row], p + patches[row], v + items[row]
-            else:
-                waiting[kept] = row
-                kept += 1
-        num_waiting = kept
-        while (
-            position < total
-            and num_waiting < LOOKAHEAD
-            and num_chosen < max_samples
-            and t < aims[0] - aims[0] // 2048
-        ):
-            row = order[position]
-            position += 1
-            if num_chosen == 0 or (
-                t + tokens[row] <= aims[0] and p + patches[row] <= aims[1] and v + items[row] <= aims[2]
-            ):
-                chosen[num_chosen] = row
-                num_chosen, t, p, v = num_chosen + 1, t + tokens[row], p + patches[row], v + items[row]
-            else:
-                waiting[num_waiting] = row
-                num_waiting += 1
-        rows = chosen[:num_chosen]
-        found, _ = assign(measure(rows, tokens, patches, items, pairs, costs, means), num_packs, caps)
-        # Those left out were in front of what waits: they come first, in their order.
-        num_left_out = np.sum(found < 0)
-        for w in range(num_waiting - 1, -1, -1):
-            waiting[w + num_left_out] = waiting[w]
-        num_waiting += num_left_out
-        num_left_out = 0
-        for i in range(num_chosen):
-            if found[i] >= 0:
-                cut[written] = rows[i]
-                written += 1
-            else:
-                waiting[num_left_out] = rows[i]
-                num_left_out += 1
-    bounds[num_steps] = total
-    return cut, bounds[: num_steps + 1].copy()

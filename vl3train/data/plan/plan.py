@@ -1,7 +1,7 @@
 """Which samples share which pack in which step: a pure function of index, weights, seed and step.
 
-The order of an epoch is cut into steps once, each proved by packing it (balance.py): no sample is dropped or
-repeated, and any rank, worker or resumed run that asks for a step gets the same packs.
+The order of an epoch is cut into steps once, each proved by packing it (cut.py, balance.py): no sample is lost or
+repeated, and every rank, worker or resumed run computes the same packs for a step.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import numpy as np
 from vl3train.config.schema import ModelConfig, StepConfig
 from vl3train.contracts.records import Cursor, Pack
 from vl3train.data.plan import cache as plan_cache
-from vl3train.data.plan.balance import SHARE, cut_epoch, pack_step
+from vl3train.data.plan.balance import SHARE, Columns, Rules, pack_step
 from vl3train.data.plan.costs import aims_of, caps_of, cost_numbers, mean_pack
+from vl3train.data.plan.cut import cut_epoch
 from vl3train.data.plan.order import OrderRules, epoch_counts, epoch_order
 from vl3train.data.plan.sample_table import SampleTable
 
 RULES = 2
-"""Raised when order, cut or packing come to differ: an older run is then refused instead of mis-resumed."""
+"""Raised when order, cut or packing change: an older run is then refused at its resume, as its steps would differ."""
 
 CACHED_FROM_SAMPLES = 300_000
 """Smaller epochs are planned faster (under 0.2 s) than it is worth keeping them on disk."""
@@ -42,7 +43,7 @@ class _Epoch:
 
 @dataclass
 class Plan:
-    """The packs of every step. What it keeps are caches only: the last two epochs and the count of each."""
+    """The packs of every step. Its only state are caches: the last two epochs, and the number of steps of each."""
 
     table: SampleTable
     seed: int
@@ -53,7 +54,7 @@ class Plan:
     cache: Path | None = None
     """Folder where long epochs are kept for the other processes of the node; None keeps none."""
     oversized_samples: tuple[int, ...] = field(init=False)
-    """Samples larger than a whole pack, as rows of the table. They are in no step; the caller says so."""
+    """Samples larger than a whole pack, as rows of the table. They are in no step; the caller reports them."""
 
     def __post_init__(self) -> None:
         fits = self._read_table()
@@ -61,14 +62,15 @@ class Plan:
         self._sizes = [
             int(fits[end - size : end].sum()) for end, size in zip(ends, self.table.sizes, strict=True)
         ]
-        self._numbers = cost_numbers(self.costs)
-        most = [int(values.max(initial=0)) for values in self._arrays]
+        costs = cost_numbers(self.costs)
+        most = [int(values.max(initial=0)) for values in self._columns]
         squares = (most[0], most[0] ** 2, most[1], most[3])
-        if sum(int(cost) * size for cost, size in zip(self._numbers, squares, strict=True)) >= 2**63 // SHARE:
+        if sum(int(cost) * size for cost, size in zip(costs, squares, strict=True)) >= 2**63 // SHARE:
             raise ValueError(
                 f"model.costs={self.costs}: work is counted in 64 bits; take a larger unit for all four"
             )
-        self._means = mean_pack(self._sums(fits), int(fits.sum()), self._numbers, self.step)
+        means = mean_pack(self._sums(fits), int(fits.sum()), costs, self.step)
+        self._rules = Rules(self.step.global_packs, caps_of(self.step), costs, means)
         self._epochs: dict[int, _Epoch] = {}
         self._num_steps: dict[int, int] = {}
 
@@ -78,7 +80,7 @@ class Plan:
         items = np.zeros(1, np.int32) if table.num_items is None else table.num_items
         fits = (table.num_tokens <= caps[0]) & (table.num_patches <= caps[1]) & (items <= caps[2])
         self.oversized_samples = tuple(np.flatnonzero(~fits).tolist())
-        self._arrays = (
+        self._columns = Columns(
             _as(table.num_tokens, np.int32),
             _as(table.num_patches, np.int32),
             _as(items if len(items) == len(fits) else np.zeros(len(fits)), np.int32),
@@ -87,9 +89,9 @@ class Plan:
         return np.asarray(fits)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made again: a process that is sent a plan maps or plans the epochs itself."""
+        """Without what can be computed: the process that receives a plan maps or plans the epochs itself."""
         state = {key: value for key, value in self.__dict__.items() if key != "oversized_samples"}
-        return {**state, "_epochs": {}, "_arrays": ()}
+        return {**state, "_epochs": {}, "_columns": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -129,7 +131,7 @@ class Plan:
         return max(1, steps)
 
     def cursor_at(self, step: int, near: Cursor = Cursor()) -> Cursor:  # noqa: B008 - frozen
-        """Where global step ``step`` lies. From a cursor ``near`` before it, only the epochs between are looked at."""
+        """Where global step ``step`` lies. From a cursor ``near`` before it, only the epochs between are counted."""
         if near.step > step:
             near = Cursor()
         epoch, first = near.epoch, near.step - near.step_in_epoch
@@ -147,10 +149,8 @@ class Plan:
     def step_packs(self, cursor: Cursor) -> list[Pack]:
         """The K packs of one step; a pack may be empty. ``Pack.samples`` are rows of the table."""
         rows = self.step_rows(cursor)
-        found = pack_step(
-            rows, *self._arrays, self._numbers, self._means, self.step.global_packs, caps_of(self.step)
-        )
-        assert found.min() >= 0, "a step that was cut to go into its packs does not"
+        found = pack_step(rows, self._columns, self._rules)
+        assert found.min() >= 0, "cut_epoch packed this step, so every sample of it has a pack"
         costs = self.sample_costs(rows)
         packs = []
         for number in range(self.step.global_packs):
@@ -178,20 +178,23 @@ class Plan:
 
     def sample_costs(self, rows: np.ndarray) -> np.ndarray:
         """Work of some samples in the units of ``model.costs``, (n,) int64."""
-        _, patches, _, pairs = (values[rows].astype(np.int64) for values in self._arrays)
-        return self.language_costs(rows) + self._numbers[2] * patches + self._numbers[3] * pairs
+        costs = self._rules.costs
+        patches, pairs = (
+            values[rows].astype(np.int64) for values in (self._columns.patches, self._columns.pairs)
+        )
+        return np.asarray(self.language_costs(rows) + costs[2] * patches + costs[3] * pairs)
 
     def language_costs(self, rows: np.ndarray) -> np.ndarray:
         """The language model's part of ``sample_costs``, (n,) int64."""
-        tokens = self._arrays[0][rows].astype(np.int64)
-        return np.asarray(self._numbers[0] * tokens + self._numbers[1] * tokens * tokens)
+        tokens = self._columns.tokens[rows].astype(np.int64)
+        return np.asarray(self._rules.costs[0] * tokens + self._rules.costs[1] * tokens * tokens)
 
     def _sums(self, fits: np.ndarray) -> dict[str, int]:
         sums = dict.fromkeys(("token", "token_pair", "patch", "patch_pair", "item"), 0)
         for first in range(0, len(fits), SUMMED_AT_A_TIME):
             part = slice(first, first + SUMMED_AT_A_TIME)
             tokens, patches, items, pairs = (
-                values[part][fits[part]].astype(np.int64) for values in self._arrays
+                values[part][fits[part]].astype(np.int64) for values in self._columns
             )
             found = (tokens, tokens * tokens, patches, pairs, items)
             for name, values in zip(sums, found, strict=True):
@@ -201,7 +204,7 @@ class Plan:
     def _steps_or_raise(self, epoch: int) -> int:
         steps = self.steps_in_epoch(epoch)
         if not steps:
-            raise ValueError("the plan has no sample to train on: every source is empty or refused")
+            raise ValueError("the plan has no sample to train on: every source is empty or rejected")
         return steps
 
     def _epoch_samples(self) -> int:
@@ -231,7 +234,7 @@ class Plan:
         shards = self.table.shards
         rows = None
         if self.oversized_samples:
-            fits = np.ones(len(self._arrays[0]), bool)
+            fits = np.ones(len(self._columns.tokens), bool)
             fits[list(self.oversized_samples)] = False
             rows = np.flatnonzero(fits)
         order = epoch_order(
@@ -244,17 +247,9 @@ class Plan:
         )
         if rows is not None:
             order = rows[order].astype(order.dtype)
-        step = self.step
-        most = len(order) if step.max_samples is None else step.max_samples
+        max_samples = len(order) if self.step.max_samples is None else self.step.max_samples
         found: tuple[np.ndarray, np.ndarray] = cut_epoch(
-            order,
-            *self._arrays,
-            self._numbers,
-            self._means,
-            step.global_packs,
-            caps_of(step),
-            aims_of(step),
-            most,
+            order, self._columns, self._rules, aims_of(self.step), max_samples
         )
         return found
 
