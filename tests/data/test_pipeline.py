@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.shards_fixture import make_recipe, train_config
-from vl3train.contracts.records import Cursor
+from vl3train.contracts.records import Cursor, TooManyFailed
 from vl3train.data.pipeline import evaluation_batches, open_data, train_steps
 from vl3train.data.shards.index import NoIndex
 
@@ -177,7 +177,7 @@ def test_a_run_stops_when_its_shards_are_gone(root, tokenizer_dir, tmp_path):
     cfg.data.max_consecutive_failed = 30
     assert list(train_steps(data, cfg, **options))
     cfg.data.max_consecutive_failed = 2
-    with pytest.raises(RuntimeError, match="2 samples in a row could not be used"):
+    with pytest.raises(TooManyFailed, match=r"2 samples failed one after .*max_consecutive_failed=2.*resume"):
         list(train_steps(data, cfg, **options))
     last = json.loads((tmp_path / "l").read_text().splitlines()[-1])
     assert "cannot be opened" in last["reason"]

@@ -126,11 +126,6 @@ class Batch:
         """Longest segment, in tokens."""
         return max(self.segment_lengths)
 
-    @property
-    def vision_max_seqlen(self) -> int:
-        """Longest frame, in patches."""
-        return max(self.frame_lengths)
-
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
@@ -151,3 +146,11 @@ class Batch:
 
 class SampleError(ValueError):
     """A sample that cannot be used, with the reason. The only error that data/ promises for bad input."""
+
+
+class TooManyFailed(ValueError):  # noqa: N818 - it counts failed samples
+    """``data.max_consecutive_failed`` samples of one rank failed one after the other, so the run stops.
+
+    One damaged file is no reason to stop; a folder that went away, or another decoder, is. The message says where the
+    keys and reasons are written and what to do.
+    """

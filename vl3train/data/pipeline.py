@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vl3train.config.schema import TrainConfig
-from vl3train.contracts.records import Batch, Cursor, RenderSettings
+from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
 from vl3train.data.loader import FailedEntry, OpenData, PackDataset, fetch
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
@@ -172,7 +172,7 @@ def train_steps(
     Samples that turn out bad are written to ``ledger_path`` (one for each rank) when their step is handed out.
 
     Raises:
-        RuntimeError: ``data.max_consecutive_failed`` of this rank's samples in a row were bad.
+        TooManyFailed: ``data.max_consecutive_failed`` of this rank's samples failed one after the other.
     """
     plan, num_micro_batches = data.plan, data.plan.step.global_packs // dp_size
     dataset = _dataset(data, cfg, first, rank, dp_size)
@@ -193,10 +193,11 @@ def train_steps(
             for key in one.batch.segment_keys:
                 failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
                 if failed_in_a_row >= cfg.data.max_consecutive_failed:
-                    raise RuntimeError(
-                        f"step {cursor.step}: {failed_in_a_row} samples in a row could not be used, "
-                        f"data.max_consecutive_failed={cfg.data.max_consecutive_failed}; the last is {key}. "
-                        f"Keys and reasons stand in {ledger_path}"
+                    raise TooManyFailed(
+                        f"step {cursor.step}: {failed_in_a_row} samples failed one after the other, the last of them "
+                        f"{key}; data.max_consecutive_failed={cfg.data.max_consecutive_failed} stops the run there. "
+                        f"{ledger_path} lists keys and reasons. Restore the files and resume the run, or raise the "
+                        "limit"
                     )
         num_tokens, num_patches = (
             sum(pack.num_tokens for pack in packs),
