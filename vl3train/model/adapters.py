@@ -1,6 +1,6 @@
 """Low-rank adapters: the door to peft, which puts them into the model's own modules.
 
-PackedModel keeps driving the same modules, so it is given the model that lies within the PeftModel.
+PackedModel runs the same modules, so it takes the model inside the PeftModel.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.trainable import count_parameters
 
-# peft asks transformers 5.23 by a name that it renames: nothing a user can act on.
+# peft uses a name that transformers 5.23 has renamed: a user can do nothing about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 TARGETS = {
     "language_model": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",
     "vision_encoder": r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
 }
-"""The linear layers that get an adapter. Full paths: plain names such as "q_proj" are found in both
-towers."""
+"""The linear layers that get an adapter. Full paths: plain names such as "q_proj" match in both towers."""
 
 FULL_MODULES = {"projector": "projector", "vision_encoder": "vision_model"}
-"""Parts that may train in full beside adapters, by the name peft finds them under. peft trains a copy,
-saves it in the adapter's folder and puts it in place on merging."""
+"""Parts that may train in full together with adapters, and the module names by which peft finds them. peft trains a
+copy of the module, saves it in the adapter's folder, and replaces the module by it when adapters are merged."""
 
 ADAPTER_NAME = "default"
 """peft's own name for the only adapter of a model."""
@@ -38,9 +37,9 @@ ADAPTER_NAME = "default"
 def add_adapters(hf_model: VideoLlama3ForConditionalGeneration, adapter: AdapterConfig) -> PeftModel:
     """Put adapters on ``adapter.parts`` and freeze their weights.
 
-    Call it after set_trainable: other parts that train then go on training in full. Changes ``hf_model`` in
-    place, so PackedModel is given ``hf_model``; keep the PeftModel for save_adapter. The first weights are
-    drawn from torch's global generator. Raises ValueError for parts that cannot be so combined.
+    Call it after set_trainable: other parts that train at that time still train in full. Changes ``hf_model`` in place:
+    PackedModel takes ``hf_model``, save_adapter takes the PeftModel. The first weights are drawn from torch's global
+    generator. Raises ValueError for parts that cannot be combined so.
     """
     if adapter.kind is not AdapterKind.lora:
         raise ValueError(f"adapter.kind={adapter.kind.value}: add_adapters knows lora")
@@ -51,7 +50,7 @@ def add_adapters(hf_model: VideoLlama3ForConditionalGeneration, adapter: Adapter
     full_parts = sorted(training - set(adapter.parts))
     if impossible := sorted(set(full_parts) - set(FULL_MODULES)):
         raise ValueError(
-            f"{', '.join(impossible)} cannot train in full beside adapters; "
+            f"{', '.join(impossible)} cannot train in full together with adapters; "
             f"name it in adapter.parts, or leave it out of stage.learning_rates"
         )
     config = LoraConfig(
@@ -62,19 +61,17 @@ def add_adapters(hf_model: VideoLlama3ForConditionalGeneration, adapter: Adapter
         target_modules="|".join(TARGETS[part] for part in sorted(adapter.parts)),
         modules_to_save=[FULL_MODULES[part] for part in full_parts] or None,
     )
-    # Adapters in the dtype of the weights they sit on: the engine keeps float32 masters of everything that
-    # trains.
+    # Adapters have the dtype of the weights they are added to: the engine keeps float32 masters of all that trains.
     return get_peft_model(hf_model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
 
 
 def save_adapter(
     model: PeftModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write adapters and fully trained parts, and nothing else, for ``PeftModel.from_pretrained(base,
-    folder)``.
+    """Write only the adapters and the parts trained in full, for ``PeftModel.from_pretrained(base, folder)``.
 
-    ``state_dict`` are weights gathered elsewhere (ZeRO-3), by the names of the model within; unset, the
-    model's own.
+    ``state_dict`` are the full weights by the names of the model inside, where the model itself holds only a partition
+    (ZeRO-3); None: the model's own.
     """
     state_dict = model.get_base_model().state_dict() if state_dict is None else state_dict
     # save_embedding_layers: peft's "auto" asks the hub for the base model's vocabulary.
@@ -88,13 +85,12 @@ def save_adapter(
 def load_adapter(
     base: VideoLlama3ForConditionalGeneration, folder: str | Path, is_trainable: bool
 ) -> PeftModel:
-    """``base`` with the adapters of ``folder``; changes ``base`` in place."""
+    """Put the adapters of ``folder`` on ``base``, which changes in place."""
     return PeftModel.from_pretrained(
         base, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False
     )
 
 
 def merge_adapter(model: PeftModel) -> VideoLlama3ForConditionalGeneration:
-    """The plain model with adapters folded into its weights and fully trained parts in place. ``model`` is
-    used up."""
+    """The plain model, with adapters merged into its weights and fully trained parts in place; ``model`` is used up."""
     return model.merge_and_unload()

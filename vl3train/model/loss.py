@@ -20,28 +20,28 @@ Grade = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def supervised_loss(
     hidden: Tensor, lm_head: nn.Module, score: Score, positions: Tensor, labels: Tensor, num_chunks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses (0-d, float32, differentiable), each token's loss (U,) and whether argmax hits (U,).
+    """Sum of the losses (0-d, float32, differentiable), each token's loss (U,), whether argmax is the label (U,).
 
-    ``hidden`` (T, H) are the final states, ``positions`` (U,) the tokens supervised, ``labels`` (U,) their
-    next ids. ``lm_head`` is called exactly ``num_chunks`` times, however many tokens there are: under
-    ZeRO-3 each call gathers its weights from all ranks, so all ranks must make as many. Logits are
-    recomputed in the backward pass; those of one chunk exist at a time. ``score`` is ``score_logits``, compiled or
-    not: left alone, torch reads and writes the wide vocabulary ten times over, half of them in float32.
+    ``hidden`` (T, H) are the final states, ``positions`` (U,) the supervised tokens, ``labels`` (U,) their next ids.
+    ``lm_head`` is called exactly ``num_chunks`` times, however many tokens there are: under ZeRO-3 each call gathers
+    its weights from all ranks, so all ranks must make the same number of calls. Logits are recomputed in the backward
+    pass; only those of one chunk exist at a time. ``score`` is ``score_logits``, compiled or not: uncompiled, torch
+    reads and writes the logits ten times, half of them in float32. Raises ValueError for no chunks, or when
+    ``positions`` and ``labels`` differ in length.
     """
-    _refuse_odd_lots(positions, labels, num_chunks)
+    _check_sizes(positions, labels, num_chunks)
     num_supervised_tokens = positions.shape[0]
     chunk_tokens = -(-num_supervised_tokens // num_chunks)
     sums, losses, hits = [], [], []
     for chunk in range(num_chunks):
         rows = slice(chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
-        positions_U, labels_U = positions[rows], labels[rows].clone()  # as below
+        positions_U, labels_U = positions[rows], labels[rows].clone()  # a copy, as in _LossWithGradients
         empty = positions_U.shape[0] == 0
         if empty:
-            # Any token with any label, counted zero times: the head is fetched, recomputed and freed as in
-            # every other chunk. One fetch less on one rank, and ZeRO-3 mixes up its messages (seen with 2
-            # ranks).
+            # Any token with any label, counted zero times: the head is gathered, recomputed and freed as in every
+            # other chunk. With one gather less on one rank, ZeRO-3 mixes up its messages (seen with 2 ranks).
             positions_U = labels_U = positions.new_zeros(1)
-        # Recomputation runs to its end, so that the forward hooks with which ZeRO-3 frees the weights fire.
+        # Recompute to the end of the chunk: the forward hooks there free the weights under ZeRO-3.
         with set_checkpoint_early_stop(False):
             chunk_sum, losses_U, hits_U = checkpoint(
                 _chunk_loss, hidden, lm_head, score, positions_U, labels_U, use_reentrant=False
@@ -52,9 +52,9 @@ def supervised_loss(
     return torch.stack(sums).sum(), torch.cat(losses), torch.cat(hits)
 
 
-def _refuse_odd_lots(positions: Tensor, labels: Tensor, num_chunks: int) -> None:
+def _check_sizes(positions: Tensor, labels: Tensor, num_chunks: int) -> None:
     if num_chunks < 1:
-        raise ValueError(f"num_loss_chunks={num_chunks}: at least 1, so that every rank calls the head")
+        raise ValueError(f"num_loss_chunks={num_chunks}: it is at least 1, so that every rank calls the head")
     if positions.shape != labels.shape:
         raise ValueError(f"{tuple(positions.shape)} supervised positions for {tuple(labels.shape)} labels")
 
@@ -67,14 +67,14 @@ def loss_with_gradients(
     labels: Tensor,
     num_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``supervised_loss`` that makes the gradients while it has the logits, and so never makes those again.
+    """``supervised_loss``, which computes the gradients while it has the logits and so never recomputes them.
 
-    For a head whose weight is whole on every rank: not under ZeRO-3, where the module has to be called to fetch it.
-    ``grade`` is ``grade_logits``, compiled or not.
+    For a head whose weight is whole on every rank: not under ZeRO-3, which gathers it only when the module is called.
+    ``grade`` is ``grade_logits``, compiled or not. Raises ValueError as ``supervised_loss``, or for a head with a bias.
     """
-    _refuse_odd_lots(positions, labels, num_chunks)
+    _check_sizes(positions, labels, num_chunks)
     if lm_head.bias is not None:
-        raise ValueError("the language model's head has a bias, whose gradient nothing makes here")
+        raise ValueError("the language model's head has a bias, and this loss computes no gradient for it")
     total, losses_U, hits_U = _LossWithGradients.apply(
         hidden, lm_head.weight, grade, positions, labels, num_chunks
     )
@@ -92,8 +92,8 @@ class _LossWithGradients(torch.autograd.Function):
         labels: Tensor,
         num_chunks: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(hidden) if of_hidden else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
         d_weight = None
         losses, hits = [hidden.new_empty(0, dtype=torch.float32)], [labels.new_empty(0, dtype=torch.bool)]
         chunk_tokens = max(1, -(-len(positions) // num_chunks))
@@ -101,19 +101,19 @@ class _LossWithGradients(torch.autograd.Function):
             positions.split(chunk_tokens), labels.split(chunk_tokens), strict=True
         ):
             if not len(positions_U):
-                continue  # split gives one empty part of nothing
+                continue  # split of an empty tensor gives one empty part
             rows_UH = hidden.index_select(0, positions_U)
-            # A copy: the compiler takes a view as long as what it is a view of for a kind of its own.
+            # A copy: torch.compile compiles again for a view that is as long as its base.
             losses_U, hits_U, d_logits_UV = grade(F.linear(rows_UH, weight), labels_U.clone())
             losses.append(losses_U)
             hits.append(hits_U)
             if d_hidden is not None:
                 d_hidden.index_copy_(0, positions_U, d_logits_UV @ weight)
-            if of_weight and d_weight is None:
+            if needs_weight and d_weight is None:
                 d_weight = d_logits_UV.t() @ rows_UH
             elif d_weight is not None:
                 d_weight.addmm_(d_logits_UV.t(), rows_UH)
-        if of_weight and d_weight is None:
+        if needs_weight and d_weight is None:
             d_weight = torch.zeros_like(weight)
         ctx.save_for_backward(d_hidden, d_weight)
         losses_U, hits_U = torch.cat(losses), torch.cat(hits)
@@ -122,17 +122,17 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # In place: nobody else has them, and the weight's is the largest of all gradients.
+        # In place: nothing else reads them, and the weight's gradient is the largest of all.
         d_hidden, d_weight = (None if d is None else d.mul_(grad) for d in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None
 
 
 def grade_logits(logits_UV: Tensor, labels_U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``score_logits``, and the gradient of the losses' sum with respect to the logits (U, V), in their dtype."""
-    log_shares_UV = F.log_softmax(logits_UV.float(), 1)
-    losses_U = F.nll_loss(log_shares_UV, labels_U, reduction="none")
-    places_V = torch.arange(logits_UV.shape[1], device=logits_UV.device)
-    d_logits_UV = log_shares_UV.exp() - (places_V == labels_U[:, None]).float()
+    log_probs_UV = F.log_softmax(logits_UV.float(), 1)
+    losses_U = F.nll_loss(log_probs_UV, labels_U, reduction="none")
+    ids_V = torch.arange(logits_UV.shape[1], device=logits_UV.device)
+    d_logits_UV = log_probs_UV.exp() - (ids_V == labels_U[:, None]).float()
     return losses_U, logits_UV.argmax(-1) == labels_U, d_logits_UV.to(logits_UV.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which parts of the model train, and at which rate."""
+"""Which parts of the model train, and at which learning rate."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PART_PREFIXES: dict[str, tuple[str, ...]] = {
     "projector": ("model.projector",),
     "language_model": ("model.language_model", "lm_head"),
 }
-"""Where each part lies in transformers' model. The head belongs to the language model, tied or not."""
+"""Prefixes of each part's parameters in transformers' model. The head belongs to the language model, tied or not."""
 
-# Wrappers only put more in front (PackedModel "model.", peft "base_model.model.") or behind.
+# Wrappers only add something before (PackedModel "model.", peft "base_model.model.") or after these names.
 _PART_PATTERNS = {
     part: re.compile(r"(^|\.)(" + "|".join(re.escape(prefix) for prefix in prefixes) + r")\.")
     for part, prefixes in PART_PREFIXES.items()
@@ -25,7 +25,9 @@ _PART_PATTERNS = {
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a parameter belongs to, wrapped by PackedModel or peft or not.
+    """The part that a parameter belongs to, with or without the prefixes of PackedModel and peft.
+
+    Raises ValueError for a name of no part.
 
     >>> part_of("base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.default.weight")
     'language_model'
@@ -35,13 +37,14 @@ def part_of(parameter_name: str) -> str:
     for part, pattern in _PART_PATTERNS.items():
         if pattern.search(parameter_name):
             return part
-    raise ValueError(f"parameter {parameter_name} lies in none of the parts {', '.join(PARTS)}")
+    raise ValueError(f"parameter {parameter_name} is in none of the parts {', '.join(PARTS)}")
 
 
 def set_trainable(hf_model: nn.Module, trainable: Collection[str]) -> None:
     """Train exactly the named parts and freeze every other one.
 
-    The head goes with the language model. Call it before add_adapters, never after: peft decides then.
+    The head trains with the language model. Call it before add_adapters, never after: from then on peft decides. Raises
+    ValueError for an unknown part.
     """
     if unknown := sorted(set(trainable) - set(PART_PREFIXES)):
         raise ValueError(
@@ -53,7 +56,7 @@ def set_trainable(hf_model: nn.Module, trainable: Collection[str]) -> None:
 
 
 def count_parameters(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Trainable and all parameters of each part; a tied head counts once."""
+    """Numbers of trainable and of all parameters of each part; a tied head counts once."""
     counts = dict.fromkeys(PART_PREFIXES, (0, 0))
     for name, parameter in hf_model.named_parameters():
         trainable, total = counts[part_of(name)]
@@ -67,9 +70,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One AdamW group for each part that trains, with "name", "params", "lr" and "weight_decay".
 
-    With weight decay, biases and norms form a group of their own without it. A part's rate is that of
-    whatever trains in it, full weights or adapters. Raises ValueError when a parameter trains without a
-    rate, or a rate has nothing to train.
+    With weight decay, biases and norms form a group of their own, without it. A part's rate holds for what trains in
+    it, full weights or adapters. Raises ValueError when a parameter trains and has no rate, or a rate has nothing to
+    train.
     """
     groups: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()

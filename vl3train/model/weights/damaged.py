@@ -1,4 +1,4 @@
-"""Weight files of a folder, looked at before anything is built from them."""
+"""Finds damaged weight files before anything is built from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 
 def refuse_damaged(*folders: Path) -> None:
-    """ValueError with every safetensors file in ``folders`` that is cut off or is none; only headers are read."""
+    """Raise ValueError with every file in ``folders`` that is no whole safetensors file; only headers are read."""
     found = []
     for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
         try:

@@ -1,4 +1,4 @@
-"""A model's weights: SigLIP and Qwen2 put together, or a whole checkpoint. No key is lost silently."""
+"""Loads a model: SigLIP and Qwen2 put together, or a whole checkpoint. A key that does not fit is an error."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ VISION_FIELDS = (
     "layer_norm_eps",
     "attention_dropout",
 )
-"""All fields of the encoder's config; the class defaults are another model's (ViT-base)."""
+"""All fields of the encoder's config, copied, because the class defaults are those of another model (ViT-base)."""
 
 SIGLIP_DROPPED = re.compile(
     r"text_model\.|logit_(scale|bias)$|head\.|embeddings\.position_(embedding\.weight|ids)$"
 )
-"""SigLIP's keys that VideoLLaMA3 has no use for: the text tower, the pooling head, learned positions."""
+"""SigLIP's keys that VideoLLaMA3 does not use: the text tower, the pooling head, learned positions."""
 ROTARY_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Written by old versions of transformers; computed from the config now."""
+"""Old versions of transformers wrote these; now they are computed from the config."""
 ORIGINAL_PREFIXES = (
     (re.compile(r"^model\.vision_encoder\.(vision_encoder\.)?"), "model.vision_model."),
     (re.compile(r"^model\.mm_projector\."), PROJECTOR_PREFIX),
     (re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)"), "model.language_model."),
 )
-"""Names in the original code's checkpoints, released or fresh from its training, and what they are called
-here."""
+"""Prefixes in checkpoints of the original code, released or new from its training, and the names here."""
 
 
 def init_from_parts(
@@ -56,11 +55,10 @@ def init_from_parts(
     seed: int,
     dtype: torch.dtype,
 ) -> VideoLlama3ForConditionalGeneration:
-    """A VideoLLaMA3 of a SigLIP and a Qwen2 or Qwen2.5 checkpoint (folders or hub names), weights exactly
-    theirs.
+    """A VideoLLaMA3 with exactly the weights of a SigLIP and a Qwen2 or Qwen2.5 checkpoint (folders or hub names).
 
-    The projector is drawn from ``seed``, normal with standard deviation ``initializer_range``, biases zero.
-    Raises ValueError, naming the keys, when a source has a key of no use or lacks one that is needed.
+    The projector is drawn with ``seed``: normal with standard deviation ``initializer_range``, biases zero. Raises
+    ValueError, naming the keys, when a source has an unknown key or lacks a needed one.
     """
     vision_folder, language_folder = _folder_of(vision_encoder_from), _folder_of(language_model_from)
     config: Any = VideoLlama3Config(
@@ -84,10 +82,10 @@ def init_from_parts(
 
 
 def load_model(folder_or_name: str | Path, dtype: torch.dtype) -> VideoLlama3ForConditionalGeneration:
-    """A whole checkpoint, every key in its place; else ValueError naming the keys.
+    """The model of a whole checkpoint. Raises ValueError, naming the keys, when one is missing or does not fit.
 
-    Takes Hugging Face form (model_type video_llama_3), and the original code's (videollama3_qwen2), whose
-    names are other and whose weights are the same.
+    Takes Hugging Face form (model_type video_llama_3), and the form of the original code (videollama3_qwen2), which has
+    other names for the same weights.
     """
     folder = _folder_of(str(folder_or_name))
     described = _read_json(folder / "config.json")
@@ -111,8 +109,7 @@ def load_model(folder_or_name: str | Path, dtype: torch.dtype) -> VideoLlama3For
 
 
 def convert_original_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a ``videollama3_qwen2`` checkpoint by the names of transformers' model; no tensor
-    changes."""
+    """The weights of a ``videollama3_qwen2`` checkpoint under the names of transformers' model; tensors unchanged."""
     converted = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in ORIGINAL_PREFIXES:
@@ -126,13 +123,13 @@ def convert_original_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]
 def convert_original_config(described: Mapping[str, Any]) -> VideoLlama3Config:
     """The config that belongs to ``convert_original_keys``.
 
-    Placeholders are Qwen2.5's own: the original's ``<image>`` row is overwritten by visual tokens, so any
-    serves.
+    The placeholders are Qwen2.5's own. The original code has ``<image>``; visual tokens replace its embedding in any
+    case. Raises ValueError without a ``vision_encoder_config``.
     """
     vision = described.get("vision_encoder_config")
     if not isinstance(vision, Mapping):
         raise ValueError(
-            "the checkpoint's config.json has no vision_encoder_config, so its encoder's size is unknown; "
+            "the checkpoint's config.json has no vision_encoder_config, so the size of its encoder is unknown; "
             "take the released folder (DAMO-NLP-SG/VideoLLaMA3-*) or add the entry"
         )
     text_fields = Qwen2Config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
@@ -146,7 +143,7 @@ def convert_original_config(described: Mapping[str, Any]) -> VideoLlama3Config:
 
 
 def check_vocabulary(config: Any, largest_token_id: int) -> None:
-    """ValueError when the embedding has no row for the tokenizer's largest id."""
+    """Raise ValueError when the embedding has no row for the tokenizer's largest id."""
     rows = config.text_config.vocab_size
     if largest_token_id >= rows:
         raise ValueError(
@@ -158,8 +155,7 @@ def check_vocabulary(config: Any, largest_token_id: int) -> None:
 
 
 def assert_rope_float32(model: torch.nn.Module) -> None:
-    """ValueError when rotary frequencies were cast: in bfloat16 positions of some thousands lose all
-    meaning."""
+    """Raise ValueError when rotary frequencies are not float32: in bfloat16 they lose positions of some thousands."""
     wrong = [
         f"{name} is {buffer.dtype}"
         for name, buffer in model.named_buffers()
@@ -194,7 +190,7 @@ def _vision_config(folder: Path) -> dict[str, Any]:
 
 
 def _siglip_weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights; keys of a SiglipModel have one prefix more than those of a SiglipVisionModel."""
+    """The encoder's weights, of a SiglipVisionModel or a SiglipModel, whose keys have one more prefix."""
     names = ((name.removeprefix("vision_model."), tensor) for name, tensor in _read_weights(folder))
     return {f"model.vision_model.{name}": tensor for name, tensor in names if not SIGLIP_DROPPED.match(name)}
 
@@ -209,7 +205,7 @@ def _qwen2_weights(folder: Path) -> dict[str, Tensor]:
 def _build(
     config: VideoLlama3Config, weights: dict[str, Tensor], dtype: torch.dtype, source: str
 ) -> VideoLlama3ForConditionalGeneration:
-    """The model with these weights and no others."""
+    """The model with exactly these weights."""
     weights = {name: tensor for name, tensor in weights.items() if not ROTARY_BUFFERS.search(name)}
     embedding = weights.get("model.language_model.embed_tokens.weight")
     if config.tie_word_embeddings:
@@ -230,7 +226,7 @@ def _build(
 
 
 def _checked(loaded: Any, source: str) -> VideoLlama3ForConditionalGeneration:
-    """The model of a (model, loading info) pair, when every key had its place."""
+    """The model of a (model, loading info) pair. Raises ValueError unless every key fitted."""
     model, info = loaded
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -250,7 +246,7 @@ def _checked(loaded: Any, source: str) -> VideoLlama3ForConditionalGeneration:
 
 
 def _folder_of(folder_or_name: str) -> Path:
-    """A local folder as it is; a hub name's files, downloaded or from the cache."""
+    """A local folder itself, or the folder of a hub name's files, from the cache or downloaded."""
     if Path(folder_or_name).is_dir():
         return Path(folder_or_name)
     return Path(snapshot_download(folder_or_name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
@@ -258,7 +254,7 @@ def _folder_of(folder_or_name: str) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"{file.parent} holds no {file.name}; it is no checkpoint folder")
+        raise ValueError(f"{file.parent} holds no {file.name}: it is not a checkpoint folder")
     return json.loads(file.read_text())
 
 
@@ -268,7 +264,7 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     refuse_damaged(folder)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no dict
+            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 yield name, tensors.get_tensor(name)
     if files:
         return

@@ -1,13 +1,11 @@
-"""Weights and processor in Hugging Face form: built, written and read back.
+"""Weights and processor as a Hugging Face folder: written, checked and read back.
 
-What is written here loads with plain ``from_pretrained``: names in memory are the names in the file.
+What is written here loads with plain ``from_pretrained``: weights have the same names in memory and in the file.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,13 @@ import torch
 from torch import Tensor
 
 from vl3train.config.paths import MODEL_TYPES, is_run_folder, latest_checkpoint, model_type, resolve_weights
-from vl3train.contracts.tokens import (
-    END_OF_TEXT,
-    IM_END,
-)
+from vl3train.contracts.files import whole_folder
+from vl3train.contracts.tokens import END_OF_TEXT, IM_END
 from vl3train.model.weights.damaged import refuse_damaged
 
 
-class WrongExport(ValueError):  # noqa: N818 - says what it is
-    """What was written is not what should have been."""
+class WrongExport(ValueError):  # noqa: N818 - its name says what it is
+    """A written folder does not hold the weights that it should."""
 
 
 def save_weights(
@@ -35,9 +31,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, processor, chat template and generation settings as one Hugging Face folder.
-
-    Everything goes to a folder beside it first, which is renamed at the end: ``folder`` is whole or absent.
+    """Write model, processor, chat template and generation settings as one Hugging Face folder, whole or absent.
 
     Args:
         hf_model: A ``VideoLlama3ForConditionalGeneration``; its config is written, and its weights unless
@@ -51,44 +45,43 @@ def save_weights(
         FileExistsError: ``folder`` exists.
     """
     from huggingface_hub import save_torch_state_dict
-    from transformers import GenerationConfig
 
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written. Give another folder or remove that one")
     weights = stored_weights(hf_model, state_dict, dtype)
+    stored_dtype = dtype if dtype is not None else next(iter(weights.values())).dtype
+    with whole_folder(folder) as partial:
+        save_torch_state_dict(weights, partial, metadata={"format": "pt"})
+        _stored_config(hf_model, stored_dtype).save_pretrained(partial)
+        _generation_config(processor.tokenizer).save_pretrained(partial)
+        processor.save_pretrained(partial)
+    return folder
+
+
+def _stored_config(hf_model: Any, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(hf_model.config)
     config.architectures = [type(hf_model).__name__]
     config.text_config.use_cache = True  # training turns it off; generate() without it is quadratic
-    stored_dtype = dtype if dtype is not None else next(iter(weights.values())).dtype
     for part in (config, config.text_config, config.vision_config):
-        part.dtype = stored_dtype
+        part.dtype = dtype
+    return config
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed while it wrote
-    partial.mkdir(parents=True)
-    save_torch_state_dict(weights, partial, metadata={"format": "pt"})
-    config.save_pretrained(partial)
-    tokenizer = processor.tokenizer
-    GenerationConfig(
+
+def _generation_config(tokenizer: Any) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
         eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
         pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         do_sample=False,
-    ).save_pretrained(partial)
-    processor.save_pretrained(partial)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            sync_to_disk(file)
-    partial.rename(folder)
-    sync_to_disk(folder.parent)
-    return folder
+    )
 
 
 def stored_weights(
     hf_model: Any, state_dict: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The tensors that a weight file holds: on the CPU, cast to ``dtype``, a tied head left out."""
+    """The tensors that a weight file holds: on the CPU, cast to ``dtype``, without a tied head."""
     state = hf_model.state_dict() if state_dict is None else state_dict
     tied = {"lm_head.weight"} if hf_model.config.tie_word_embeddings else set()
     return {
@@ -100,22 +93,13 @@ def stored_weights(
     }
 
 
-def sync_to_disk(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def verify_export(folder: str | Path, live_state: Mapping[str, Tensor]) -> Any:
-    """Load ``folder`` as a stranger would and compare it with the weights it should hold.
+    """Load ``folder`` with plain transformers and compare it with the weights it should hold.
 
     Args:
         folder: A Hugging Face folder.
-        live_state: The weights under the model's names, in any dtype; they are compared after the cast to the
-            dtype of the file. A tied head may be in it or not.
+        live_state: The weights under the model's names, in any dtype: they are cast to the dtype of the file
+            first. A tied head may be in it or not.
 
     Returns:
         The loaded ``VideoLlama3ForConditionalGeneration``, in evaluation mode on the CPU.
@@ -151,13 +135,13 @@ def verify_export(folder: str | Path, live_state: Mapping[str, Tensor]) -> Any:
 
 
 def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
-    """Folders of the weights and of the adapters on them that ``folder`` means.
+    """The folder of the weights that ``folder`` stands for, and that of the adapters, or None without adapters.
 
     ``folder`` is a run (its latest checkpoint is taken), a checkpoint, or a Hugging Face folder. A run with
-    adapters keeps the weights they sit on once, in ``base``, and adapters alone in each checkpoint.
+    adapters stores the frozen weights once, in ``base``, and only adapters in each checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: Something is missing or damaged, or no such model; the text says which.
+        FileNotFoundError, ValueError: Something is missing or damaged, or is another model; the message says what.
     """
     if is_run_folder(checkpoint := Path(folder).expanduser()):
         checkpoint = latest_checkpoint(checkpoint)
@@ -166,20 +150,22 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
         weights = resolve_weights(checkpoint)
         if (found := model_type(weights)) != MODEL_TYPES[0]:
             raise ValueError(
-                f"{weights} holds a {found} model; a stage can start from it, and what that stage trains can be "
-                "exported and asked"
+                f"{weights} holds a {found} model; a stage can start from it, but only what that stage trains "
+                "can be exported or asked"
             )
         refuse_damaged(weights)
         return weights, None
     base = checkpoint.parent.parent / "base"
     if not base.is_dir():
-        raise FileNotFoundError(f"{base} is missing: the weights that the adapters in {adapter} belong to")
+        raise FileNotFoundError(
+            f"{base} is missing: it holds the weights that the adapters in {adapter} belong to"
+        )
     refuse_damaged(weights := resolve_weights(base), adapter)
     return weights, adapter
 
 
 def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Model and processor of a run, a checkpoint or an export, ready to answer; adapters are merged.
+    """Model and processor of a run, a checkpoint or an export, ready to answer, with adapters merged.
 
     Args:
         folder: What ``locate_trained`` takes.

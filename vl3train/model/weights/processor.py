@@ -17,12 +17,16 @@ from vl3train.contracts.tokens import (
     VIDEO_PAD,
 )
 
+HALF = [0.5, 0.5, 0.5]
+"""Mean and deviation of pixels, as SigLIP has them: pixels come to [-1, 1]. The class default is the same today."""
+
 
 def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
     """The tokenizer with every token that VideoLLaMA3 knows; answers end in ``<|im_end|>``.
 
-    Qwen2.5's tokenizer has the two placeholders already, Qwen2's does not. The three tokens after them are
-    the original code's (train.py:641), in its order, so that their ids agree with its weights.
+    Qwen2.5's tokenizer has the two placeholders already, Qwen2's does not. The three tokens after them are the
+    original code's (train.py:641), in its order, so that their ids agree with its weights. Raises ValueError for a
+    tokenizer of another family.
     """
     from transformers import AutoTokenizer
 
@@ -37,7 +41,8 @@ def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
             tokenizer.add_tokens([token], special_tokens=True)
     tokenizer.eos_token = IM_END
     tokenizer.pad_token = END_OF_TEXT
-    # generate() continues at the right end of each row. save_pretrained writes the initial value only.
+    # generate() continues at the right end of each row, so padding is on the left. save_pretrained writes the initial
+    # value only.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
@@ -54,57 +59,62 @@ def build_processor(
 
     Args:
         tokenizer_from: Folder or hub name of a Qwen2 tokenizer, or of any folder that holds one.
-        data: Budgets and frame rate; None stands for the published ones.
+        data: Pixel budgets and frame rate; None: the published ones.
         image_merge_size: Side of the patch square merged into one visual token of an image.
         video_merge_size: The same for a clip.
         prune_frames: Drop visual tokens of a clip that repeat the frame before.
 
-    transformers divides a clip's pixels among its frames, but knows no budget that several items share:
-    ``image_processor.max_visual_tokens`` keeps it for ``vl3train generate``, which applies it.
+    transformers divides a clip's pixels among its frames, but has no budget that several items share. It is stored as
+    ``image_processor.max_visual_tokens``, and ``vl3train generate`` applies it.
     """
-    from transformers import VideoLlama3ImageProcessor, VideoLlama3Processor, VideoLlama3VideoProcessor
+    from transformers import VideoLlama3Processor
 
     data = data if data is not None else DataConfig()
-    budget = data.max_visual_tokens * PATCH_SIZE**2
-    half = [
-        0.5,
-        0.5,
-        0.5,
-    ]  # pixels in [-1, 1], as SigLIP's; the class default is the same, the constant is not ours
-    image_processor: Any = VideoLlama3ImageProcessor(
-        size={
-            "shortest_edge": data.image_min_pixels,
-            "longest_edge": min(data.image_max_pixels, budget * image_merge_size**2),
-        },
-        merge_size=image_merge_size,
-        patch_size=PATCH_SIZE,
-        image_mean=half,
-        image_std=half,
+    return VideoLlama3Processor(
+        image_processor=_image_processor(data, image_merge_size),
+        tokenizer=prepare_tokenizer(tokenizer_from),
+        video_processor=_video_processor(data, video_merge_size, prune_frames),
+        chat_template=CHAT_TEMPLATE,
     )
-    image_processor.max_visual_tokens = (
-        data.max_visual_tokens
-    )  # written to processor_config.json, and read back
-    video_processor = VideoLlama3VideoProcessor(
-        size={
-            "shortest_edge": data.video_min_pixels,
-            "longest_edge": min(data.video_max_pixels, budget * video_merge_size**2),
-        },
-        merge_size=video_merge_size,
+
+
+def _image_processor(data: DataConfig, merge_size: int) -> Any:
+    from transformers import VideoLlama3ImageProcessor
+
+    processor: Any = VideoLlama3ImageProcessor(
+        size=_pixel_budget(data.image_min_pixels, data.image_max_pixels, data.max_visual_tokens, merge_size),
+        merge_size=merge_size,
         patch_size=PATCH_SIZE,
-        image_mean=half,
-        image_std=half,
+        image_mean=HALF,
+        image_std=HALF,
+    )
+    processor.max_visual_tokens = data.max_visual_tokens  # written to processor_config.json, and read back
+    return processor
+
+
+def _video_processor(data: DataConfig, merge_size: int, prune_frames: bool) -> Any:
+    from transformers import VideoLlama3VideoProcessor
+
+    return VideoLlama3VideoProcessor(
+        size=_pixel_budget(data.video_min_pixels, data.video_max_pixels, data.max_visual_tokens, merge_size),
+        merge_size=merge_size,
+        patch_size=PATCH_SIZE,
+        image_mean=HALF,
+        image_std=HALF,
         fps=data.fps,
         min_frames=data.min_frames,
         max_frames=data.max_frames,
-        # A whole clip given to the processor is sampled as in training. The class default would encode every
-        # frame of it. Frames that are sampled already need do_sample_frames=False.
+        # A whole clip given to the processor is sampled as in training; the class default would encode every frame
+        # of it. Frames that are sampled already need do_sample_frames=False.
         do_sample_frames=True,
         use_token_compression=prune_frames,
         return_metadata=True,
     )
-    return VideoLlama3Processor(
-        image_processor=image_processor,
-        tokenizer=prepare_tokenizer(tokenizer_from),
-        video_processor=video_processor,
-        chat_template=CHAT_TEMPLATE,
-    )
+
+
+def _pixel_budget(
+    min_pixels: int, max_pixels: int, max_visual_tokens: int, merge_size: int
+) -> dict[str, int]:
+    """By transformers' names; these "edges" are numbers of pixels."""
+    pixels_of_tokens = max_visual_tokens * PATCH_SIZE**2 * merge_size**2
+    return {"shortest_edge": min_pixels, "longest_edge": min(max_pixels, pixels_of_tokens)}
