@@ -237,7 +237,10 @@ NO_FINGERPRINT = (
 def test_quack_in_a_folder_of_another_name_is_told_so_with_the_way_out(fake_quack):
     place = fake_quack("libraries", NO_FINGERPRINT)
     problem = quack_import_problem()
-    assert f"lie in {place}; quack works only where they lie in a folder called site-packages or" in problem
+    assert problem.startswith(
+        f"quack-kernels lies in {place}; quack works only where it and its libraries lie in a"
+    )
+    assert "a folder called site-packages or dist-packages" in problem
     assert "install them into a virtual environment, or rename the folder" in problem
 
 

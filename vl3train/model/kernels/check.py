@@ -17,6 +17,9 @@ from vl3train.model.attention.backends import KernelChoice
 from vl3train.model.attention.check import MAX_ERROR, largest
 from vl3train.model.kernels.gemm_cases import gemm_cases
 
+INSTALLED_FOLDERS = ("site-packages", "dist-packages")
+"""Folders whose packages quack takes as installed (quack/gemm_runtime/identity.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class GemmError:
@@ -76,20 +79,17 @@ def quack_import_problem() -> str | None:
     try:
         importlib.import_module("vl3train.model.kernels.quack_gemm")
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:
-        folder = _folder_of("cutlass")
-        # quack hashes the functions that its kernels call. It takes those of installed packages by name, and knows
-        # them by the folder's name alone (quack/gemm_runtime/identity.py); in cutlass's source it meets what it cannot
-        # hash.
-        if "no fail-closed semantic key" in str(error) and not {*folder.parts} & {*INSTALLED_FOLDERS}:
+        # quack hashes the functions that its kernels call, but takes those of installed packages by name. It knows
+        # these by their folder's name alone; elsewhere it reads cutlass's source and meets what it cannot hash.
+        installed = {*_folder_of("cutlass").parts} & {*INSTALLED_FOLDERS}
+        if "no fail-closed semantic key" in str(error) and not installed:
             return (
-                f"quack-kernels and its libraries lie in {folder}; quack works only where they lie in a folder called "
-                f"{' or '.join(INSTALLED_FOLDERS)}: install them into a virtual environment, or rename the folder"
+                f"quack-kernels lies in {_folder_of('quack')}; quack works only where it and its libraries lie in a "
+                f"folder called {' or '.join(INSTALLED_FOLDERS)}: install them into a virtual environment, or rename "
+                "the folder"
             )
         return f"quack-kernels is not wholly installed ({error})"
     return None
-
-
-INSTALLED_FOLDERS = ("site-packages", "dist-packages")
 
 
 def _folder_of(package: str) -> Path:
