@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from vl3train.contracts import files
 from vl3train.contracts.files import whole_file, whole_folder, write_whole
 
 
@@ -26,6 +27,16 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
         fail_half_way(path)
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_only_what_can_be_computed_again_is_left_to_the_system_to_sync(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    for name, durable in (("cache", False), ("weights", True)):
+        with files.whole_file(tmp_path / name, durable=durable) as partial:
+            partial.write_text("1")
+    assert sorted(os.listdir(tmp_path)) == ["cache", "weights"]
+    assert [path.name for path in synced] == [f"weights.{os.getpid()}.partial", tmp_path.name]
 
 
 def test_a_folder_appears_when_it_is_whole_and_what_a_killed_process_left_is_not_in_it(tmp_path):

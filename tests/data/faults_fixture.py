@@ -274,14 +274,14 @@ def fault_outcomes(root: Path, tokenizer_dir: Path, decode_seconds: float) -> li
         prefix = f"s{number}/a/"
         refused = {
             key.removeprefix(prefix): reason
-            for key, reason in [*data.index.refused, *rotten.items()]
+            for key, reason in [*data.index.rejected, *rotten.items()]
             if key.startswith(prefix)
         }
-        told = rotten if fault.when == "run" else dict(data.index.refused)
+        told = rotten if fault.when == "run" else dict(data.index.rejected)
         reasons = [reason for key, reason in told.items() if key.startswith(prefix)]
         reasons += [
             f"{count} x .{suffix} not read"
-            for name, suffix, count in data.index.unread_parts
+            for name, suffix, count in data.index.ignored_members
             if name == f"s{number}"
         ]
         said = next((reason for reason in reasons if fault.said in reason), "; ".join(reasons))

@@ -14,7 +14,7 @@ import torch
 from tests.data.shards_fixture import make_recipe, train_config
 from vl3train.contracts.records import Cursor, TooManyFailed
 from vl3train.data.pipeline import evaluation_batches, open_data, train_steps
-from vl3train.data.shards.index import NoIndex
+from vl3train.data.shards.index import MissingIndexError
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_samples_larger_than_a_pack_are_told(root, tokenizer_dir):
 def test_what_is_missing_is_refused(root, tokenizer_dir):
     cfg = train_config(root, root / "recipe.yaml")
     cfg.data.fps = 1.0
-    with pytest.raises(NoIndex, match=r"(?s)pictures.*clips.*words"):
+    with pytest.raises(MissingIndexError, match=r"(?s)pictures.*clips.*words"):
         open_data(cfg, tokenizer_dir=tokenizer_dir, held_out=False, build=False)
     cfg.data.root = str(root / "elsewhere")
     with pytest.raises(ValueError, match=r"no \.tar shards"):

@@ -95,10 +95,10 @@ def print_samples(console: Console, data: OpenData, split: str) -> None:
         tokens = int(table.num_tokens[first : first + size].sum())
         console.print(f"  {name}: {size:,} samples, {tokens:,} tokens")
         first += size
-    for name, suffix, count in index.unread_parts:
+    for name, suffix, count in index.ignored_members:
         console.print(f"  {name}: {count:,} files of kind .{suffix} are ignored", markup=False)
     too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
-    for what, listed in (("are rejected", index.refused), ("do not fit into a pack", too_large)):
+    for what, listed in (("are rejected", index.rejected), ("do not fit into a pack", too_large)):
         if listed:
             console.print(f"  {len(listed):,} {what}:")
             for line in describe_rejected([Rejection(*one) for one in listed]):

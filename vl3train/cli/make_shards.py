@@ -79,7 +79,7 @@ def main(args: Namespace) -> int:
     """Write the shards, or check the records. Returns 1 when records are rejected, unless --skip-rejected is given."""
     from vl3train.data.prepare.write_shards import (
         REJECTED_FILE,
-        AnnotationProblems,
+        RejectedRecordsError,
         describe_rejected,
         write_shards,
     )
@@ -111,21 +111,21 @@ def main(args: Namespace) -> int:
                 max_bytes=args.bytes_per_shard,
                 skip_rejected=args.skip_rejected,
                 progress=show,
-                looking=_media_check(args),
+                media_check=_media_check(args),
             )
-        except AnnotationProblems as problems:
+        except RejectedRecordsError as problems:
             progress.stop()
             print(problems, file=sys.stderr)
-            if len(problems.refused) < problems.num_records:
+            if len(problems.rejected) < problems.num_records:
                 print(
                     "Nothing was written. Correct these records, or write the others with --skip-rejected.",
                     file=sys.stderr,
                 )
             return 1
     print(f"{args.out}: {report.num_written} samples in {report.num_shards} shards")
-    if report.refused:
-        print(f"{len(report.refused)} records were rejected, listed in {args.out / REJECTED_FILE}:")
-        print("\n".join(describe_rejected(report.refused)))
+    if report.rejected:
+        print(f"{len(report.rejected)} records were rejected, listed in {args.out / REJECTED_FILE}:")
+        print("\n".join(describe_rejected(report.rejected)))
     return 0
 
 
@@ -142,7 +142,7 @@ def check(args: Namespace) -> int:
             media_root=args.media_root,
             columns=dict(args.columns) if args.columns else None,
             progress=lambda what, count: progress.update(task, completed=count),
-            looking=_media_check(args),
+            media_check=_media_check(args),
         )
     print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} are rejected")
     if refused:

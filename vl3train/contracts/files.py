@@ -10,21 +10,24 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to; the file appears as ``path``, in place of what is there, when the block ends.
 
     The partial file bears this process's number, so that several processes may write the same file at once. An error in
-    the block removes it; a killed process leaves ``NAME.PID.partial``.
+    the block removes it; a killed process leaves ``NAME.PID.partial``. ``durable=False`` syncs nothing: for gigabytes
+    that can be computed again.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        sync(partial)
+        if durable:
+            sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Samples become the tensors of one micro-batch."""
+"""The samples of a pack, laid end to end, become the tensors of one micro-batch."""
 
 from __future__ import annotations
 

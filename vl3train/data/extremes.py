@@ -1,4 +1,4 @@
-"""Packs of a plan for dry runs, the one that takes most memory or many sizes, and batches of such shapes."""
+"""Packs that a run tries before its first step: the one that needs most memory, and many sizes; as blank batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vl3train.data.plan.plan import Plan
 from vl3train.data.render.samples import blank_sample
 
 STEPS_SCANNED = 2000
-"""Most steps that are looked at for the worst pack, about a millisecond each."""
+"""Most steps that are searched for the worst pack, about a millisecond each."""
 STEPS_OF_SIZES = 200
-"""Most steps whose packs are looked at for their sizes: more than are picked, of which they are a fair sample."""
+"""Most steps whose sizes of packs are read: many more than are picked, so a fair sample of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorstPack:
-    """A pack, where it lies, and among how many steps it was looked for."""
+    """A pack, where it lies, and how many steps were searched for it."""
 
     pack: Pack
     step: int
@@ -32,12 +32,11 @@ class WorstPack:
 def worst_pack(plan: Plan, first: Cursor, last_step: int, bytes_of: Callable[[int, int], int]) -> WorstPack:
     """The pack of steps ``first.step`` to ``last_step`` (not included) with the most bytes.
 
-    ``bytes_of`` gives them from a pack's patches and tokens. Of more than STEPS_SCANNED steps the first so many are
-    looked at.
+    ``bytes_of`` computes them from a pack's patches and tokens. Only the first STEPS_SCANNED steps are searched.
     """
     worst, step = None, first.step
     end = max(first.step + 1, min(last_step, first.step + STEPS_SCANNED))
-    for number, pack in _packs_to_come(plan, first, end):
+    for number, pack in _next_packs(plan, first, end):
         size = bytes_of(pack.num_patches, pack.num_tokens)
         if worst is None or size > bytes_of(worst.num_patches, worst.num_tokens):
             worst, step = pack, number
@@ -50,14 +49,14 @@ def worst_pack(plan: Plan, first: Cursor, last_step: int, bytes_of: Callable[[in
 def packs_of_many_sizes(plan: Plan, first: Cursor, last_step: int, count: int) -> list[Pack]:
     """At most ``count`` packs of the run's next steps, evenly from the one with most patches to that with fewest."""
     end = max(first.step + 1, min(last_step, first.step + STEPS_OF_SIZES))
-    by_size = {(pack.num_patches, pack.num_tokens): pack for _, pack in _packs_to_come(plan, first, end)}
+    by_size = {(pack.num_patches, pack.num_tokens): pack for _, pack in _next_packs(plan, first, end)}
     ordered = [by_size[size] for size in sorted(by_size, reverse=True)]
     if len(ordered) <= count:
         return ordered
     return [ordered[i * (len(ordered) - 1) // (count - 1)] for i in range(count)]
 
 
-def _packs_to_come(plan: Plan, first: Cursor, end: int) -> Iterator[tuple[int, Pack]]:
+def _next_packs(plan: Plan, first: Cursor, end: int) -> Iterator[tuple[int, Pack]]:
     """(step, pack) of steps ``first.step`` to ``end`` (not included)."""
     cursor = first
     for step in itertools.count(first.step):
@@ -79,5 +78,5 @@ def _blank(data: OpenData, row: int) -> RenderedSample:
     planned = data.index.lengths(row)
     sample = blank_sample(planned, key=data.index.key(row), source=data.index.source(row))
     labels = sample.labels.copy()
-    labels[: planned.num_supervised_tokens] = 0  # which of them makes no difference
+    labels[: planned.num_supervised_tokens] = 0  # which tokens are supervised makes no difference
     return dataclasses.replace(sample, labels=labels)

@@ -1,7 +1,7 @@
-"""Planned packs are read, decoded and laid into batches, in worker processes that keep no position of their own.
+"""The packs of the plan become batches, in worker processes that keep no position of their own.
 
-A worker is asked for micro-batch i and computes from the plan what that is. What was prefetched when a run dies
-is fetched again by the next one.
+A worker gets the number of a micro-batch and computes from the plan what is in it. What was prefetched when a run
+dies, the next one loads anew.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from vl3train.data.shards.index import Index
 
 
 class FailedEntry(NamedTuple):
-    """A sample that could not be used when its turn came: one line of the ledger."""
+    """A sample that failed in the run: one line of the ledger."""
 
     shard: str
     key: str
     reason: str
 
 
-class FetchedPack(NamedTuple):
-    """A micro-batch, and what went wrong with it. A tuple, so that DataLoader can pin what is inside."""
+class LoadedPack(NamedTuple):
+    """A micro-batch, and its samples that failed. A tuple, so that DataLoader can pin what is inside."""
 
     batch: Batch
-    bad: tuple[FailedEntry, ...]
+    failed: tuple[FailedEntry, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def micro_batch_packs(packs: list[Pack], dp_size: int) -> list[list[Pack]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackDataset(Dataset[FetchedPack]):
+class PackDataset(Dataset[LoadedPack]):
     """Micro-batch i of one rank, counted from step ``first``."""
 
     data: OpenData
@@ -74,28 +74,28 @@ class PackDataset(Dataset[FetchedPack]):
     rank: int
     dp_size: int
     loss_chunk_tokens: int
-    decode_address: str = ""  # of the decode server; ``fetch`` fills it in
+    decode_address: str = ""  # of the decode server; ``load_packs`` fills it in
 
-    def __getitem__(self, number: int) -> FetchedPack:
+    def __getitem__(self, number: int) -> LoadedPack:
         plan = self.data.plan
         steps, micro_batch = divmod(number, plan.step.global_packs // self.dp_size)
         cursor = plan.cursor_at(self.first.step + steps, near=self.first)
         packs = micro_batch_packs(plan.step_packs(cursor), self.dp_size)[micro_batch]
         # By the largest pack of all ranks: ZeRO-3 gathers weights once a chunk, on every rank or on none.
         most = max(pack.num_supervised_tokens for pack in packs)
-        return self._fetch(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
+        return self._load(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
 
-    def _fetch(self, pack: Pack, num_loss_chunks: int) -> FetchedPack:
-        bad: list[FailedEntry] = []
+    def _load(self, pack: Pack, num_loss_chunks: int) -> LoadedPack:
+        failed: list[FailedEntry] = []
         samples, first_patch = [], 0
         for row in pack.samples:
-            samples.append(self._render(row, first_patch, bad))
+            samples.append(self._render(row, first_patch, failed))
             first_patch += len(samples[-1].patches)
-        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=len(bad))
-        return FetchedPack(batch, tuple(bad))
+        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=len(failed))
+        return LoadedPack(batch, tuple(failed))
 
-    def _render(self, row: int, first_patch: int, bad: list[FailedEntry]) -> RenderedSample:
-        """The sample; where it cannot be used, one of its lengths without pictures or supervised tokens."""
+    def _render(self, row: int, first_patch: int, failed: list[FailedEntry]) -> RenderedSample:
+        """The sample; where it fails, a blank one of its lengths, without pictures or supervised tokens."""
         index, planned = self.data.index, self.data.index.lengths(row)
         key, source = index.key(row), index.source(row)
         try:
@@ -105,7 +105,7 @@ class PackDataset(Dataset[FetchedPack]):
                 conversation, parts, planned, key=key, source=source, first_patch=first_patch
             )
         except SampleError as error:
-            bad.append(FailedEntry(str(index.shard(row)), key, str(error)))
+            failed.append(FailedEntry(str(index.shard(row)), key, str(error)))
             return blank_sample(planned, key=key, source=source)
         except Exception as error:
             error.add_note(f"while rendering {key}")
@@ -114,20 +114,22 @@ class PackDataset(Dataset[FetchedPack]):
 
 @functools.lru_cache(maxsize=1)
 def _decoder(address: str, seconds: float, num_patches: int) -> Decoder:
-    """This process's own decode process; it lives until the next address is asked for."""
+    """This process's own decode process; it lives until a decoder for another address is made."""
     return Decoder(address, seconds, num_patches)
 
 
-def fetch(dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool) -> Iterator[FetchedPack]:
-    """Micro-batches 0 to ``count`` in order; the next two of each worker are made meanwhile."""
+def load_packs(
+    dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool
+) -> Iterator[LoadedPack]:
+    """Micro-batches 0 to ``count`` (not included) in order; each worker prefetches the next two."""
     data = dataset.data
     with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
         yield from DataLoader(
             dataclasses.replace(dataset, decode_address=address),
             batch_size=None,
             sampler=range(count),
-            # Its own: else each loader draws a seed from torch's global generator, and a resumed run, which makes
-            # them at other moments, would have another dropout.
+            # A generator of its own: without one, each loader draws a seed from torch's global generator. A resumed
+            # run makes its loaders at other moments, so its dropout would differ.
             generator=torch.Generator(),
             num_workers=min(num_workers, count),
             pin_memory=pin_memory,

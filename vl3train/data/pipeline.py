@@ -1,4 +1,4 @@
-"""recipe -> index -> plan -> fetch -> batches, in that order and nowhere else."""
+"""recipe -> index -> plan -> loader -> batches, in that order and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
-from vl3train.data.loader import FailedEntry, OpenData, PackDataset, fetch
+from vl3train.data.loader import FailedEntry, OpenData, PackDataset, load_packs
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
 from vl3train.data.plan.order import OrderRules
@@ -77,7 +77,7 @@ def open_data(
 
     Args:
         build: index what is not indexed yet; else that is an error.
-        decode: index by decoding every image and clip whole, what was indexed otherwise again.
+        decode: decode every image and clip whole; an index made without is made anew.
         progress: called in the index pass with the source's name, samples done and samples in all.
 
     Raises:
@@ -119,10 +119,10 @@ def open_data(
     )
     if not held_out and len(plan.oversized_samples) == index.num_samples:
         raise ValueError(
-            f"{recipe.path}: no sample to train on: {len(index.refused)} cannot be used, "
+            f"{recipe.path}: no sample to train on: the index rejected {len(index.rejected)}, "
             f"{len(plan.oversized_samples)} are larger than step.max_tokens={cfg.step.max_tokens} or "
             f"step.max_patches={cfg.step.max_patches}"
-            + "".join(f"\n  {key}: {reason}" for key, reason in index.refused[:5])
+            + "".join(f"\n  {key}: {reason}" for key, reason in index.rejected[:5])
         )
     return OpenData(
         index=index,
@@ -169,14 +169,14 @@ def train_steps(
 ) -> Iterator[StepBatches]:
     """Steps ``first.step`` to ``last_step`` (not included), as one rank runs them.
 
-    Samples that turn out bad are written to ``ledger_path`` (one for each rank) when their step is handed out.
+    Samples that fail are written to ``ledger_path`` (one for each rank) when their step is handed out.
 
     Raises:
         TooManyFailed: ``data.max_consecutive_failed`` of this rank's samples failed one after the other.
     """
     plan, num_micro_batches = data.plan, data.plan.step.global_packs // dp_size
     dataset = _dataset(data, cfg, first, rank, dp_size)
-    fetched = fetch(
+    loaded = load_packs(
         dataset,
         max(0, last_step - first.step) * num_micro_batches,
         num_workers=cfg.data.num_workers,
@@ -186,10 +186,10 @@ def train_steps(
     cursor = first
     while cursor.step < last_step:
         packs = plan.step_packs(cursor)
-        mine = [next(fetched) for _ in range(num_micro_batches)]
-        _write_ledger(ledger_path, cursor, [entry for one in mine for entry in one.bad])
+        mine = [next(loaded) for _ in range(num_micro_batches)]
+        _write_ledger(ledger_path, cursor, [entry for one in mine for entry in one.failed])
         for one in mine:
-            failed_keys = {entry.key for entry in one.bad}
+            failed_keys = {entry.key for entry in one.failed}
             for key in one.batch.segment_keys:
                 failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
                 if failed_in_a_row >= cfg.data.max_consecutive_failed:
@@ -218,14 +218,14 @@ def train_steps(
 def evaluation_batches(data: OpenData, cfg: TrainConfig, rank: int, dp_size: int) -> Iterator[Batch]:
     """All samples that fit a pack, once over all ranks together, in as many batches on each rank.
 
-    A rank that has fewer packs to do ends with filler.
+    A rank with fewer packs than the others ends with filler.
     """
     step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
     once = dataclasses.replace(data.index.sample_table(), weights=(1.0,) * len(data.index.sizes))
     data = dataclasses.replace(data, plan=Plan(once, 0, step, costs=data.plan.costs))
     dataset = _dataset(data, cfg, Cursor(), rank, dp_size)
     count = data.plan.steps_in_epoch(0)
-    for one in fetch(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):
+    for one in load_packs(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):
         yield one.batch
 
 

@@ -70,31 +70,31 @@ def load_recipe(name_or_path: str, root: str | Path) -> Recipe:
     """Read a recipe; relative shard folders start from ``root`` (data.root).
 
     Raises:
-        ValueError: not found, or not a recipe; every fault of its form is in the message.
+        ValueError: not found, or not a recipe; every problem of its form is in the message.
     """
     path = find_recipe(name_or_path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
-    faults: list[str] = []
+    problems: list[str] = []
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe has the keys name, about and sources")
-    _check_keys(content, "recipe", {"name": str, "about": str, "sources": list}, {"groups": dict}, faults)
+    _check_keys(content, "recipe", {"name": str, "about": str, "sources": list}, {"groups": dict}, problems)
     entries = content.get("sources")
     sources = [
         source
         for number, entry in enumerate(entries if isinstance(entries, list) else [])
-        if (source := _read_source(entry, number, Path(root).expanduser(), faults)) is not None
+        if (source := _read_source(entry, number, Path(root).expanduser(), problems)) is not None
     ]
     groups = content.get("groups") or {}
-    faults += [
+    problems += [
         f"source {source.name}: group {source.group!r} is not among the recipe's groups {sorted(groups)}"
         for source in sources
         if source.group is not None and source.group not in groups
     ]
-    if faults:
-        raise ValueError(f"{path}: " + "\n  ".join(["not a valid recipe:", *faults]))
+    if problems:
+        raise ValueError(f"{path}: " + "\n  ".join(["not a valid recipe:", *problems]))
     return Recipe(
         name=content["name"],
         about=content["about"].strip(),
@@ -139,11 +139,11 @@ def recipe_problems(recipe: Recipe, root: str | Path) -> list[str]:
     return problems
 
 
-def _read_source(entry: Any, number: int, root: Path, faults: list[str]) -> Source | None:
-    """One entry of ``sources``, or None with its faults noted."""
+def _read_source(entry: Any, number: int, root: Path, problems: list[str]) -> Source | None:
+    """One entry of ``sources``, or None with its problems noted."""
     where = f"source {number + 1}"
     if not isinstance(entry, dict):
-        faults.append(f"{where}: is {type(entry).__name__}, expected name, shards, ...")
+        problems.append(f"{where}: is {type(entry).__name__}, expected name, shards, ...")
         return None
     if isinstance(entry.get("name"), str):
         where = f"source {entry['name']}"
@@ -158,18 +158,22 @@ def _read_source(entry: Any, number: int, root: Path, faults: list[str]) -> Sour
         "origin": str,
     }
     assert {"name", *optional} == {field.name for field in fields(Source)}
-    before = len(faults)
-    _check_keys(entry, where, {"name": str}, optional, faults)
+    before = len(problems)
+    _check_keys(entry, where, {"name": str}, optional, problems)
     if not entry.get("shards") and not entry.get("held_out"):
-        faults.append(f"{where}: shards is missing (or held_out, for a source that is only evaluated)")
-    if len(faults) > before:
+        problems.append(f"{where}: shards is missing (or held_out, for a source that is only evaluated)")
+    if len(problems) > before:
         return None
     folders = {key: root / entry[key] for key in ("shards", "held_out") if entry.get(key)}
     return Source(**{**{key: value for key, value in entry.items() if value is not None}, **folders})
 
 
 def _check_keys(
-    entry: dict[Any, Any], where: str, required: dict[str, type], optional: dict[str, type], faults: list[str]
+    entry: dict[Any, Any],
+    where: str,
+    required: dict[str, type],
+    optional: dict[str, type],
+    problems: list[str],
 ) -> None:
     """Note unknown keys, missing keys and values of a wrong type."""
     known = required | optional
@@ -177,11 +181,11 @@ def _check_keys(
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            faults.append(f"{where}: unknown key {key}{hint}")
+            problems.append(f"{where}: unknown key {key}{hint}")
     for key, kind in known.items():
         value = entry.get(key)
         if value is None:
             if key in required:
-                faults.append(f"{where}: {key} is missing")
+                problems.append(f"{where}: {key} is missing")
         elif not isinstance(value, kind) or isinstance(value, bool):
-            faults.append(f"{where}: {key}={value!r} must be {kind.__name__}")
+            problems.append(f"{where}: {key}={value!r} must be {kind.__name__}")

@@ -137,7 +137,7 @@ def _rejected(data: OpenData) -> tuple[tuple[str, int, str], ...]:
 
     step = data.plan.step
     too_large = f"larger than a pack (step.max_tokens={step.max_tokens}, step.max_patches={step.max_patches})"
-    pairs = [(kind_of_reason(reason), key) for key, reason in data.index.refused]
+    pairs = [(kind_of_reason(reason), key) for key, reason in data.index.rejected]
     pairs += [(too_large, data.index.key(row)) for row in data.plan.oversized_samples]
     example = {kind: key for kind, key in reversed(pairs)}
     return tuple((kind, count, example[kind]) for kind, count in Counter(k for k, _ in pairs).most_common())

@@ -25,7 +25,7 @@ WORLDS, WORKERS = (1, 2, 4, 8, 16), (0, 1, 3)
 class PlannedPacks(PackDataset):
     """A PackDataset that gives what it would decode: rows, keys and where their bytes lie."""
 
-    def _fetch(self, pack, num_loss_chunks):
+    def _load(self, pack, num_loss_chunks):
         index = self.data.index
         return [(row, index.key(row), index.rows["part_offsets"][row].as_py()) for row in pack.samples]
 

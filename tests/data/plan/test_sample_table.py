@@ -86,8 +86,8 @@ def test_a_dataset_of_200_000_samples_is_sent_in_less_than_a_megabyte(tmp_path):
     got = pickle.loads(sent).data
     assert got.plan.step_packs(Cursor()) == packs
     assert got.plan.fingerprint == plan.fingerprint
-    assert got.index.refused == index.refused
-    assert len(got.index.refused) == 2000
+    assert got.index.rejected == index.rejected
+    assert len(got.index.rejected) == 2000
     for row in (0, 77_777, 197_999):
         assert (got.index.key(row), got.index.lengths(row)) == (index.key(row), index.lengths(row))
     for values in got.plan._columns:  # the compiled code reads the file itself
@@ -106,7 +106,7 @@ def test_mapped_or_in_memory_it_is_the_same(tmp_path, monkeypatch):
     assert mapped.file == written.file
     assert mapped.file.is_file()
     assert mapped.rows.equals(in_memory.rows)
-    assert (mapped.refused, mapped.sizes) == (in_memory.refused, in_memory.sizes)
+    assert (mapped.rejected, mapped.sizes) == (in_memory.rejected, in_memory.sizes)
     assert mapped.fingerprint == in_memory.fingerprint
     assert all_steps(mapped_plan, 0) == all_steps(plan, 0)
     assert all_steps(pickle.loads(pickle.dumps(mapped_plan)), 1) == all_steps(plan, 1)
@@ -119,5 +119,5 @@ def test_a_deleted_file_is_named(tmp_path, monkeypatch):
     index, _ = opened(tmp_path, tmp_path / "cache")
     sent = pickle.dumps(index)
     index.file.unlink()
-    with pytest.raises(RuntimeError, match=r"is gone.*start the run again"):
+    with pytest.raises(RuntimeError, match=r"was deleted while a run used it. Start the run again"):
         pickle.loads(sent)

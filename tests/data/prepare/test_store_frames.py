@@ -89,7 +89,7 @@ def test_a_recipe_is_stored_and_trains(tmp_path, tokenizer_dir, tokenizer):
     cfg.data.recipe = str(path)
     for held_out in (False, True):
         data = open_data(cfg, tokenizer_dir=tokenizer_dir, held_out=held_out, build=True)
-        assert (data.index.sizes, data.index.refused) == ((0, 7, 0) if held_out else (9, 8, 20), ())
+        assert (data.index.sizes, data.index.rejected) == ((0, 7, 0) if held_out else (9, 8, 20), ())
         kinds = {data.index.lengths(row).modality for row in range(data.index.num_samples)}
         assert kinds == {"image", "video", "text"}
     shards = (tmp_path / "stored/clips/train").glob("*.tar")

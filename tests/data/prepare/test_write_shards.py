@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from vl3train.data.prepare import write_shards as prepare_write_shards
-from vl3train.data.prepare.write_shards import AnnotationProblems, write_shards
+from vl3train.data.prepare.write_shards import RejectedRecordsError, write_shards
 from vl3train.data.shards.tar_headers import shard_samples
 
 
@@ -50,7 +50,7 @@ def test_doctests():
 def test_plain_webdataset_reads_what_was_written(tmp_path, media):
     records = [answer(str(i), image="sub/v1.5_a.JPG" if i % 2 else "b.png") for i in range(7)]
     report = write(tmp_path, records, media)
-    assert (report.num_written, report.num_shards, report.refused) == (7, 3, ())
+    assert (report.num_written, report.num_shards, report.rejected) == (7, 3, ())
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
     samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
     assert len(samples) == 7
@@ -62,12 +62,12 @@ def test_plain_webdataset_reads_what_was_written(tmp_path, media):
         assert turns[1]["content"][0]["text"] == str(i)
     ours = [sample for tar in tars for sample in shard_samples(Path(tar))]
     assert [sample.key for sample in ours] == [sample["__key__"] for sample in samples]
-    assert all(sample.fault is None for sample in ours)
+    assert all(sample.rejection is None for sample in ours)
 
 
 def test_paths_that_cannot_be_are_problems_of_their_records(tmp_path, media):
     bad = [answer(image=path) for path in ("A" * 5000, "a\0.png", ".", "b.png/c.png")]
-    with pytest.raises(AnnotationProblems, match="4 of 4 records"):
+    with pytest.raises(RejectedRecordsError, match="4 of 4 records"):
         write(tmp_path, bad, media)
 
 
@@ -110,7 +110,7 @@ BAD = [
 
 
 def test_all_problems_come_at_once_and_nothing_is_written(tmp_path, media):
-    with pytest.raises(AnnotationProblems) as error:
+    with pytest.raises(RejectedRecordsError) as error:
         write(tmp_path, [answer(), *BAD, answer()], media)
     text = str(error.value)
     assert "5 of 7 records" in text
@@ -122,14 +122,14 @@ def test_all_problems_come_at_once_and_nothing_is_written(tmp_path, media):
 
 def test_bad_records_are_skipped_only_when_asked_and_are_listed(tmp_path, media):
     report = write(tmp_path, [answer(), *BAD, answer()], media, skip_rejected=True)
-    assert report.num_written + len(report.refused) == 7
+    assert report.num_written + len(report.rejected) == 7
     lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
     assert [line["where"].rpartition(":")[2] for line in lines] == ["2", "3", "4", "5", "6"]
     assert all(line["reason"] for line in lines)
 
 
 def test_nothing_good_is_an_error_even_when_skipping(tmp_path, media):
-    with pytest.raises(AnnotationProblems):
+    with pytest.raises(RejectedRecordsError):
         write(tmp_path, BAD, media, skip_rejected=True)
     with pytest.raises(ValueError, match="no records in"):
         write(tmp_path, [], media)

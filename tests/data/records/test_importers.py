@@ -99,7 +99,7 @@ def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):
         skip_rejected=False,
         progress=lambda what, count: None,
     )
-    assert (report.num_written, report.refused) == (4, ())
+    assert (report.num_written, report.rejected) == (4, ())
 
 
 def test_examples_in_the_docstrings_hold():
@@ -124,7 +124,7 @@ def test_a_csv_and_a_folder_of_clips_become_shards(tmp_path):
         progress=lambda what, count: None,
     )
     assert report.num_written == 3
-    ((where, reason),) = [(one.where, one.reason) for one in report.refused]
+    ((where, reason),) = [(one.where, one.reason) for one in report.rejected]
     assert where.endswith("sta.csv[3]")
     assert "no such file" in reason
     assert "GONE1.mp4" in reason

@@ -17,6 +17,7 @@ from tests.data.render.test_samples import SETTINGS
 from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.write_shards import write_members
 from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
+from vl3train.data.records.importers import from_caption
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import measure_sample
@@ -189,8 +190,8 @@ def test_documents_are_refused_part_by_part_with_the_way_out(tmp_path, tokenizer
     for sample in shard_samples(tmp_path / "0.tar"):
         data = read_parts(tmp_path / "0.tar", sample.parts)
         try:
-            if sample.fault:
-                raise SampleError(sample.fault)
+            if sample.rejection:
+                raise SampleError(sample.rejection)
             measure_sample(data.pop("json", b""), data, SETTINGS, tokenizer, LIMITS)
         except SampleError as error:
             said[sample.key] = str(error)
@@ -204,3 +205,16 @@ def tiff(pages):
     page, file = Pillow.new("RGB", (60, 80), "white"), io.BytesIO()
     page.save(file, "TIFF", save_all=True, append_images=[page] * (pages - 1))
     return file.getvalue()
+
+
+def test_both_readers_of_captions_accept_every_key_that_either_has_known():
+    known_to_records = ("caption", "text", "recaption", "captions")
+    known_to_shards = ("caption", "text", "recaption", "re_caption", "caption_llava", "top_caption")
+    for key in dict.fromkeys((*known_to_records, *known_to_shards)):
+        record = from_caption({"image": "a.png", key: "A cat."})
+        assert record["conversations"][1]["value"] == "A cat."
+        assert open_conversation(json.dumps({key: "A cat."}).encode(), {"jpg": PNG}) == said(
+            Image("jpg"), answer="A cat."
+        )
+    both = dict.fromkeys(known_to_shards[::-1], "late") | {"caption": "first"}
+    assert open_conversation(json.dumps(both).encode(), {"jpg": PNG}) == said(Image("jpg"), answer="first")

@@ -18,7 +18,7 @@ from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.build_index import build_index
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
-from vl3train.data.shards.index import NoIndex, index_folder, open_index
+from vl3train.data.shards.index import MissingIndexError, index_folder, open_index
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_bad_samples_are_counted_with_their_reason(tmp_path, build):
     build(tmp_path)
     index = opened(tmp_path)
     assert index.num_samples == 2
-    reasons = {key.rpartition("/")[2]: reason for key, reason in index.refused}
+    reasons = {key.rpartition("/")[2]: reason for key, reason in index.rejected}
     assert set(reasons) == {"torn", "words", "alone", "absent"}
     assert "conversation is missing" in reasons["alone"]
     assert "cannot be read" in reasons["torn"]
@@ -132,7 +132,7 @@ def test_what_is_whole_of_damaged_shards_is_used_and_the_damage_told(shards, bui
     second.write_bytes(b"<html>" * 200)
     build(shards)
     index = opened(shards)
-    reasons = dict(index.refused)
+    reasons = dict(index.rejected)
     assert "damaged header at byte 0" in reasons[f"small/{second.stem}/@0"]
     assert "nothing behind it" in reasons[f"small/{second.stem}/@0"]
     (cut,) = [reason for key, reason in reasons.items() if key.startswith(f"small/{first.stem}/@")]
@@ -156,17 +156,17 @@ def test_flipped_bits_are_found_when_the_sample_is_read(shards, build):
 
 
 def test_an_index_for_other_settings_or_shards_is_not_used(shards, build):
-    with pytest.raises(NoIndex, match="no index"):
+    with pytest.raises(MissingIndexError, match="no index"):
         opened(shards)
     build(shards)
     other = dataclasses.replace(SETTINGS, fps=1.0)
-    with pytest.raises(NoIndex, match=r"fps=2.0, now 1.0"):
+    with pytest.raises(MissingIndexError, match=r"fps=2.0, now 1.0"):
         opened(shards, other)
-    with pytest.raises(NoIndex, match="limits"):
+    with pytest.raises(MissingIndexError, match="limits"):
         opened(shards, limits=dataclasses.replace(LIMITS, max_pixels=10))
     before = opened(shards).fingerprint
     make_tar(shards / "more.tar", [("a.json", b"1")])
-    with pytest.raises(NoIndex, match=r"more\.tar"):
+    with pytest.raises(MissingIndexError, match=r"more\.tar"):
         opened(shards)
     build(shards)
     assert opened(shards).fingerprint != before

@@ -41,11 +41,11 @@ def test_offsets_and_sizes_are_those_of_the_data(tmp_path, format):
 
 
 def good(samples):
-    return [sample.key for sample in samples if sample.fault is None]
+    return [sample.key for sample in samples if sample.rejection is None]
 
 
 def faults(samples):
-    return {sample.key: sample.fault for sample in samples if sample.fault is not None}
+    return {sample.key: sample.rejection for sample in samples if sample.rejection is not None}
 
 
 def test_cut_off_anywhere_is_told_and_what_is_whole_stays(tmp_path):
@@ -85,7 +85,7 @@ def test_something_that_is_no_tar_is_told(tmp_path):
     page = tmp_path / "a.tar"
     page.write_bytes(b"<html>404 Not Found</html>" * 100)
     (sample,) = shard_samples(page)
-    assert "damaged header at byte 0" in str(sample.fault)
+    assert "damaged header at byte 0" in str(sample.rejection)
 
 
 @pytest.mark.parametrize("name", ["/etc/a.json", "../a.json", "x/../../a.json", ".json", "sub/.json"])
@@ -153,6 +153,6 @@ def test_keys_with_dots(tmp_path, names, expected):
 )
 def test_parts_that_are_no_sample_are_named_and_others_never_read(tmp_path, parts, fault, unread):
     (sample,) = shard_samples(make_tar(tmp_path / "a.tar", [(f"a.{part}", b"1") for part in parts]))
-    assert (sample.fault is None) if fault is None else fault in str(sample.fault)
-    assert sample.unread == unread
+    assert (sample.rejection is None) if fault is None else fault in str(sample.rejection)
+    assert sample.ignored == unread
     assert all(isinstance(part, Part) and part.name not in unread for part in sample.parts)

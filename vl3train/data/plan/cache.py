@@ -1,8 +1,8 @@
-"""Planned epochs on disk, for all processes of a node to map into memory instead of planning them again.
+"""Planned epochs on disk: all processes of a node map them into memory, and one plans them.
 
 ``FOLDER/<plan fingerprint>/epoch-N.order.npy`` and ``epoch-N.bounds.npy``. A file appears under its name only when
-it is whole; two processes that write the same one write the same bytes. Everything here may be deleted; what no run
-has used for ``UNUSED_DAYS`` is, at the start of a run, the rows of indexes (sample_table.py) with it.
+it is whole; two processes that write the same one write the same bytes. Everything here may be deleted. The start of
+a run deletes what no run has used for ``UNUSED_DAYS``, rows of indexes (sample_table.py) included.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vl3train.contracts.files import whole_file
+
 UNUSED_DAYS = 90
 OURS = ("index-*.arrow", "*/epoch-*.npy", "*.partial", "*/*.partial")
 
 
 def delete_unused(folder: Path) -> None:
-    """Delete what was not used for long: another index or another recipe makes other files, 2 GB for 10 M samples."""
+    """Delete what no run used for ``UNUSED_DAYS``: each index and recipe has its own files, 2 GB for 10 M samples."""
     oldest = time.time() - UNUSED_DAYS * 86_400
     for file in list(chain.from_iterable(folder.glob(pattern) for pattern in OURS)):
         try:
@@ -31,13 +33,13 @@ def delete_unused(folder: Path) -> None:
 
 
 def mark_used(file: Path) -> None:
-    """Its time of change is when it was last used: the time of reading is not kept on every file system."""
+    """Set the time of change, which stands for the last use: not every file system keeps the time of reading."""
     with contextlib.suppress(PermissionError):  # somebody else's folder, theirs to clean
         os.utime(file)
 
 
 def default_folder() -> Path:
-    """Where programs of this user keep what they can make again."""
+    """The user's cache folder for plans: ``$XDG_CACHE_HOME``, or ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "vl3train" / "plans"
 
@@ -86,7 +88,5 @@ def _mapped(file: Path) -> np.ndarray | None:
 
 
 def _write(file: Path, array: np.ndarray) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with whole_file(file, durable=False) as partial, partial.open("wb") as stream:
         np.save(stream, array)
-    partial.replace(file)

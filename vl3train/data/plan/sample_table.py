@@ -1,7 +1,7 @@
-"""The rows of an index in one file that all processes of a node map into memory; workers are sent its path.
+"""What the plan reads of an index: one entry for each usable sample, in one file that all processes of a node map.
 
-``FOLDER/index-<index fingerprint>.arrow``. It appears under its name only when it is whole, and may be deleted
-while no run uses it.
+The file is ``FOLDER/index-<index fingerprint>.arrow``. A worker gets its path in place of the arrays. It appears under
+its name only when it is whole, and may be deleted while no run uses it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,59 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vl3train.contracts.files import whole_file
+
 MAPPED_FROM_SAMPLES = 4096
 """Smaller indexes are sent to workers as they are: under a megabyte."""
 
-REFUSED = b"refused"
-"""Key of the samples that cannot be used, in the file's own metadata."""
+REJECTED_KEY = b"refused"
+"""Key of the samples that the index rejected, in the file's own metadata. Written files bear the older word."""
 
-NARROW = ("num_tokens", "num_supervised_tokens", "num_patches")
-"""Columns in the width that the plan's compiled code reads, so that it reads the file itself."""
+INT32_COLUMNS = ("num_tokens", "num_supervised_tokens", "num_patches")
+"""Columns in the type that the plan's compiled code reads, so that it reads the mapped file itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTable:
+    """The usable samples of an index, source after source."""
+
+    sizes: tuple[int, ...]  # samples of each source
+    weights: tuple[float, ...]  # of each source
+    num_tokens: np.ndarray  # (n,) integers
+    num_supervised_tokens: np.ndarray  # (n,) integers
+    num_patches: np.ndarray  # (n,) integers
+    num_patch_pairs: np.ndarray  # (n,) integers
+    fingerprint: str  # of the index
+    num_items: np.ndarray | None = None  # (n,) integers: images and clips; None counts none
+    shards: np.ndarray | None = None
+    """(n,) integers: the shard each sample lies in, for ``OrderRules.block_shards``."""
+    file: Path | None = None
+    """Where the arrays are mapped from. Another process gets this path in place of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.file is not None:
+            return _mapped_table, (self.sizes, self.weights, self.fingerprint, self.file)
+        fields = dataclasses.fields(self)
+        return functools.partial(SampleTable, **{one.name: getattr(self, one.name) for one in fields}), ()
+
+
+def _mapped_table(
+    sizes: tuple[int, ...], weights: tuple[float, ...], fingerprint: str, file: Path
+) -> SampleTable:
+    arrays = columns(map_rows(file))
+    return SampleTable(sizes=sizes, weights=weights, fingerprint=fingerprint, file=file, **arrays)
 
 
 def for_the_plan(rows: pa.Table) -> pa.Table:
-    """Index rows with the columns that ``columns`` reads, as narrow as they may be."""
-    for name in NARROW:
+    """Index rows with the columns that ``columns`` reads, in the types that it needs."""
+    for name in INT32_COLUMNS:
         rows = rows.set_column(rows.schema.get_field_index(name), name, rows[name].cast(pa.int32()))
     return rows.append_column("num_items", pc.list_value_length(rows["merge_sizes"]).cast(pa.int32()))
 
 
 def columns(rows: pa.Table) -> dict[str, np.ndarray]:
-    """What a ``SampleTable`` has for each sample; views of a mapped file."""
-    names = (*NARROW, "num_patch_pairs", "num_items", "shard")
+    """The arrays of a ``SampleTable``, by field; views of a mapped file."""
+    names = (*INT32_COLUMNS, "num_patch_pairs", "num_items", "shard")
     found = {name: _array(rows[name]) for name in names}
     return {**{name: found[name] for name in names[:-1]}, "shards": found["shard"]}
 
@@ -52,18 +84,20 @@ def rows_file(folder: Path, fingerprint: str) -> Path:
     return folder / f"index-{fingerprint}.arrow"
 
 
-def write_rows(file: Path, rows: pa.Table, refused: list[tuple[str, str]]) -> None:
-    """Write them; of two processes that do so at once both write the same."""
+def write_rows(file: Path, rows: pa.Table, rejected: list[tuple[str, str]]) -> None:
+    """Write the rows, and key and reason of those the index rejected. Two processes at once write the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    rows = rows.combine_chunks().replace_schema_metadata({REFUSED: json.dumps(refused).encode()})
-    with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, rows.schema) as writer:
+    rows = rows.combine_chunks().replace_schema_metadata({REJECTED_KEY: json.dumps(rejected).encode()})
+    with (
+        whole_file(file, durable=False) as partial,
+        pa.OSFile(str(partial), "wb") as stream,
+        pa.ipc.new_file(stream, rows.schema) as writer,
+    ):
         writer.write_table(rows)
-    partial.replace(file)
 
 
 def map_rows(file: Path) -> pa.Table:
-    """The rows, read from the disk as they are looked at.
+    """The rows; each page comes from the disk when it is first read.
 
     Raises:
         RuntimeError: the file is gone: it was deleted while a run used it.
@@ -72,43 +106,11 @@ def map_rows(file: Path) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     except FileNotFoundError:
         raise RuntimeError(
-            f"{file} is gone, a run still uses it; start the run again, it writes the file again, and leave the "
+            f"{file} was deleted while a run used it. Start the run again, which writes the file, and leave the "
             "folder data.plan_cache alone meanwhile"
         ) from None
 
 
 def rejected_of(rows: pa.Table) -> tuple[tuple[str, str], ...]:
-    """Key and reason of the samples that the index refused, out of a mapped file."""
-    return tuple((key, reason) for key, reason in json.loads(rows.schema.metadata[REFUSED]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleTable:
-    """What the plan reads of the index: one entry for each usable sample, source after source."""
-
-    sizes: tuple[int, ...]  # samples of each source
-    weights: tuple[float, ...]  # of each source
-    num_tokens: np.ndarray  # (n,) integers
-    num_supervised_tokens: np.ndarray  # (n,) integers
-    num_patches: np.ndarray  # (n,) integers
-    num_patch_pairs: np.ndarray  # (n,) integers
-    fingerprint: str  # of the index
-    num_items: np.ndarray | None = None  # (n,) integers: images and clips; None counts none
-    shards: np.ndarray | None = (
-        None  # (n,) integers: the shard each sample lies in, for OrderRules.block_shards
-    )
-    file: Path | None = None
-    """Where the arrays are mapped from (sample_table.py). Another process is sent this in place of them."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.file is not None:
-            return _mapped_table, (self.sizes, self.weights, self.fingerprint, self.file)
-        fields = dataclasses.fields(self)
-        return functools.partial(SampleTable, **{one.name: getattr(self, one.name) for one in fields}), ()
-
-
-def _mapped_table(
-    sizes: tuple[int, ...], weights: tuple[float, ...], fingerprint: str, file: Path
-) -> SampleTable:
-    arrays = columns(map_rows(file))
-    return SampleTable(sizes=sizes, weights=weights, fingerprint=fingerprint, file=file, **arrays)
+    """Key and reason of the samples that the index rejected, out of a mapped file."""
+    return tuple((key, reason) for key, reason in json.loads(rows.schema.metadata[REJECTED_KEY]))

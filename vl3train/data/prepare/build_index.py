@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 import zlib
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_client import Decoder, decode_server
@@ -29,7 +29,7 @@ from vl3train.data.shards.index import (
     MANIFEST,
     SCHEMA,
     USABLE,
-    NoIndex,
+    MissingIndexError,
     index_folder,
     read_manifest,
     shard_files,
@@ -75,7 +75,7 @@ def build_index(
     folder = index_folder(shards, settings)
     try:
         read_manifest(shards, settings, limits)
-    except NoIndex:
+    except MissingIndexError:
         pass
     else:
         if all(_is_current(folder, shard, limits, decode) for shard in shard_files(shards)):
@@ -94,8 +94,8 @@ def build_index(
             with local_files(group, folder) as files:
                 samples = {shard: shard_samples(file) for shard, file in files.items()}
                 total += sum(map(len, samples.values()))
-                asked = _Asked(address, decode_seconds, decode)
-                for rows in _group_rows(samples, files, max(1, num_workers), asked):
+                decoding = _Decoding(address, decode_seconds, decode)
+                for rows in _group_rows(samples, files, max(1, num_workers), decoding):
                     done += len(rows.rows)
                     progress(done, total)
                     if rows.complete is not None:
@@ -105,7 +105,7 @@ def build_index(
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Decoding:
     """Of decode processes: their server's address, a sample's time limit, whether all is decoded."""
 
     address: str
@@ -126,7 +126,7 @@ def _group_rows(
     samples: dict[Path, list[ShardSample]],
     files: dict[Path, Path],
     num_threads: int,
-    asked: _Asked,
+    decoding: _Decoding,
 ) -> Iterator[_Rows]:
     for shard in [shard for shard, members in samples.items() if not members]:
         yield _Rows(shard, [], [])
@@ -137,21 +137,23 @@ def _group_rows(
     ]
     collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
     if chunks:
-        measured = _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), asked)
+        measured = _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), decoding)
         for (shard, _), rows in zip(chunks, measured, strict=True):
             collected[shard] += rows
             whole = len(collected[shard]) == len(samples[shard])
             yield _Rows(shard, rows, collected.pop(shard) if whole else None)
 
 
-def _measured(chunks: Sequence[_Chunk], num_threads: int, asked: _Asked) -> Iterator[list[dict[str, Any]]]:
+def _measured(
+    chunks: Sequence[_Chunk], num_threads: int, decoding: _Decoding
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of every chunk, in order. A thread reads, and waits for a decode process of its own."""
     own = threading.local()
 
     def measure(chunk: _Chunk) -> list[dict[str, Any]]:
         if not hasattr(own, "decoder"):
-            own.decoder = Decoder(asked.address, asked.seconds)
-        return [_measure(chunk.shard, sample, own.decoder, asked.decode) for sample in chunk.samples]
+            own.decoder = Decoder(decoding.address, decoding.seconds)
+        return [_measure(chunk.shard, sample, own.decoder, decoding.decode) for sample in chunk.samples]
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
     try:
@@ -174,8 +176,8 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
         modality="",
     )
     try:
-        if sample.fault is not None:
-            raise SampleError(sample.fault)
+        if sample.rejection is not None:
+            raise SampleError(sample.rejection)
         for part in sample.parts:
             is_text = part.name in (CONVERSATION_PART, CAPTION_PART)
             limit = MAX_TEXT_BYTES if is_text else MAX_MEDIUM_BYTES
@@ -192,7 +194,7 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
     return {
         "part_crc32s": [],
         **row,
-        "unread_parts": list(sample.unread),
+        "unread_parts": list(sample.ignored),
         "part_names": [part.name for part in sample.parts],
         "part_offsets": [part.offset for part in sample.parts],
         "part_sizes": [part.size for part in sample.parts],
@@ -229,9 +231,8 @@ def _write_rows(
 ) -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
     facts = {FACTS: json.dumps({**_facts(shard, limits), "decoded": decode}).encode()}
-    path = folder / f"{shard.name}.parquet"
-    pq.write_table(table.replace_schema_metadata(facts), path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole_file(folder / f"{shard.name}.parquet") as partial:
+        pq.write_table(table.replace_schema_metadata(facts), partial)
 
 
 def _write_manifest(
@@ -261,6 +262,4 @@ def _write_manifest(
         },
         indent=1,
     )
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_whole(folder / MANIFEST, text)

@@ -27,24 +27,24 @@ class MediaCheck:
     num_workers: int
 
 
-def looked_at(
-    records: Iterator[tuple[str, Found]], media_root: Path, looking: MediaCheck
+def check_media(
+    records: Iterator[tuple[str, Found]], media_root: Path, media_check: MediaCheck
 ) -> Iterator[tuple[str, Found]]:
     """The same records in their order; one whose media cannot be decoded becomes its reason."""
     own = threading.local()
 
-    def look(found: Found) -> Found:
+    def check(found: Found) -> Found:
         if isinstance(found, str) or not found[1]:
             return found
         if not hasattr(own, "decoder"):
-            own.decoder = Decoder(address, looking.seconds)
+            own.decoder = Decoder(address, media_check.seconds)
         try:
             # Named by kind: a clip called .bin is a clip all the same.
             parts = {
                 f"{number}.{medium.kind}": medium.data or (media_root / medium.path).read_bytes()
                 for number, medium in enumerate(found[1])
             }
-            own.decoder.look(parts)
+            own.decoder.check(parts)
         except SampleError as error:
             number, colon, reason = str(error).partition(": ")
             place = number.partition(".")[0]
@@ -52,13 +52,13 @@ def looked_at(
             return f"{named}: {reason}" if named else str(error)
         return found
 
-    with decode_server(None, None, looking.limits) as address:
-        pool = ThreadPoolExecutor(looking.num_workers, thread_name_prefix="look")
+    with decode_server(None, None, media_check.limits) as address:
+        pool = ThreadPoolExecutor(media_check.num_workers, thread_name_prefix="check")
         try:
             waiting: list[tuple[str, Future[Found]]] = []
             for where, found in records:
-                waiting.append((where, pool.submit(look, found)))
-                if len(waiting) >= 4 * looking.num_workers:
+                waiting.append((where, pool.submit(check, found)))
+                if len(waiting) >= 4 * media_check.num_workers:
                     first, future = waiting.pop(0)
                     yield first, future.result()
             for where, future in waiting:

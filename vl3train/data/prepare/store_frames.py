@@ -1,13 +1,12 @@
 """Shards with clips become shards with stored frames: the same samples, decoded once for all epochs.
 
-Restartable: a shard that is there and newer than its source is kept. The sources are left as they are; frames for
-another rate or size are taken from them again.
+It resumes: a shard that exists and is newer than its source is kept. The source shards do not change; take frames for
+another rate or size from them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.prepare.write_shards import REJECTED_FILE, write_members
@@ -41,7 +41,7 @@ def store_recipe(
 ) -> Path:
     """Store the frames of all sources of a recipe below ``out``; the path of the recipe that names them.
 
-    Samples that cannot be used are left out and listed, with the reason, in refused.jsonl beside the shards.
+    Rejected samples are in no new shard; REJECTED_FILE beside the shards lists them with the reasons.
 
     Args:
         num_workers: processes that decode.
@@ -68,8 +68,8 @@ def store_recipe(
             sources.append(entry)
     about = f"{recipe.about} Clips are stored frames, taken at {settings.fps:g} a second."
     path = out / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump({"name": recipe.name, "about": about, "sources": sources}, sort_keys=False)
+    write_whole(
+        path, yaml.safe_dump({"name": recipe.name, "about": about, "sources": sources}, sort_keys=False)
     )
     return path
 
@@ -85,9 +85,13 @@ def store_folder(
 ) -> None:
     """Store the frames of a folder of shards under the same shard names, through a decode server."""
     out.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.glob(
+        "*.partial"
+    ):  # of a run that was killed: one process at a time writes a folder
+        unfinished.unlink()
     done = total = 0
     for shard in [shard for shard in shard_files(shards) if not _is_stored(shard, out)]:
-        refused: list[dict[str, str]] = []
+        rejected: list[dict[str, str]] = []
         with local_files([shard], out) as files:
             samples = shard_samples(files[shard])
             total += len(samples)
@@ -96,7 +100,7 @@ def store_folder(
                 shard: Path = shard,
                 file: Path = files[shard],
                 samples: list[ShardSample] = samples,
-                refused: list[dict[str, str]] = refused,
+                rejected: list[dict[str, str]] = rejected,
                 total: int = total,
             ) -> Iterator[tuple[str, Members]]:
                 nonlocal done
@@ -104,16 +108,15 @@ def store_folder(
                     done += 1
                     progress(done, total)
                     if isinstance(stored, str):
-                        refused.append({"where": f"{shard}: {sample.key}", "reason": stored})
+                        rejected.append({"where": f"{shard}: {sample.key}", "reason": stored})
                     else:
                         yield sample.key, stored
 
-            temporary = out / f"{shard.name}.partial"
-            write_members(temporary, kept())
-        if refused:
-            with (out / REJECTED_FILE).open("a", encoding="utf-8") as ledger:
-                ledger.writelines(json.dumps(line) + "\n" for line in refused)
-        os.replace(temporary, out / shard.name)
+            with whole_file(out / shard.name) as partial:
+                write_members(partial, kept())
+                if rejected:
+                    with (out / REJECTED_FILE).open("a", encoding="utf-8") as ledger:
+                        ledger.writelines(json.dumps(line) + "\n" for line in rejected)
 
 
 def _is_stored(shard: Path, out: Path) -> bool:
@@ -132,8 +135,8 @@ def _stored(
         if not hasattr(own, "decoder"):
             own.decoder = Decoder(address, decode_seconds)
         try:
-            if sample.fault is not None:
-                raise SampleError(sample.fault)
+            if sample.rejection is not None:
+                raise SampleError(sample.rejection)
             data = read_parts(shard, sample.parts)
             return own.decoder.store(data.pop(CONVERSATION_PART, b""), data)
         except SampleError as error:

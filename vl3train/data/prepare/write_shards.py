@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from webdataset.writer import TarWriter
 
+from vl3train.contracts.files import whole_folder
 from vl3train.contracts.records import SampleError
-from vl3train.data.prepare.check_media import MediaCheck, looked_at
+from vl3train.data.prepare.check_media import MediaCheck, check_media
 from vl3train.data.records.annotations import MediaFile, read_record
 from vl3train.data.records.conversation import Conversation
 from vl3train.data.records.record_files import read_annotations, source_problems
@@ -44,22 +44,22 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What became of every record: ``num_written + len(refused)`` is their number."""
+    """What became of every record: ``num_written + len(rejected)`` is their number."""
 
     num_written: int
     num_shards: int
-    refused: tuple[Rejection, ...]
+    rejected: tuple[Rejection, ...]
 
 
-class AnnotationProblems(ValueError):  # noqa: N818 - the text is a report, not one error
-    """Records that cannot be written, every one of them in ``refused``."""
+class RejectedRecordsError(ValueError):
+    """Records that cannot be written, every one of them in ``rejected``."""
 
-    def __init__(self, refused: Sequence[Rejection], num_records: int) -> None:
-        self.refused = tuple(refused)
+    def __init__(self, rejected: Sequence[Rejection], num_records: int) -> None:
+        self.rejected = tuple(rejected)
         self.num_records = num_records
         super().__init__(
             "\n".join(
-                [f"{len(refused)} of {num_records} records cannot be used:", *describe_rejected(refused)]
+                [f"{len(rejected)} of {num_records} records cannot be used:", *describe_rejected(rejected)]
             )
         )
 
@@ -73,15 +73,15 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
 
 
-def describe_rejected(refused: Sequence[Rejection], *, examples: int = 3) -> list[str]:
+def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> list[str]:
     """One line for each kind of reason, the commonest first, with its first examples."""
     kinds: dict[str, list[Rejection]] = {}
-    for refusal in refused:
-        kinds.setdefault(kind_of_reason(refusal.reason), []).append(refusal)
+    for rejection in rejected:
+        kinds.setdefault(kind_of_reason(rejection.reason), []).append(rejection)
     lines = []
     for members in sorted(kinds.values(), key=len, reverse=True):
         lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")
-        lines += [f"    {refusal.where}: {refusal.reason}" for refusal in members[:examples]]
+        lines += [f"    {rejection.where}: {rejection.reason}" for rejection in members[:examples]]
     return lines
 
 
@@ -91,28 +91,28 @@ def check_annotations(
     media_root: Path,
     columns: dict[str, str] | None,
     progress: Callable[[str, int], None],
-    looking: MediaCheck | None = None,
+    media_check: MediaCheck | None = None,
 ) -> tuple[int, list[Rejection]]:
     """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
 
-    With ``looking`` media are decoded, too.
+    With ``media_check`` media are decoded, too.
 
     Raises:
         ValueError: there is no record; files are missing or of another kind, all of which are named.
     """
     if problems := source_problems(annotations):
         raise ValueError("\n".join(problems))
-    refused: list[Rejection] = []
+    rejected: list[Rejection] = []
     num_records = 0
     records = _records(annotations, columns, media_root)
-    for where, found in records if looking is None else looked_at(records, media_root, looking):
+    for where, found in records if media_check is None else check_media(records, media_root, media_check):
         num_records += 1
         if isinstance(found, str):
-            refused.append(Rejection(where, found))
+            rejected.append(Rejection(where, found))
         progress("checking", num_records)
     if not num_records:
         raise ValueError(f"no records in {', '.join(annotations)}")
-    return num_records, refused
+    return num_records, rejected
 
 
 def write_shards(
@@ -125,7 +125,7 @@ def write_shards(
     max_bytes: int,
     skip_rejected: bool,
     progress: Callable[[str, int], None],
-    looking: MediaCheck | None = None,
+    media_check: MediaCheck | None = None,
 ) -> ShardReport:
     """Check every record, then write the good ones as ``out_dir/shard-000000.tar`` and so on.
 
@@ -138,50 +138,48 @@ def write_shards(
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
         skip_rejected: write the good records where some are bad; the bad ones are listed in refused.jsonl.
-        looking: decode the media of every record first; None: whether their files are there is all that is asked.
+        media_check: decode the media of every record first; None: whether their files are there is all that is asked.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
-        AnnotationProblems: there are bad records and not ``skip_rejected``, or there is no good one.
+        RejectedRecordsError: there are bad records and not ``skip_rejected``, or there is no good one.
     """
     out_dir = out_dir.resolve()  # a link to a folder of a larger disk stays one
     if out_dir == Path.cwd():
         raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
-    num_records, refused = check_annotations(
-        annotations, media_root=media_root, columns=columns, progress=progress, looking=looking
+    num_records, rejected = check_annotations(
+        annotations, media_root=media_root, columns=columns, progress=progress, media_check=media_check
     )
-    if (refused and not skip_rejected) or len(refused) == num_records:
-        raise AnnotationProblems(refused, num_records)
+    if (rejected and not skip_rejected) or len(rejected) == num_records:
+        raise RejectedRecordsError(rejected, num_records)
 
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    if partial.exists():  # of a run that was killed; nobody else writes this name
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    bad = {refusal.where for refusal in refused}
+    rejected_places = {rejection.where for rejection in rejected}
     good = (
         found
         for where, found in _records(annotations, columns, media_root)
-        if not isinstance(found, str) and where not in bad
+        if not isinstance(found, str) and where not in rejected_places
     )
     num_written = num_shards = 0
-    while True:
-        shard = partial / f"shard-{num_shards:06d}.tar"
-        count = _write_shard(shard, good, media_root, num_written, max_samples, max_bytes, progress)
-        if not count:
-            shard.unlink()
-            break
-        num_written, num_shards = num_written + count, num_shards + 1
-    if num_written + len(refused) != num_records:
-        raise RuntimeError(
-            f"annotations changed while they were read: {num_written} of {num_records} written"
-        )
-    if refused:
-        lines = [json.dumps({"where": refusal.where, "reason": refusal.reason}) for refusal in refused]
-        (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.rename(partial, out_dir)
-    return ShardReport(num_written, num_shards, tuple(refused))
+    with whole_folder(out_dir) as partial:
+        while True:
+            shard = partial / f"shard-{num_shards:06d}.tar"
+            count = _write_shard(shard, good, media_root, num_written, max_samples, max_bytes, progress)
+            if not count:
+                shard.unlink()
+                break
+            num_written, num_shards = num_written + count, num_shards + 1
+        if num_written + len(rejected) != num_records:
+            raise RuntimeError(
+                f"annotations changed while they were read: {num_written} of {num_records} written"
+            )
+        if rejected:
+            lines = [
+                json.dumps({"where": rejection.where, "reason": rejection.reason}) for rejection in rejected
+            ]
+            (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ShardReport(num_written, num_shards, tuple(rejected))
 
 
 def _write_shard(

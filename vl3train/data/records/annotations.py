@@ -1,7 +1,7 @@
 """Records as users have them, brought to one form: a conversation and the files it needs.
 
 Three forms are read: VideoLLaMA3's and LLaVA's ``conversations``, OpenAI's ``messages``, and VideoLLaMA3's
-streaming records. Nothing is guessed: what does not fit is refused with its reason (SampleError).
+streaming records. Nothing is guessed: what does not fit is rejected with its reason (SampleError).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from vl3train.data.records.conversation import (
     half_character,
 )
 from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART
+
+DIALOGUE_KEYS = ("conversations", "messages", "conversation")
+"""Keys under which a record may hold its turns."""
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -50,7 +53,7 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
     Of ``conversations`` and ``messages`` the tags ``<image>`` and ``<video>`` in user turns stand for the
     record's files in order; where a kind has no tag at all, its tags are put before the first user turn. Text
     around tags is stripped, as the original code does (train.py:278). Turns of the assistant before the first
-    other turn are dropped, as it does too: they answer nothing.
+    other turn are removed, as it does too: they answer nothing.
     """
     try:
         reader = _Reader(record)
@@ -60,7 +63,7 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Conversation,
         for turn in turns:
             for content in turn.content:
                 if isinstance(content, Text):
-                    _refuse_unwritable(content.text)
+                    _reject_unwritable(content.text)
         return Conversation(tuple(turns)), tuple(reader.files)
     except SampleError as error:
         raise SampleError(f"{where}: {error}") from error.__cause__
@@ -146,7 +149,7 @@ class _Reader:
 
 
 def _messages(record: Mapping[str, Any]) -> Sequence[Any]:
-    for key in ("conversations", "messages", "conversation"):
+    for key in DIALOGUE_KEYS:
         messages = record.get(key)
         if isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages):
             return messages
@@ -209,7 +212,7 @@ def _seconds(record: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def _refuse_unwritable(text: str) -> None:
+def _reject_unwritable(text: str) -> None:
     if reason := half_character(text):
         raise SampleError(reason)
     for token in RESERVED_TOKENS:

@@ -88,8 +88,8 @@ def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:
                 CONTENT_TYPES[fields["type"]](**{key: fields[key] for key in fields if key != "type"})
                 for fields in turn["content"]
             )
-            if faults := [fault for one in content if (fault := _wrong_value(one))]:
-                raise TypeError(faults[0])
+            if wrong := [reason for one in content if (reason := _wrong_value(one))]:
+                raise TypeError(wrong[0])
             turns.append(Turn(str(turn["role"]), content))
     except (ValueError, KeyError, TypeError) as error:
         raise SampleError(f"not a conversation as `vl3train shards` writes it: {error!r}") from error

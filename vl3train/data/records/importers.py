@@ -12,7 +12,8 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-CAPTION_KEYS = ("caption", "text", "recaption", "captions")
+CAPTION_KEYS = ("caption", "text", "recaption", "re_caption", "caption_llava", "top_caption", "captions")
+"""Keys of a caption, in a record and in the .json of a shard's sample; the first that has a value counts."""
 IMAGE_KEYS = ("image", "image_path", "file_name", "path", "jpg", "png", "webp", "img")
 
 

@@ -30,14 +30,14 @@ def source_problems(sources: Sequence[str]) -> list[str]:
         name = _without_importer(source)[1]
         path = Path(name)
         if name.startswith("hf:"):
-            fault = "" if name.removeprefix("hf:").partition(":")[0] else "the data set's name is missing"
+            problem = "" if name.removeprefix("hf:").partition(":")[0] else "the data set's name is missing"
         elif not path.exists():
-            fault = f"no such file or folder (from {Path.cwd()})"
+            problem = f"no such file or folder (from {Path.cwd()})"
         else:
             known = path.is_dir() or _suffix(name) in (*RECORD_FILES, *DATA_FILES)
-            fault = "" if known else "a file of another kind"
-        if fault:
-            problems.append(f"{name}: {fault}; {KINDS_OF_SOURCES}")
+            problem = "" if known else "a file of another kind"
+        if problem:
+            problems.append(f"{name}: {problem}; {KINDS_OF_SOURCES}")
     return problems
 
 

@@ -1,7 +1,7 @@
 """The conversation of a sample in other people's shards: LLaVA or `messages` JSON, or a caption.
 
 Taken are ``KEY.json`` as `vl3train shards` writes it; a record as `data.annotations` reads it, its files being the
-sample's own media in their order; a ``caption`` or ``text`` in the JSON; and ``KEY.txt``. A caption is what the
+sample's own media in their order; one of CAPTION_KEYS in the JSON; and ``KEY.txt``. A caption is what the
 assistant says of the pictures, without a question, as in LLaVA's pretraining.
 """
 
@@ -14,12 +14,10 @@ from typing import Any
 
 from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
-from vl3train.data.records.annotations import read_record
+from vl3train.data.records.annotations import DIALOGUE_KEYS, read_record
 from vl3train.data.records.conversation import Conversation, read_conversation, rename_parts, visual_items
+from vl3train.data.records.importers import CAPTION_KEYS
 from vl3train.data.shards.tar_headers import CAPTION_PART, CLIP_SUFFIXES, IMAGE_SUFFIXES
-
-CAPTION_KEYS = ("caption", "text", "recaption", "re_caption", "caption_llava", "top_caption")
-DIALOGUE_KEYS = ("conversations", "messages", "conversation")
 
 
 def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:

@@ -30,10 +30,8 @@ from vl3train.data.records.conversation import Conversation, Image, Stream, Text
 
 TOKENIZER_FILE = "tokenizer.json"
 
-
 SHORT, MOST_SHORT = 24, 10_000
-"""Headers, line ends and times of frames come again and again: so many texts of at most so many characters are
-remembered."""
+"""Headers, line ends and times of frames repeat: ids of at most MOST_SHORT texts of up to SHORT characters are kept."""
 
 
 class ChatTokenizer:
@@ -60,7 +58,7 @@ class ChatTokenizer:
 
         The placeholders, which Qwen2 lacks, and the original code's tokens are added where missing, in the
         order that ``model.weights.processor.build_processor`` adds them, so that ids agree. Whether the model's
-        embedding has rows for them is for the model to check: ``num_ids``.
+        embedding has a row for each is checked where the model is opened.
 
         Raises:
             ValueError: no tokenizer.json, or no ChatML tokens in it.
@@ -77,11 +75,6 @@ class ChatTokenizer:
             if tokenizer.token_to_id(token) is None:
                 tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         return cls(tokenizer, hashlib.sha256(path.read_bytes()).hexdigest())
-
-    @property
-    def num_ids(self) -> int:
-        """One more than the highest id: rows that the model's embedding must have at least."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; the names of special tokens in it are plain text too."""

@@ -114,7 +114,7 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._ask(parts, conversation, decode=decode)
+        answer, _ = self._request(parts, conversation, decode=decode)
         return SampleLengths(
             **{
                 **answer,
@@ -124,13 +124,13 @@ class Decoder:
             }
         )
 
-    def look(self, parts: Mapping[str, bytes]) -> None:
-        """``items.look_at`` in the decode process.
+    def check(self, parts: Mapping[str, bytes]) -> None:
+        """``items.check_media`` in the decode process.
 
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        self._ask(parts, b"", look=True)
+        self._request(parts, b"", check=True)
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
         """``samples.store_sample`` in the decode process.
@@ -138,7 +138,7 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._ask(parts, conversation, store=True)
+        answer, content = self._request(parts, conversation, store=True)
         ends = np.cumsum(answer["sizes"]).tolist()
         return {
             name: content[end - size : end]
@@ -163,7 +163,7 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._ask(parts, conversation, planned=planned, first_patch=first_patch)
+        answer, content = self._request(parts, conversation, planned=planned, first_patch=first_patch)
         ints = np.frombuffer(content, np.int64)
         num_tokens, num_placed = planned.num_tokens, planned.num_visual_tokens
         num_merged = sum(
@@ -191,7 +191,7 @@ class Decoder:
             self._connection.close()
             self._connection = None
 
-    def _ask(
+    def _request(
         self, parts: Mapping[str, bytes], conversation: bytes, **more: Any
     ) -> tuple[dict[str, Any], bytes]:
         try:
@@ -203,8 +203,8 @@ class Decoder:
             except (EOFError, OSError):
                 self.close()
                 raise SampleError("the decode process died of it twice: a crash, or out of memory") from None
-        if "bad" in answer:
-            raise SampleError(answer["bad"])
+        if "rejected" in answer:
+            raise SampleError(answer["rejected"])
         if "bug" in answer:
             raise RuntimeError(f"in the decode process:\n{answer['bug']}")
         return answer, content

@@ -28,7 +28,7 @@ from vl3train.data.media.patches import resize_and_patchify
 from vl3train.data.media.resampling import use_whole_vectors
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import measure_sample, render_sample
-from vl3train.data.render.visual_items import look_at, store_sample
+from vl3train.data.render.visual_items import check_media, store_sample
 
 OUT_OF_MEMORY_FIRST = "1000"
 """oom_score_adj of decode processes: where memory runs out, the kernel ends one of these, not the training."""
@@ -82,7 +82,7 @@ class Request:
     first_patch: int = 0  # where in the shared memory its patches go
     store: bool = False  # turn its clips into stored frames
     decode: bool = False  # where it is measured: decode every image and clip whole
-    look: bool = False  # only decode its parts: they belong to no rendered sample
+    check: bool = False  # only decode its parts: they belong to no rendered sample
 
 
 def keep_freed_memory() -> None:
@@ -171,8 +171,8 @@ def _answer(
 ) -> tuple[dict[str, Any], bytes]:
     planned = request.planned
     try:
-        if request.look:
-            look_at(parts, limits)
+        if request.check:
+            check_media(parts, limits)
             return {}, b""
         assert settings is not None, "a server without settings is only asked to look"
         assert tokenizer is not None, "as settings"
@@ -198,7 +198,7 @@ def _answer(
             space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
         )
     except SampleError as error:
-        return {"bad": str(error)}, b""
+        return {"rejected": str(error)}, b""
     except Exception:
         return {"bug": traceback.format_exc()}, b""
     arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)

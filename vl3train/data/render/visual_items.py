@@ -177,7 +177,7 @@ def store_sample(
     return by_packets_else_exact(store)
 
 
-def look_at(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
+def check_media(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
     """Decode images whole, and of clips the first frame; how many follow is read from their packets.
 
     Raises:

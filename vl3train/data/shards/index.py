@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
 )
 
 
-class NoIndex(ValueError):  # noqa: N818 - says what is missing and how to make it
+class MissingIndexError(ValueError):
     """There is no index for these shards and settings, or the shards have changed since."""
 
 
@@ -74,12 +74,12 @@ def shard_files(shards: Path) -> list[Path]:
     """The shards of a folder, by name.
 
     Raises:
-        NoIndex: the folder holds none.
+        MissingIndexError: the folder holds none.
     """
     found = {path.name: path for path in shards.glob("*.tar")}
     found |= {name: shards / name for name in listed_shards(shards)}
     if not found:
-        raise NoIndex(f"{shards}: no .tar shards; make them with `vl3train shards`")
+        raise MissingIndexError(f"{shards}: no .tar shards; make them with `vl3train shards`")
     return [found[name] for name in sorted(found)]
 
 
@@ -87,22 +87,26 @@ def read_manifest(shards: Path, settings: RenderSettings, limits: DecodeLimits) 
     """The manifest of a complete index that fits the shards as they are now.
 
     Raises:
-        NoIndex: with what is missing or differs.
+        MissingIndexError: with what is missing or differs.
     """
     folder = index_folder(shards, settings)
     way_out = "run `vl3train index`, or let training build it"
     if not (folder / MANIFEST).is_file():
         others = [path.parent.name for path in shards.glob(f"index-*/{MANIFEST}")]
         made_for = _differing_settings(shards / others[0], settings) if others else ""
-        raise NoIndex(f"{shards}: no index for these settings{made_for}; {way_out}")
+        raise MissingIndexError(f"{shards}: no index for these settings{made_for}; {way_out}")
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["limits"] != dataclasses.asdict(limits):
-        raise NoIndex(f"{shards}: indexed with limits {manifest['limits']}, now {limits}; {way_out}")
+        raise MissingIndexError(
+            f"{shards}: indexed with limits {manifest['limits']}, now {limits}; {way_out}"
+        )
     indexed = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
     there = {path.name: path.stat().st_size if path.is_file() else None for path in shard_files(shards)}
     if indexed != there:
         changed = min(name for name, _ in set(indexed.items()) ^ set(there.items()))
-        raise NoIndex(f"{shards}: shards have changed since they were indexed, {changed} first; {way_out}")
+        raise MissingIndexError(
+            f"{shards}: shards have changed since they were indexed, {changed} first; {way_out}"
+        )
     return manifest
 
 
@@ -125,9 +129,9 @@ class Index:
     sizes: tuple[int, ...]  # usable samples of each source
     shards: tuple[Path, ...]
     rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
-    refused: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
     """Key and reason of every sample of these sources that cannot be used."""
-    unread_parts: tuple[tuple[str, str, int], ...]
+    ignored_members: tuple[tuple[str, str, int], ...]
     """Source, suffix and number of members that are neither text nor media; they are never opened."""
     fingerprint: str
     cache: RangeCache | None = None  # of remote shards
@@ -135,12 +139,12 @@ class Index:
     """Where ``rows`` are mapped from. Another process is sent this in place of them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ if self.file is None else {**self.__dict__, "rows": None, "refused": None}
+        return self.__dict__ if self.file is None else {**self.__dict__, "rows": None, "rejected": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state["file"] is not None:
             state["rows"] = map_rows(state["file"])
-            state["refused"] = rejected_of(state["rows"])
+            state["rejected"] = rejected_of(state["rows"])
         self.__dict__.update(state)
 
     @property
@@ -225,33 +229,33 @@ def open_index(
             in its own memory.
 
     Raises:
-        NoIndex: one of them is missing or stale; every one is in the message.
+        MissingIndexError: one of them is missing or stale; every one is in the message.
     """
-    shards, sizes, contents, faults, files = [], [], [], [], []
-    unread: Counter[tuple[str, str]] = Counter()
+    shards, sizes, contents, problems, files = [], [], [], [], []
+    ignored: Counter[tuple[str, str]] = Counter()
     for name, _, shard_folder in sources:
         sizes.append(0)
         if shard_folder is None:
             continue
         try:
             manifest = read_manifest(shard_folder, settings, limits)
-        except NoIndex as error:
-            faults.append(str(error))
+        except MissingIndexError as error:
+            problems.append(str(error))
             continue
         for entry in manifest["shards"]:
             sizes[-1] += entry["samples"] - entry["refused"]
-            unread.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
+            ignored.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
             shards.append(shard_folder / entry["name"])
             files.append((name, index_folder(shard_folder, settings) / f"{entry['name']}.parquet"))
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
-    if faults:
-        raise NoIndex("\n".join(faults))
+    if problems:
+        raise MissingIndexError("\n".join(problems))
     fingerprint = hashlib.sha256(json.dumps([settings.fingerprint(), contents]).encode()).hexdigest()[:16]
     file = rows_file(folder, fingerprint) if folder and sum(sizes) >= MAPPED_FROM_SAMPLES else None
     if file is None or not file.is_file():
-        rows, refused = _read_rows(files)
+        rows, rejected = _read_rows(files)
         if file is not None:
-            write_rows(file, rows, refused)
+            write_rows(file, rows, rejected)
     if file is not None:
         mark_used(file)
         rows = map_rows(file)
@@ -261,8 +265,8 @@ def open_index(
         sizes=tuple(sizes),
         shards=tuple(shards),
         rows=rows,
-        refused=tuple(refused) if file is None else rejected_of(rows),
-        unread_parts=tuple((*which, count) for which, count in sorted(unread.items())),
+        rejected=tuple(rejected) if file is None else rejected_of(rows),
+        ignored_members=tuple((*which, count) for which, count in sorted(ignored.items())),
         fingerprint=fingerprint,
         cache=cache,
         file=file,
@@ -271,18 +275,20 @@ def open_index(
 
 def _read_rows(files: Sequence[tuple[str, Path]]) -> tuple[pa.Table, list[tuple[str, str]]]:
     """The usable rows of some parquet files, each with its source's name; key and reason of the others."""
-    tables, refused = [], []
+    tables, rejected = [], []
     for number, (name, path) in enumerate(files):
         table = pq.read_table(path)
         usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
-        bad = table.filter(pa.array(~usable))
+        rejected_rows = table.filter(pa.array(~usable))
         stem = Path(path.stem).stem
-        refused += [
+        rejected += [
             (f"{name}/{stem}/{key}", reason)
-            for key, reason in zip(bad["key"].to_pylist(), bad["status"].to_pylist(), strict=True)
+            for key, reason in zip(
+                rejected_rows["key"].to_pylist(), rejected_rows["status"].to_pylist(), strict=True
+            )
         ]
-        good = table.filter(pa.array(usable))
-        shard = pa.array(np.full(good.num_rows, number, np.int32))
-        tables.append(good.append_column("shard", shard).replace_schema_metadata(None))
+        usable_rows = table.filter(pa.array(usable))
+        shard = pa.array(np.full(usable_rows.num_rows, number, np.int32))
+        tables.append(usable_rows.append_column("shard", shard).replace_schema_metadata(None))
     empty = SCHEMA.append(pa.field("shard", pa.int32())).empty_table()
-    return for_the_plan(pa.concat_tables(tables) if tables else empty).combine_chunks(), refused
+    return for_the_plan(pa.concat_tables(tables) if tables else empty).combine_chunks(), rejected

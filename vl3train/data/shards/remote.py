@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vl3train.contracts.files import whole_file
+
 SHARD_LIST = "shards.txt"
 ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
 """Waits double, and are drawn anew by each reader: many that failed together shall not come back together."""
@@ -74,12 +76,11 @@ class RangeCache:
         return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep ``data``, and remove what is too much. Safe beside other processes."""
+        """Keep ``data``, and delete the oldest ranges over ``max_bytes``. Other processes may do so as well."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="new-", delete=False) as file:
-            file.write(data)
-        os.replace(file.name, self.folder / name)
-        # MediaCheck through the folder costs time: now and then, by the share of the cache that was written.
+        with whole_file(self.folder / name, durable=False) as partial:
+            partial.write_bytes(data)
+        # Listing the folder costs time: the more of the cache was written, the more often it is done.
         if random.random() < max(0.01, 16 * len(data) / self.max_bytes):
             self._shrink()
 

@@ -46,12 +46,12 @@ class ShardSample:
 
     key: str
     parts: tuple[Part, ...]
-    fault: str | None = None  # why this is no sample
-    unread: tuple[str, ...] = ()  # names of its members that are neither text nor media
+    rejection: str | None = None  # why this is no sample
+    ignored: tuple[str, ...] = ()  # names of its members that are neither text nor media
 
 
 @dataclass(frozen=True, slots=True)
-class _Fault:
+class _RejectedPlace:
     position: int
     reason: str
 
@@ -61,23 +61,23 @@ class _Members:
     """Members of one key, as they are found."""
 
     parts: list[Part] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
     apart_at: int | None = None
 
-    def fault(self) -> str | None:
+    def rejection(self) -> str | None:
         names = [part.name for part in self.parts]
         if self.apart_at is not None:
             return f"its members are not adjacent: others come again at byte {self.apart_at}"
         if twice := sorted({name for name in names if names.count(name) > 1}):
             return f"member .{twice[0]} comes twice"
-        papers = [name for name in self.unread if name.rpartition(".")[2] in DOCUMENT_SUFFIXES]
+        papers = [name for name in self.ignored if name.rpartition(".")[2] in DOCUMENT_SUFFIXES]
         if papers and not any(MEDIA_PART.fullmatch(name) for name in names):
             return (
                 f"member .{papers[0]}: documents are not opened; render each page to a picture, KEY.0.jpg, KEY.1.jpg "
                 "and so on, and write the text into KEY.txt"
             )
         if not {CONVERSATION_PART, CAPTION_PART} & set(names):
-            return f"no .json or .txt member: the conversation is missing; there is {[*names, *self.unread]}"
+            return f"no .json or .txt member: the conversation is missing; there is {[*names, *self.ignored]}"
         return None
 
 
@@ -85,7 +85,7 @@ def shard_samples(shard: Path) -> list[ShardSample]:
     """The samples of a shard in their order, those included that cannot be used. Every byte is accounted for."""
     found = list(_read_headers(shard))
     members = [one for one in found if isinstance(one, Part)]
-    faults = [one for one in found if isinstance(one, _Fault)]
+    places = [one for one in found if isinstance(one, _RejectedPlace)]
     stems = [name.rpartition(".")[0] for name in (member.name.removeprefix("./") for member in members)]
     keys = {
         stem
@@ -97,22 +97,24 @@ def shard_samples(shard: Path) -> list[ShardSample]:
     for member in members:
         key, part = split_name(member.name, keys)
         if not key or key.endswith("/"):
-            faults.append(_Fault(member.offset - BLOCK, f"member {member.name!r}: a name is KEY.PART"))
+            places.append(
+                _RejectedPlace(member.offset - BLOCK, f"member {member.name!r}: a name is KEY.PART")
+            )
             continue
         sample = samples.setdefault(key, _Members())
-        if key != current and (sample.parts or sample.unread):
+        if key != current and (sample.parts or sample.ignored):
             sample.apart_at = member.offset - BLOCK
         current = key
         if part in (CONVERSATION_PART, CAPTION_PART) or MEDIA_PART.fullmatch(part):
             sample.parts.append(Part(part, member.offset, member.size))
         else:
-            sample.unread.append(part)
+            sample.ignored.append(part)
     return [
         *(
-            ShardSample(key, tuple(sample.parts), sample.fault(), tuple(sample.unread))
+            ShardSample(key, tuple(sample.parts), sample.rejection(), tuple(sample.ignored))
             for key, sample in samples.items()
         ),
-        *(ShardSample(f"@{fault.position}", (), fault.reason) for fault in faults),
+        *(ShardSample(f"@{place.position}", (), place.reason) for place in places),
     ]
 
 
@@ -132,11 +134,11 @@ def split_name(name: str, keys: set[str]) -> tuple[str, str]:
     return folder + slash + words[0], ".".join(words[1:]).lower()  # as webdataset splits
 
 
-def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
-    """Every regular file, by its full name, and every fault. Directories are passed over."""
+def _read_headers(shard: Path) -> Iterator[Part | _RejectedPlace]:
+    """Every regular file, by its full name, and every rejection. Directories are passed over."""
     total = shard.stat().st_size
     if total == 0:
-        yield _Fault(0, "the shard is empty")
+        yield _RejectedPlace(0, "the shard is empty")
         return
     with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         position, long_name, ended = 0, "", False
@@ -144,7 +146,9 @@ def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
         while position < total or not ended:
             block = content[position : position + BLOCK]
             if len(block) < BLOCK:
-                yield _Fault(position, f"cut off at byte {position}: no end mark; copy the shard again")
+                yield _RejectedPlace(
+                    position, f"cut off at byte {position}: no end mark; copy the shard again"
+                )
                 return
             if not any(block):
                 ended = True  # but another archive may be appended
@@ -160,7 +164,7 @@ def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
                     if following >= total
                     else f"the next readable member begins at byte {following}"
                 )
-                yield _Fault(position, f"damaged header at byte {position}: {error}; {lost}")
+                yield _RejectedPlace(position, f"damaged header at byte {position}: {error}; {lost}")
                 if following >= total:
                     return
                 position, long_name, long_size = following, "", None
@@ -169,7 +173,7 @@ def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
             start, at = position + BLOCK, position
             if start + size > total:
                 missing = start + size - total
-                yield _Fault(
+                yield _RejectedPlace(
                     at, f"cut off inside {name!r}, {missing} bytes are missing; copy the shard again"
                 )
                 return
@@ -186,9 +190,9 @@ def _read_headers(shard: Path) -> Iterator[Part | _Fault]:
             long_name, long_size = "", None
             if header.type not in REGULAR_TYPES:
                 if header.type != tarfile.DIRTYPE:
-                    yield _Fault(at, f"member {name!r} is a link or device; it is not followed")
+                    yield _RejectedPlace(at, f"member {name!r} is a link or device; it is not followed")
             elif name.startswith("/") or ".." in name.split("/"):
-                yield _Fault(at, f"member {name!r}: names must be relative, without '..'")
+                yield _RejectedPlace(at, f"member {name!r}: names must be relative, without '..'")
             else:
                 yield Part(name, start, size)
 

@@ -60,7 +60,7 @@ def data_remarks(data: OpenData) -> list[str]:
             f"data: {len(plan.oversized_samples):,} samples are not trained on, because they are larger than a pack "
             f"(step.max_tokens={plan.step.max_tokens}, step.max_patches={plan.step.max_patches}): {', '.join(keys)}"
         )
-    if index.refused:
-        shown = "; ".join(f"{key}: {reason}" for key, reason in index.refused[:3])
-        remarks.append(f"data: the index rejected {len(index.refused):,} samples: {shown}")
+    if index.rejected:
+        shown = "; ".join(f"{key}: {reason}" for key, reason in index.rejected[:3])
+        remarks.append(f"data: the index rejected {len(index.rejected):,} samples: {shown}")
     return remarks
