@@ -111,7 +111,7 @@ class Batch:
     supervised_positions: Tensor  # (U,) int64 into input_ids
     supervised_labels: Tensor  # (U,) int64
     supervised_segments: Tensor  # (U,) int64, segment of each supervised token
-    # Host-side numbers, so that no kernel has to wait for the device to tell them.
+    # Host-side numbers, so that nothing has to read them from the device, which would wait for it.
     segment_lengths: tuple[int, ...]  # S
     frame_lengths: tuple[int, ...]  # F, patches of each frame
     patches_by_merge: tuple[tuple[int, int], ...]  # (merge_size, patches) in item order
@@ -145,7 +145,7 @@ class Batch:
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used, with the reason. The only error that data/ promises for bad input."""
+    """A sample that is rejected or fails, with the reason. The only error that data/ raises for damaged input."""
 
 
 class TooManyFailed(ValueError):  # noqa: N818 - it counts failed samples

@@ -1,7 +1,7 @@
 """Clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises SampleError.
 
 What is read may come from anywhere. So the containers are named (no playlist), the header is checked against the
-limits before anything is decoded, and a damaged file is refused as a whole. Images: images.py.
+limits before anything is decoded, and a damaged file is rejected as a whole. Images: images.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_PACKET_ONE_FRAME = {"h264", "hevc", "libdav1d", "av1", "mjpeg"}
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What a header may say before the file is refused."""
+    """Limits on what a file's header says; a file beyond them is rejected."""
 
     max_pixels: int
     max_seconds: float

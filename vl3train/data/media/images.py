@@ -1,7 +1,7 @@
 """Images from bytes: size from the header first, then pixels. Whatever is wrong raises SampleError.
 
 What is read may come from anywhere. So the formats are named (no PostScript), the header is checked against the
-limits before anything is decoded, and a damaged file is refused as a whole.
+limits before anything is decoded, and a damaged file is rejected as a whole.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def image_header(data: bytes, limits: DecodeLimits) -> ImageHeader:
 
 
 def decode_image(data: bytes, limits: DecodeLimits, header: ImageHeader | None = None) -> np.ndarray:
-    """(height, width, 3) uint8 RGB, as transformers' ``load_image`` makes it; a truncated file is refused.
+    """(height, width, 3) uint8 RGB, as transformers' ``load_image`` makes it; a truncated file is rejected.
 
-    Transparency is dropped and 16 bits are clipped, as Pillow's ``convert("RGB")`` does. JPEG goes through
+    Transparency is removed and 16 bits are clipped, as Pillow's ``convert("RGB")`` does. JPEG goes through
     simplejpeg: 1.6 to 2.7 times as fast, the same bits as Pillow's decoder, and strict about damage. ``header`` saves
     reading it again.
     """
@@ -105,7 +105,7 @@ def _opened_image(data: bytes, limits: DecodeLimits) -> Iterator[Image.Image]:
 
 
 def _unreadable(data: bytes, error: Exception) -> SampleError:
-    # Pillow names a place in memory, which differs from run to run; the index is told apart by these reasons.
+    # Pillow names an address in memory, which differs from run to run; the index's fingerprint covers the reasons.
     unknown = isinstance(error, UnidentifiedImageError)
     reason = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else error
     return SampleError(f"image of {len(data)} bytes cannot be read: {reason}")

@@ -41,7 +41,7 @@ def resize_and_patchify(
     Args:
         picture: (h, w, 3) or (t, h, w, 3) uint8.
         grid: Patches along height and width, both divisible by ``merge_size``.
-        merge_size: Side of the square of patches that stand together.
+        merge_size: Side of the square of patches that are neighbours in the result.
         out: Where the result is written, contiguous; None: a new array.
 
     Returns:

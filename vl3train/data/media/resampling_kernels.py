@@ -25,7 +25,7 @@ EDGE = 8
 """Zeros beside a line, where weights are zero too."""
 
 U = np.uint64
-"""Of indices: unsigned ones are not asked whether they count from the end, which vector instructions cannot."""
+"""Type of indices. A signed index needs a test for counting from the end, which keeps the compiler from vectors."""
 
 S1, S2, S3, S4 = U(STRIDE), U(2 * STRIDE), U(3 * STRIDE), U(4 * STRIDE)
 HALF, LOW, HIGH = np.float32(0.5), np.float32(0), np.float32(255)
@@ -193,7 +193,7 @@ def _along_rows_5(line, source, weights, first, out, place, num):
 
 @njit(cache=True, nogil=True)
 def _in_ring(row, height):
-    """Where a row stands; outside of the picture, where weights are zero, the nearest."""
+    """Where a row lies in the ring; outside of the picture, where weights are zero, the nearest row."""
     return U((min(max(row, 0), height - 1) & 7) * 3 * STRIDE)
 
 

@@ -42,7 +42,7 @@ CHUNK_SAMPLES = 32
 """Samples that are measured at a time: small enough for a live progress bar and even work."""
 MAX_MEDIUM_BYTES = 2_000_000_000
 MAX_TEXT_BYTES = 4_000_000
-"""Larger files are refused before they are read. Such a text would be 60 times the longest pack."""
+"""Samples with larger files are rejected before they are read. Such a text would be 60 times the longest pack."""
 FACTS = b"vl3train"
 """Key of what a parquet file was made from, in its own metadata."""
 
@@ -70,7 +70,7 @@ def build_index(
         num_workers: processes that decode; 0 is 1: nothing is decoded in this one.
         decode_seconds: wall-clock limit of one sample.
         progress: called with samples done and samples in all.
-        decode: decode every image and clip whole; an index made without is made again.
+        decode: decode every image and clip whole; an index made without is made anew.
     """
     folder = index_folder(shards, settings)
     try:
@@ -106,7 +106,7 @@ def build_index(
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """Of decode processes: their server's address, a sample's time limit, whether all is decoded."""
+    """How samples are decoded: the decode server's address, a sample's time limit, whether all is decoded."""
 
     address: str
     seconds: float
@@ -163,7 +163,7 @@ def _measured(
 
 
 def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> dict[str, Any]:
-    """The row of one sample, whatever becomes of it."""
+    """The row of one sample, rejected ones included."""
     row: dict[str, Any] = {"key": sample.key, "status": USABLE}
     lengths = SampleLengths(
         num_tokens=0,
@@ -207,7 +207,7 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
 def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
     """What decides whether rows are still those of the shard.
 
-    Of a remote one its address: to ask for each one's size would take minutes. A shard that was replaced under the
+    Of a remote shard the address: requests for all sizes would take minutes. A shard that was replaced under the
     same address is found by crc32 when its samples are read.
     """
     address = address_of(shard)

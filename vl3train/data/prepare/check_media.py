@@ -1,4 +1,4 @@
-"""Media of records decoded before they become shards, behind the firewall, several at a time."""
+"""Media of records decoded before they become shards, in the decode sandbox, several at a time."""
 
 from __future__ import annotations
 

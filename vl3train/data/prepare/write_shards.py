@@ -93,7 +93,7 @@ def check_annotations(
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
 ) -> tuple[int, list[Rejection]]:
-    """Read every record as ``write_shards`` would, and write nothing: how many there are, and those that are bad.
+    """Read every record as ``write_shards`` would, and write nothing: how many there are, and those it would reject.
 
     With ``media_check`` media are decoded, too.
 
@@ -127,7 +127,7 @@ def write_shards(
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
 ) -> ShardReport:
-    """Check every record, then write the good ones as ``out_dir/shard-000000.tar`` and so on.
+    """Check every record, then write the usable ones as ``out_dir/shard-000000.tar`` and so on.
 
     Members are ``KEY.json`` and the media ``KEY.0.jpg``, ``KEY.1.mp4`` with their bytes untouched. The folder
     appears under its name only when it is complete. ``progress(what, records)`` is called after each record.
@@ -137,12 +137,12 @@ def write_shards(
         columns: renames columns, see ``read_annotations``.
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
-        skip_rejected: write the good records where some are bad; the bad ones are listed in refused.jsonl.
-        media_check: decode the media of every record first; None: whether their files are there is all that is asked.
+        skip_rejected: write the usable records where some are rejected; REJECTED_FILE lists those with the reasons.
+        media_check: decode the media of every record first; None: only whether their files are there.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
-        RejectedRecordsError: there are bad records and not ``skip_rejected``, or there is no good one.
+        RejectedRecordsError: records are rejected and ``skip_rejected`` is not set, or no usable one is left.
     """
     out_dir = out_dir.resolve()  # a link to a folder of a larger disk stays one
     if out_dir == Path.cwd():

@@ -1,7 +1,7 @@
 """Files and data sets of records, read one record after the other. What cannot be read comes as its reason.
 
-A record that is no record (a line that is no JSON, a missing column) stops nothing: all of them are told together,
-by ``vl3train shards --check`` and before anything is written.
+A record that cannot be read (a line that is no JSON, a missing column) stops nothing. ``vl3train shards --check``, and
+``vl3train shards`` before it writes, report all of them together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS_OF_SOURCES = (
 
 
 def source_problems(sources: Sequence[str]) -> list[str]:
-    """Which of them name nothing that is read, each with the way out; data sets of the hub are not asked for."""
+    """Which of them name nothing that is read, each with the way out; data sets of the hub are not looked up."""
     problems = []
     for source in sources:
         name = _without_importer(source)[1]
@@ -90,7 +90,7 @@ def _imported(name: str, row: Any) -> Any | SampleError:
 
 def _mapped(row: Any, columns: Mapping[str, str]) -> Any | SampleError:
     if not isinstance(row, Mapping):
-        return row  # refused as what it is
+        return row  # write_shards rejects it by its type
     if missing := [name for name in columns if name not in row]:
         return SampleError(
             f"no column {missing}; there are {sorted(row)}; --columns says which there should be"

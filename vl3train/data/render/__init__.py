@@ -1,1 +1,1 @@
-"""A sample into ids and patches, in a process that a bad file cannot hurt."""
+"""A sample into ids and patches, in a decode sandbox: a process that a damaged file may crash."""

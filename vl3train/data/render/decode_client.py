@@ -1,9 +1,9 @@
-"""Decoding behind a wall: what a strange file can do is done to a process of its own, which is killed at a limit.
+"""The decode sandbox: a file of unknown origin is decoded in a process of its own, which is killed at a time limit.
 
-One *decode server* for each rank has everything loaded and forks a *decode process* for whoever connects: a
-loader's worker, a thread of the index pass. A decode process gets bytes and gives back numbers. It opens no
-file, what it answers is never unpickled, and it dies alone: of a crash, of memory, or killed after
-``data.decode_seconds``. A native decoder that hangs listens to no Python signal handler; SIGKILL it must obey.
+One *decode server* for each rank has everything loaded. It forks a *decode process* for each client: a loader's worker
+or a thread of the index pass. A decode process gets bytes and returns numbers. It opens no file, and its answers are
+never unpickled. When it crashes, runs out of memory or takes longer than ``data.decode_seconds``, it ends alone. A hung
+native decoder ignores Python signal handlers, so it is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DecodeServer:
             ours.recv_bytes()  # it listens
         except EOFError:
             self.close()
-            raise RuntimeError("the decode server did not start; its error stands above") from None
+            raise RuntimeError("the decode server did not start; its error is printed above") from None
 
 
 def _end_server(ours: Connection, process: BaseProcess, folder: str) -> None:
@@ -79,7 +79,7 @@ def _end_server(ours: Connection, process: BaseProcess, folder: str) -> None:
 def decode_server(
     settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
 ) -> Iterator[str]:
-    """The address of a decode server that runs as long as the ``with`` block; without settings it only looks."""
+    """The address of a decode server that runs as long as the ``with`` block. Without settings it only checks media."""
     server = DecodeServer(settings, tokenizer_dir, limits)
     try:
         yield server.address
@@ -88,7 +88,7 @@ def decode_server(
 
 
 class Decoder:
-    """One decode process, from the side that asks. Not for use by several threads at a time."""
+    """A client of one decode process. Not for use by several threads at a time."""
 
     def __init__(self, address: str, seconds: float, num_patches: int = 0) -> None:
         """Connect.
@@ -96,7 +96,7 @@ class Decoder:
         Args:
             address: of a decode server.
             seconds: wall-clock limit of one sample.
-            num_patches: most patches that ``render`` is asked to hold at a time.
+            num_patches: most patches that one pack holds; ``render`` writes them into shared memory.
         """
         self._address, self._seconds = address, seconds
         self._memory = _nameless_file(max(1, num_patches * PATCH_VALUES))
@@ -125,7 +125,7 @@ class Decoder:
         )
 
     def check(self, parts: Mapping[str, bytes]) -> None:
-        """``items.check_media`` in the decode process.
+        """``visual_items.check_media`` in the decode process.
 
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
@@ -133,7 +133,7 @@ class Decoder:
         self._request(parts, b"", check=True)
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
-        """``samples.store_sample`` in the decode process.
+        """``visual_items.store_sample`` in the decode process.
 
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
@@ -155,7 +155,7 @@ class Decoder:
         source: int,
         first_patch: int = 0,
     ) -> RenderedSample:
-        """``samples.render_sample`` in the decode process. Its patches are a view of memory that is used again.
+        """``samples.render_sample`` in the decode process. Its patches are a view of memory that the next pack reuses.
 
         Args:
             first_patch: where in that memory they are put.
@@ -196,7 +196,7 @@ class Decoder:
     ) -> tuple[dict[str, Any], bytes]:
         try:
             answer, content = self._exchange(parts, conversation, **more)
-        except (EOFError, OSError):  # a decode process may be ended for what another process did to memory
+        except (EOFError, OSError):  # another process may have used up the memory: try once more
             self.close()
             try:
                 answer, content = self._exchange(parts, conversation, **more)

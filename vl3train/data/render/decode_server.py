@@ -1,4 +1,4 @@
-"""The other side of the firewall: the decode server, and the decode processes that it forks."""
+"""The inner side of the decode sandbox: the decode server, and the decode processes that it forks."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ KEPT_BYTES = 256 * 2**20
 
 
 class Mailbox:
-    """Memory that two processes share, for the bytes that go with what they tell each other.
+    """Memory that two processes share, for the bytes that belong to their messages.
 
-    A socket would copy them four times, and wake both sides for each piece. Whoever has more to put makes it larger.
+    A socket would copy them four times, and wake both sides for each piece. Either side may make it larger.
     """
 
     def __init__(self, number: int) -> None:
@@ -73,10 +73,10 @@ class Mailbox:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a decode process is asked; pickled on its way there, never on its way back."""
+    """What a decode process shall do. Requests are pickled; answers never are."""
 
     conversation: bytes
-    sizes: dict[str, int]  # of its parts, which stand one after the other in the mailbox
+    sizes: dict[str, int]  # of its parts, one after the other in the mailbox
     seconds: float
     planned: SampleLengths | None = None  # to render by; None: measure it
     first_patch: int = 0  # where in the shared memory its patches go
@@ -86,9 +86,9 @@ class Request:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep the few megabytes of each picture for the next: faulting them in took a quarter of the time.
+    """Let malloc keep the megabytes of a picture for the next one: page faults took a quarter of the time.
 
-    Of this process and those it forks; only glibc knows the call.
+    For this process and those it forks. Only glibc has the call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -134,7 +134,7 @@ def _decode(
     tokenizer: ChatTokenizer | None,
     limits: DecodeLimits,
 ) -> None:
-    """A decode process: answer requests until whoever asks is gone. Does not return."""
+    """A decode process: answer requests until the client is gone. Does not return."""
     status = 1
     try:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
@@ -146,7 +146,7 @@ def _decode(
         connection.send_bytes(str(os.getpid()).encode())
         while True:
             request = connection.recv()
-            # Should whoever asked be gone, nobody ends a decoder that hangs but the kernel.
+            # If the client is gone, only the kernel can end a decoder that hangs.
             signal.setitimer(signal.ITIMER_REAL, 2 * request.seconds + 1)
             parts = mailbox.take(request.sizes)
             answer, content = _answer(request, parts, space, settings, tokenizer, limits)
@@ -174,7 +174,7 @@ def _answer(
         if request.check:
             check_media(parts, limits)
             return {}, b""
-        assert settings is not None, "a server without settings is only asked to look"
+        assert settings is not None, "a server without settings only checks media"
         assert tokenizer is not None, "as settings"
         if request.store:
             members = store_sample(request.conversation, parts, settings, limits)

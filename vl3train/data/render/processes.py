@@ -23,7 +23,7 @@ def clean_processes() -> ForkServerContext:
 def end_with_parent(_: int = 0) -> None:
     """Kill this process as soon as the one that started it is gone. A ``worker_init_fn``; returns at once.
 
-    Torch's own watch looks at the parent's number, which is the fork server's here. The server lives as long as any
+    Torch's own watch compares the parent's number, which is the fork server's here. The server lives as long as any
     process forked from it, so after ``kill -9`` of a rank its workers and the server would keep each other alive.
     """
     parent = multiprocessing.parent_process()

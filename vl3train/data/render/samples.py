@@ -1,4 +1,4 @@
-"""One sample: measured for the index, rendered for a pack, or stood in for when it turned out bad."""
+"""One sample: measured for the index, rendered for a pack, or replaced by a blank one of its lengths when it failed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def render_sample(
     planned: SampleLengths | None,
     space: np.ndarray | None = None,
 ) -> RenderedSample:
-    """Decode and tokenize one sample. With ``planned`` its lengths are the plan's, or it is refused.
+    """Decode and tokenize one sample. With ``planned``, other lengths than the plan's are an error.
 
     Of a pruned clip exactly the planned number of tokens is kept, so that another decoder's rounding cannot
     break a pack.
@@ -123,7 +123,7 @@ def render_sample(
 
 
 def blank_sample(planned: SampleLengths, *, key: str, source: int) -> RenderedSample:
-    """Stands in for a bad sample: the planned lengths, zero patches, no supervised token."""
+    """Stands in for a failed sample: the planned lengths, zero patches, no supervised token."""
     masks = [np.empty(0, bool)]
     for grid, merge_size, kept in zip(planned.grids, planned.merge_sizes, planned.kept_tokens, strict=True):
         masks.append(np.arange(grid[0] * grid[1] * grid[2] // merge_size**2) < kept)

@@ -30,7 +30,7 @@ class Item:
     data: bytes
     grid: tuple[int, int, int]  # patches along time, height, width
     merge_size: int
-    clip: ClipPlan | None  # None: an image, which has a
+    clip: ClipPlan | None  # None: an image, which has a header
     header: ImageHeader | None
 
     @property
@@ -50,7 +50,7 @@ class Item:
 
 
 def by_packets_else_exact(make: Callable[[bool], Made]) -> Made:
-    """Trust the number of frames that packets tell; where decoding proves it wrong, count by decoding."""
+    """Take the number of frames from the packets; where decoding proves it wrong, count by decoding."""
     try:
         return make(False)
     except FrameCountError:

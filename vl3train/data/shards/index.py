@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("part_offsets", pa.list_(pa.int64())),
         ("part_sizes", pa.list_(pa.int64())),
         ("part_crc32s", pa.list_(pa.int64())),
-        ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media: never opened
+        ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media; never opened
         ("num_tokens", pa.int64()),
         ("num_supervised_tokens", pa.int64()),
         ("num_visual_tokens", pa.int64()),
@@ -130,13 +130,13 @@ class Index:
     shards: tuple[Path, ...]
     rows: pa.Table  # SCHEMA and "shard", the number of the row's shard
     rejected: tuple[tuple[str, str], ...]
-    """Key and reason of every sample of these sources that cannot be used."""
+    """Key and reason of every sample of these sources that the index rejected."""
     ignored_members: tuple[tuple[str, str, int], ...]
     """Source, suffix and number of members that are neither text nor media; they are never opened."""
     fingerprint: str
     cache: RangeCache | None = None  # of remote shards
     file: Path | None = None
-    """Where ``rows`` are mapped from. Another process is sent this in place of them."""
+    """Where ``rows`` are mapped from. Another process gets this path in place of them."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ if self.file is None else {**self.__dict__, "rows": None, "rejected": None}

@@ -1,4 +1,4 @@
-"""Shards in an object store or behind HTTP: read by ranges, tried again, kept in a bounded local cache.
+"""Shards in an object store or behind HTTP: read by ranges, with retries, kept in a bounded local cache.
 
 A folder of shards may hold ``shards.txt``, one address a line, ``s3://bucket/a-000.tar``, ``https://...``: whatever
 fsspec opens (``pip install s3fs``, ``gcsfs``, ``aiohttp``). Their index lies in that folder. Indexing fetches each
@@ -25,13 +25,13 @@ from vl3train.contracts.files import whole_file
 
 SHARD_LIST = "shards.txt"
 ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
-"""Waits double, and are drawn anew by each reader: many that failed together shall not come back together."""
+"""Waits double, and each reader draws its own: many that failed together shall not retry together."""
 TRY_SECONDS, SLOWEST_BYTES_A_SECOND = 30.0, 1_000_000
-"""A try ends after so long, and longer by what it asks for at this rate: a connection that stalls says nothing, and
-fsspec's own limit for HTTP is five minutes."""
+"""Time limit of one try, and the rate by which it grows with the size of the range: a stalled connection reports no
+error, and fsspec's own limit for HTTP is five minutes."""
 FETCH_BYTES = 16 * 2**20
-HOPELESS = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)
-"""Errors that another try does not mend."""
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)
+"""Errors that a retry does not solve."""
 
 
 class RemoteError(OSError):
@@ -131,16 +131,16 @@ def remote_size(url: str) -> int:
         RemoteError: after the last try.
     """
 
-    def ask() -> int:
+    def read() -> int:
         system, path = _opened(url)
         return int(_within(TRY_SECONDS, system, "size", path))
 
-    return int(_tried(ask, url))
+    return int(_tried(read, url))
 
 
 @contextlib.contextmanager
 def fetched(url: str, folder: Path) -> Iterator[Path]:
-    """A whole remote file as a local one in ``folder``, deleted again afterwards.
+    """A whole remote file as a local one in ``folder``, deleted when the block ends.
 
     Raises:
         RemoteError: after the last try of a range.
@@ -210,7 +210,7 @@ def _tried(action: Any, what: str) -> Any:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
-        except HOPELESS as error:
+        except PERMANENT_ERRORS as error:
             raise RemoteError(f"{what} cannot be read: {error!r}") from error
         except Exception as error:  # each store has errors of its own
             if attempt == ATTEMPTS:

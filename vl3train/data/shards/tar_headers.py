@@ -1,4 +1,4 @@
-"""What lies where in a .tar shard, from its headers alone. What cannot be used is told, the rest stays usable.
+"""What lies where in a .tar shard, from its headers alone. Damaged places are rejected, the rest stays usable.
 
 Plain webdataset stops without a word at a damaged header, merges keys that contain dots, and yields half samples
 when members of one key are apart. Here each of these is a row of the index with its place and its reason.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 BLOCK = 512
 MAGIC_AT = 257
-"""Where ``ustar`` stands in a header."""
+"""Where ``ustar`` begins in a header."""
 
 CONVERSATION_PART = "json"
 CAPTION_PART = "txt"
@@ -46,8 +46,8 @@ class ShardSample:
 
     key: str
     parts: tuple[Part, ...]
-    rejection: str | None = None  # why this is no sample
-    ignored: tuple[str, ...] = ()  # names of its members that are neither text nor media
+    rejection: str | None = None  # why the index rejects it
+    ignored: tuple[str, ...] = ()  # its members that are neither text nor media; never opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def split_name(name: str, keys: set[str]) -> tuple[str, str]:
 
 
 def _read_headers(shard: Path) -> Iterator[Part | _RejectedPlace]:
-    """Every regular file, by its full name, and every rejection. Directories are passed over."""
+    """Every regular file, by its full name, and every rejected place. Directories are neither."""
     total = shard.stat().st_size
     if total == 0:
         yield _RejectedPlace(0, "the shard is empty")
