@@ -19,6 +19,7 @@ from vl3train.config.schema import (
     StepConfig,
     TrainConfig,
 )
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 
 
@@ -58,10 +59,8 @@ def make_source(folder: Path, *, images: int, clips: int, texts: int, seed: int,
     file = folder / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in mixed))
     write_shards(
-        [str(file)],
+        AnnotatedRecords((str(file),), media),
         folder / "shards",
-        media_root=media,
-        columns=None,
         max_samples=per_shard,
         max_bytes=10**9,
         skip_rejected=False,

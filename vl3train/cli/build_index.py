@@ -86,7 +86,7 @@ def main(args: Namespace) -> int:
 
 def print_samples(console: Console, data: OpenData, split: str) -> None:
     """What an index holds of each source, and what is rejected."""
-    from vl3train.data.prepare.write_shards import Rejection, describe_rejected
+    from vl3train.data.prepare.rejections import Rejection, describe_rejected
 
     index, table = data.index, data.plan.table
     console.print(f"{split} samples, index {index.fingerprint}:")

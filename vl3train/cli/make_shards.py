@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vl3train.cli.arguments import FormerName, count
 
 if TYPE_CHECKING:
+    from vl3train.data.prepare.annotated_records import AnnotatedRecords
     from vl3train.data.prepare.check_media import MediaCheck
 
 
@@ -77,12 +78,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Write the shards, or check the records. Returns 1 when records are rejected, unless --skip-rejected is given."""
-    from vl3train.data.prepare.write_shards import (
-        REJECTED_FILE,
-        RejectedRecordsError,
-        describe_rejected,
-        write_shards,
-    )
+    from vl3train.data.prepare.rejections import REJECTED_FILE, RejectedRecordsError, describe_rejected
+    from vl3train.data.prepare.write_shards import write_shards
 
     if args.check:
         return check(args)
@@ -103,10 +100,8 @@ def main(args: Namespace) -> int:
 
         try:
             report = write_shards(
-                args.annotations,
+                _records(args),
                 args.out,
-                media_root=args.media_root,
-                columns=dict(args.columns) if args.columns else None,
                 max_samples=args.samples_per_shard,
                 max_bytes=args.bytes_per_shard,
                 skip_rejected=args.skip_rejected,
@@ -131,23 +126,31 @@ def main(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     """Print every kind of fault with its count and first examples. Returns 1 when there is one. Writes nothing."""
-    from vl3train.data.prepare.write_shards import check_annotations, describe_rejected
+    from vl3train.data.prepare.rejections import describe_rejected
+    from vl3train.data.prepare.write_shards import check_annotations
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
         task = progress.add_task("checking", total=None)
-        num_records, refused = check_annotations(
-            args.annotations,
-            media_root=args.media_root,
-            columns=dict(args.columns) if args.columns else None,
+        num_records, rejected = check_annotations(
+            _records(args),
             progress=lambda what, count: progress.update(task, completed=count),
             media_check=_media_check(args),
         )
-    print(f"{num_records} records, {num_records - len(refused)} can be written, {len(refused)} are rejected")
-    if refused:
-        print("\n".join(describe_rejected(refused)))
-    return int(bool(refused))
+    print(
+        f"{num_records} records, {num_records - len(rejected)} can be written, {len(rejected)} are rejected"
+    )
+    if rejected:
+        print("\n".join(describe_rejected(rejected)))
+    return int(bool(rejected))
+
+
+def _records(args: Namespace) -> AnnotatedRecords:
+    from vl3train.data.prepare.annotated_records import AnnotatedRecords
+
+    columns = dict(args.columns) if args.columns else None
+    return AnnotatedRecords(tuple(args.annotations), args.media_root, columns)
 
 
 def _media_check(args: Namespace) -> MediaCheck | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.demo.clips import encode
 from vl3train.demo.questions import TASKS, Question
@@ -74,10 +75,8 @@ def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
     annotations = drawing / "annotations.jsonl"
     annotations.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     report = write_shards(
-        [str(annotations)],
+        AnnotatedRecords((str(annotations),), drawing),
         out / name,
-        media_root=drawing,
-        columns=None,
         max_samples=500,
         max_bytes=64 * 2**20,
         skip_rejected=False,

@@ -133,7 +133,7 @@ def _clip_frames(data: OpenData, all_clips: np.ndarray) -> np.ndarray:
 
 def _rejected(data: OpenData) -> tuple[tuple[str, int, str], ...]:
     """Kinds of reasons for which samples are rejected, the most frequent first."""
-    from vl3train.data.prepare.write_shards import kind_of_reason
+    from vl3train.data.prepare.rejections import kind_of_reason
 
     step = data.plan.step
     too_large = f"larger than a pack (step.max_tokens={step.max_tokens}, step.max_patches={step.max_patches})"

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from vl3train.data.prepare import rejections
 from vl3train.data.prepare import write_shards as prepare_write_shards
-from vl3train.data.prepare.write_shards import RejectedRecordsError, write_shards
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
+from vl3train.data.prepare.rejections import RejectedRecordsError
+from vl3train.data.prepare.write_shards import write_shards
 from vl3train.data.shards.tar_headers import shard_samples
 
 
@@ -30,21 +33,21 @@ def media(tmp_path: Path) -> Path:
     return root
 
 
-def write(tmp_path, records, media, **changes):
+def write(tmp_path, records, media, columns=None, **changes):
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"max_samples": 3, "max_bytes": 10**9, "skip_rejected": False, "columns": None}
+    options = {"max_samples": 3, "max_bytes": 10**9, "skip_rejected": False}
     return write_shards(
-        [str(file)],
+        AnnotatedRecords((str(file),), media, columns),
         tmp_path / "out",
-        media_root=media,
         progress=lambda what, count: None,
         **(options | changes),
     )
 
 
 def test_doctests():
-    assert doctest.testmod(prepare_write_shards).failed == 0
+    for module in (prepare_write_shards, rejections):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_plain_webdataset_reads_what_was_written(tmp_path, media):
@@ -154,14 +157,9 @@ def test_a_killed_run_leaves_no_folder_of_that_name_and_the_next_one_succeeds(tm
     records = [answer()] * 5
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {
-        "media_root": media,
-        "columns": None,
-        "max_samples": 2,
-        "max_bytes": 10**9,
-        "skip_rejected": False,
-    }
+    given = AnnotatedRecords((str(file),), media)
+    options = {"max_samples": 2, "max_bytes": 10**9, "skip_rejected": False}
     with pytest.raises(Killed):
-        write_shards([str(file)], tmp_path / "out", progress=kill, **options)
+        write_shards(given, tmp_path / "out", progress=kill, **options)
     assert not (tmp_path / "out").exists()
-    assert write_shards([str(file)], tmp_path / "out", progress=lambda *_: None, **options).num_shards == 3
+    assert write_shards(given, tmp_path / "out", progress=lambda *_: None, **options).num_shards == 3

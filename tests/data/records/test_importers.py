@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.faults_fixture import clip, jpeg
 from vl3train.contracts.records import SampleError
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.data.records import importers
 from vl3train.data.records.annotations import read_record
@@ -90,10 +91,10 @@ def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):
     films = [{"mp4": clip(tmp_path), "json": json.dumps(FACTS)}]
     datasets.Dataset.from_list(films).to_parquet(tmp_path / "film.parquet")
     report = write_shards(
-        [f"caption:{tmp_path}/caption.parquet", f"finevideo:{tmp_path}/film.parquet"],
+        AnnotatedRecords(
+            (f"caption:{tmp_path}/caption.parquet", f"finevideo:{tmp_path}/film.parquet"), tmp_path
+        ),
         tmp_path / "out",
-        media_root=tmp_path,
-        columns=None,
         max_samples=10,
         max_bytes=10**9,
         skip_rejected=False,
@@ -114,10 +115,8 @@ def test_a_csv_and_a_folder_of_clips_become_shards(tmp_path):
     rows = ["id,start,end,sentence", 'AO8RW,0.0,6.9,"a person, at home, reads."', "AO8RW,3,4.25,he sits."]
     (tmp_path / "sta.csv").write_text("\n".join([*rows, "0BX9N,1,2,she runs.", "GONE1,1,2,nobody runs.\n"]))
     report = write_shards(
-        [f"charades:{tmp_path}/sta.csv"],
+        AnnotatedRecords((f"charades:{tmp_path}/sta.csv",), tmp_path / "clips"),
         tmp_path / "out",
-        media_root=tmp_path / "clips",
-        columns=None,
         max_samples=10,
         max_bytes=10**9,
         skip_rejected=True,

@@ -10,12 +10,8 @@ from pathlib import Path
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.records.annotations import MediaFile
-from vl3train.data.records.conversation import Conversation
+from vl3train.data.prepare.annotated_records import Found
 from vl3train.data.render.decode_client import Decoder, decode_server
-
-Found = tuple[Conversation, tuple[MediaFile, ...]] | str
-"""A record and its files, or the reason why it cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import yaml
 from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.prepare.write_shards import REJECTED_FILE, write_members
+from vl3train.data.prepare.rejections import REJECTED_FILE
+from vl3train.data.prepare.write_shards import write_members
 from vl3train.data.recipe import Recipe
 from vl3train.data.render.decode_client import Decoder, decode_server
 from vl3train.data.shards.index import shard_files

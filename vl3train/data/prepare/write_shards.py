@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from webdataset.writer import TarWriter
 
 from vl3train.contracts.files import whole_folder
-from vl3train.contracts.records import SampleError
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.check_media import MediaCheck, check_media
-from vl3train.data.records.annotations import MediaFile, read_record
+from vl3train.data.prepare.rejections import REJECTED_FILE, RejectedRecordsError, Rejection
+from vl3train.data.records.annotations import MediaFile
 from vl3train.data.records.conversation import Conversation
-from vl3train.data.records.record_files import read_annotations, source_problems
+from vl3train.data.records.record_files import source_problems
 from vl3train.data.shards.tar_headers import CONVERSATION_PART
 
-REJECTED_FILE = "refused.jsonl"
 SIGNATURES = (
     ("jpg", rb"\xff\xd8\xff"),
     ("png", rb"\x89PNG"),
@@ -30,16 +29,6 @@ SIGNATURES = (
     ("mkv", rb"\x1a\x45\xdf\xa3"),
 )
 """How files begin; plain webdataset decodes by extension."""
-PATH_SHOWN = 80
-"""Characters of a path that is too long to be one: often it is a whole picture in base64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A record that became no sample, or a sample that cannot be used."""
-
-    where: str  # file and line, or the key of a sample in a shard
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,45 +40,9 @@ class ShardReport:
     rejected: tuple[Rejection, ...]
 
 
-class RejectedRecordsError(ValueError):
-    """Records that cannot be written, every one of them in ``rejected``."""
-
-    def __init__(self, rejected: Sequence[Rejection], num_records: int) -> None:
-        self.rejected = tuple(rejected)
-        self.num_records = num_records
-        super().__init__(
-            "\n".join(
-                [f"{len(rejected)} of {num_records} records cannot be used:", *describe_rejected(rejected)]
-            )
-        )
-
-
-def kind_of_reason(reason: str) -> str:
-    """A reason without what differs from sample to sample: quoted words, paths, numbers.
-
-    >>> kind_of_reason("no such file: a/b.jpg; 3 images for 'x'")
-    'no such file: … … images for …'
-    """
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
-
-
-def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> list[str]:
-    """One line for each kind of reason, the commonest first, with its first examples."""
-    kinds: dict[str, list[Rejection]] = {}
-    for rejection in rejected:
-        kinds.setdefault(kind_of_reason(rejection.reason), []).append(rejection)
-    lines = []
-    for members in sorted(kinds.values(), key=len, reverse=True):
-        lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")
-        lines += [f"    {rejection.where}: {rejection.reason}" for rejection in members[:examples]]
-    return lines
-
-
 def check_annotations(
-    annotations: Sequence[str],
+    records: AnnotatedRecords,
     *,
-    media_root: Path,
-    columns: dict[str, str] | None,
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
 ) -> tuple[int, list[Rejection]]:
@@ -100,27 +53,27 @@ def check_annotations(
     Raises:
         ValueError: there is no record; files are missing or of another kind, all of which are named.
     """
-    if problems := source_problems(annotations):
+    if problems := source_problems(records.annotations):
         raise ValueError("\n".join(problems))
     rejected: list[Rejection] = []
     num_records = 0
-    records = _records(annotations, columns, media_root)
-    for where, found in records if media_check is None else check_media(records, media_root, media_check):
+    checked = records.read()
+    if media_check is not None:
+        checked = check_media(checked, records.media_root, media_check)
+    for where, found in checked:
         num_records += 1
         if isinstance(found, str):
             rejected.append(Rejection(where, found))
         progress("checking", num_records)
     if not num_records:
-        raise ValueError(f"no records in {', '.join(annotations)}")
+        raise ValueError(f"no records in {', '.join(records.annotations)}")
     return num_records, rejected
 
 
 def write_shards(
-    annotations: Sequence[str],
+    records: AnnotatedRecords,
     out_dir: Path,
     *,
-    media_root: Path,
-    columns: dict[str, str] | None,
     max_samples: int,
     max_bytes: int,
     skip_rejected: bool,
@@ -133,8 +86,8 @@ def write_shards(
     appears under its name only when it is complete. ``progress(what, records)`` is called after each record.
 
     Args:
-        annotations: files, or what ``sources.read_annotations`` opens besides.
-        columns: renames columns, see ``read_annotations``.
+        records: the annotations and their media.
+        out_dir: a folder that does not exist, or is empty.
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
         skip_rejected: write the usable records where some are rejected; REJECTED_FILE lists those with the reasons.
@@ -149,23 +102,23 @@ def write_shards(
         raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
-    num_records, rejected = check_annotations(
-        annotations, media_root=media_root, columns=columns, progress=progress, media_check=media_check
-    )
+    num_records, rejected = check_annotations(records, progress=progress, media_check=media_check)
     if (rejected and not skip_rejected) or len(rejected) == num_records:
         raise RejectedRecordsError(rejected, num_records)
 
     rejected_places = {rejection.where for rejection in rejected}
-    good = (
+    usable = (
         found
-        for where, found in _records(annotations, columns, media_root)
+        for where, found in records.read()
         if not isinstance(found, str) and where not in rejected_places
     )
     num_written = num_shards = 0
     with whole_folder(out_dir) as partial:
         while True:
             shard = partial / f"shard-{num_shards:06d}.tar"
-            count = _write_shard(shard, good, media_root, num_written, max_samples, max_bytes, progress)
+            count = _write_shard(
+                shard, usable, records.media_root, num_written, max_samples, max_bytes, progress
+            )
             if not count:
                 shard.unlink()
                 break
@@ -234,40 +187,3 @@ def part_name(number: int, medium: MediaFile) -> str:
     if not suffix and medium.data is not None:
         suffix = next((name for name, start in SIGNATURES if re.match(start, medium.data, re.DOTALL)), "")
     return f"{number}.{suffix or medium.kind}"
-
-
-def _records(
-    annotations: Sequence[str], columns: dict[str, str] | None, media_root: Path
-) -> Iterator[tuple[str, tuple[Conversation, tuple[MediaFile, ...]] | str]]:
-    """Where each record stands, and the record, or the reason why it cannot be used."""
-    for path in annotations:
-        for where, record in read_annotations(path, columns):
-            try:
-                if isinstance(record, SampleError):
-                    raise record
-                if not isinstance(record, Mapping):
-                    raise SampleError(f"a record is an object with keys, this is a {type(record).__name__}")
-                conversation, media = read_record(record, where=where)
-                for medium in media:
-                    if medium.data is None:
-                        _check_file(media_root / medium.path)
-            except SampleError as error:
-                yield where, str(error).removeprefix(f"{where}: ")
-            else:
-                yield where, (conversation, media)
-
-
-def _check_file(path: Path) -> None:
-    """Whether the file is there; what is in it is found out by the index, which decodes it."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
-        raise SampleError(f"no such file: {path}; paths start from --media-root") from None
-    except OSError as error:
-        raise SampleError(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise SampleError(f"no file but a folder or device: {path}")
-    if not found.st_size:
-        raise SampleError(f"empty file: {path}")
-    if not os.access(path, os.R_OK):
-        raise SampleError(f"no permission to read: {path}")

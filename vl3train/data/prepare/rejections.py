@@ -1,0 +1,52 @@
+"""Records and samples that are rejected: where each lies, why, and how many have the same reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REJECTED_FILE = "refused.jsonl"
+"""Beside written shards: place and reason of each rejected record. Existing folders bear the older word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A record that became no sample, or a sample that cannot be used."""
+
+    where: str  # file and line, or the key of a sample in a shard
+    reason: str
+
+
+class RejectedRecordsError(ValueError):
+    """Records that cannot be written, every one of them in ``rejected``."""
+
+    def __init__(self, rejected: Sequence[Rejection], num_records: int) -> None:
+        self.rejected = tuple(rejected)
+        self.num_records = num_records
+        super().__init__(
+            "\n".join(
+                [f"{len(rejected)} of {num_records} records cannot be used:", *describe_rejected(rejected)]
+            )
+        )
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without what differs from sample to sample: quoted words, paths, numbers.
+
+    >>> kind_of_reason("no such file: a/b.jpg; 3 images for 'x'")
+    'no such file: … … images for …'
+    """
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
+
+
+def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> list[str]:
+    """One line for each kind of reason, the commonest first, with its first examples."""
+    kinds: dict[str, list[Rejection]] = {}
+    for rejection in rejected:
+        kinds.setdefault(kind_of_reason(rejection.reason), []).append(rejection)
+    lines = []
+    for members in sorted(kinds.values(), key=len, reverse=True):
+        lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")
+        lines += [f"    {rejection.where}: {rejection.reason}" for rejection in members[:examples]]
+    return lines
