@@ -21,7 +21,7 @@ from vl3train.data.prepare.build_index import build_index
 from vl3train.data.prepare.store_frames import store_recipe
 from vl3train.data.recipe import load_recipe, recipe_problems
 from vl3train.data.render.chat_tokens import ChatTokenizer
-from vl3train.data.shards.index import open_index
+from vl3train.data.shards.index import Index, open_index
 from vl3train.data.shards.remote import RangeCache
 
 
@@ -103,20 +103,7 @@ def open_data(
                 progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
                 decode=decode,
             )
-    cache = None
-    if cfg.data.remote_cache is not None:
-        cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
-    plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
-    delete_unused(plans)
-    index = open_index(sources, settings, limits, cache, plans)
-    plan = Plan(
-        index.sample_table(),
-        cfg.run.seed,
-        cfg.step,
-        costs=dict(cfg.model.costs),
-        order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
-        cache=plans,
-    )
+    index, plan = _open_plan(cfg, sources, settings, limits)
     if not held_out and len(plan.oversized_samples) == index.num_samples:
         raise ValueError(
             f"{recipe.path}: no sample to train on: the index rejected {len(index.rejected)}, "
@@ -132,6 +119,30 @@ def open_data(
         limits=limits,
         decode_seconds=cfg.data.decode_seconds,
     )
+
+
+def _open_plan(
+    cfg: TrainConfig,
+    sources: list[tuple[str, float, Path | None]],
+    settings: RenderSettings,
+    limits: DecodeLimits,
+) -> tuple[Index, Plan]:
+    """The index of some sources, each a name, a weight and its shards, and the plan over it."""
+    cache = None
+    if cfg.data.remote_cache is not None:
+        cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
+    plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
+    delete_unused(plans)
+    index = open_index(sources, settings, limits, cache, plans)
+    plan = Plan(
+        index.sample_table(),
+        cfg.run.seed,
+        cfg.step,
+        costs=dict(cfg.model.costs),
+        order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
+        cache=plans,
+    )
+    return index, plan
 
 
 def store_frames(

@@ -57,7 +57,7 @@ def resample_into_patches(
     """Resize (h, w, 3) uint8 and fill ``out``, (patches, 588) uint8 contiguous, in the order of patches.py."""
     pixels, halves = np.ascontiguousarray(picture).reshape(-1), out.reshape(-1).view(np.uint16)
     height, width = picture.shape[:2]
-    resample(pixels, height, width, *rows[:3], *columns[:3], merge_size, halves)
+    resample(pixels, height, width, rows, columns, merge_size, halves)
 
 
 def cut_into_patches(picture: np.ndarray, merge_size: int, out: np.ndarray) -> None:

@@ -39,24 +39,19 @@ def _strip(width):
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def resample(
-    pixels, height, width, row_starts, row_weights, row_taps, starts, weights, taps, merge_size, out
-):
+def resample(pixels, height, width, rows, columns, merge_size, out):
     """Both passes and the cut, strip after strip.
 
     Args:
         pixels: (height * width * 3,) uint8, RGB.
         height: of the picture.
         width: likewise.
-        row_starts: ``resampling.Resampling`` of the rows, as the next two.
-        row_weights: likewise.
-        row_taps: likewise.
-        starts: that of the columns, as the next two.
-        weights: likewise.
-        taps: likewise.
+        rows: ``resampling.Resampling`` along the height.
+        columns: likewise along the width.
         merge_size: see patches.py.
         out: (patches * 294,) uint16, the patches' bytes two by two.
     """
+    row_starts, row_weights, row_taps = rows.starts, rows.weights, rows.taps
     line = np.zeros(3 * STRIDE, np.float32)
     ring = np.empty(8 * 3 * STRIDE, np.float32)  # the last 8 rows, at the new width
     made = np.empty(2 * 3 * STRIDE, np.uint8)
@@ -64,19 +59,13 @@ def resample(
     strip_weights = np.zeros(TAPS * STRIDE, np.float32)
     moves = np.empty(STRIP + 1, np.int64)
     sources = np.empty(STRIP + 1, np.int64)
-    strip = _strip(len(starts))
-    for left in range(0, len(starts), strip):
-        columns = min(strip, len(starts) - left)
-        near = max(starts[left], 0)
-        far = min(starts[left + columns - 1] + TAPS, width)
-        num_runs = 0
-        for x in range(columns):
-            if x == 0 or starts[left + x] != starts[left + x - 1] + 1:
-                moves[num_runs], sources[num_runs] = x, starts[left + x] - near + EDGE
-                num_runs += 1
-            for k in range(TAPS):
-                strip_weights[k * STRIDE + x] = weights[k, left + x]
-        moves[num_runs] = columns
+    new_width = len(columns.starts)
+    strip = _strip(new_width)
+    for left in range(0, new_width, strip):
+        num = min(strip, new_width - left)
+        near = max(columns.starts[left], 0)
+        far = min(columns.starts[left + num - 1] + TAPS, width)
+        num_runs = _find_runs(columns.starts, columns.weights, left, num, strip_weights, moves, sources)
         line[:] = 0
         num_done = 0
         y = 0
@@ -88,20 +77,39 @@ def resample(
                 _spread(pixels, U(3 * (num_done * width + near)), line, U(EDGE), U(far - near))
                 for run in range(num_runs):
                     x = moves[run]
-                    place, num = U((num_done & 7) * 3 * STRIDE + x), U(moves[run + 1] - x)
-                    if taps == 4:
-                        _along_rows_4(line, U(sources[run]), strip_weights, U(x), ring, place, num)
+                    place, length = U((num_done & 7) * 3 * STRIDE + x), U(moves[run + 1] - x)
+                    if columns.taps == 4:
+                        _along_rows_4(line, U(sources[run]), strip_weights, U(x), ring, place, length)
                     else:
-                        _along_rows_5(line, U(sources[run]), strip_weights, U(x), ring, place, num)
+                        _along_rows_5(line, U(sources[run]), strip_weights, U(x), ring, place, length)
                 num_done += 1
             if two:
-                _two_along_columns_4(ring, start, height, row_weights, y, made, U(columns))
+                _two_along_columns_4(ring, start, height, row_weights, y, made, U(num))
             else:
-                _along_columns_5(ring, start, height, row_weights, y, made, U(columns))
-            _cut(halves, 0, columns, left, len(starts), y, merge_size, out)
+                _along_columns_5(ring, start, height, row_weights, y, made, U(num))
+            _cut(halves, 0, num, left, new_width, y, merge_size, out)
             if two:
-                _cut(halves, 1, columns, left, len(starts), y + 1, merge_size, out)
+                _cut(halves, 1, num, left, new_width, y + 1, merge_size, out)
             y += 1 + two
+
+
+@njit(cache=True, nogil=True)
+def _find_runs(starts, weights, left, num, strip_weights, moves, sources):
+    """The runs of a strip's columns whose pixels follow one another, and the strip's weights, side by side.
+
+    Fills ``moves`` with the first column of each run and ``sources`` with where its pixels lie in the line; returns
+    how many runs there are.
+    """
+    near = max(starts[left], 0)
+    num_runs = 0
+    for x in range(num):
+        if x == 0 or starts[left + x] != starts[left + x - 1] + 1:
+            moves[num_runs], sources[num_runs] = x, starts[left + x] - near + EDGE
+            num_runs += 1
+        for k in range(TAPS):
+            strip_weights[k * STRIDE + x] = weights[k, left + x]
+    moves[num_runs] = num
+    return num_runs
 
 
 @njit(cache=True, nogil=True)
