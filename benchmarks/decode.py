@@ -104,7 +104,7 @@ def measure_images(folder: Path, photographs: Path | None, count: int) -> Iterat
 
     def ours(jpeg: bytes) -> None:
         render_sample(
-            text, {"0.jpg": jpeg}, settings, tokenizer, LIMITS, key="", source=0, planned=planned, space=space
+            text, {"0.jpg": jpeg}, settings, tokenizer, LIMITS, key="", planned=planned, space=space
         )
 
     space = np.empty((planned.num_patches, 588), np.uint8)

@@ -105,7 +105,6 @@ def rendered(shards: Path, tokenizer: ChatTokenizer) -> list[RenderedSample]:
                     tokenizer,
                     limits,
                     key=f"{shards.name}/{sample.key}",
-                    source=0,
                     planned=None,
                 )
             )

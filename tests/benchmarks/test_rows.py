@@ -202,9 +202,7 @@ def test_drawn_shards_have_the_sizes_of_drawn_packs(tmp_path):
         drawn = draw_sample(rng, image_merge_size=2, max_tokens=400, mix=TINY)
         members = sample_members(drawn, rng)
         conversation = members.pop("json")
-        found = render_sample(
-            conversation, members, settings, tokenizer, limits, key="k", source=0, planned=None
-        )
+        found = render_sample(conversation, members, settings, tokenizer, limits, key="k", planned=None)
         assert found.grids.tolist() == drawn.grids.tolist()
         # ChatML's own tokens and the times of frames come on top.
         assert 0 <= len(found.input_ids) - len(drawn.input_ids) < 30 + 15 * drawn.grids[:, 0].sum()

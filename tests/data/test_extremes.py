@@ -44,7 +44,7 @@ def test_no_pack_of_the_run_takes_more_and_later_epochs_count(plan):
     assert worst.steps_scanned == worst.steps_left == last
 
 
-def test_a_long_run_is_looked_at_in_part_and_from_where_it_stands(plan, monkeypatch):
+def test_the_first_steps_of_a_long_run_are_searched_from_where_it_is(plan, monkeypatch):
     monkeypatch.setattr(worst_pack_module, "STEPS_SCANNED", 4)
     first = plan.cursor_at(2)
     worst = worst_pack(plan, first, 1000, size)

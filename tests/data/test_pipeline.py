@@ -1,4 +1,4 @@
-"""The same packs for every world, worker count and resume; every sample once; bad ones keep their place."""
+"""The same packs for every world, worker count and resume; every sample once; failed ones keep their place."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_run_stops_when_its_shards_are_gone(root, tokenizer_dir, tmp_path):
     assert "cannot be opened" in last["reason"]
 
 
-def test_samples_larger_than_a_pack_are_told(root, tokenizer_dir):
+def test_samples_larger_than_a_pack_are_reported(root, tokenizer_dir):
     data, _ = opened(root, tokenizer_dir, max_tokens=60)
     table = data.plan.table
     assert data.plan.oversized_samples == tuple(row for row in range(37) if table.num_tokens[row] > 60)

@@ -32,9 +32,7 @@ def parts(encode_clip):
 
 def render(members, tokenizer, settings=SETTINGS):
     members = dict(members)
-    return render_sample(
-        members.pop("json"), members, settings, tokenizer, LIMITS, key="k", source=0, planned=None
-    )
+    return render_sample(members.pop("json"), members, settings, tokenizer, LIMITS, key="k", planned=None)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,7 @@ def assistant(text: str) -> Turn:
 
 
 def render(conversation, parts, tokenizer, settings=SETTINGS, planned=None):
-    return render_sample(
-        conversation.to_json(), parts, settings, tokenizer, LIMITS, key="k", source=0, planned=planned
-    )
+    return render_sample(conversation.to_json(), parts, settings, tokenizer, LIMITS, key="k", planned=planned)
 
 
 def by_transformers(conversation, parts, processor, settings=SETTINGS):

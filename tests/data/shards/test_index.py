@@ -69,7 +69,7 @@ def test_lengths_are_those_of_the_rendered_samples_and_bytes_those_of_webdataset
         assert parts == {k: v for k, v in theirs.items() if k[0].isdigit()}
         planned = index.lengths(row)
         sample = render_sample(
-            conversation, parts, SETTINGS, tokenizer, LIMITS, key=index.key(row), source=0, planned=planned
+            conversation, parts, SETTINGS, tokenizer, LIMITS, key=index.key(row), planned=planned
         )
         assert len(sample.input_ids) == planned.num_tokens
         assert len(sample.patches) == planned.num_patches

@@ -193,7 +193,6 @@ def _answer(
             tokenizer,
             limits,
             key="",
-            source=0,
             planned=planned,
             space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
         )

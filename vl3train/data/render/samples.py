@@ -68,14 +68,13 @@ def render_sample(
     limits: DecodeLimits,
     *,
     key: str,
-    source: int,
     planned: SampleLengths | None,
     space: np.ndarray | None = None,
 ) -> RenderedSample:
     """Decode and tokenize one sample. With ``planned``, other lengths than the plan's are an error.
 
-    Of a pruned clip exactly the planned number of tokens is kept, so that another decoder's rounding cannot
-    break a pack.
+    Of a pruned clip exactly the planned number of tokens is kept, so that another decoder's rounding cannot break a
+    pack. The sample's ``source`` is 0: ``decode_client.Decoder.render`` sets it.
 
     Args:
         space: (planned.num_patches, 588) uint8 that the patches are written to; None: a new array.
@@ -109,7 +108,7 @@ def render_sample(
                 _compare(field.name, getattr(planned, field.name), getattr(found, field.name))
         return RenderedSample(
             key=key,
-            source=source,
+            source=0,
             input_ids=text.input_ids,
             labels=text.labels,
             patches=patches,
