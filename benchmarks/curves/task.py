@@ -14,7 +14,8 @@ from vl3train.contracts.records import RenderedSample, RenderSettings
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
-from vl3train.data.shards.index import read_parts, shard_files
+from vl3train.data.shards.manifest import shard_files
+from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.tar_headers import CONVERSATION_PART, shard_samples
 from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts

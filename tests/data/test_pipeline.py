@@ -14,7 +14,7 @@ import torch
 from tests.data.shards_fixture import make_recipe, train_config
 from vl3train.contracts.records import Cursor, TooManyFailed
 from vl3train.data.pipeline import evaluation_batches, open_data, train_steps
-from vl3train.data.shards.index import MissingIndexError
+from vl3train.data.shards.manifest import MissingIndexError
 
 
 @pytest.fixture(scope="module")

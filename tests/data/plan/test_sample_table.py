@@ -19,7 +19,8 @@ from vl3train.data.loader import OpenData, PackDataset
 from vl3train.data.plan.order import OrderRules
 from vl3train.data.plan.plan import Plan
 from vl3train.data.shards import index as index_module
-from vl3train.data.shards.index import MANIFEST, SCHEMA, USABLE, index_folder, open_index
+from vl3train.data.shards.index import SCHEMA, USABLE, open_index
+from vl3train.data.shards.manifest import MANIFEST, index_folder
 
 
 def write_index(shards, num_samples, *, num_shards=4):

@@ -18,7 +18,8 @@ from vl3train.contracts.records import SampleError
 from vl3train.data.prepare.build_index import build_index
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
-from vl3train.data.shards.index import MissingIndexError, index_folder, open_index
+from vl3train.data.shards.index import open_index
+from vl3train.data.shards.manifest import MissingIndexError, index_folder
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,9 @@ from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_client import Decoder, decode_server
-from vl3train.data.shards.index import (
+from vl3train.data.shards.index import SCHEMA, USABLE
+from vl3train.data.shards.manifest import (
     MANIFEST,
-    SCHEMA,
-    USABLE,
     MissingIndexError,
     index_folder,
     read_manifest,

@@ -21,7 +21,7 @@ from vl3train.data.prepare.rejections import REJECTED_FILE
 from vl3train.data.prepare.write_shards import write_members
 from vl3train.data.recipe import Recipe
 from vl3train.data.render.decode_client import Decoder, decode_server
-from vl3train.data.shards.index import shard_files
+from vl3train.data.shards.manifest import shard_files
 from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.remote import SHARD_LIST, local_files
 from vl3train.data.shards.tar_headers import CONVERSATION_PART, ShardSample, shard_samples
