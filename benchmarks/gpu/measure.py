@@ -265,7 +265,7 @@ def matmul_child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
 
 
 def sustained_matmul(
-    device: torch.device, size: int = MATMUL_SIZE, turns: int = 12, gemm_backend: int = 300
+    device: torch.device, size: int = MATMUL_SIZE, turns: int = 12, num_matmuls: int = 300
 ) -> float:
     """TFLOP/s of the same product for as long as some steps take, the median of the second half of the turns.
 
@@ -276,11 +276,11 @@ def sustained_matmul(
     rates = []
     for _ in range(turns):
         started = time.perf_counter()
-        for _ in range(gemm_backend):
+        for _ in range(num_matmuls):
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        rates.append(gemm_backend * 2 * size**3 / (time.perf_counter() - started) / 1e12)
+        rates.append(num_matmuls * 2 * size**3 / (time.perf_counter() - started) / 1e12)
     return median(rates[turns // 2 :])
 
 

@@ -65,11 +65,11 @@ def test_masters_come_back_to_the_bit_and_weights_are_the_nearest(lower):
     tie = (bits_of(masters) & 0xFFFF) == 0x8000
     assert torch.equal(weight[~tie].view(torch.int16), masters[~tie].bfloat16().view(torch.int16))
     for values in (slice(0, 77), slice(3, 40), slice(5000, None)):  # as chunks of a parameter are
-        recompute, recomputed_low = torch.zeros_like(weight), torch.zeros_like(low)
-        split(masters[values], recompute[values], recomputed_low[values])
-        assert torch.equal(recompute[values].view(torch.int16), weight[values].view(torch.int16))
-        assert torch.equal(bits_of(join(recompute[values], recomputed_low[values])), bits_of(masters[values]))
-        assert recompute.count_nonzero() <= len(masters[values]), "nothing beside it is written"
+        joined, recomputed_low = torch.zeros_like(weight), torch.zeros_like(low)
+        split(masters[values], joined[values], recomputed_low[values])
+        assert torch.equal(joined[values].view(torch.int16), weight[values].view(torch.int16))
+        assert torch.equal(bits_of(join(joined[values], recomputed_low[values])), bits_of(masters[values]))
+        assert joined.count_nonzero() <= len(masters[values]), "nothing beside it is written"
 
 
 @pytest.mark.parametrize(

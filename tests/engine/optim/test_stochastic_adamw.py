@@ -96,15 +96,15 @@ def test_states_are_saved_and_come_back_in_bfloat16():
             optimizer.step()
 
     go_on(parameter, optimizer, 5)
-    recompute = nn.Parameter(parameter.detach().clone())
-    restored = optimizer_of(recompute, Dtype.bfloat16)
+    resumed = nn.Parameter(parameter.detach().clone())
+    restored = optimizer_of(resumed, Dtype.bfloat16)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {restored.state[recompute][name].dtype for name in MOMENTS} == {torch.bfloat16}
+    assert {restored.state[resumed][name].dtype for name in MOMENTS} == {torch.bfloat16}
     random = torch.get_rng_state()
     go_on(parameter, optimizer, 5)
     torch.set_rng_state(random)
-    go_on(recompute, restored, 5)
-    assert torch.equal(recompute, parameter)
+    go_on(resumed, restored, 5)
+    assert torch.equal(resumed, parameter)
 
 
 def test_compiled_it_is_the_same_arithmetic(monkeypatch):

@@ -121,8 +121,8 @@ def test_a_smaller_pack_recomputes_less():
 
 
 def test_inputs_go_to_the_host_only_when_nothing_else_helps():
-    recompute = PACK.tokens * (2 * (5 * H + 2 * I_LANGUAGE) - 2 * H)  # by the language model's last layer
-    inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + recompute
+    last_layer = PACK.tokens * (2 * (5 * H + 2 * I_LANGUAGE) - 2 * H)  # by the language model's last layer
+    inputs = PACK.patches * 27 * 2 * C + PACK.tokens * 28 * 2 * H + last_layer
     barely = budget(inputs, inputs, *PUBLISHED).plan(PACK)
     assert set(barely.vision + barely.language[:-1]) == {L}
     assert barely.language[-1] is Recompute.elementwise, "recomputed at once it would take as much"

@@ -30,8 +30,8 @@ def expected(model, batch):
     patch_pairs = rates.patch_pair * sum(n**2 for n in batch.frame_lengths)
     token_pairs = rates.token_pair * sum(n**2 for n in batch.segment_lengths)
     head = model.get_output_embeddings()
-    recompute = 2 * head.in_features * head.out_features * len(batch.supervised_positions)
-    return rates.of(batch) - patch_pairs - token_pairs // 2 + recompute, patch_pairs + token_pairs
+    logits = 2 * head.in_features * head.out_features * len(batch.supervised_positions)
+    return rates.of(batch) - patch_pairs - token_pairs // 2 + logits, patch_pairs + token_pairs
 
 
 @pytest.mark.parametrize(
