@@ -15,7 +15,7 @@ PACKAGE = Path(vl3train.__file__).parent
 
 MAY_IMPORT = {
     "contracts": set(),
-    "config": set(),
+    "config": {"contracts"},
     "data": {"contracts", "config"},
     "model": {"contracts", "config"},
     "demo": {"contracts", "config", "data", "model"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+from vl3train.config.input.options import RENAMED
 from vl3train.config.paths import is_finished, mark_finished, tokenizer_source
 from vl3train.config.schema import ModelConfig, RunConfig, StageConfig, TrainConfig
 
@@ -23,6 +25,23 @@ def test_a_run_is_finished_for_its_own_options_only(tmp_path):
     assert not is_finished(config(tmp_path, num_steps=20)), "a longer run goes on"
     elsewhere = dataclasses.replace(cfg, machine=dataclasses.replace(cfg.machine, dp_size=8))
     assert is_finished(elsewhere), "on how many ranks it is asked does not matter"
+
+
+def test_a_run_that_an_earlier_build_finished_is_finished(tmp_path):
+    cfg = config(tmp_path)
+    mark_finished(cfg)
+    file = tmp_path / "finished.json"
+    renamed = {new.split(".")[1]: old.split(".")[1] for old, new in RENAMED.items()}
+    before = {
+        section: {renamed.get(name, name): value for name, value in options.items()}
+        for section, options in json.loads(file.read_text()).items()
+    }
+    assert "max_bad_fraction" in before["data"]
+    file.write_text(json.dumps(before))
+    assert is_finished(cfg)
+    before["data"]["max_bad_fraction"] = 0.5
+    file.write_text(json.dumps(before))
+    assert not is_finished(cfg)
 
 
 def test_a_run_and_the_commands_that_open_its_index_take_one_tokenizer(tmp_path):

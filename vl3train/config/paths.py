@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import vl3train
+from vl3train.config.input.options import RENAMED
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.files import write_whole
 
 MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
 """``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the
@@ -34,12 +36,27 @@ def is_run_folder(folder: Path) -> bool:
 def is_finished(cfg: TrainConfig) -> bool:
     """Whether a run with exactly these options has finished in its output folder."""
     file = Path(cfg.run.output_dir) / "finished.json"
-    return file.is_file() and json.loads(file.read_text()) == what_trains(cfg)
+    return file.is_file() and by_present_names(json.loads(file.read_text())) == what_trains(cfg)
 
 
 def mark_finished(cfg: TrainConfig) -> None:
     """Write the file that ``is_finished`` reads."""
-    (Path(cfg.run.output_dir) / "finished.json").write_text(json.dumps(what_trains(cfg), indent=1))
+    write_whole(Path(cfg.run.output_dir) / "finished.json", json.dumps(what_trains(cfg), indent=1))
+
+
+def by_present_names(config: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """Options that an earlier build wrote, by section, under the names they have now.
+
+    >>> by_present_names({"data": {"max_consecutive_bad": 20, "fps": 1.0}})
+    {'data': {'max_consecutive_failed': 20, 'fps': 1.0}}
+    """
+    return {
+        section: {
+            RENAMED.get(f"{section}.{name}", name).removeprefix(f"{section}."): value
+            for name, value in options.items()
+        }
+        for section, options in config.items()
+    }
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, object]:
