@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train one stage; returns the exit code. Every process of a launch runs this."""
     parser = ArgumentParser(prog="python -m vl3train.train", description="Train one stage.")
     add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         dp_size = launched_ranks(os.environ)
     except ConfigError as error:
@@ -58,7 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(cfg: TrainConfig) -> int:
     """Join the other ranks and train; returns the exit code. torch is imported here, after the config is checked."""
-    if is_finished(cfg):
+    try:
+        finished = is_finished(cfg)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    if finished:
         if os.environ.get("RANK", "0") == "0":
             print(
                 f"{cfg.run.output_dir}: this run is finished; name another run.output_dir to start a new one"

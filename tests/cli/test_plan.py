@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_counted_by_reason(made):
     cfg, data, _ = made
     plan = dataclasses.replace(data.plan, step=dataclasses.replace(cfg.step, max_tokens=60))
     index = dataclasses.replace(
-        data.index, refused=(("a/0", "0.jpg: cut off at 12"), ("b/1", "0.jpg: cut off at 9"))
+        data.index, rejected=(("a/0", "0.jpg: cut off at 12"), ("b/1", "0.jpg: cut off at 9"))
     )
     figures = plan_figures(cfg, dataclasses.replace(data, plan=plan, index=index))
     too_long = int((data.plan.table.num_tokens > 60).sum())

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.config.conftest import write_run_config
 from vl3train.config.choices import Attention, Dtype
@@ -184,3 +185,16 @@ def test_an_option_by_its_former_name_is_told_the_name_it_has_now(old, new):
         f"{old}=true: was renamed to {new}; write {new}=true"
     ]
     assert new in OPTIONS
+
+
+def test_the_config_of_a_run_by_an_earlier_build_is_read(tmp_path):
+    cfg = read(*STAGE_1, "data.max_consecutive_failed=7")
+    before = as_plain(cfg)
+    before["data"]["max_consecutive_bad"] = before["data"].pop("max_consecutive_failed")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(before))
+    assert read(config_file=file).data.max_consecutive_failed == 7
+    file.write_text(
+        "stage: 1\ndata: {max_consecutive_bad: 7}\n"
+    )  # written by hand: the name to write is told
+    assert "was renamed to" in told(config_file=file)[0]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from vl3train.config.input.options import RENAMED
 from vl3train.config.paths import is_finished, mark_finished, tokenizer_source
+from vl3train.config.problems import ConfigError
 from vl3train.config.schema import ModelConfig, RunConfig, StageConfig, TrainConfig
 
 
@@ -42,6 +45,13 @@ def test_a_run_that_an_earlier_build_finished_is_finished(tmp_path):
     before["data"]["max_bad_fraction"] = 0.5
     file.write_text(json.dumps(before))
     assert not is_finished(cfg)
+
+
+@pytest.mark.parametrize("damaged", ['{"run": 1', "[1]", '{"run": [1]}'])
+def test_a_damaged_mark_is_a_problem_with_a_way_out(tmp_path, damaged):
+    (tmp_path / "finished.json").write_text(damaged)
+    with pytest.raises(ConfigError, match=r"finished\.json is damaged; delete .*newest checkpoint"):
+        is_finished(config(tmp_path))
 
 
 def test_a_run_and_the_commands_that_open_its_index_take_one_tokenizer(tmp_path):

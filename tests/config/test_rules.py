@@ -210,3 +210,13 @@ def test_the_models_rate_replaces_the_stages_and_trains_no_other_part(workplace:
 def test_memory_auto_is_refused_on_a_cpu(workplace: Path):
     text = only_problem("stage=1", "machine.memory=auto", "machine.device=cpu")
     assert text == "machine.memory=auto: auto measures a GPU, and machine.device=cpu; use given"
+
+
+def test_an_output_folder_below_a_file_is_found_before_the_launch(tmp_path):
+    (tmp_path / "file").touch()
+    text = next(
+        str(problem)
+        for problem in problems(config("stage=1", f"run.output_dir={tmp_path}/file/sub/run"))
+        if problem.key == "run.output_dir"
+    )
+    assert f"cannot be made: {tmp_path / 'file'} is a file; name a folder" in text

@@ -105,7 +105,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         prog=f"vl3train {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.main(parser.parse_args(arguments)))
+    return int(module.main(parser.parse_intermixed_args(arguments)))
 
 
 def is_foreseen(error: BaseException) -> bool:

@@ -60,6 +60,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Print the figures and draw the picture; returns 0."""
     console = Console(highlight=False, soft_wrap=True)
+    if not args.picture.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--picture {args.picture}: there is no folder {args.picture.parent}")
     with opened(args) as (cfg, data):
         figures = plan_figures(cfg, data)
         print_plan(console, cfg, figures, data.plan.fingerprint)

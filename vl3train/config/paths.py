@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import vl3train
-from vl3train.config.input.options import RENAMED
+from vl3train.config.input.options import by_present_names
 from vl3train.config.plain import as_plain
+from vl3train.config.problems import ConfigError, Problem
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
 
@@ -34,29 +35,26 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def is_finished(cfg: TrainConfig) -> bool:
-    """Whether a run with exactly these options has finished in its output folder."""
+    """Whether a run with exactly these options has finished in its output folder.
+
+    Raises ConfigError where the file that says so is damaged.
+    """
     file = Path(cfg.run.output_dir) / "finished.json"
-    return file.is_file() and by_present_names(json.loads(file.read_text())) == what_trains(cfg)
+    if not file.is_file():
+        return False
+    try:
+        finished = by_present_names(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError):
+        way_out = f"delete {file}: the run then goes on from its newest checkpoint"
+        raise ConfigError(
+            [Problem("run.output_dir", cfg.run.output_dir, f"{file} is damaged", way_out)]
+        ) from None
+    return finished == what_trains(cfg)
 
 
 def mark_finished(cfg: TrainConfig) -> None:
     """Write the file that ``is_finished`` reads."""
     write_whole(Path(cfg.run.output_dir) / "finished.json", json.dumps(what_trains(cfg), indent=1))
-
-
-def by_present_names(config: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-    """Options that an earlier build wrote, by section, under the names they have now.
-
-    >>> by_present_names({"data": {"max_consecutive_bad": 20, "fps": 1.0}})
-    {'data': {'max_consecutive_failed': 20, 'fps': 1.0}}
-    """
-    return {
-        section: {
-            RENAMED.get(f"{section}.{name}", name).removeprefix(f"{section}."): value
-            for name, value in options.items()
-        }
-        for section, options in config.items()
-    }
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, object]:

@@ -88,6 +88,8 @@ def folder_problems(cfg: TrainConfig) -> list[Problem]:
             way_out = f"make it with `vl3train demo {cfg.data.root}`"
         found.append(Problem("data.root", cfg.data.root, "no such folder", way_out))
     output = Path(cfg.run.output_dir).expanduser()
-    if output.exists() and not output.is_dir():
-        found.append(Problem("run.output_dir", output, "is a file", "name a folder"))
+    there = next((folder for folder in (output, *output.parents) if folder.exists()), None)
+    if there is not None and not there.is_dir():
+        what = "is a file" if there == output else f"cannot be made: {there} is a file"
+        found.append(Problem("run.output_dir", output, what, "name a folder"))
     return found

@@ -49,7 +49,7 @@ def test_auto_is_online_where_a_key_is(workplace: Path, monkeypatch: pytest.Monk
     assert wandb_mode(WandbMode.auto) == "online"
 
 
-@pytest.mark.parametrize("content", [b"machine api.wandb.ai nonsense x\n", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"machine api.wandb.ai login user S3CRET\n", b"\xff\xfe\x00"])
 def test_a_netrc_file_that_cannot_be_read_is_a_problem(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ):
@@ -59,8 +59,9 @@ def test_a_netrc_file_that_cannot_be_read_is_a_problem(
     for mode in ("online", "auto"):
         text = only_problem(*TRACKED, f"tracking.mode={mode}")
         assert text.startswith(
-            f"tracking.mode={mode}: W&B's key is looked for in {file}, which cannot be read ("
+            f"tracking.mode={mode}: W&B's key is looked for in {file}, which cannot be read: "
         )
+        assert "S3CRET" not in text, "what netrc did not expect may be the key"
         assert text.endswith("; repair the file, set WANDB_API_KEY, or use tracking.mode=offline")
     assert keys(*TRACKED, "tracking.mode=offline") == []
     monkeypatch.setenv("WANDB_MODE", "offline")

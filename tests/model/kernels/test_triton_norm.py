@@ -1,4 +1,4 @@
-"""Kernels are compiled once for packs of all sizes. What they compute: test_fused.py."""
+"""Kernels are compiled once for packs of all sizes. What they compute: test_ops.py."""
 
 from __future__ import annotations
 

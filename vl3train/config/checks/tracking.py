@@ -55,5 +55,11 @@ def wandb_key_is_set() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(str(file)).authenticators(host) is not None
-    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"W&B's key is looked for in {file}, which cannot be read ({error})") from error
+    except netrc.NetrcParseError as error:
+        # Its text quotes the word that it did not expect, which may be the key.
+        why = f"line {error.lineno} is malformed"
+    except UnicodeDecodeError:
+        why = "it is not UTF-8 text"
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    raise ValueError(f"W&B's key is looked for in {file}, which cannot be read: {why}")

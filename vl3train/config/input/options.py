@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from typing import Any
@@ -26,6 +27,21 @@ RENAMED = {
     "data.max_consecutive_bad": "data.max_consecutive_failed",
 }
 """Options by their former name. Whoever writes the former name gets the present one as the answer."""
+
+
+def by_present_names(config: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Options that an earlier build wrote, by section, under the names they have now.
+
+    >>> by_present_names({"data": {"max_consecutive_bad": 20, "fps": 1.0}})
+    {'data': {'max_consecutive_failed': 20, 'fps': 1.0}}
+    """
+    return {
+        section: {
+            RENAMED.get(f"{section}.{name}", name).removeprefix(f"{section}."): value
+            for name, value in options.items()
+        }
+        for section, options in config.items()
+    }
 
 
 def kind_of(hint: Any) -> str:

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vl3train.config.input.groups import GROUPS
-from vl3train.config.input.options import OPTIONS, SECTIONS
+from vl3train.config.input.options import OPTIONS, SECTIONS, by_present_names
 from vl3train.config.problems import Problem
 
 
@@ -43,6 +43,10 @@ class UserInput:
             way_out = "write `stage: 1` or `step: {max_tokens: 8192}` in it"
             self._reject("--config", file, "holds no options", way_out)
             return
+        if (
+            SECTIONS.keys() <= content.keys()
+        ):  # a run's own config.yaml, which an earlier build may have written
+            content = by_present_names(content)
         for key, value in content.items():
             if key in GROUPS and not isinstance(value, Mapping):
                 self.choices[key] = str(value)

@@ -1,7 +1,7 @@
 """The conversation of a sample in other people's shards: LLaVA or `messages` JSON, or a caption.
 
-Taken are ``KEY.json`` as `vl3train shards` writes it; a record as `data.annotations` reads it, its files being the
-sample's own media in their order; one of CAPTION_KEYS in the JSON; and ``KEY.txt``. A caption is what the
+Taken are ``KEY.json`` as `vl3train shards` writes it; a record as `data.records.annotations` reads it, its files being
+the sample's own media in their order; one of CAPTION_KEYS in the JSON; and ``KEY.txt``. A caption is what the
 assistant says of the pictures, without a question, as in LLaVA's pretraining.
 """
 

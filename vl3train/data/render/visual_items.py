@@ -151,7 +151,7 @@ def _frames(data: bytes, clip: ClipPlan) -> Iterator[np.ndarray]:
 def store_sample(
     conversation_bytes: bytes, parts: Mapping[str, bytes], settings: RenderSettings, limits: DecodeLimits
 ) -> dict[str, bytes]:
-    """The members of the same sample with each clip replaced by the frames that are taken of it (stored_frames.py).
+    """The members of the sample with each clip replaced by the frames that data/media/stored_frames.py takes of it.
 
     Frames are stored at the size they are shown in under these settings; other media keep their bytes.
 

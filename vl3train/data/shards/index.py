@@ -1,7 +1,7 @@
 """What is known of every sample before it is read: where it lies, its lengths, its checksum.
 
 One parquet file for each shard and a manifest, in ``<shard folder>/index-<settings fingerprint>/``. Written by
-build_index.py; read here.
+data/prepare/build_index.py; read here.
 """
 
 from __future__ import annotations

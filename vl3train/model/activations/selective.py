@@ -32,8 +32,8 @@ def _keep_hidden_gemms(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPoli
     # Only the MLP has products to intermediate_size: 6 of 7 parts of what a layer would keep, a third of its work.
     if op in _GEMMS:
         width_in, width_out = args[_GEMMS[op]].shape
-        intermediate = width_out > width_in
-        return CheckpointPolicy.PREFER_RECOMPUTE if intermediate else CheckpointPolicy.MUST_SAVE
+        is_intermediate = width_out > width_in
+        return CheckpointPolicy.PREFER_RECOMPUTE if is_intermediate else CheckpointPolicy.MUST_SAVE
     return _keep_gemms(_, op)
 
 
