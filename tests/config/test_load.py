@@ -198,3 +198,13 @@ def test_the_config_of_a_run_by_an_earlier_build_is_read(tmp_path):
         "stage: 1\ndata: {max_consecutive_bad: 7}\n"
     )  # written by hand: the name to write is told
     assert "was renamed to" in told(config_file=file)[0]
+    groups = {
+        "stage": 1,
+        "model": "debug",
+        "data": "demo",
+        "machine": "cpu",
+        "adapter": "none",
+        "tracking": "none",
+    }
+    file.write_text(yaml.safe_dump({**groups, "run": {"output_dir": "a"}, "step": {}, "optim": {}}))
+    assert read(config_file=file).model.name == "debug", "a choice for every group is no run's config"

@@ -43,9 +43,8 @@ class UserInput:
             way_out = "write `stage: 1` or `step: {max_tokens: 8192}` in it"
             self._reject("--config", file, "holds no options", way_out)
             return
-        if (
-            SECTIONS.keys() <= content.keys()
-        ):  # a run's own config.yaml, which an earlier build may have written
+        if all(isinstance(content.get(section), Mapping) for section in SECTIONS):
+            # Only a run writes every section out: its config.yaml may be that of an earlier build.
             content = by_present_names(content)
         for key, value in content.items():
             if key in GROUPS and not isinstance(value, Mapping):
