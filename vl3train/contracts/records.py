@@ -34,7 +34,8 @@ class RenderSettings:
     video_max_pixels: int  # of a whole clip, divided among its frames
     max_visual_tokens: int  # of a whole sample before pruning, divided among its images and frames
     tokenizer: str  # sha256 of tokenizer.json
-    rules: int = 2  # raised when the code that samples, resizes, prunes or renders changes its result
+    frame_sampling: str = "transformers"  # or "original"
+    rules: int = 3  # raised when the code that samples, resizes, prunes or renders changes its result
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that differ whenever a field does."""
