@@ -12,8 +12,8 @@ from transformers import VideoLlama3VideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from vl3train.contracts.records import SampleError
-from vl3train.data.media.frame_choice import choose_frames
-from vl3train.data.media.timeline import FrameRule, Timeline
+from vl3train.data.video.frame_choice import choose_frames
+from vl3train.data.video.timeline import FrameRule, Timeline
 
 ONE = FrameRule(fps=1.0, min_frames=1, max_frames=180)
 RATES = st.sampled_from([Fraction(rate) for rate in (1, 5, 12, 24, 25, 30, 60)] + [Fraction(30000, 1001)])

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from vl3train.data.media.timeline import FrameChoice, FrameRule, Timeline
+from vl3train.data.video.timeline import FrameChoice, FrameRule, Timeline
 
 LARGEST_TERM = 1_001_000
 """ffmpeg reads a rate as a fraction of numbers up to this (libavutil/parseutils.c: av_parse_video_rate)."""

@@ -11,8 +11,8 @@ from bisect import bisect_left, bisect_right
 
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import SampleError
-from vl3train.data.media.original_sampling import choose_as_the_original
-from vl3train.data.media.timeline import FrameChoice, FrameRule, Timeline
+from vl3train.data.video.original_sampling import choose_as_the_original
+from vl3train.data.video.timeline import FrameChoice, FrameRule, Timeline
 
 SLOWEST_VIDEO = 1
 """Frames a second. A slower clip is a slide show: its pictures are taken again while they stay."""
