@@ -23,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
 from vl3train.config.input.options import OPTIONS, RENAMED, kind_of, suggest
+from vl3train.config.input.rates import parts_by_stage, two_rates
 from vl3train.config.input.user_input import UserInput
+from vl3train.config.input.words import leaves, read_yaml, takes_text, with_text
 from vl3train.config.paths import shipped_folder
 from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import problems
@@ -105,8 +107,11 @@ def read_config(
     if config_file is not None:
         user.add_file(config_file)
     has_stage = any(key.startswith("stage.") for key, _ in user.values)
+    in_file = len(user.values)
     for text in overrides:
         user.add_override(text)
+    by_stage = parts_by_stage(user.values[:in_file], user.values[in_file:])
+    user.problems += two_rates(user.values[in_file:])
     whole = _resolve_choices(user, config_dir, has_stage)
     base = _compose(user.choices, config_dir, user.problems)
     if base is None:
@@ -118,6 +123,8 @@ def read_config(
         problem = _set_option(base, key, value)
         if problem is not None:
             user.problems.append(problem)
+    for part in by_stage & set(OmegaConf.select(base, "model.learning_rates") or {}):
+        del base.model.learning_rates[part]
     return (_as_objects(base, user.problems) if whole else None), user.problems
 
 
@@ -144,14 +151,14 @@ def _resolve_choices(user: UserInput, config_dir: Path | None, has_stage: bool) 
 def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Problem]) -> DictConfig | None:
     """The groups put together; None when their files cannot be, with the reason in ``found``."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
-    words = [f"{group}={choice}" for group, choice in choices.items()]
+    words = [f"{group}='{choice}'" for group, choice in choices.items()]  # quoted: 2024_10_01 is a name too
     if "stage" not in choices:
         words.append("~stage")
     if config_dir is not None:
         words.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
     try:
         with initialize_config_dir(config_dir=str(shipped_folder("configs")), version_base="1.3"):
-            return compose("train", overrides=words)
+            composed = compose("train", overrides=words)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         # Hydra says which file, then why ("Key 'x' not in 'StageConfig'"), then full_key.
         text = " ".join(str(error).split())
@@ -159,6 +166,23 @@ def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Pr
         what, key = (named[1], named[2]) if named else (text, "configs")
         found.append(Problem(key, "", what, suggest(key) if named else "correct the file"))
         return None
+    if config_dir is not None:
+        for group, choice in choices.items():
+            _keep_text(composed, config_dir / group / f"{choice}.yaml", group)
+    return composed
+
+
+def _keep_text(composed: DictConfig, file: Path, group: str) -> None:
+    """Put back the words of a user's own group file that Hydra turned into numbers and then into other words."""
+    if not file.is_file():
+        return
+    content, words = read_yaml(file)
+    whole = "@package _global_" in file.read_text(encoding="utf-8").partition("\n")[0]
+    prefix = "" if whole else f"{group}."
+    read = dict(leaf for key, value in content.items() for leaf in leaves(f"{prefix}{key}", value))
+    for key, value in with_text(content, words, prefix):
+        if value is not read[key] and OmegaConf.select(composed, key) == str(read[key]):
+            OmegaConf.update(composed, key, value)
 
 
 def _set_ranks(user: UserInput, dp_size: int) -> None:
@@ -187,6 +211,9 @@ def _set_option(cfg: DictConfig, key: str, value: Any) -> Problem | None:
         return Problem(key, value, f"was renamed to {RENAMED[key]}", f"write {RENAMED[key]}={show(value)}")
     if key not in OPTIONS and not in_dict:
         return Problem(key, value, "no such option", suggest(key))
+    if takes_text(key) and isinstance(value, (int, float)):
+        # Inside {...} of the command line Hydra has read a number or a bool; how it was written is lost.
+        return Problem(key, value, "was read as a number or a word of YAML", f"write {key}=TEXT, or quote it")
     try:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     except OmegaConfBaseException:

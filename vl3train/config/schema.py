@@ -76,8 +76,8 @@ class ModelConfig:
     """Folder or hub name of the tokenizer. Unset: language_model_from in stage 1, else stage.init_from."""
 
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Replaces the stage's rate of a part that the stage trains. For models with random weights: the published rates
-    are for pretrained weights."""
+    """Replaces the stage's rate of a part that the stage trains, unless you write stage.learning_rates for that part
+    yourself. For models with random weights: the published rates are for pretrained weights."""
 
     initializer_range: float = 0.02
     """Standard deviation of the projector's random weights in stage 1."""

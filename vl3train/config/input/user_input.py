@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from vl3train.config.input.groups import GROUPS
-from vl3train.config.input.options import OPTIONS, SECTIONS, by_present_names
+from vl3train.config.input.options import SECTIONS, by_present_names
+from vl3train.config.input.words import changes_text, leaves, read_yaml, with_text
 from vl3train.config.problems import Problem
 
 
@@ -32,7 +32,7 @@ class UserInput:
     def add_file(self, file: Path) -> None:
         """Add what a YAML file says."""
         try:
-            content = OmegaConf.to_container(OmegaConf.load(file))
+            content, words = read_yaml(file)
         except OSError as error:
             self._reject("--config", file, f"cannot be read: {error.strerror}", "name a YAML file")
             return
@@ -45,12 +45,12 @@ class UserInput:
             return
         if all(isinstance(content.get(section), Mapping) for section in SECTIONS):
             # Only a run writes every section out: its config.yaml may be that of an earlier build.
-            content = by_present_names(content)
-        for key, value in content.items():
-            if key in GROUPS and not isinstance(value, Mapping):
-                self.choices[key] = str(value)
+            content, words = by_present_names(content), by_present_names(words)
+        for key, value in with_text(content, words):
+            if key in GROUPS:
+                self.choices[key] = str(words[key])
             else:
-                self.values.extend(_leaves(str(key), value))
+                self.values.append((key, value))
 
     def add_override(self, text: str) -> None:
         """Add one ``key=value`` of the command line."""
@@ -62,12 +62,15 @@ class UserInput:
         key = override.key_or_group
         if override.is_sweep_override():
             self._reject(key, text.partition("=")[2], "is several values", "give one; a list is [a,b]")
-        elif override.is_delete():
+            return
+        if override.is_delete():
             self.values.append((f"~{key}", None))
-        elif key in GROUPS and not isinstance(override.value(), dict):
-            self.choices[key] = str(override.value())
+            return
+        value, written = override.value(), text.partition("=")[2].strip()
+        if key in GROUPS and not isinstance(value, dict):
+            self.choices[key] = value if isinstance(value, str) else written
         else:
-            self.values.extend(_leaves(key, override.value()))
+            self.values.extend(leaves(key, written if changes_text(key, value) else value))
 
     def _reject(self, key: str, value: object, what: str, way_out: str) -> None:
         self.problems.append(Problem(key, value, what, way_out))
@@ -83,10 +86,3 @@ def _intended(text: str) -> str:
             "replace those of the groups"
         )
     return "quote what the shell or YAML would read otherwise, as in 'key=\"a b\"'"
-
-
-def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
-    """Options below a section, by their full names; an option that is itself a dict stays whole."""
-    if isinstance(value, Mapping) and (key in SECTIONS or key not in OPTIONS):
-        return [leaf for name, item in value.items() for leaf in _leaves(f"{key}.{name}", item)]
-    return [(key, value)]
