@@ -30,6 +30,7 @@ MANY_PARAMETERS = {
 
 LARGE_FOLDERS = {
     "cli": "one file a command",
+    "data/records": "what a record's keys mean, in one file each: turns, media, times; and the files that hold records",
     "model/kernels": "each operation in its own file, with the check of all of them",
 }
 

@@ -59,7 +59,7 @@ def make_source(folder: Path, *, images: int, clips: int, texts: int, seed: int,
     file = folder / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in mixed))
     write_shards(
-        AnnotatedRecords((str(file),), media),
+        AnnotatedRecords((str(file),), (media,)),
         folder / "shards",
         max_samples=per_shard,
         max_bytes=10**9,

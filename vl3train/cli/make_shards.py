@@ -1,15 +1,17 @@
 """Write annotations and their media into webdataset shards: the .tar files that training reads.
 
-Annotations are files of records: LLaVA or VideoLLaMA3 JSON or JSONL, OpenAI-style `messages`, or anything that
-datasets.load_dataset opens (.parquet, .csv, a folder, hf:NAME:SPLIT). The command checks every record before it
-writes the first one. It copies media byte for byte and never overwrites a folder.
+Annotations are files of records: LLaVA, VideoLLaMA3, ShareGPT, OpenAI-style `messages`, Alpaca, ms-swift, tables of
+questions and answers, captions of COCO, questions and answers of VQA; as .json, .jsonl, .csv, .tsv (also .gz, .zst),
+.parquet, .arrow, a folder, or hf:NAME:SPLIT. The command checks every record before it writes the first one. It copies
+media byte for byte and never overwrites a folder.
 
 examples:
   vl3train shards chat.jsonl --media-root /data/raw --check
   vl3train shards chat.jsonl --media-root /data/raw --check --decode
   vl3train shards chat.jsonl --media-root /data/raw --out data/chat
-  vl3train shards a.json b.jsonl --media-root /data/raw --out data/mix --skip-rejected
+  vl3train shards a.json b.jsonl --media-root /data/raw --media-root /data/more --out data/mix --skip-rejected
   vl3train shards qa.parquet --columns picture=image question=user answer=assistant --out data/qa
+  vl3train shards caption:coyo.parquet --media-root /data/raw --out data/coyo
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train shards``."""
+    from vl3train.data.records.importers import IMPORTERS
+
+    forms = [
+        f"  {name + ':':<11} {str(read.__doc__).partition(chr(10))[0]}" for name, read in IMPORTERS.items()
+    ]
+    parser.epilog = "\n".join(["importers, written before the file, as in caption:FILE:", *forms])
     parser.add_argument("annotations", nargs="+", metavar="ANNOTATIONS", help="files or data sets of records")
     parser.add_argument("--out", type=Path, help="folder to write; it must not exist, or must be empty")
     parser.add_argument(
@@ -40,15 +48,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--media-root",
         type=Path,
-        default=Path("."),
-        help="folder that paths in records start from (default .)",
+        action="append",
+        metavar="FOLDER",
+        help="folder that paths in records start from, and that no medium may lie outside of (default .); may be given "
+        "several times",
     )
     parser.add_argument(
         "--columns",
         nargs="+",
         type=_column,
         metavar="COLUMN=MEANING",
-        help="what each column holds: image, video, system, user, assistant, conversations or messages",
+        help="what each column holds: image, video, system, user, assistant, conversations, messages, or ignore; "
+        "columns that are not named keep their names",
+    )
+    parser.add_argument(
+        "--chosen-only",
+        action="store_true",
+        help="train on the chosen answer of preference data; without it such records are rejected",
     )
     parser.add_argument(
         "--decode",
@@ -78,7 +94,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Write the shards, or check the records. Returns 1 when records are rejected, unless --skip-rejected is given."""
-    from vl3train.data.prepare.rejections import REJECTED_FILE, RejectedRecordsError, describe_rejected
+    from vl3train.data.prepare.rejections import (
+        REJECTED_FILE,
+        RejectedRecordsError,
+        describe_ignored,
+        describe_rejected,
+    )
     from vl3train.data.prepare.write_shards import write_shards
 
     if args.check:
@@ -121,36 +142,40 @@ def main(args: Namespace) -> int:
     if report.rejected:
         print(f"{len(report.rejected)} records were rejected, listed in {args.out / REJECTED_FILE}:")
         print("\n".join(describe_rejected(report.rejected)))
+    print(*describe_ignored(report.ignored), sep="\n")
     return 0
 
 
 def check(args: Namespace) -> int:
     """Print every kind of fault with its count and first examples. Returns 1 when there is one. Writes nothing."""
-    from vl3train.data.prepare.rejections import describe_rejected
+    from vl3train.data.prepare.rejections import describe_ignored, describe_rejected
     from vl3train.data.prepare.write_shards import check_annotations
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     bars = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
         task = progress.add_task("checking", total=None)
-        num_records, rejected = check_annotations(
+        report = check_annotations(
             _records(args),
             progress=lambda what, count: progress.update(task, completed=count),
             media_check=_media_check(args),
         )
+    num_usable = report.num_records - len(report.rejected)
     print(
-        f"{num_records} records, {num_records - len(rejected)} can be written, {len(rejected)} are rejected"
+        f"{report.num_records} records, {num_usable} can be written, {len(report.rejected)} are rejected",
+        *describe_rejected(report.rejected),
+        *describe_ignored(report.ignored),
+        sep="\n",
     )
-    if rejected:
-        print("\n".join(describe_rejected(rejected)))
-    return int(bool(rejected))
+    return int(bool(report.rejected))
 
 
 def _records(args: Namespace) -> AnnotatedRecords:
     from vl3train.data.prepare.annotated_records import AnnotatedRecords
 
     columns = dict(args.columns) if args.columns else None
-    return AnnotatedRecords(tuple(args.annotations), args.media_root, columns)
+    roots = tuple(args.media_root or [Path()])
+    return AnnotatedRecords(tuple(args.annotations), roots, columns, args.chosen_only)
 
 
 def _media_check(args: Namespace) -> MediaCheck | None:

@@ -75,7 +75,7 @@ def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
     annotations = drawing / "annotations.jsonl"
     annotations.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     report = write_shards(
-        AnnotatedRecords((str(annotations),), drawing),
+        AnnotatedRecords((str(annotations),), (drawing,)),
         out / name,
         max_samples=500,
         max_bytes=64 * 2**20,

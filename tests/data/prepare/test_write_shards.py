@@ -38,7 +38,7 @@ def write(tmp_path, records, media, columns=None, **changes):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {"max_samples": 3, "max_bytes": 10**9, "skip_rejected": False}
     return write_shards(
-        AnnotatedRecords((str(file),), media, columns),
+        AnnotatedRecords((str(file),), (media,), columns),
         tmp_path / "out",
         progress=lambda what, count: None,
         **(options | changes),
@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_no_folder_of_that_name_and_the_next_one_succeeds(tm
     records = [answer()] * 5
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    given = AnnotatedRecords((str(file),), media)
+    given = AnnotatedRecords((str(file),), (media,))
     options = {"max_samples": 2, "max_bytes": 10**9, "skip_rejected": False}
     with pytest.raises(Killed):
         write_shards(given, tmp_path / "out", progress=kill, **options)

@@ -92,7 +92,7 @@ def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):
     datasets.Dataset.from_list(films).to_parquet(tmp_path / "film.parquet")
     report = write_shards(
         AnnotatedRecords(
-            (f"caption:{tmp_path}/caption.parquet", f"finevideo:{tmp_path}/film.parquet"), tmp_path
+            (f"caption:{tmp_path}/caption.parquet", f"finevideo:{tmp_path}/film.parquet"), (tmp_path,)
         ),
         tmp_path / "out",
         max_samples=10,
@@ -115,7 +115,7 @@ def test_a_csv_and_a_folder_of_clips_become_shards(tmp_path):
     rows = ["id,start,end,sentence", 'AO8RW,0.0,6.9,"a person, at home, reads."', "AO8RW,3,4.25,he sits."]
     (tmp_path / "sta.csv").write_text("\n".join([*rows, "0BX9N,1,2,she runs.", "GONE1,1,2,nobody runs.\n"]))
     report = write_shards(
-        AnnotatedRecords((f"charades:{tmp_path}/sta.csv",), tmp_path / "clips"),
+        AnnotatedRecords((f"charades:{tmp_path}/sta.csv",), (tmp_path / "clips",)),
         tmp_path / "out",
         max_samples=10,
         max_bytes=10**9,

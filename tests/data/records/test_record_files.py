@@ -9,8 +9,9 @@ import pytest
 from tests.data.conftest import drawn_picture, picture_bytes
 from tests.data.records.test_annotations import record
 from vl3train.contracts.records import SampleError
-from vl3train.data.records.annotations import MediaFile, read_record
+from vl3train.data.records.annotations import read_record
 from vl3train.data.records.conversation import Image, Text
+from vl3train.data.records.media_files import MediaFile
 from vl3train.data.records.record_files import read_annotations, source_problems
 
 
@@ -56,11 +57,9 @@ def test_all_missing_files_are_named_with_the_way_out(tmp_path):
 
 
 def test_files_of_another_kind_are_named_and_not_asked_for_on_the_hub(tmp_path):
-    for name in ("a.ndjson", "b.json.gz", "c.txt"):
+    for name in ("a.xlsx", "b.json.zip", "c.txt"):
         (tmp_path / name).write_text("{}\n")
-    problems = source_problems(
-        [*(str(tmp_path / name) for name in ("a.ndjson", "b.json.gz", "c.txt")), "hf:"]
-    )
+    problems = source_problems([*(str(tmp_path / name) for name in ("a.xlsx", "b.json.zip", "c.txt")), "hf:"])
     assert len(problems) == 4
     assert all("one record a line" in problem for problem in problems)
 
@@ -121,4 +120,4 @@ def test_parquet_with_pictures_inside(tmp_path, several):
     (where, row), _ = read_annotations(tmp_path / "a.parquet", columns)
     conversation, files = read_record(row, where=where)
     assert [file.data for file in files] == (data if several else data[:1])
-    assert conversation.turns[0].content[0] == Image("0.image")
+    assert conversation.turns[0].content[0] == Image("0.png")

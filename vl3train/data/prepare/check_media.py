@@ -6,11 +6,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.prepare.annotated_records import Found
+from vl3train.data.prepare.annotated_records import Found, medium_bytes
 from vl3train.data.render.decode_client import Decoder, decode_server
 
 
@@ -23,9 +22,7 @@ class MediaCheck:
     num_workers: int
 
 
-def check_media(
-    records: Iterator[tuple[str, Found]], media_root: Path, media_check: MediaCheck
-) -> Iterator[tuple[str, Found]]:
+def check_media(records: Iterator[tuple[str, Found]], media_check: MediaCheck) -> Iterator[tuple[str, Found]]:
     """The same records in their order; one whose media cannot be decoded becomes its reason."""
     own = threading.local()
 
@@ -37,8 +34,7 @@ def check_media(
         try:
             # Named by kind: a clip called .bin is a clip all the same.
             parts = {
-                f"{number}.{medium.kind}": medium.data or (media_root / medium.path).read_bytes()
-                for number, medium in enumerate(found[1])
+                f"{number}.{medium.kind}": medium_bytes(medium) for number, medium in enumerate(found[1])
             }
             own.decoder.check(parts)
         except SampleError as error:

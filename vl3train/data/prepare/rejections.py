@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 REJECTED_FILE = "refused.jsonl"
@@ -50,3 +50,15 @@ def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> li
         lines.append(f"  {len(members)} like these:" if len(members) > 1 else "  one:")
         lines += [f"    {rejection.where}: {rejection.reason}" for rejection in members[:examples]]
     return lines
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> list[str]:
+    """One line about keys of records that were not read, the commonest first; none where all were.
+
+    >>> describe_ignored({"source": 2, "turn.name": 5})
+    ['not read: turn.name (5 records), source (2 records)']
+    """
+    if not ignored:
+        return []
+    keys = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    return ["not read: " + ", ".join(f"{key} ({count} records)" for key, count in keys)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +12,14 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from vl3train.contracts.files import whole_folder
-from vl3train.data.prepare.annotated_records import AnnotatedRecords
+from vl3train.data.media.picture_lists import LIST_SUFFIX
+from vl3train.data.prepare.annotated_records import AnnotatedRecords, medium_bytes
 from vl3train.data.prepare.check_media import MediaCheck, check_media
 from vl3train.data.prepare.rejections import REJECTED_FILE, RejectedRecordsError, Rejection
-from vl3train.data.records.annotations import MediaFile
 from vl3train.data.records.conversation import Conversation
+from vl3train.data.records.media_files import MediaFile
 from vl3train.data.records.record_files import source_problems
 from vl3train.data.shards.tar_headers import CONVERSATION_PART
-
-SIGNATURES = (
-    ("jpg", rb"\xff\xd8\xff"),
-    ("png", rb"\x89PNG"),
-    ("webp", rb"RIFF.{4}WEBP"),
-    ("gif", rb"GIF8"),
-    ("mp4", rb".{4}ftyp"),
-    ("mkv", rb"\x1a\x45\xdf\xa3"),
-)
-"""How files begin; plain webdataset decodes by extension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +29,16 @@ class ShardReport:
     num_written: int
     num_shards: int
     rejected: tuple[Rejection, ...]
+    ignored: Counter[str]  # keys that were not read, and in how many usable records
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What would become of every record."""
+
+    num_records: int
+    rejected: list[Rejection]
+    ignored: Counter[str]
 
 
 def check_annotations(
@@ -45,8 +46,8 @@ def check_annotations(
     *,
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
-) -> tuple[int, list[Rejection]]:
-    """Read every record as ``write_shards`` would, and write nothing: how many there are, and those it would reject.
+) -> CheckReport:
+    """Read every record as ``write_shards`` would, and write nothing.
 
     With ``media_check`` media are decoded, too.
 
@@ -57,9 +58,10 @@ def check_annotations(
         raise ValueError("\n".join(problems))
     rejected: list[Rejection] = []
     num_records = 0
-    checked = records.read()
+    ignored: Counter[str] = Counter()
+    checked = records.read(ignored)
     if media_check is not None:
-        checked = check_media(checked, records.media_root, media_check)
+        checked = check_media(checked, media_check)
     for where, found in checked:
         num_records += 1
         if isinstance(found, str):
@@ -67,7 +69,7 @@ def check_annotations(
         progress("checking", num_records)
     if not num_records:
         raise ValueError(f"no records in {', '.join(records.annotations)}")
-    return num_records, rejected
+    return CheckReport(num_records, rejected, ignored)
 
 
 def write_shards(
@@ -102,7 +104,8 @@ def write_shards(
         raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
-    num_records, rejected = check_annotations(records, progress=progress, media_check=media_check)
+    report = check_annotations(records, progress=progress, media_check=media_check)
+    num_records, rejected = report.num_records, report.rejected
     if (rejected and not skip_rejected) or len(rejected) == num_records:
         raise RejectedRecordsError(rejected, num_records)
 
@@ -116,9 +119,7 @@ def write_shards(
     with whole_folder(out_dir) as partial:
         while True:
             shard = partial / f"shard-{num_shards:06d}.tar"
-            count = _write_shard(
-                shard, usable, records.media_root, num_written, max_samples, max_bytes, progress
-            )
+            count = _write_shard(shard, usable, num_written, max_samples, max_bytes, progress)
             if not count:
                 shard.unlink()
                 break
@@ -132,13 +133,12 @@ def write_shards(
                 json.dumps({"where": rejection.where, "reason": rejection.reason}) for rejection in rejected
             ]
             (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ShardReport(num_written, num_shards, tuple(rejected))
+    return ShardReport(num_written, num_shards, tuple(rejected), report.ignored)
 
 
 def _write_shard(
     shard: Path,
     samples: Iterator[tuple[Conversation, tuple[MediaFile, ...]]],
-    media_root: Path,
     first: int,
     max_samples: int,
     max_bytes: int,
@@ -157,8 +157,7 @@ def _write_shard(
                 names = [part_name(number, medium) for number, medium in enumerate(media)]
                 parts = {CONVERSATION_PART: conversation.to_json(names)}
                 for name, medium in zip(names, media, strict=True):
-                    stored = medium.data
-                    parts[name] = (media_root / medium.path).read_bytes() if stored is None else stored
+                    parts[name] = medium_bytes(medium)
                 writer.write({"__key__": f"{first + count:09d}", **parts})
                 count, size = count + 1, size + sum(map(len, parts.values()))
                 progress("writing", first + count)
@@ -183,7 +182,4 @@ def part_name(number: int, medium: MediaFile) -> str:
     >>> part_name(1, MediaFile("a/b/clip.MP4", "video")), part_name(0, MediaFile("", "image", b"GIF89a"))
     ('1.mp4', '0.gif')
     """
-    suffix = re.sub(r"[^a-z0-9]", "", Path(medium.path).suffix.lower())
-    if not suffix and medium.data is not None:
-        suffix = next((name for name, start in SIGNATURES if re.match(start, medium.data, re.DOTALL)), "")
-    return f"{number}.{suffix or medium.kind}"
+    return f"{number}.{LIST_SUFFIX if medium.pictures else medium.suffix or medium.kind}"

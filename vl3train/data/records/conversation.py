@@ -33,6 +33,7 @@ class Video:
     part: str
     start: float | None = None
     end: float | None = None
+    fps: float | None = None  # frames a second that are taken; None: as many as of other clips
     type: str = field(default="video", init=False)
 
 
@@ -44,6 +45,7 @@ class Stream:
     until: float
     start: float | None = None
     end: float | None = None
+    fps: float | None = None
     type: str = field(default="stream", init=False)
 
 
@@ -70,6 +72,8 @@ class Conversation:
         fields = asdict(self)
         for turn in fields["turns"]:
             for content in turn["content"]:
+                if "fps" in content and content["fps"] is None:
+                    del content["fps"]  # earlier builds do not know it
                 if names is not None and "part" in content:
                     content["part"] = names[int(content["part"].partition(".")[0])]
         return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
@@ -108,6 +112,14 @@ def _wrong_value(content: Content) -> str | None:
             or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
         ):
             return f"{key}={value!r} is no time in seconds"
+        if (
+            key == "fps"
+            and value is not None
+            and not (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+            )
+        ):
+            return f"fps={value!r} is no number of frames a second"
     return None
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
-from vl3train.data.records.annotations import DIALOGUE_KEYS, read_record
+from vl3train.data.records.annotations import holds_media, read_record
 from vl3train.data.records.conversation import Conversation, read_conversation, rename_parts, visual_items
+from vl3train.data.records.forms import DIALOGUE_KEYS
 from vl3train.data.records.importers import CAPTION_KEYS
+from vl3train.data.records.media_files import is_media_key
 from vl3train.data.shards.tar_headers import CAPTION_PART, CLIP_SUFFIXES, IMAGE_SUFFIXES
 
 
@@ -77,9 +79,9 @@ def _dialogue(record: Mapping[str, Any], media: Iterable[str]) -> Conversation:
     for name in sorted(media, key=_in_order):
         waiting[_kind(name)].append(name)
     there = {kind: len(names) for kind, names in waiting.items()}
-    own = {key: value for key, value in record.items() if key not in ("image", "images", "video", "videos")}
+    own = {key: value for key, value in record.items() if not is_media_key(key)}
     said: list[Any] = next((record[key] for key in DIALOGUE_KEYS if isinstance(record.get(key), list)), [])
-    inside = any(_names_files(message) for message in said)
+    inside = any(map(holds_media, said))
     conversation, files = read_record(own if inside else {**own, **waiting}, where="json")
     wanted = {kind: sum(file.kind == kind for file in files) for kind in waiting}
     if wanted != there:
@@ -89,12 +91,6 @@ def _dialogue(record: Mapping[str, Any], media: Iterable[str]) -> Conversation:
         for content in visual_items(conversation)
     }
     return rename_parts(conversation, names)
-
-
-def _names_files(message: Any) -> bool:
-    """Whether a message holds its pictures itself, as OpenAI's do, and not by tags."""
-    content = message.get("content", message.get("value")) if isinstance(message, Mapping) else None
-    return not isinstance(content, str)
 
 
 def _in_order(name: str) -> tuple[int, str]:

@@ -119,7 +119,7 @@ def _plan(
 
 def _rule(content: Video | Stream, settings: RenderSettings) -> dict[str, Any]:
     return {
-        "fps": settings.fps,
+        "fps": settings.fps if content.fps is None else content.fps,
         "min_frames": settings.min_frames,
         "max_frames": settings.max_frames,
         "start_seconds": content.start,
