@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,10 @@ from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 from vl3train.cli.main import main
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
-from vl3train.model.adapters import add_adapters, save_adapter
-from vl3train.model.weights.export import compare_logits
-from vl3train.model.weights.hf_folder import WrongExport, save_weights
+from vl3train.model.adapters import add_adapters, load_adapter, save_adapter
+from vl3train.model.weights.disk import refuse_full_disk
+from vl3train.model.weights.export import compare_logits, logits_of, merge_checked, probe
+from vl3train.model.weights.hf_folder import WrongExport, save_weights, write_folder
 
 
 def run_export(*words: str | Path) -> int:
@@ -55,9 +60,30 @@ def lora_run(model, processor, tmp_path) -> Path:
     return tmp_path / "lora"
 
 
-def logits_of(model) -> torch.Tensor:
-    with torch.inference_mode():
-        return model.eval()(input_ids=torch.arange(20)[None]).logits
+TOKENS = {"input_ids": torch.arange(20)[None]}
+
+
+@pytest.fixture
+def short_lora_run(lora_run):
+    """Weights in bfloat16, and adapters that change them by a thousandth, as after a short run."""
+    base, adapter = lora_run / "base", lora_run / "checkpoints/step_00000010/adapter"
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: one.bfloat16() for name, one in weights.items()},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((base / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "bfloat16"
+    (base / "config.json").write_text(json.dumps(config))
+    changes = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: one * (1e-5 if "lora_B" in name else 1) for name, one in changes.items()},
+        adapter / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return lora_run
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -89,10 +115,55 @@ def test_adapters_are_merged(lora_run, model, tmp_path, capsys):
     assert run_export(lora_run, tmp_path / "out", "--merge-adapter") == 0
     assert "adapters of" in capsys.readouterr().out
     merged = VideoLlama3ForConditionalGeneration.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(merged, TOKENS), logits_of(model, TOKENS), rtol=1e-4, atol=1e-4)
     base = lora_run / "base"
     untouched = VideoLlama3ForConditionalGeneration.from_pretrained(base)
-    assert (logits_of(merged) - logits_of(untouched)).abs().max() > 0.01
+    assert (logits_of(merged, TOKENS) - logits_of(untouched, TOKENS)).abs().max() > 0.01
+
+
+def layer_of(folder: Path, name="model.language_model.layers.0.mlp.up_proj.weight") -> torch.Tensor:
+    return load_file(folder / "model.safetensors")[name].double()
+
+
+def test_a_small_change_survives_in_float32_and_what_bfloat16_loses_is_told(short_lora_run, tmp_path, capsys):
+    adapter = load_file(short_lora_run / "checkpoints/step_00000010/adapter/adapter_model.safetensors")
+    prefix = "base_model.model.model.language_model.layers.0.mlp.up_proj."
+    apart = adapter[prefix + "lora_B.weight"].double() @ adapter[prefix + "lora_A.weight"].double()
+    change = apart * AdapterConfig().alpha / 4
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        assert run_export(short_lora_run, tmp_path / dtype, "--dtype", dtype) == 0
+        merged = layer_of(tmp_path / dtype) - layer_of(short_lora_run / "base")
+        found[dtype] = ((merged - change).norm() / change.norm()).item()
+    assert found["float32"] < 1e-3
+    assert found["bfloat16"] > 0.5
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING") == 1
+    told = int(re.search(r"torch.bfloat16 loses (\d+)% of their change", printed)[1]) / 100
+    assert told == pytest.approx(found["bfloat16"], rel=0.2)  # all layers there, one here
+
+
+def test_a_merge_that_loses_the_change_is_refused(short_lora_run, processor):
+    """Weights in bfloat16 are added to in bfloat16: the fault that the check is there for."""
+    adapter = short_lora_run / "checkpoints/step_00000010/adapter"
+    base = VideoLlama3ForConditionalGeneration.from_pretrained(short_lora_run / "base", dtype=torch.float32)
+    inputs = probe(processor)
+    apart = logits_of(load_adapter(copy.deepcopy(base), adapter, is_trainable=False), inputs)
+    merged, lost = merge_checked(copy.deepcopy(base), adapter, processor, torch.float32)
+    assert lost < 1e-3
+    torch.testing.assert_close(logits_of(merged, inputs), apart, rtol=1e-5, atol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "vl3train.model.adapters.merge_adapter", lambda model: rounded(model.merge_and_unload())
+        )
+        with pytest.raises(WrongExport, match=r"logits of the merged model differ.*--adapter-only"):
+            merge_checked(base, adapter, processor, torch.float32)
+
+
+def rounded(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 def test_adapters_without_their_base_are_refused(lora_run, tmp_path, capsys):
@@ -105,8 +176,10 @@ def test_adapters_alone_load_with_peft(lora_run, model, tmp_path):
     assert run_export(lora_run, tmp_path / "adapter", "--adapter-only") == 0
     base = VideoLlama3ForConditionalGeneration.from_pretrained(lora_run / "base")
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(loaded), logits_of(model))
+    torch.testing.assert_close(logits_of(loaded, TOKENS), logits_of(model, TOKENS))
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == (lora_run / "base").resolve()
 
 
 @pytest.mark.parametrize("option", ["--merge-adapter", "--adapter-only"])
@@ -143,16 +216,43 @@ def test_logits_that_differ_are_found(run, model, tmp_path):
 
 def test_a_damaged_export_is_put_aside(run, tmp_path, capsys, monkeypatch):
     """A disk that writes other bytes than it was given."""
-    written = save_weights
 
-    def damage(*args, **kwargs):
-        folder = written(*args, **kwargs)
+    def damage(model, processor, folder, **kwargs):
+        write_folder(model, processor, folder, **kwargs)
         weights = load_file(folder / "model.safetensors")
         weights["model.language_model.norm.weight"] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("vl3train.model.weights.export.save_weights", damage)
+    monkeypatch.setattr("vl3train.model.weights.export.write_folder", damage)
     assert run_export(run, tmp_path / "out") == 1
     assert "differs: model.language_model.norm.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.differs").is_dir()
+    assert run_export(run, tmp_path / "out") == 1
+    assert "out.differs exists" in capsys.readouterr().err
+
+
+def test_nothing_is_left_where_a_file_cannot_be_written_to_its_end(run, tmp_path, capsys):
+    """A limit on the size of files stands for a full disk: the system refuses the same write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert run_export(run, tmp_path / "out") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search("out could not be written: .*File too large.*Free space", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(tmp_path):
+    with pytest.raises(OSError, match=r"a/b needs 1048576.0 GiB and its disk has .* nothing was written"):
+        refuse_full_disk(tmp_path / "a" / "b", 2**50)
+
+
+def test_nothing_is_left_after_an_interrupt(run, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vl3train.model.weights.export.verify_export", interrupt)
+    assert run_export(run, tmp_path / "out") == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -48,3 +48,15 @@ def test_a_folder_appears_when_it_is_whole_and_what_a_killed_process_left_is_not
         assert not path.exists()
     assert [file.name for file in path.iterdir()] == ["a"]
     assert os.listdir(tmp_path / "out") == ["weights"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_folder_that_failed(tmp_path, error):
+    def fail():
+        with whole_folder(tmp_path / "weights") as partial:
+            (partial / "a").write_text("1")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert os.listdir(tmp_path) == []

@@ -40,15 +40,20 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; it appears as ``path``, which must not exist, when the block ends.
 
-    ``.NAME.partial`` of a process that was killed or failed is removed first: one process at a time writes a folder.
+    An error in the block removes what was written, Ctrl-C too: a full disk gets its space back. ``.NAME.partial`` of a
+    process that was killed is removed first: one process at a time writes a folder.
     """
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
-    sync_tree(partial)
-    partial.rename(path)
+    try:
+        yield partial
+        sync_tree(partial)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     sync(path.parent)
 
 

@@ -44,19 +44,31 @@ def save_weights(
     Raises:
         FileExistsError: ``folder`` exists.
     """
-    from huggingface_hub import save_torch_state_dict
-
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; nothing was written. Give another folder or remove that one")
+    with whole_folder(folder) as partial:
+        write_folder(hf_model, processor, partial, dtype=dtype, state_dict=state_dict)
+    return folder
+
+
+def write_folder(
+    hf_model: Any,
+    processor: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """What ``save_weights`` writes, into ``folder`` itself."""
+    from huggingface_hub import save_torch_state_dict
+
     weights = stored_weights(hf_model, state_dict, dtype)
     stored_dtype = dtype if dtype is not None else next(iter(weights.values())).dtype
-    with whole_folder(folder) as partial:
-        save_torch_state_dict(weights, partial, metadata={"format": "pt"})
-        _stored_config(hf_model, stored_dtype).save_pretrained(partial)
-        _generation_config(processor.tokenizer).save_pretrained(partial)
-        processor.save_pretrained(partial)
-    return folder
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    _stored_config(hf_model, stored_dtype).save_pretrained(folder)
+    _generation_config(processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _stored_config(hf_model: Any, dtype: torch.dtype) -> Any:
@@ -165,7 +177,9 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
 
 
 def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Model and processor of a run, a checkpoint or an export, ready to answer, with adapters merged.
+    """Model and processor of a run, a checkpoint or an export, ready to answer.
+
+    Adapters stay beside their weights, as in training: merged in bfloat16, most of a small change is lost.
 
     Args:
         folder: What ``locate_trained`` takes.
@@ -181,7 +195,7 @@ def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tup
         str(weights), dtype=dtype if dtype is not None else "auto"
     )
     if adapter is not None:
-        from vl3train.model.adapters import load_adapter, merge_adapter
+        from vl3train.model.adapters import load_adapter
 
-        model = merge_adapter(load_adapter(model, adapter, is_trainable=False))
+        model = load_adapter(model, adapter, is_trainable=False).get_base_model()
     return model.eval(), AutoProcessor.from_pretrained(str(weights))
