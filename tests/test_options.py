@@ -16,7 +16,6 @@ CONFIG_CLASSES = {cls.__name__: section for section, cls in SECTIONS.items()} | 
 READ_IN_CONFIG_ONLY = {
     "stage.learning_rates": "rules.effective_learning_rates joins these two for the engine",
     "model.learning_rates": "rules.effective_learning_rates joins these two for the engine",
-    "model.tokenizer_from": "paths.tokenizer_source reads it for the engine and the commands",
     "adapter.learning_rate": "rules.adapter_rates puts it in place of the stage's rate",
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vl3train
+from tests.cli.conftest import sparse_checkpoint, write_tokenizer_json
 from vl3train.cli import check
 from vl3train.cli.main import main
 from vl3train.config.problems import ConfigError
@@ -124,3 +125,67 @@ def test_check_needs_no_torch(with_data: Path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+START = ("check", "stage=2", "model=2b", "data.recipe=mine.yaml", "stage.init_from=checkpoint")
+
+
+def test_what_is_wrong_with_the_start_folder_is_told_together(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    weights = with_data / "checkpoint" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    (with_data / "checkpoint" / "tokenizer.json").unlink()
+    assert main([*START]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("2 problems")
+    assert "model.safetensors is cut off" in out
+    assert "has no tokenizer: neither tokenizer.json nor vocab.json" in out
+
+
+def test_another_size_is_told_with_the_one_that_fits(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    sparse_checkpoint(with_data / "seven", "7b")
+    assert main([*START, "stage.init_from=seven"]) == 1
+    out = capsys.readouterr().out
+    assert "its language_model has 7,615,616,512 parameters, model=2b has 1,543,714,304" in out
+    assert "-> choose model=7b" in out
+
+
+def test_a_tokenizer_of_another_model_is_told_by_ids_and_rows(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    (with_data / "other").mkdir()
+    write_tokenizer_json(with_data / "other", first=151_930)
+    assert main([*START, "model.tokenizer_from=other"]) == 1
+    out = capsys.readouterr().out
+    assert "ids up to 151946, the language model's embedding only 151936 rows" in out
+    assert "config.json says image_token_id=151655" in out
+    assert "config.json says video_token_id=151656" in out
+
+
+def test_the_parts_of_stage_1_are_checked_as_well(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    words = (
+        "model.vision_encoder_from=data/parts/vision_encoder",
+        "model.language_model_from=data/parts/language_model",
+    )
+    assert main(["check", *GOOD, *words]) == 1
+    out = capsys.readouterr().out
+    assert out.count("holds no weights") == 2
+    assert "patches of 16 pixels" in out
+    assert "has no tokenizer" in out
+
+
+def test_a_training_is_refused_before_any_process_or_torch(with_data: Path):
+    os.truncate(with_data / "checkpoint" / "model.safetensors", 1000)
+    code = (
+        "import sys\n"
+        "from vl3train.train import main\n"
+        f"code = main([*{START[1:]!r}, 'machine=one_gpu'])\n"
+        "print(code, [name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(vl3train.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "2 []"
+    assert "is cut off" in done.stderr

@@ -15,6 +15,7 @@ from vl3train.config.problems import ConfigError, Problem
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
+from vl3train.model.weights.headers.start import weights_problems
 
 if TYPE_CHECKING:
     from vl3train.data.pipeline import OpenData
@@ -42,7 +43,9 @@ def examine(
     if cfg is None:
         return None, None, found
     recipe, in_recipe = check_recipe(cfg)
-    return cfg, recipe, [*found, *problems(cfg), *in_recipe]
+    found = [*found, *problems(cfg)]
+    in_weights = weights_problems(cfg, {problem.key for problem in found})
+    return cfg, recipe, [*found, *in_weights, *in_recipe]
 
 
 def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:

@@ -17,7 +17,6 @@ from transformers import (
 from vl3train.model.trainable import part_of
 from vl3train.model.weights.from_parts import (
     assert_rope_float32,
-    check_vocabulary,
     convert_original_keys,
     init_from_parts,
     load_model,
@@ -148,10 +147,11 @@ def test_a_key_of_no_use_or_a_missing_one_is_named(parts):
     qwen2(parts[1])
     edit(parts[0], lambda w: w.update({"vision_model.encoder.layers.0.gate": torch.zeros(3)}))
     edit(parts[1], lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match="does not fit") as error:
+    with pytest.raises(ValueError, match=r"no place in the model: vision_model\.encoder\.layers\.0\.gate"):
         init_from_parts(*parts, **SETTINGS)
-    assert "missing keys: model.language_model.layers.1.mlp.up_proj.weight" in str(error.value)
-    assert "unexpected keys: model.vision_model.encoder.layers.0.gate" in str(error.value)
+    siglip(parts[0], True)
+    with pytest.raises(ValueError, match=r"missing: model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        init_from_parts(*parts, **SETTINGS)
 
 
 def test_a_head_beside_a_tied_embedding_must_equal_it(parts):
@@ -167,13 +167,10 @@ def test_a_head_beside_a_tied_embedding_must_equal_it(parts):
 def test_wrong_sources_are_refused(parts):
     siglip(parts[0], True)
     qwen2(parts[1])
-    with pytest.raises(ValueError, match="the vision encoder is a SigLIP"):
+    with pytest.raises(ValueError, match="holds a qwen2 model, not a SigLIP"):
         init_from_parts(parts[1], parts[1], **SETTINGS)
-    with pytest.raises(ValueError, match="the language model is a Qwen2"):
+    with pytest.raises(ValueError, match="holds a siglip model, not a Qwen2"):
         init_from_parts(parts[0], parts[0], **SETTINGS)
-    with pytest.raises(ValueError, match=r"token id 120 has no row in .* embedding of 120 rows"):
-        init_from_parts(*parts, **{**SETTINGS, "video_token_id": 120})
-    check_vocabulary(init_from_parts(*parts, **SETTINGS).config, 119)
 
 
 def test_a_checkpoint_loads_whole_or_not_at_all(tiny_model, tmp_path):
@@ -184,15 +181,19 @@ def test_a_checkpoint_loads_whole_or_not_at_all(tiny_model, tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert {p.dtype for p in load_model(tmp_path, torch.bfloat16).parameters()} == {torch.bfloat16}
     edit(tmp_path, lambda w: w.update({"extra": torch.zeros(1)}) or w.pop("model.projector.readout.2.bias"))
-    with pytest.raises(ValueError, match=r"model.projector.readout.2.bias.*unexpected keys: extra"):
+    with pytest.raises(
+        ValueError, match=r"(?s)missing: model.projector.readout.2.bias.*no place in the model: extra"
+    ):
         load_model(tmp_path, torch.float32)
 
 
 def test_another_kind_of_model_is_refused_with_the_way_out(parts, tmp_path):
     qwen2(parts[1])
-    with pytest.raises(ValueError, match=r"model_type qwen2; a stage starts from video_llama_3"):
+    with pytest.raises(
+        ValueError, match=r"holds a qwen2 model, not a whole VideoLLaMA3 \(model_type video_llama_3"
+    ):
         load_model(parts[1], torch.float32)
-    with pytest.raises(ValueError, match=r"holds no config.json"):
+    with pytest.raises(ValueError, match=r"there is no config\.json"):
         load_model(tmp_path, torch.float32)
 
 

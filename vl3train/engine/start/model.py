@@ -22,7 +22,9 @@ from vl3train.engine.start.kernels import Kernels, choose_kernels
 from vl3train.model.adapters import add_adapters, save_adapter
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
-from vl3train.model.weights.from_parts import check_vocabulary, init_from_parts, load_model
+from vl3train.model.weights.from_parts import init_from_parts, load_model
+from vl3train.model.weights.headers.faults import refuse
+from vl3train.model.weights.headers.vocabulary import read_vocabulary, vocabulary_faults
 from vl3train.model.weights.hf_folder import save_weights
 
 transformers_logging.disable_progress_bar()  # one bar a rank, for a second
@@ -63,15 +65,17 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
     except (OSError, ValueError) as error:
         problem = f"the model cannot be built: {error}"
     rank.agree(problem)
+    refuse_other_size(cfg, count_parameters(hf_model))
     full, low_rank = full_rates(cfg), adapter_rates(cfg)
     rates = {**full, **low_rank}
     set_trainable(hf_model, full)
     peft_model = None
     if cfg.adapter.kind is AdapterKind.lora:
-        keep_base(hf_model, folder, rank)
+        hf_model.name_or_path = str(
+            keep_base(hf_model, folder, rank).resolve()
+        )  # adapters name it as their base
         peft_model = add_adapters(hf_model, cfg.adapter)
     counts = count_parameters(hf_model)
-    refuse_other_size(cfg, counts)
     groups = parameter_groups(hf_model, rates, cfg.optim.weight_decay)
     hf_model.to(rank.device)
     if rank.device.type == "cuda":
@@ -104,15 +108,21 @@ def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) 
     Raises OSError or ValueError where weights are missing, damaged or of another model.
     """
     dtype = torch.bfloat16 if cfg.machine.dtype is Dtype.bfloat16 else torch.float32
+    model = _load(cfg, checkpoint, processor_dir, dtype)
+    refuse_other_tokens(model.config, processor_dir)
+    return model
+
+
+def _load(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path, dtype: torch.dtype) -> Any:
     if checkpoint is not None:
         stored = checkpoint / "weights"
         return load_model(stored if stored.exists() else Path(cfg.run.output_dir) / "base", dtype=dtype)
     if cfg.stage.init_from is not None:
-        return load_model(resolve_weights(cfg.stage.init_from), dtype=dtype)
+        return load_model(resolve_weights(cfg.stage.init_from), dtype=dtype, tokenizer_from=processor_dir)
     assert cfg.model.vision_encoder_from is not None, "config rules refuse this"
     assert cfg.model.language_model_from is not None, "config rules refuse this"
     processor = load_processor(processor_dir)
-    model = init_from_parts(
+    return init_from_parts(
         cfg.model.vision_encoder_from,
         cfg.model.language_model_from,
         image_token_id=processor.image_token_id,
@@ -121,22 +131,41 @@ def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) 
         seed=cfg.run.seed,
         dtype=dtype,
     )
-    check_vocabulary(model.config, len(processor.tokenizer) - 1)
-    return model
 
 
-def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> None:
-    """Write the model that adapters are trained on to ``<output_dir>/base``, once: checkpoints hold adapters only."""
+def refuse_other_tokens(hf_config: Any, processor_dir: Path) -> None:
+    """Raise ValueError where the run's tokenizer has ids without a row in the embedding, or other placeholders.
+
+    Folders on this machine were compared before the start (model/weights/headers/start.py). This is for names on the
+    hub, whose folders are read after their download.
+    """
+    text = hf_config.text_config
+    ids = {"image_token_id": hf_config.image_token_id, "video_token_id": hf_config.video_token_id}
+    ids |= {
+        name: found
+        for name in ("eos_token_id", "pad_token_id")
+        if (found := getattr(text, name, None)) is not None
+    }
+    vocabulary, faults = read_vocabulary(processor_dir)
+    if vocabulary is not None:
+        faults = vocabulary_faults(vocabulary, text.vocab_size, ids)
+    refuse("the tokenizer", faults)
+
+
+def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> Path:
+    """Write the model that adapters are trained on to ``<output_dir>/base``, once, and return that folder.
+
+    Checkpoints hold adapters only.
+    """
     base = folder.path / "base"
     if rank.is_first and not base.exists():
         save_weights(hf_model, load_processor(folder.processor_dir), base)
     rank.barrier()
+    return base
 
 
 def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> None:
     """Raise RunError where the weights have another size than model=NAME says, as with model=2b and a 7B checkpoint."""
-    if cfg.adapter.kind is AdapterKind.lora:
-        return  # counts include the adapters and peft's copies
     wrong = [
         f"  {part}: {counts[part][1]:,} parameters in the weights, {size:,} in model={cfg.model.name}"
         for part, size in cfg.model.num_parameters.items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, Qwen2Config, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
+from vl3train.contracts.shapes import ENCODER
 from vl3train.contracts.tokens import PATCH_SIZE
-from vl3train.model.weights.damaged import refuse_damaged
+from vl3train.model.weights.headers.faults import read_object, refuse
+from vl3train.model.weights.headers.files import read_stored
+from vl3train.model.weights.headers.folder import Kind, inspect_folder
+from vl3train.model.weights.headers.names import PROJECTOR_PREFIX, from_original, from_qwen2, from_siglip
+from vl3train.model.weights.headers.vocabulary import PLACEHOLDERS, read_vocabulary
 
-PROJECTOR_PREFIX = "model.projector."
 VISION_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -31,18 +33,17 @@ VISION_FIELDS = (
 )
 """All fields of the encoder's config, copied, because the class defaults are those of another model (ViT-base)."""
 
-SIGLIP_DROPPED = re.compile(
-    r"text_model\.|logit_(scale|bias)$|head\.|embeddings\.position_(embedding\.weight|ids)$"
-)
-"""SigLIP's keys that VideoLLaMA3 does not use: the text tower, the pooling head, learned positions."""
-ROTARY_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Old versions of transformers wrote these; now they are computed from the config."""
-ORIGINAL_PREFIXES = (
-    (re.compile(r"^model\.vision_encoder\.(vision_encoder\.)?"), "model.vision_model."),
-    (re.compile(r"^model\.mm_projector\."), PROJECTOR_PREFIX),
-    (re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)"), "model.language_model."),
-)
-"""Prefixes in checkpoints of the original code, released or new from its training, and the names here."""
+PUBLISHED_ENCODER = {
+    "hidden_size": ENCODER.hidden_size,
+    "intermediate_size": ENCODER.intermediate_size,
+    "num_hidden_layers": ENCODER.num_layers,
+    "num_attention_heads": ENCODER.num_heads,
+    "patch_size": PATCH_SIZE,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+}
+"""The encoder's config in every checkpoint of the original code: DAMO-NLP-SG/SigLIP-NaViT."""
 
 
 def init_from_parts(
@@ -61,6 +62,8 @@ def init_from_parts(
     ValueError, naming the keys, when a source has an unknown key or lacks a needed one.
     """
     vision_folder, language_folder = _folder_of(vision_encoder_from), _folder_of(language_model_from)
+    refuse(vision_encoder_from, inspect_folder(vision_folder, Kind.encoder).faults)
+    refuse(language_model_from, inspect_folder(language_folder, Kind.language_model).faults)
     config: Any = VideoLlama3Config(
         text_config=_text_config(language_folder),
         vision_config=_vision_config(vision_folder),
@@ -70,7 +73,6 @@ def init_from_parts(
     # On both levels: transformers before 5.17 leaves the head untied, hence random, when only one says so.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
     config.text_config.use_cache = False
-    check_vocabulary(config, max(image_token_id, video_token_id))
     weights = {**_siglip_weights(vision_folder), **_qwen2_weights(language_folder)}
     generator = torch.Generator().manual_seed(seed)
     vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
@@ -81,25 +83,22 @@ def init_from_parts(
     return _build(config, weights, dtype, f"{vision_encoder_from} and {language_model_from}")
 
 
-def load_model(folder_or_name: str | Path, dtype: torch.dtype) -> VideoLlama3ForConditionalGeneration:
-    """The model of a whole checkpoint. Raises ValueError, naming the keys, when one is missing or does not fit.
+def load_model(
+    folder_or_name: str | Path, dtype: torch.dtype, tokenizer_from: Path | None = None
+) -> VideoLlama3ForConditionalGeneration:
+    """The model of a whole checkpoint. Raises ValueError, naming everything that is missing or does not fit.
 
     Takes Hugging Face form (model_type video_llama_3), and the form of the original code (videollama3_qwen2), which has
-    other names for the same weights.
+    other names for the same weights. No code of a checkpoint is run. The original's has no ids for the placeholders of
+    Hugging Face form: they come from the tokenizer in ``tokenizer_from``, or else in the checkpoint's folder.
     """
     folder = _folder_of(str(folder_or_name))
-    described = _read_json(folder / "config.json")
-    model_type = described.get("model_type")
-    if model_type == "videollama3_qwen2":
+    refuse(folder_or_name, inspect_folder(folder, Kind.whole).faults)
+    described, _ = read_object(folder / "config.json")
+    if described["model_type"] == "videollama3_qwen2":
         weights = convert_original_keys(dict(_read_weights(folder)))
-        return _build(convert_original_config(described), weights, dtype, str(folder_or_name))
-    if model_type != "video_llama_3":
-        raise ValueError(
-            f"{folder_or_name} has model_type {model_type}; a stage starts from video_llama_3 (Hugging Face "
-            "form) or videollama3_qwen2 (the original code's). Stage 1 starts from parts: unset stage.init_from "
-            "and set model.vision_encoder_from and model.language_model_from"
-        )
-    refuse_damaged(folder)
+        config = convert_original_config(described, **placeholder_ids(tokenizer_from or folder))
+        return _build(config, weights, dtype, str(folder_or_name))
     return _checked(
         VideoLlama3ForConditionalGeneration.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
@@ -108,50 +107,39 @@ def load_model(folder_or_name: str | Path, dtype: torch.dtype) -> VideoLlama3For
     )
 
 
+def placeholder_ids(folder: Path) -> dict[str, int]:
+    """``image_token_id`` and ``video_token_id`` by a folder's tokenizer; empty where it has none."""
+    vocabulary, _ = read_vocabulary(folder)
+    return {} if vocabulary is None else {name: vocabulary.ids[token] for name, token in PLACEHOLDERS.items()}
+
+
 def convert_original_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a ``videollama3_qwen2`` checkpoint under the names of transformers' model; tensors unchanged."""
-    converted = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in ORIGINAL_PREFIXES:
-            name, changed = pattern.subn(replacement, name)
-            if changed:
-                break
-        converted[name] = tensor
-    return converted
+    return {new: tensor for name, tensor in state_dict.items() if (new := from_original(name)) is not None}
 
 
-def convert_original_config(described: Mapping[str, Any]) -> VideoLlama3Config:
+def convert_original_config(
+    described: Mapping[str, Any], image_token_id: int = 151_655, video_token_id: int = 151_656
+) -> VideoLlama3Config:
     """The config that belongs to ``convert_original_keys``.
 
-    The placeholders are Qwen2.5's own. The original code has ``<image>``; visual tokens replace its embedding in any
-    case. Raises ValueError without a ``vision_encoder_config``.
+    The placeholders are Qwen2.5's own, by their ids in its tokenizer. The original code has ``<image>``; visual tokens
+    replace its embedding in any case. A config of the original training names an encoder instead of describing it
+    (vision_encoder): its only one has the published sizes.
     """
     vision = described.get("vision_encoder_config")
     if not isinstance(vision, Mapping):
-        raise ValueError(
-            "the checkpoint's config.json has no vision_encoder_config, so the size of its encoder is unknown; "
-            "take the released folder (DAMO-NLP-SG/VideoLLaMA3-*) or add the entry"
-        )
+        vision = PUBLISHED_ENCODER
     text_fields = Qwen2Config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     text = {key: value for key, value in described.items() if key in text_fields | {"rope_theta"}}
     config: Any = VideoLlama3Config(
         text_config={"model_type": "qwen2", **text, "use_cache": False},
         vision_config={key: vision[key] for key in VISION_FIELDS if key in vision},
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
     )
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
     return config
-
-
-def check_vocabulary(config: Any, largest_token_id: int) -> None:
-    """Raise ValueError when the embedding has no row for the tokenizer's largest id."""
-    rows = config.text_config.vocab_size
-    if largest_token_id >= rows:
-        raise ValueError(
-            f"token id {largest_token_id} has no row in the language model's embedding of {rows} rows; Qwen2 "
-            "and Qwen2.5 pad theirs to 151936 or more. Take the tokenizer that belongs to "
-            "model.language_model_from, or enlarge that model first "
-            f"(resize_token_embeddings({largest_token_id + 1}) and save_pretrained)"
-        )
 
 
 def assert_rope_float32(model: torch.nn.Module) -> None:
@@ -169,44 +157,30 @@ def assert_rope_float32(model: torch.nn.Module) -> None:
 
 
 def _text_config(folder: Path) -> dict[str, Any]:
-    config = AutoConfig.from_pretrained(str(folder))
-    if config.model_type != "qwen2":
-        raise ValueError(
-            f"{folder} has model_type {config.model_type}; the language model is a Qwen2 or Qwen2.5"
-        )
-    return config.to_dict()
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
 
 
 def _vision_config(folder: Path) -> dict[str, Any]:
-    described = AutoConfig.from_pretrained(str(folder))
-    if described.model_type not in ("siglip", "siglip_vision_model"):
-        raise ValueError(f"{folder} has model_type {described.model_type}; the vision encoder is a SigLIP")
+    described: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     vision = described.vision_config if described.model_type == "siglip" else described
-    if vision.patch_size != PATCH_SIZE:
-        raise ValueError(
-            f"{folder} has patches of {vision.patch_size} pixels; VideoLLaMA3's have {PATCH_SIZE}"
-        )
     return {key: getattr(vision, key) for key in VISION_FIELDS}
 
 
 def _siglip_weights(folder: Path) -> dict[str, Tensor]:
     """The encoder's weights, of a SiglipVisionModel or a SiglipModel, whose keys have one more prefix."""
-    names = ((name.removeprefix("vision_model."), tensor) for name, tensor in _read_weights(folder))
-    return {f"model.vision_model.{name}": tensor for name, tensor in names if not SIGLIP_DROPPED.match(name)}
+    named = ((from_siglip(name), tensor) for name, tensor in _read_weights(folder))
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _qwen2_weights(folder: Path) -> dict[str, Tensor]:
-    return {
-        name if name == "lm_head.weight" else f"model.language_model.{name.removeprefix('model.')}": tensor
-        for name, tensor in _read_weights(folder)
-    }
+    named = ((from_qwen2(name), tensor) for name, tensor in _read_weights(folder))
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _build(
     config: VideoLlama3Config, weights: dict[str, Tensor], dtype: torch.dtype, source: str
 ) -> VideoLlama3ForConditionalGeneration:
     """The model with exactly these weights."""
-    weights = {name: tensor for name, tensor in weights.items() if not ROTARY_BUFFERS.search(name)}
     embedding = weights.get("model.language_model.embed_tokens.weight")
     if config.tie_word_embeddings:
         head = weights.pop("lm_head.weight", embedding)
@@ -252,24 +226,12 @@ def _folder_of(folder_or_name: str) -> Path:
     return Path(snapshot_download(folder_or_name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} holds no {file.name}: it is not a checkpoint folder")
-    return json.loads(file.read_text())
-
-
 def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint folder: safetensors where there are any, else pytorch_model*.bin."""
-    files = sorted(folder.glob("model*.safetensors"))
-    refuse_damaged(folder)
-    for file in files:
+    """Every tensor of a folder that ``inspect_folder`` found whole."""
+    for file in read_stored(folder).files:
+        if file.suffix == ".bin":
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            continue
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 yield name, tensors.get_tensor(name)
-    if files:
-        return
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
-    for file in files:
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()

@@ -16,7 +16,9 @@ from torch import Tensor
 from vl3train.config.paths import MODEL_TYPES, is_run_folder, latest_checkpoint, model_type, resolve_weights
 from vl3train.contracts.files import whole_folder
 from vl3train.contracts.tokens import END_OF_TEXT, IM_END
-from vl3train.model.weights.damaged import refuse_damaged
+from vl3train.model.weights.headers.faults import refuse
+from vl3train.model.weights.headers.files import adapter_faults
+from vl3train.model.weights.headers.folder import Kind, inspect_folder
 
 
 class WrongExport(ValueError):  # noqa: N818 - its name says what it is
@@ -165,14 +167,16 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
                 f"{weights} holds a {found} model; a stage can start from it, but only what that stage trains "
                 "can be exported or asked"
             )
-        refuse_damaged(weights)
+        refuse(weights, inspect_folder(weights, Kind.whole).faults)
         return weights, None
     base = checkpoint.parent.parent / "base"
     if not base.is_dir():
         raise FileNotFoundError(
             f"{base} is missing: it holds the weights that the adapters in {adapter} belong to"
         )
-    refuse_damaged(weights := resolve_weights(base), adapter)
+    weights = resolve_weights(base)
+    refuse(weights, inspect_folder(weights, Kind.whole).faults)
+    refuse(adapter, adapter_faults(adapter))
     return weights, adapter
 
 

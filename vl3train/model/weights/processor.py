@@ -30,7 +30,11 @@ def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from))
+    # Of a folder that brings code of its own (the original's release), only the tokenizer's files are read.
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from), trust_remote_code=False)
+    for reference in ("auto_map", "processor_class"):  # to code that is not in a folder written here
+        tokenizer.init_kwargs.pop(reference, None)
+    tokenizer.chat_template = CHAT_TEMPLATE
     known = tokenizer.get_vocab()
     if lacking := [token for token in (IM_START, IM_END, END_OF_TEXT) if token not in known]:
         raise ValueError(
