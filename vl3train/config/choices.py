@@ -78,6 +78,14 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class StreamSupervision(Enum):
+    """What is learned of a streaming record besides its answers (data/render/stream_tokens.py)."""
+
+    training = "training"
+    released = "released"
+    answers = "answers"
+
+
 class AdapterKind(Enum):
     """How a part is trained."""
 

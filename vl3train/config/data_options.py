@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vl3train.config.choices import StreamSupervision
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
@@ -24,6 +26,11 @@ class DataConfig:
 
     max_frames: int = 180
     """Most frames of a clip; a longer clip is sampled at a lower rate."""
+
+    stream_supervision: StreamSupervision = StreamSupervision.training
+    """What is learned of a streaming record besides its answers. training: the newline after each frame and its
+    <|stream_end|>, as the original's training code. released: the first token of the message after a frame, to wait or
+    to speak, as many of either, as the original's released processor. answers: nothing (docs/numerics.md)."""
 
     max_visual_tokens: int = 10240
     """Most visual tokens of one sample before pruning (mm_max_length). Its images and frames share them equally."""

@@ -35,6 +35,7 @@ class RenderSettings:
     max_visual_tokens: int  # of a whole sample before pruning, divided among its images and frames
     tokenizer: str  # sha256 of tokenizer.json
     frame_sampling: str = "transformers"  # or "original"
+    stream_supervision: str = "training"  # or "released", "answers"
     rules: int = 3  # raised when the code that samples, resizes, prunes or renders changes its result
 
     def fingerprint(self) -> str:

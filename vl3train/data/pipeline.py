@@ -54,6 +54,7 @@ def render_settings(cfg: TrainConfig, tokenizer: ChatTokenizer) -> RenderSetting
         video_max_pixels=data.video_max_pixels,
         max_visual_tokens=data.max_visual_tokens,
         tokenizer=tokenizer.fingerprint,
+        stream_supervision=data.stream_supervision.value,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vl3train.contracts.records import Cursor, Pack, RenderedSample, SampleError
-from vl3train.contracts.tokens import IGNORE_INDEX, IM_END
+from vl3train.contracts.tokens import IGNORE_INDEX, IM_END, IM_START, STREAM_END, STREAM_START
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.preview.step_samples import rendered, text_pieces
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vl3train.data.render.decode_client import Decoder
 
 REASONS_SHOWN = 5
+STREAM_PIECES = (STREAM_START, STREAM_END, IM_START)
+"""Supervised beside the answers of a streaming record, by ``data.stream_supervision``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +55,23 @@ def check_decoding(
 
 
 def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenizer: ChatTokenizer) -> Verdict:
-    """Whether exactly the assistant's text, and the end token after it, is supervised. Reads the shards once more."""
-    from vl3train.data.records.conversation import Text, read_conversation
+    """Whether exactly the assistant's text, and the end token after it, is supervised; beside it only what
+    ``data.stream_supervision`` adds to streamed frames. Reads the shards once more."""
+    from vl3train.data.records.conversation import Text, is_learned
+    from vl3train.data.records.shard_records import open_conversation
 
     reasons, seen = [], 0
     for row, sample in samples.items():
         key = data.index.key(row)
-        conversation, _ = data.index.read_sample(row)
-        if not conversation:  # a caption beside an image, without turns to compare with
-            continue
+        turns = open_conversation(*data.index.read_sample(row)).turns
+        streamed = STREAM_PIECES if any(turn.role == "stream" for turn in turns) else ()
         said = [
             "".join(content.text for content in turn.content if isinstance(content, Text)) + IM_END
-            for turn in read_conversation(conversation).turns
-            if turn.role == "assistant"
+            for turn in turns
+            if is_learned(turn)
         ]
-        asked = [piece.text for piece in text_pieces(sample, tokenizer) if piece.supervised]
+        pieces = [piece.text for piece in text_pieces(sample, tokenizer) if piece.supervised]
+        asked = [text for text in pieces if text.strip() not in streamed]
         seen += 1
         # The tokenizer may join a leading space to the newline before it, which is not the assistant's text.
         if [text.strip() for text in asked] != [text.strip() for text in said]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, RESERVED_TOKENS, UPSTREAM_ADDED_TOKENS
-from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video
+from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video, is_learned
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
 
 WORDS = st.text(
@@ -53,13 +54,12 @@ def test_labels_are_the_next_ids_of_the_answers(tokenizer, first, second):
     np.testing.assert_array_equal(rendered.labels[supervised], rendered.input_ids[1:][supervised[:-1]])
     assert rendered.labels[-1] == IGNORE_INDEX
     pieces = tokenizer.decode(rendered.labels[supervised]).split("<|im_end|>")
-    header = "assistant\n"
-    for piece, text in zip(pieces, (first, second), strict=False):
-        whole = tokenizer.decode(tokenizer.encode(header + text))
+    header, answers = "assistant\n", [turn for turn in conversation_of(*turns).turns if is_learned(turn)]
+    for piece, answer in zip(pieces, answers, strict=False):
+        whole = tokenizer.decode(tokenizer.encode(header + answer.content[0].text))
         assert whole.endswith(piece)
-        begins_with_space = text[:1].isspace() or not text
-        assert piece == whole.removeprefix(header) or begins_with_space
-    assert pieces[2:] == [""]
+        assert piece == whole.removeprefix(header) or answer.content[0].text[:1].isspace()
+    assert pieces[len(answers) :] == [""]
 
 
 def test_labels_of_a_plain_answer(tokenizer):
@@ -69,6 +69,27 @@ def test_labels_of_a_plain_answer(tokenizer):
     assert tokenizer.decode(rendered.input_ids) == (
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nParis.<|im_end|>\n"
     )
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u00a0\u3000", "\ufeff", "\u200b\u2060", "\u200e\r\n"])
+def test_an_answer_without_words_supervises_nothing_and_is_shown(tokenizer, processor, blank):
+    turns = [("user", "Hi"), ("assistant", blank), ("user", "?"), ("assistant", "Yes.")]
+    rendered = render_conversation(conversation_of(*turns), [], tokenizer)
+    assert tokenizer.decode(rendered.labels[rendered.labels != IGNORE_INDEX]) == "Yes.<|im_end|>"
+    messages = [{"role": role, "content": text} for role, text in turns]
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
+    assert rendered.input_ids.tolist() == list(expected)
+
+
+def test_an_answer_out_of_the_loss_is_shown_and_not_supervised(tokenizer):
+    turns = list(
+        conversation_of(("user", "Hi"), ("assistant", "No."), ("user", "?"), ("assistant", "Yes.")).turns
+    )
+    whole = render_conversation(Conversation(tuple(turns)), [], tokenizer)
+    turns[1] = dataclasses.replace(turns[1], supervised=False)
+    rendered = render_conversation(Conversation(tuple(turns)), [], tokenizer)
+    assert rendered.input_ids.tolist() == whole.input_ids.tolist()
+    assert tokenizer.decode(rendered.labels[rendered.labels != IGNORE_INDEX]) == "Yes.<|im_end|>"
 
 
 def test_placeholders_stand_item_by_item(tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.contracts.tokens import CHAT_TEMPLATE, IGNORE_INDEX
+from vl3train.data.records.annotations import read_record
 from vl3train.data.records.conversation import Conversation, Image, Stream, Text, Turn, Video
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import blank_sample, measure_sample, render_sample
@@ -276,7 +278,8 @@ def test_a_stream_shows_each_frame_once_and_before_its_message(parts, tokenizer)
         + "<|im_start|>user\nNow?<|im_end|>\n"
     )
     learned = tokenizer.decode([i for i in sample.labels if i != IGNORE_INDEX])
-    assert learned == "It is.<|im_end|>"
+    ends = "\n<|stream_end|>" * 2
+    assert learned == ends + "It is.<|im_end|>" + ends
     late = Conversation((Turn("stream", (Stream("2.mp4", 0.2, start=1.0),)), assistant("No.")))
     with pytest.raises(SampleError, match="no frame comes before"):
         render(late, parts, tokenizer)
@@ -293,3 +296,58 @@ def test_bad_samples_say_why(parts, tokenizer):
             measure_sample(conversation.to_json(), bad, SETTINGS, tokenizer, LIMITS)
     with pytest.raises(SampleError, match="is no JSON"):
         measure_sample(b"[1, 2", parts, SETTINGS, tokenizer, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([("user", "Hi"), ("assistant", " \n")], "the assistant says nothing"),
+        (
+            [("user", "Hi"), ("assistant", ""), ("user", "?"), ("assistant", "\ufeff")],
+            "the assistant says nothing",
+        ),
+        ([("user", "Hi"), ("assistant", "Yes.", {"loss": False})], "is 0 in every answer"),
+        ([("user", "Hi")], "no assistant turn"),
+    ],
+)
+def test_a_sample_that_teaches_nothing_is_refused_at_every_door(tokenizer, turns, reason):
+    """By `shards --check`, by the index and in training; written as a record and as an earlier build wrote shards."""
+    messages = [{"role": role, "content": text, **dict(*more)} for role, text, *more in turns]
+    earlier = Conversation(tuple(Turn(role, (Text(text),), not more) for role, text, *more in turns))
+    with pytest.raises(SampleError, match=reason):
+        read_record({"messages": messages}, where="a")
+    for data in (earlier.to_json(), json.dumps({"messages": messages}).encode()):
+        with pytest.raises(SampleError, match=reason):
+            measure_sample(data, {}, SETTINGS, tokenizer, LIMITS)
+        with pytest.raises(SampleError, match=reason):
+            render_sample(data, {}, SETTINGS, tokenizer, LIMITS, key="k", planned=None)
+
+
+@pytest.mark.parametrize("rule", ["training", "released", "answers"])
+def test_what_is_planned_of_a_stream_is_what_is_rendered(parts, tokenizer, rule):
+    settings = dataclasses.replace(SETTINGS, stream_supervision=rule)
+    said = [
+        ("user", "Say when.", 0.1),
+        ("assistant", "Now.", 0.9),
+        ("assistant", "", 1.4),
+        ("assistant", "End.", 1.9),
+    ]
+    turns = [
+        turn
+        for role, words, time in said
+        for turn in (Turn("stream", (Stream("2.mp4", time),)), Turn(role, (Text(words),)))
+    ]
+    conversation = Conversation(tuple(turns))
+    planned = measure_sample(conversation.to_json(), parts, settings, tokenizer, LIMITS)
+    sample = render(conversation, parts, tokenizer, settings, planned)
+    assert planned.num_supervised_tokens == int((sample.labels != IGNORE_INDEX).sum())
+    again = render(conversation, parts, tokenizer, settings, planned)
+    assert sample.labels.tolist() == again.labels.tolist()
+
+
+def test_the_rule_of_streams_names_an_index():
+    others = {
+        dataclasses.replace(SETTINGS, stream_supervision=rule).fingerprint()
+        for rule in ("training", "answers")
+    }
+    assert len(others) == 2

@@ -25,15 +25,17 @@ from vl3train.data.records.conversation import (
     Turn,
     Video,
     half_character,
+    nothing_to_learn,
 )
 from vl3train.data.records.forms import ROLE_KEYS, ROLES, TEXT_KEYS, find_dialogue, text_of
 from vl3train.data.records.media_files import SHOWN, MediaFile, find_media, is_nothing, media_file
+from vl3train.data.records.turn_weights import LOSS_KEYS, is_supervised
 
 KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 TAG = re.compile(f"({re.escape(IMAGE_TAG)}|{re.escape(VIDEO_TAG)})")
 
-MESSAGE_KEYS = (*ROLE_KEYS, *TEXT_KEYS, "time")
+MESSAGE_KEYS = (*ROLE_KEYS, *TEXT_KEYS, *LOSS_KEYS, "time")
 UNTOLD_KEYS = ("id",)
 """Keys that are not read and say nothing of what is learned."""
 
@@ -59,8 +61,8 @@ def read_record(
     try:
         reader = _Reader(record, chosen_only)
         turns = reader.read_stream() if record.get("stream") else reader.read_turns()
-        if not any(turn.role == "assistant" for turn in turns):
-            raise SampleError("no assistant turn: nothing to learn")
+        if reason := nothing_to_learn(turns):
+            raise SampleError(reason)
         for turn in turns:
             for content in turn.content:
                 if isinstance(content, Text):
@@ -128,16 +130,16 @@ class _Reader:
 
     def read_turns(self) -> list[Turn]:
         messages = [self.message(message) for message in self.messages]
-        first = next((number for number, (role, _) in enumerate(messages) if role != "system"), 0)
+        first = next((number for number, (role, *_) in enumerate(messages) if role != "system"), 0)
         while len(messages) > first and messages[first][0] == "assistant":
             messages.pop(first)
-        turns = [(role, self.pieces(role, content)) for role, content in messages]
+        turns = [(role, self.pieces(role, content)) for role, content, _ in messages]
         missing = [_Slot(kind) for kind in TAGS for _ in range(self.num_missing(kind, turns))]
         read = []
-        for role, pieces in turns:
+        for (role, pieces), (*_, supervised) in zip(turns, messages, strict=True):
             if role == "user":
                 pieces, missing = [*missing, *pieces], []
-            read.append(Turn(role, tuple(self.content(role, piece) for piece in pieces)))
+            read.append(Turn(role, tuple(self.content(role, piece) for piece in pieces), supervised))
         if missing:
             tags = "".join(TAGS[slot.kind] for slot in missing)
             raise SampleError(f"files for {tags}, but no user turn to put them in")
@@ -163,12 +165,13 @@ class _Reader:
             raise SampleError(f"{tags} {TAGS[kind]} tags for {files} {kind} files")
         return files - tags
 
-    def message(self, message: Any) -> tuple[str, str | Sequence[Any]]:
+    def message(self, message: Any) -> tuple[str, str | Sequence[Any], bool]:
+        """Role, content, and whether it is learned where it is an answer."""
         role, content = _message(message)
         self.left_over |= {
             f"turn.{key}" for key in message if key not in MESSAGE_KEYS and not is_nothing(message[key])
         }
-        return role, content
+        return role, content, is_supervised(message, role)
 
     def pieces(self, role: str, content: str | Sequence[Any]) -> list[Text | _Slot]:
         """Words and places of media in the order in which a turn shows them."""
@@ -222,13 +225,13 @@ class _Reader:
         assert isinstance(clip, Video)
         turns = []
         for message in self.messages:
-            role, content = self.message(message)
+            role, content, supervised = self.message(message)
             until = None if is_nothing(message.get("time")) else seconds("time", message["time"])
             if until is None or not isinstance(content, str):
                 raise SampleError("every message of a streaming record needs a text and a time in seconds")
             turns += [
                 Turn("stream", (Stream(clip.part, until, clip.start, clip.end, fps=clip.fps),)),
-                Turn(role, (Text(content),)),
+                Turn(role, (Text(content),), supervised),
             ]
         return turns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -59,6 +60,8 @@ class Turn:
 
     role: str
     content: tuple[Content, ...]
+    supervised: bool = True
+    """False: an answer that is shown and not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Conversation:
         """The form that shards hold. ``names[i]`` renames the part of medium i."""
         fields = asdict(self)
         for turn in fields["turns"]:
+            if turn["supervised"]:
+                del turn["supervised"]  # as in shards of earlier builds
             for content in turn["content"]:
                 if "fps" in content and content["fps"] is None:
                     del content["fps"]  # earlier builds do not know it
@@ -94,7 +99,10 @@ def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:
             )
             if wrong := [reason for one in content if (reason := _wrong_value(one))]:
                 raise TypeError(wrong[0])
-            turns.append(Turn(str(turn["role"]), content))
+            supervised = turn.get("supervised", True)
+            if not isinstance(supervised, bool):
+                raise TypeError(f"supervised={supervised!r} is neither true nor false")
+            turns.append(Turn(str(turn["role"]), content, supervised))
     except (ValueError, KeyError, TypeError) as error:
         raise SampleError(f"not a conversation as `vl3train shards` writes it: {error!r}") from error
     return Conversation(tuple(turns))
@@ -121,6 +129,46 @@ def _wrong_value(content: Content) -> str | None:
         ):
             return f"fps={value!r} is no number of frames a second"
     return None
+
+
+BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's kinds of characters that show nothing: controls, joiners and byte-order marks, spaces."""
+
+
+def is_learned(turn: Turn) -> bool:
+    """Whether a turn is an answer with words that is to be learned.
+
+    Of an answer without words only its end could be learned: to stop at once. So nothing of it is.
+
+    >>> [is_learned(Turn("assistant", (Text(text),))) for text in ("Yes.", "", " \\n", "\\ufeff")]
+    [True, False, False, False]
+    """
+    return turn.role == "assistant" and turn.supervised and has_words(turn)
+
+
+def has_words(turn: Turn) -> bool:
+    """Whether anything in a turn's text can be seen."""
+    return any(
+        unicodedata.category(character) not in BLANK_CATEGORIES
+        for content in turn.content
+        if isinstance(content, Text)
+        for character in content.text
+    )
+
+
+def nothing_to_learn(turns: Sequence[Turn]) -> str | None:
+    """Why nothing is learned of a conversation, and what to do; None where something is.
+
+    One answer with words is enough. Answers without words beside it are shown and not learned.
+    """
+    if any(map(is_learned, turns)):
+        return None
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not answers:
+        return "no assistant turn: nothing to learn"
+    if any(map(has_words, answers)):
+        return "no supervised token: loss, weight or train is 0 in every answer; leave the record out"
+    return "no supervised token: the assistant says nothing; write its answer, or leave the record out"
 
 
 def half_character(text: str) -> str | None:

@@ -26,7 +26,16 @@ from vl3train.contracts.tokens import (
     UPSTREAM_ADDED_TOKENS,
     VIDEO_PAD,
 )
-from vl3train.data.records.conversation import Conversation, Image, Stream, Text, Turn, visual_items
+from vl3train.data.records.conversation import (
+    Conversation,
+    Image,
+    Stream,
+    Text,
+    Turn,
+    is_learned,
+    visual_items,
+)
+from vl3train.data.render.stream_tokens import SpeakOrWait
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -114,18 +123,25 @@ class RenderedText:
 
 
 def render_conversation(
-    conversation: Conversation, items: Sequence[ItemTokens], tokenizer: ChatTokenizer
+    conversation: Conversation,
+    items: Sequence[ItemTokens],
+    tokenizer: ChatTokenizer,
+    stream_supervision: str = "training",
 ) -> RenderedText:
     """Render a conversation; ``items`` are those of ``conversation.visual_items`` in its order.
 
-    Supervised are the words of the assistant and the ``<|im_end|>`` after them, nothing else. Where the words
-    begin with whitespace that the tokenizer joins with the newline of the header, the joined token is not.
+    Supervised are the words of the assistant and the ``<|im_end|>`` after them. Where the words begin with whitespace
+    that the tokenizer joins with the newline of the header, the joined token is not. Of an answer without words, and
+    of one that the record takes out of the loss, nothing is. Of streamed frames ``stream_tokens.py`` says what is.
+
+    Args:
+        stream_supervision: ``data.stream_supervision``.
 
     Raises:
         SampleError: an image or clip in an assistant turn, or something else than frames in a stream turn.
     """
     by_part = dict(zip((item.part for item in visual_items(conversation)), items, strict=True))
-    writer = _Writer(tokenizer, by_part)
+    writer = _Writer(tokenizer, by_part, stream_supervision)
     for turn in conversation.turns:
         if turn.role == "stream":
             writer.write_stream(turn)
@@ -137,7 +153,9 @@ def render_conversation(
 class _Writer:
     """Ids as they grow. Text waits until a special token ends it: the tokenizer must see it in one piece."""
 
-    def __init__(self, tokenizer: ChatTokenizer, items: dict[str, ItemTokens]) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, items: dict[str, ItemTokens], stream_supervision: str
+    ) -> None:
         self.tokenizer = tokenizer
         self.items = items
         self.ids: list[np.ndarray] = []  # in pieces: placeholders are many and all the same
@@ -146,6 +164,9 @@ class _Writer:
         self.waiting = ""
         self.positions: dict[str, list[np.ndarray]] = {part: [] for part in items}
         self.shown = dict.fromkeys(items, 0)  # frames of a streamed clip
+        self.frames_ends = stream_supervision == "training"
+        self.speaks = SpeakOrWait() if stream_supervision == "released" else None
+        self.after_frame = False
 
     def add_ids(self, ids: Sequence[int] | np.ndarray, supervised: bool = False) -> None:
         self.ids.append(np.asarray(ids, np.int64))
@@ -166,7 +187,7 @@ class _Writer:
         self.add_ids(np.full(count, self.tokenizer.special_ids[token]))
 
     def write_turn(self, turn: Turn) -> None:
-        self.add_special(IM_START)
+        self.start_message(IM_START, turn.role != "assistant" or is_learned(turn))
         header = f"{turn.role}\n"
         self.waiting = header
         for content in turn.content:
@@ -184,10 +205,17 @@ class _Writer:
                     self.waiting += ("," if number else "") + time_text(seconds)
                     self.add_placeholders(content.part, VIDEO_PAD, kept)
                 self.waiting += "\n"
-        if turn.role == "assistant":
+        if is_learned(turn):
             self._flush_answer(header)
-        self.add_special(IM_END, supervised=turn.role == "assistant")
+        self.add_special(IM_END, supervised=is_learned(turn))
         self.waiting = "\n"
+        self.after_frame = False
+
+    def start_message(self, token: str, may_be_learned: bool = True) -> None:
+        """The first token of a message. After a streamed frame it says whether the model speaks or waits."""
+        self.add_special(token)
+        if self.speaks and self.after_frame and may_be_learned:
+            self.speaks.add(self.length - 1, token)
 
     def _flush_answer(self, header: str) -> None:
         """Supervise the waiting text but for its header."""
@@ -208,17 +236,20 @@ class _Writer:
             while (number := self.shown[content.part]) < len(item.times):
                 if item.times[number] > content.until:
                     break
-                self.add_special(STREAM_START)
+                self.start_message(STREAM_START)
                 self.waiting = f"stream\n{time_text(item.times[number] - (content.start or 0.0))} "
                 self.add_placeholders(content.part, VIDEO_PAD, item.kept[number])
+                self.add_ids(self.tokenizer.encode("\n"), supervised=self.frames_ends)
+                self.add_special(STREAM_END, supervised=self.frames_ends)
                 self.waiting = "\n"
-                self.add_special(STREAM_END)
-                self.waiting = "\n"
+                self.after_frame = True
                 self.shown[content.part] = number + 1
 
     def finished(self) -> RenderedText:
         self.flush()
         ids, supervised = np.concatenate(self.ids), np.concatenate(self.supervised)
+        if self.speaks:
+            supervised[self.speaks.balanced(ids)] = True
         labels = np.full(len(ids), IGNORE_INDEX, np.int64)
         labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
         positions = [piece for part in self.items for piece in self.positions[part]]

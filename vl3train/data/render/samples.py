@@ -12,6 +12,7 @@ from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.images import decode_image
 from vl3train.data.media.patches import prune_mask, prune_to_count
+from vl3train.data.records.conversation import Conversation, nothing_to_learn
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
 from vl3train.data.render.visual_items import Item, by_packets_else_exact, lay_out, patch_space, write_patches
@@ -35,7 +36,7 @@ def measure_sample(
         SampleError: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
             ``render_sample``.
     """
-    conversation = open_conversation(conversation_bytes, parts)
+    conversation = _opened(conversation_bytes, parts)
 
     def measure(exact: bool) -> SampleLengths:
         items = lay_out(conversation, parts, settings, limits, exact)
@@ -51,11 +52,10 @@ def measure_sample(
                 masks.append(prune_mask(patches, item.grid, item.merge_size))
             else:
                 masks.append(np.ones(item.num_tokens, bool))
-        text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
-        num_supervised_tokens = int((text.labels != IGNORE_INDEX).sum())
-        if not num_supervised_tokens:
-            raise SampleError("no supervised token: the assistant says nothing")
-        return _lengths(items, masks, len(text.input_ids), num_supervised_tokens)
+        text = render_conversation(
+            conversation, _item_tokens(items, masks), tokenizer, settings.stream_supervision
+        )
+        return _lengths(items, masks, len(text.input_ids), int((text.labels != IGNORE_INDEX).sum()))
 
     return by_packets_else_exact(measure)
 
@@ -82,7 +82,7 @@ def render_sample(
     Raises:
         SampleError: the sample is damaged, or its lengths are not those that were planned.
     """
-    conversation = open_conversation(conversation_bytes, parts)
+    conversation = _opened(conversation_bytes, parts)
 
     def render(exact: bool) -> RenderedSample:
         items = lay_out(conversation, parts, settings, limits, exact)
@@ -101,7 +101,9 @@ def render_sample(
                 masks.append(prune_mask(values, item.grid, item.merge_size))
             else:
                 masks.append(_pruned_as_planned(values, item, planned.kept_tokens[number]))
-        text = render_conversation(conversation, _item_tokens(items, masks), tokenizer)
+        text = render_conversation(
+            conversation, _item_tokens(items, masks), tokenizer, settings.stream_supervision
+        )
         found = _lengths(items, masks, len(text.input_ids), int((text.labels != IGNORE_INDEX).sum()))
         if planned is not None:
             for field in dataclasses.fields(SampleLengths):
@@ -137,6 +139,13 @@ def blank_sample(planned: SampleLengths, *, key: str, source: int) -> RenderedSa
         keep_mask=np.concatenate(masks),
         placeholder_positions=np.arange(planned.num_visual_tokens, dtype=np.int64),
     )
+
+
+def _opened(conversation_bytes: bytes, parts: Mapping[str, bytes]) -> Conversation:
+    conversation = open_conversation(conversation_bytes, parts)
+    if reason := nothing_to_learn(conversation.turns):
+        raise SampleError(reason)
+    return conversation
 
 
 def _pruned_as_planned(patches: np.ndarray, item: Item, count: int) -> np.ndarray:
