@@ -110,7 +110,8 @@ def change_lost(model: PeftModel, dtype: torch.dtype) -> float:
     lost = changed = 0.0
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            weight, change = layer.get_base_layer().weight.data, layer.get_delta_weight(ADAPTER_NAME)
+            weight = layer.get_base_layer().weight.data
+            change = layer.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
             merged = weight + change
             lost += (merged.to(dtype).float() - merged).square().sum(dtype=torch.float64).item()
             changed += change.square().sum(dtype=torch.float64).item()

@@ -24,9 +24,9 @@ def choose_as_the_original(timeline: Timeline, rule: FrameRule) -> FrameChoice:
     for parts of under a second does; the original fails there.
     """
     if rule.start_seconds is not None and rule.end_seconds is not None:
-        start, end = sorted((max(rule.start_seconds, 0.0), max(rule.end_seconds, 0.0)))
-        if end - start < 1:
-            return _part_of_a_second(timeline, start, end if end > start else start + 1, rule)
+        earlier, later = sorted((max(rule.start_seconds, 0.0), max(rule.end_seconds, 0.0)))
+        if later - earlier < 1:
+            return _part_of_a_second(timeline, earlier, later if later > earlier else earlier + 1, rule)
     tick, fps = timeline.tick, Fraction(rule.fps).limit_denominator(LARGEST_TERM)
     begins = timeline.stamps[0] * tick  # what ffprobe calls start_time
     start = begins if rule.start_seconds is None else max(begins, Fraction(rule.start_seconds))
@@ -51,7 +51,7 @@ def choose_as_the_original(timeline: Timeline, rule: FrameRule) -> FrameChoice:
         middle = (first + last - 1) // 2
         return FrameChoice((middle,), (float(start),), (first, last))
     picked = [first + max(bisect_right(slots, slot) - 1, 0) for slot in range(count)]
-    kept = range(count)
+    kept = list(range(count))
     if count > rule.max_frames:
         kept = np.linspace(0, count - 1, rule.max_frames, dtype=int).tolist()
     return FrameChoice(
@@ -68,7 +68,7 @@ def _part_of_a_second(timeline: Timeline, start: float, end: float, rule: FrameR
     duration = last - first + 1
     if duration / rate < rule.max_frames:
         step = max(int(min(rate // rule.fps, duration)), 1)
-        numbers = range(first + step // 2, last + 1, step)
+        numbers = list(range(first + step // 2, last + 1, step))
     else:
         numbers = [
             first + int(index) for index in np.linspace(0, duration - 1, min(rule.max_frames, duration))

@@ -56,7 +56,7 @@ def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adap
     if needs_adapter and adapter is None:
         raise ValueError(f"{source} holds no adapters to merge; leave --merge-adapter out")
     processor = AutoProcessor.from_pretrained(str(weights))
-    stored: torch.dtype = VideoLlama3Config.from_pretrained(str(weights)).dtype or torch.float32
+    stored: Any = VideoLlama3Config.from_pretrained(str(weights)).dtype or torch.float32
     written: torch.dtype = getattr(torch, dtype) if dtype else stored
     model = _load(weights, stored if adapter is None else torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
