@@ -54,7 +54,7 @@ class MediaFile:
     data: bytes | None = None
     pictures: tuple[MediaFile, ...] = ()  # a clip that is given as a list of them
     times: tuple[float, ...] | None = None  # of each picture, in seconds
-    fps: float | None = None  # pictures a second, where there are no times
+    fps: float | None = None  # of pictures without times, how many a second; of a clip, what is said of it
     location: Path | None = None  # of its file, once it is found
 
     @property
@@ -150,7 +150,7 @@ def json_list(text: str) -> Any:
 def media_file(
     source: Any, kind: str, *, times: tuple[float, ...] | None = None, fps: float | None = None
 ) -> MediaFile:
-    """One medium of a record. ``times`` and ``fps`` are of a clip's pictures.
+    """One medium of a record. ``times`` are of a clip's pictures, ``fps`` is what the record says of a clip.
 
     Raises:
         SampleError: it names no file and holds no bytes, or is an address.
@@ -168,7 +168,7 @@ def media_file(
     if not isinstance(path, str) or not (path or data):
         raise SampleError(f"{kind} {source!r:.{SHOWN}} is no file path")
     if data is None and path[:5].lower() == "data:":
-        return _of_data_url(path, kind)
+        return MediaFile("", kind, _data_url_bytes(path, kind), fps=fps)
     if data is None and (data := _base64_bytes(path, kind)):
         path = ""
     if reason := half_character(path):
@@ -179,7 +179,7 @@ def media_file(
         raise SampleError(f"{kind} {path[:SHOWN]!r} is an address; download it and give the file's path")
     if (suffix := PurePath(path).suffix.lower().removeprefix(".")) in (CONVERSATION_PART, CAPTION_PART):
         raise SampleError(f"{kind} {path!r} is a .{suffix} file; name the {kind} itself")
-    return MediaFile(path, kind, data)
+    return MediaFile(path, kind, data, fps=fps)
 
 
 def _may_be_media(value: Any) -> bool:
@@ -205,7 +205,7 @@ def _is_one_webp(entries: list[Any]) -> bool:
     return len(entries) == 1 and isinstance(entries[0], str) and entries[0].lower().endswith(".webp")
 
 
-def _of_data_url(url: str, kind: str) -> MediaFile:
+def _data_url_bytes(url: str, kind: str) -> bytes:
     """Bytes of ``data:image/png;base64,...``."""
     head, comma, body = url.partition(",")
     media_type, *options = head[5:].lower().split(";")
@@ -214,7 +214,7 @@ def _of_data_url(url: str, kind: str) -> MediaFile:
     of, _, name = media_type.partition("/")
     if of in ("image", "video", "audio", "text") and of != kind and name not in ("gif", "webp"):
         raise SampleError(f"{kind} {url[:SHOWN]!r} is of type {media_type}; put it under the key of its kind")
-    return MediaFile("", kind, _decoded(body, kind))
+    return _decoded(body, kind)
 
 
 def _base64_bytes(text: str, kind: str) -> bytes | None:
