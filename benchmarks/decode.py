@@ -42,6 +42,7 @@ from vl3train.data.render.decode_client import Decoder, decode_server
 from vl3train.data.render.decode_server import keep_freed_memory
 from vl3train.data.render.samples import measure_sample, render_sample
 from vl3train.data.render.visual_items import store_sample
+from vl3train.data.video.timeline import FrameRule
 
 DATA = DataConfig()
 LIMITS = DecodeLimits(max_pixels=DATA.decode_max_pixels, max_seconds=DATA.decode_max_seconds)
@@ -176,7 +177,7 @@ def measure_video(folder: Path, seconds: int) -> Iterator[dict[str, Any]]:
     total = seconds * rate
 
     def ours() -> int:
-        plan = plan_clip(data, fps=1.0, min_frames=1, max_frames=180, limits=LIMITS)
+        plan = plan_clip(data, FrameRule(fps=1.0, min_frames=1, max_frames=180), LIMITS)
         return len(list(read_frames(data, plan)))
 
     def pyav() -> int:

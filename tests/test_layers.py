@@ -30,10 +30,11 @@ MAY_IMPORT = {
 INSIDE_DATA = {
     # The same between the rooms of data, a folder or a file each.
     "plan": set(),
-    "media": set(),
+    "video": set(),
+    "media": {"video"},
     "shards": {"plan", "media"},
     "records": {"plan", "media", "shards"},
-    "render": {"plan", "media", "shards", "records"},
+    "render": {"plan", "media", "video", "shards", "records"},
     "recipe.py": {"shards"},
     "collate.py": set(),
     "prepare": {"plan", "media", "shards", "records", "render", "recipe.py"},

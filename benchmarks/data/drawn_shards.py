@@ -21,12 +21,13 @@ from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
 from vl3train.data.media.stored_frames import pack_frames
 from vl3train.data.prepare.write_shards import write_members
 from vl3train.data.records.conversation import Content, Conversation, Image, Text, Turn, Video
+from vl3train.data.video.timeline import FrameRule
 from vl3train.demo.tokenizer import train_tokenizer
 
 WORDS = tuple(first + second for first in "bdfghklmnprstvz" for second in "aeiou")
 """Each, with the space before it, is one token of ``write_tokenizer``'s."""
 SAMPLES_A_SHARD = 40
-RULE = {"fps": 1.0, "min_frames": 1, "max_frames": 180, "start_seconds": None, "end_seconds": None}
+RULE = FrameRule(fps=1.0, min_frames=1, max_frames=180)
 """How frames were sampled: vl3train's defaults, or the index would reject the stored frames."""
 
 

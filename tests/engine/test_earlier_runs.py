@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from tests.engine.runs import EARLIER, EARLIER_WORDS, run
+from vl3train.engine.ranks import RunError
 from vl3train.report.page import runs_table
 from vl3train.report.run_log import read_run
 
@@ -27,8 +28,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
+def as_if_sampled_by_the_rules_of_today(folder):
+    """Since then, ``RenderSettings.rules`` was raised: other frames of clips, so no run goes on by itself."""
+    with pytest.raises(RunError, match=r"plan\.index: the checkpoint has '956c662976339827'") as refused:
+        run(EARLIER_WORDS)
+    now = str(refused.value).partition("this run has '")[2][:16]
+    stored = folder / "run/checkpoints/step_00000003/resume.json"
+    stored.write_text(stored.read_text().replace("956c662976339827", now))
+
+
 def test_its_checkpoint_is_resumed_and_goes_on_as_the_run_that_was_never_stopped(folder, capsys):
     before = lines(folder / "run/metrics.jsonl")
+    as_if_sampled_by_the_rules_of_today(folder)
     run(EARLIER_WORDS)
     assert "resumed after step 3 from run/checkpoints/step_00000003" in capsys.readouterr().out
     straight, resumed = lines(folder / "straight/metrics.jsonl"), lines(folder / "run/metrics.jsonl")

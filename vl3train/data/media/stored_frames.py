@@ -10,6 +10,7 @@ were taken is in the header. A sample whose settings ask for another rule is rej
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import simplejpeg
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import ClipPlan, DecodeLimits
+from vl3train.data.video.timeline import FrameRule
 
 STORED_SUFFIX = "frames"
 START = b'{"vl3train_frames": 1'
@@ -32,7 +34,7 @@ def is_stored(data: bytes) -> bool:
     return data.startswith(START)
 
 
-def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: dict[str, Any]) -> bytes:
+def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: FrameRule) -> bytes:
     """Frames, each (height, width, 3) uint8 and all of one size, as a stored clip."""
     jpegs, shape = [], (0, 0)
     for frame in frames:
@@ -44,7 +46,7 @@ def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: dict
         )
     header = {
         "vl3train_frames": 1,
-        "rule": rule,
+        "rule": dataclasses.asdict(rule),
         "height": shape[0],
         "width": shape[1],
         "times": list(times),
@@ -53,17 +55,19 @@ def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: dict
     return json.dumps(header).encode() + b"\n" + b"".join(jpegs)
 
 
-def plan_stored(data: bytes, rule: dict[str, Any], limits: DecodeLimits) -> ClipPlan:
+def plan_stored(data: bytes, rule: FrameRule, limits: DecodeLimits) -> ClipPlan:
     """All the frames of a stored clip.
 
     Raises:
         SampleError: damaged, over the limits, or taken by another rule.
     """
     header, _ = _header(data)
-    if header["rule"] != rule:
-        differing = [f"{key}={header['rule'].get(key)}, now {rule[key]}" for key in rule]
+    asked = dataclasses.asdict(rule)
+    if (stored := header["rule"]) != asked:
         differing = [
-            one for key, one in zip(rule, differing, strict=True) if header["rule"].get(key) != rule[key]
+            f"{key}={stored.get(key)}, now {value}"
+            for key, value in asked.items()
+            if stored.get(key) != value
         ]
         raise SampleError(f"frames were stored with {'; '.join(differing)}; store them again from the clips")
     height, width, times = header["height"], header["width"], header["times"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_fra
 from vl3train.data.records.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.shards.tar_headers import CLIP_SUFFIXES, CONVERSATION_PART
+from vl3train.data.video.timeline import FrameRule
 
 Made = TypeVar("Made")
 
@@ -104,11 +105,7 @@ def _plan(
 ) -> ClipPlan:
     """Which frames of a clip are shown; of a streamed clip none after its last message (train.py:332)."""
     rule = _rule(content, settings)
-    plan = (
-        plan_stored(data, rule, limits)
-        if is_stored(data)
-        else plan_clip(data, **rule, limits=limits, exact=exact)
-    )
+    plan = plan_stored(data, rule, limits) if is_stored(data) else plan_clip(data, rule, limits, exact=exact)
     if isinstance(content, Video):
         return plan
     count = sum(seconds <= content.until for seconds in plan.times)
@@ -117,14 +114,15 @@ def _plan(
     return dataclasses.replace(plan, times=plan.times[:count], picked=plan.picked[:count])
 
 
-def _rule(content: Video | Stream, settings: RenderSettings) -> dict[str, Any]:
-    return {
-        "fps": settings.fps if content.fps is None else content.fps,
-        "min_frames": settings.min_frames,
-        "max_frames": settings.max_frames,
-        "start_seconds": content.start,
-        "end_seconds": content.end,
-    }
+def _rule(content: Video | Stream, settings: RenderSettings) -> FrameRule:
+    return FrameRule(
+        fps=settings.fps if content.fps is None else content.fps,
+        min_frames=settings.min_frames,
+        max_frames=settings.max_frames,
+        start_seconds=content.start,
+        end_seconds=content.end,
+        frame_sampling=settings.frame_sampling,
+    )
 
 
 def patch_space(items: list[Item]) -> np.ndarray:
@@ -183,11 +181,11 @@ def check_media(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
     Raises:
         SampleError: one of them is damaged or over the limits.
     """
-    whole = {"fps": 1.0, "min_frames": 1, "max_frames": 1}
+    whole = FrameRule(fps=1.0, min_frames=1, max_frames=1)
     for name, data in parts.items():
         try:
             if name.rpartition(".")[2] in CLIP_SUFFIXES:
-                plan_clip(data, **whole, limits=limits)  # type: ignore[arg-type]
+                plan_clip(data, whole, limits)
             else:
                 decode_image(data, limits)
         except SampleError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from itertools import pairwise
 
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import SampleError
@@ -15,7 +16,7 @@ from vl3train.data.video.original_sampling import choose_as_the_original
 from vl3train.data.video.timeline import FrameChoice, FrameRule, Timeline
 
 SLOWEST_VIDEO = 1
-"""Frames a second. A slower clip is a slide show: its pictures are taken again while they stay."""
+"""Frames a second. A picture that stays for longer is a still: it is taken again while it stays."""
 ROUNDING = 0.001
 """Seconds. Matroska and others write stamps in milliseconds."""
 
@@ -49,7 +50,7 @@ def choose_frames(timeline: Timeline, rule: FrameRule) -> FrameChoice:
 
 
 def _by_clock(timeline: Timeline, times: list[float], rule: FrameRule) -> FrameChoice:
-    """What is on the screen at equal distances of time. ``min_frames`` repeats no picture."""
+    """What is on the screen at equal distances of time; all that is to see where more is asked for than there is."""
     slack = min(float(timeline.tick), ROUNDING)
     first = min(max(rule.start_seconds or 0.0, 0.0), timeline.seconds)
     last = timeline.seconds if rule.end_seconds is None else min(rule.end_seconds, timeline.seconds)
@@ -57,11 +58,25 @@ def _by_clock(timeline: Timeline, times: list[float], rule: FrameRule) -> FrameC
     begin = max(bisect_right(times, first + slack) - 1, 0)
     window = (begin, max(bisect_left(times, last - slack), begin + 1))
     fewest = min(rule.min_frames, window[1] - window[0])
-    wanted = min(max(seconds * rule.fps + slack * rule.fps, fewest), rule.max_frames)
-    count = max(math.floor(wanted), 1)
+    count = max(math.floor(min(max((seconds + slack) * rule.fps, fewest), rule.max_frames)), 1)
+    bounds = [first, *times[window[0] + 1 : window[1]], last]
+    every = [
+        (number, begins + repeat / rule.fps)
+        for number, (begins, ends) in enumerate(pairwise(bounds), window[0])
+        for repeat in range(_times_to_see(ends - begins, rule.fps, slack))
+    ]
+    if 0 < len(every) <= count:
+        return FrameChoice(tuple(one for one, _ in every), tuple(time for _, time in every), window)
     shown = [first + number * seconds / count for number in range(count)]
     picked = tuple(min(max(bisect_right(times, at + slack) - 1, begin), window[1] - 1) for at in shown)
     return FrameChoice(picked, tuple(shown), window)
+
+
+def _times_to_see(stays: float, fps: float, slack: float) -> int:
+    """How often a picture can be taken: once, if it stays for over a second as often as asked, never without time."""
+    if stays > 1 / SLOWEST_VIDEO + slack:
+        return max(int((stays + slack) * fps), 1)
+    return int(stays > 0)
 
 
 def _window(times: list[float], rule: FrameRule) -> tuple[int, int]:
