@@ -14,6 +14,7 @@ import vl3train
 from tests.cli.conftest import sparse_checkpoint, write_tokenizer_json
 from vl3train.cli import check
 from vl3train.cli.main import main
+from vl3train.config.paths import mark_finished
 from vl3train.config.problems import ConfigError
 from vl3train.preview.check_config import check_config
 
@@ -189,3 +190,27 @@ def test_a_training_is_refused_before_any_process_or_torch(with_data: Path):
     )
     assert done.stdout.splitlines()[-1] == "2 []"
     assert "is cut off" in done.stderr
+
+
+def test_a_finished_run_and_a_template_that_is_not_used_are_said(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*START, "machine.dp_size=1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "chat template" not in out
+    assert "finished" not in out
+    assert "(1 rank x 16)" in out
+    assert "1 frame a second" in out
+    parser = ArgumentParser()
+    check.add_arguments(parser)
+    mark = Path("runs/2b/2_alignment")
+    mark.mkdir(parents=True)
+    mark_finished(check_config(parser.parse_args([*START[1:]])))
+    (with_data / "checkpoint" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main([*START]) == 0
+    out = capsys.readouterr().out
+    assert "chat template: chat_template.jinja of checkpoint is not used, it renders" in out
+    assert "runs/2b/2_alignment: this run is finished; name another run.output_dir" in out
+    (mark / "finished.json").write_text("{")
+    assert main([*START]) == 1
+    assert "finished.json is damaged" in capsys.readouterr().out

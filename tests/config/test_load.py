@@ -120,7 +120,7 @@ def test_mistakes_are_told_all_at_once_with_what_exists():
         "step.max_tokns=5: no such option; did you mean step.max_tokens?",
         "max_frames=9: no such option; did you mean data.max_frames?",
         "step.max_tokens=many: is of the wrong kind; it takes a whole number",
-        "machine.attention=flash: is of the wrong kind; it takes one of auto, flash_attn_4,",
+        "machine.attention=flash: no such choice; there are: auto, flash_attn_4,",
         "run.num_steps=1.5: is of the wrong kind; it takes a whole number, or null",
         "optim.beta1: is not key=value",
         "model=dbug: no such choice; did you mean debug? the choices are 2b, 7b, debug",

@@ -229,6 +229,10 @@ def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_p
     assert figures(resumed) == figures(straight)
     checkpoint = straight / "checkpoints" / "step_00000004"
     assert not (checkpoint / "weights").exists()
+    named = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
+    assert Path(named) == straight / "base"
     base = VideoLlama3ForConditionalGeneration.from_pretrained(straight / "base")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     merged = PeftModel.from_pretrained(base, checkpoint / "adapter").merge_and_unload().state_dict()

@@ -18,10 +18,12 @@ from rich.text import Text
 from vl3train.config.checks.start import starts_from
 from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.load import add_config_arguments
-from vl3train.config.problems import Problem, show
+from vl3train.config.paths import is_finished
+from vl3train.config.problems import ConfigError, Problem, counted, show
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.data.recipe import Recipe
+from vl3train.model.weights.headers.template import start_template
 from vl3train.preview.check_config import examine
 
 
@@ -36,19 +38,34 @@ def main(args: Namespace) -> int:
     """Print the summary and return 0, or print all problems and return 1."""
     console = Console(highlight=False, soft_wrap=True)
     cfg, recipe, found = examine(args)
+    if cfg is not None:
+        found = [*found, *mark_problems(cfg)]
     if args.ahead and cfg is not None and cfg.stage.init_from is not None:
         found = [problem for problem in found if problem.key != "stage.init_from"]
     if cfg is None or recipe is None or found:
         print_problems(console, found)
         return 1
     print_summary(console, cfg, recipe)
+    if (found_template := start_template(cfg)) is not None:
+        console.print(Text(found_template[1], style="yellow"))
+    if is_finished(cfg):
+        what = f"{cfg.run.output_dir}: this run is finished; name another run.output_dir to start a new one"
+        console.print(Text(what, style="bold yellow"))
     return 0
+
+
+def mark_problems(cfg: TrainConfig) -> list[Problem]:
+    """What is wrong with the file that marks the run as finished."""
+    try:
+        is_finished(cfg)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def print_problems(console: Console, found: list[Problem]) -> None:
     """All problems, numbered: key and value, what is wrong, what to do."""
-    count = f"{len(found)} problem{'s' if len(found) != 1 else ''}"
-    console.print(Text(f"{count}: this run cannot start", style="bold red"))
+    console.print(Text(f"{counted(len(found), 'problem')}: this run cannot start", style="bold red"))
     for number, problem in enumerate(found, start=1):
         named = problem.key if problem.value == "" else f"{problem.key}={show(problem.value)}"
         console.print(Text.assemble(f"{number}. ", (named, "bold")))
@@ -97,7 +114,9 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
     """The other lines of the summary: name and text."""
     step, data, machine, optim, run = cfg.step, cfg.data, cfg.machine, cfg.optim, cfg.run
     per_rank = step.global_packs // machine.dp_size
-    samples = "as many samples as fit" if step.max_samples is None else f"at most {step.max_samples} samples"
+    samples = "as many samples as fit"
+    if step.max_samples is not None:
+        samples = f"at most {counted(step.max_samples, 'sample')}"
     pruning = (
         "visual tokens that repeat the frame before are pruned"
         if cfg.stage.prune_frames
@@ -110,18 +129,21 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
         recompute = (
             "recompute as little as fits the GPU's memory, measured at the start (machine.memory=auto)"
         )
-    length = f"{run.num_epochs:g} virtual epochs" if run.num_steps is None else f"{run.num_steps} steps"
+    length = (
+        counted(run.num_epochs, "virtual epoch") if run.num_steps is None else counted(run.num_steps, "step")
+    )
     facts = [
         ("starts from", starts_from(cfg)),
         (
             "global batch",
-            f"{step.global_packs} packs ({machine.dp_size} ranks x {per_rank}) of {step.max_tokens:,} tokens "
+            f"{counted(step.global_packs, 'pack')} ({counted(machine.dp_size, 'rank')} x {per_rank}) of "
+            f"{step.max_tokens:,} tokens "
             f"and {step.max_patches:,} patches: {step.global_packs * step.max_tokens:,} tokens, {samples}",
         ),
         (
             "pictures",
             f"merge size {cfg.stage.image_merge_size} for images, {cfg.stage.video_merge_size} for clips; "
-            f"{pruning}; {data.fps:g} frames a second, at most {data.max_frames}; "
+            f"{pruning}; {counted(data.fps, 'frame')} a second, at most {data.max_frames}; "
             f"at most {data.max_visual_tokens:,} visual tokens a sample",
         ),
         (
@@ -147,7 +169,7 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
 
 def describe_recipe(recipe: Recipe, cfg: TrainConfig) -> str:
     """The recipe's sources with their weights, one a line."""
-    head = f"recipe {recipe.name}, {len(recipe.sources)} sources under {cfg.data.root}"
+    head = f"recipe {recipe.name}, {counted(len(recipe.sources), 'source')} under {cfg.data.root}"
     uses = [
         f"{source.name}, weight {source.weight:g}" if source.shards else f"{source.name}, evaluation only"
         for source in recipe.sources

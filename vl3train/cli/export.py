@@ -73,16 +73,19 @@ def main(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{out} exists; nothing was written. Give another folder or remove that one")
 
     from vl3train.model.weights.export import export_adapter, export_model
+    from vl3train.model.weights.headers.template import export_remark
 
     if args.adapter_only:
         adapter, base = export_adapter(args.source, out)
         print(f"wrote {out}: the adapters of {adapter}\n" + ADAPTER_SNIPPET.format(base=base, folder=out))
         return 0
     made = export_model(args.source, out, dtype=args.dtype, needs_adapter=args.merge_adapter)
+    remark = export_remark(Path(args.source).expanduser(), made.weights)
     print(
         f"wrote {out}: {made.num_parameters:,} parameters, {made.dtype}, {made.num_bytes / 2**20:.1f} MiB\n"
         f"from {made.weights}\n"
         + (merged_text(made) if made.adapter else "")
+        + (f"{remark}\n" if remark else "")
         + "loaded back with from_pretrained: no missing or unexpected key, every tensor and the logits equal\n"
         + SNIPPET.format(folder=out)
     )

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise ValueError("\n".join(problems))
     if args.batch is None:
-        print(asker.answers([requests[0][1]])[0])
+        print(asker.answers([requests[0][1]])[0] or "(empty answer)")
         return 0
     for done in write_answers(asker, [request for _, request in requests], Path(args.out), args.batch_size):
         print(f"{done} of {len(requests)} answered", file=sys.stderr)

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.cli.arguments import share
+from vl3train.cli.arguments import count, share
 from vl3train.config.load import add_config_arguments
+from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.gpus import GPUS
 from vl3train.preview.check_config import opened
@@ -38,6 +39,12 @@ from vl3train.preview.plan_picture import bars, draw_plan
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train plan``."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--nproc",
+        type=count,
+        metavar="N",
+        help="ranks to plan for, as vl3train train takes them (default: machine.dp_size)",
+    )
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="GPU of the estimates (default h100)"
     )
@@ -62,7 +69,7 @@ def main(args: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not args.picture.absolute().parent.is_dir():
         raise FileNotFoundError(f"--picture {args.picture}: there is no folder {args.picture.parent}")
-    with opened(args) as (cfg, data):
+    with opened(args, dp_size=args.nproc) as (cfg, data):
         figures = plan_figures(cfg, data)
         print_plan(console, cfg, figures, data.plan.fingerprint)
     print_estimate(console, cfg, figures, args.gpu, args.utilisation)
@@ -85,7 +92,7 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
         (
             "a step",
             f"{epoch.samples / steps:,.1f} samples, {epoch.tokens / steps:,.0f} tokens, "
-            f"{epoch.patches / steps:,.0f} patches in {cfg.step.global_packs} packs",
+            f"{epoch.patches / steps:,.0f} patches in {counted(cfg.step.global_packs, 'pack')}",
         ),
         ("supervised", f"{epoch.supervised_tokens / epoch.tokens:.1%} of the tokens"),
         (
@@ -93,7 +100,10 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
             f"{figures.token_fill.mean():.1%} of the packs' tokens, {figures.patch_fill.mean():.1%} of their patches",
         ),
         ("balance", f"costliest pack / mean pack: {_spread(figures.balance)}"),
-        ("", f"costliest of {cfg.machine.dp_size} ranks / mean rank: {_spread(figures.rank_balance)}"),
+        (
+            "",
+            f"costliest of {counted(cfg.machine.dp_size, 'rank')} / mean rank: {_spread(figures.rank_balance)}",
+        ),
     ]
     for name, text in rows:
         facts.add_row(name, text)
@@ -106,14 +116,14 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
         table = Table.grid(padding=(0, 1))
         table.add_column(justify="right")
         table.add_column(justify="right")
-        for row, count, bar in bars(lengths, width=40):
-            table.add_row(row, f"{count:,}", bar)
+        for row, number, bar in bars(lengths, width=40):
+            table.add_row(row, f"{number:,}", bar)
         console.print(Text(f"\ntokens of a sample, {name}:", style="bold"))
         console.print(table)
     if figures.rejected:
         console.print(Text("\nrejected:", style="bold"))
-        for reason, count, key in figures.rejected:
-            console.print(Text(f"  {count:,}: {reason} (as {key})"))
+        for reason, number, key in figures.rejected:
+            console.print(Text(f"  {number:,}: {reason} (as {key})"))
     else:
         console.print("\nno sample is rejected")
 
@@ -126,8 +136,8 @@ def print_estimate(
     ranks = cfg.machine.dp_size
     console.print(Text(f"\nestimates for {ranks} x {gpu.upper()}, not measured there:", style="bold"))
     console.print(
-        f"  time    {found.step_seconds:.3g} s a step, {found.run_hours:,.3g} hours for the run, "
-        f"{found.run_hours * ranks:,.3g} GPU hours\n"
+        f"  time    {duration(found.step_seconds)} a step, {duration(found.run_hours * 3600)} for the run, "
+        f"{duration(found.run_hours * 3600 * ranks)} of all GPUs together\n"
         f"          from model.costs as kFLOP, {GPUS[gpu].teraflops:g} TFLOP/s and utilisation {utilisation:g}"
     )
     if found.peak_gib is None:
@@ -149,8 +159,24 @@ def print_estimate(
     )
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> duration(1e-5), duration(0.5), duration(90), duration(36e6)
+    ('less than 0.01 seconds', '0.5 seconds', '1.5 minutes', '10,000 hours')
+    """
+    if seconds < 0.01:
+        return "less than 0.01 seconds"
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
 def _spread(values: np.ndarray) -> str:
-    return f"p50 {np.quantile(values, 0.5):.3f}, p99 {np.quantile(values, 0.99):.3f} ({len(values)} steps counted)"
+    middle, high = np.quantile(values, 0.5), np.quantile(values, 0.99)
+    return f"p50 {middle:.3f}, p99 {high:.3f} ({counted(len(values), 'step')} counted)"
 
 
 def _shares(what: str, groups: tuple[Group, ...], epoch: Group) -> Table:

@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
-from vl3train.config.input.options import OPTIONS, RENAMED, kind_of, suggest
+from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of, suggest
 from vl3train.config.input.rates import parts_by_stage, two_rates
 from vl3train.config.input.user_input import UserInput
 from vl3train.config.input.words import leaves, read_yaml, takes_text, with_text
 from vl3train.config.paths import shipped_folder
-from vl3train.config.problems import ConfigError, Problem, show
+from vl3train.config.problems import ConfigError, Problem, counted, show
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 
@@ -61,6 +61,7 @@ def load_config(
     *,
     config_file: Path | None = None,
     config_dir: Path | None = None,
+    dp_size: int | None = None,
 ) -> TrainConfig:
     """The config that ``overrides`` (``group=choice``, ``key=value``) make.
 
@@ -71,11 +72,12 @@ def load_config(
         config_file: YAML with ``group: choice`` and ``group: {key: value}``, such as a run's ``config.yaml``. It
             replaces what the groups say.
         config_dir: holds groups of the user's own.
+        dp_size: number of ranks, in place of machine.dp_size.
 
     Raises:
         ConfigError: names every mistake.
     """
-    cfg, found = read_config(overrides, config_file=config_file, config_dir=config_dir)
+    cfg, found = read_config(overrides, config_file=config_file, config_dir=config_dir, dp_size=dp_size)
     found = [*found, *(problems(cfg) if cfg is not None else [])]
     if cfg is None or found:
         raise ConfigError(found)
@@ -187,7 +189,7 @@ def _keep_text(composed: DictConfig, file: Path, group: str) -> None:
 
 def _set_ranks(user: UserInput, dp_size: int) -> None:
     """The number of ranks is the launch's; another one that the user wrote is a mistake."""
-    what, way_out = f"the launch has {dp_size} ranks", "leave it out: the launch decides"
+    what, way_out = f"the launch has {counted(dp_size, 'rank')}", "leave it out: the launch decides"
     user.problems += [
         Problem("machine.dp_size", value, what, way_out)
         for key, value in user.values
@@ -217,7 +219,10 @@ def _set_option(cfg: DictConfig, key: str, value: Any) -> Problem | None:
     try:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     except OmegaConfBaseException:
-        return Problem(key, value, "is of the wrong kind", f"it takes {kind_of(OPTIONS.get(key, float))}")
+        hint = OPTIONS.get(key, float)
+        if isinstance(value, str) and (words := choices_of(hint)):
+            return Problem(key, value, "no such choice", f"there are: {', '.join(words)}")
+        return Problem(key, value, "is of the wrong kind", f"it takes {kind_of(hint)}")
     return None
 
 

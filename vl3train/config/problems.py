@@ -25,9 +25,19 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+        count = f"{counted(len(problems), 'problem')} in the configuration"
         lines = [f"{number}. {problem}" for number, problem in enumerate(problems, start=1)]
         super().__init__("\n".join([f"{count}:", *lines]))
+
+
+def counted(number: float, word: str) -> str:
+    """A number of things, in the singular or plural.
+
+    >>> counted(1, "rank"), counted(1.0, "frame"), counted(1200, "pack"), counted(0.5, "frame")
+    ('1 rank', '1 frame', '1,200 packs', '0.5 frames')
+    """
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {word}" if number == 1 else f"{shown} {word}s"
 
 
 def show(value: object) -> str:

@@ -61,15 +61,16 @@ def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:
 
 
 @contextmanager
-def opened(args: Namespace) -> Iterator[tuple[TrainConfig, OpenData]]:
+def opened(args: Namespace, dp_size: int | None = None) -> Iterator[tuple[TrainConfig, OpenData]]:
     """The config that the arguments make, and its training samples, which must be indexed.
 
+    ``dp_size`` is the number of ranks, in place of machine.dp_size.
     Raises ValueError when the config, the recipe or an index cannot be used; the message says what to do.
     """
     from vl3train.data.pipeline import open_data
     from vl3train.model.weights.processor import build_processor
 
-    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
+    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir, dp_size=dp_size)
     with tempfile.TemporaryDirectory() as folder:
         # The tokenizer exactly as a run writes it: the index carries its checksum.
         build_processor(tokenizer_source(cfg)).save_pretrained(folder)

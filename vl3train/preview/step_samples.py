@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
@@ -191,7 +192,7 @@ def shown_step(cfg: TrainConfig, data: OpenData, step: int, most: int) -> ShownS
         f"{sum(len(place.pack.samples) for place in places)} samples, "
         f"{sum(place.pack.num_tokens for place in places):,} tokens, "
         f"{sum(place.pack.num_supervised_tokens for place in places):,} of them supervised, on "
-        f"{cfg.machine.dp_size} ranks",
+        f"{counted(cfg.machine.dp_size, 'rank')}",
     ]
     return ShownStep(title=f"{cfg.stage.name}, step {step}", facts=facts, packs=packs)
 

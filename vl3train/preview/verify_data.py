@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vl3train.config.problems import counted
 from vl3train.contracts.records import Cursor, Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, IM_END, IM_START, STREAM_END, STREAM_START
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -50,7 +51,9 @@ def check_decoding(
             reasons.append(f"{data.index.key(row)}: {sample}")
         else:
             good[row] = sample
-    found = f"{len(good)} of {len(rows)} samples drawn at random decode to the lengths in the index"
+    found = (
+        f"{len(good)} of {counted(len(rows), 'sample')} drawn at random decode to the lengths in the index"
+    )
     return Verdict("decoding", not reasons, found, reasons), good
 
 
@@ -80,7 +83,11 @@ def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenize
             reasons.append(f"{key}: no token is supervised")
         if np.isin(sample.placeholder_positions, np.flatnonzero(sample.labels != IGNORE_INDEX) + 1).any():
             reasons.append(f"{key}: a visual token is supervised")
-    found = f"the supervised text of {seen} samples is compared with the assistant's"
+    found = f"exactly the assistant's words and {IM_END} are supervised in {counted(seen, 'sample')}"
+    if reasons:
+        found = f"{counted(len(reasons), 'fault')} in what is supervised of {counted(seen, 'sample')}"
+    if seen < len(samples):
+        found += "; the others are captions without turns to compare with"
     return Verdict("labels", not reasons, found, reasons)
 
 
@@ -105,5 +112,6 @@ def check_splits(data: OpenData) -> Verdict:
         twice, never = int((counts > 1).sum()), expected - len(rows)
         if twice or never:
             reasons.append(f"{twice} samples are twice in an epoch, {never} never")
-    found = f"{len(packs)} packs are divided without change over {', '.join(map(str, worlds))} ranks"
+    found = f"{counted(len(packs), 'pack')} can be divided without change over {', '.join(map(str, worlds))}"
+    found += " rank" if worlds == [1] else " ranks"
     return Verdict("splits", not reasons, found, reasons)

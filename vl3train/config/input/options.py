@@ -44,6 +44,12 @@ def by_present_names(config: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def choices_of(hint: Any) -> list[str]:
+    """The words that an option of this type takes; empty where it takes numbers or any text."""
+    kinds = [one for one in (hint, *typing.get_args(hint)) if isinstance(one, type) and issubclass(one, Enum)]
+    return [member.name for kind in kinds for member in kind]
+
+
 def kind_of(hint: Any) -> str:
     """In words, what an option of this type takes."""
     arguments = typing.get_args(hint)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vl3train.config.choices import Dtype, MasterDtype, Schedule
+from vl3train.config.problems import counted
 from vl3train.config.schema import MachineConfig, OptimConfig
 from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
@@ -69,7 +70,7 @@ def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig)
     where = " in host memory" if machine.offload_optimizer else ""
     return (
         f"optimizer: {states:.1f} GiB for AdamW's moments in {optim.state_dtype.value}{where} and {kept} "
-        f"on each of {machine.dp_size} ranks"
+        f"on each of {counted(machine.dp_size, 'rank')}"
     )
 
 

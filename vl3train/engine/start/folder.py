@@ -15,6 +15,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
 from vl3train.engine.checkpoint import find_checkpoint
 from vl3train.engine.ranks import Rank
+from vl3train.model.weights.headers.template import KEPT, start_template
 from vl3train.model.weights.processor import build_processor
 
 
@@ -24,7 +25,7 @@ class OutputFolder:
 
     path: Path
     checkpoint: Path | None  # the newest whole checkpoint, which the run resumes from
-    remarks: list[str]  # what is wrong with newer checkpoints
+    remarks: list[str]  # what is wrong with newer checkpoints; what of the start folder is not used
     processor_dir: Path  # tokenizer, pixel budgets and chat template of this run
 
 
@@ -41,6 +42,7 @@ def open_folder(cfg: TrainConfig, rank: Rank) -> OutputFolder:
     processor_dir = write_processor(cfg, folder, rank)
     if checkpoint is None and rank.is_first:
         write_config(cfg, folder)  # before the long steps: it marks the folder as that of a run
+        remarks = [*remarks, *keep_template(cfg, folder)]
     return OutputFolder(path=folder, checkpoint=checkpoint, remarks=remarks, processor_dir=processor_dir)
 
 
@@ -108,6 +110,17 @@ def _save_processor(processor: Any, target: Path) -> str | None:
     except OSError as error:
         return f"run.output_dir={target.parent} cannot be written: {error}; name another folder"
     return None
+
+
+def keep_template(cfg: TrainConfig, folder: Path) -> list[str]:
+    """Keep a copy of the start folder's chat template where it renders otherwise than training; says so in a remark."""
+    (folder / KEPT).unlink(missing_ok=True)  # of a start with other options
+    found = start_template(cfg)
+    if found is None:
+        return []
+    own, remark = found
+    write_whole(folder / KEPT, own.text)
+    return [remark]
 
 
 def load_processor(folder: Path) -> Any:

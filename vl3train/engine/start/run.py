@@ -10,6 +10,7 @@ import torch
 
 from vl3train.config.choices import Memory
 from vl3train.config.plain import as_plain
+from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.engine.memory.fit import fit_run
 from vl3train.engine.memory.warmup import warm_up_run
@@ -99,5 +100,6 @@ def start_remarks(
         optimizer_cost(num_trained, cfg.optim, cfg.machine),
         *model.kernels.remarks(),
         *data_remarks(data.train),
-        f"{data.num_steps} steps of {cfg.step.global_packs} packs on {rank.dp_size} ranks{resumed}",
+        f"{counted(data.num_steps, 'step')} of {counted(cfg.step.global_packs, 'pack')} on "
+        f"{counted(rank.dp_size, 'rank')}{resumed}",
     ]
