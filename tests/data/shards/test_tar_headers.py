@@ -156,3 +156,60 @@ def test_parts_that_are_no_sample_are_named_and_others_never_read(tmp_path, part
     assert (sample.rejection is None) if fault is None else fault in str(sample.rejection)
     assert sample.ignored == unread
     assert all(isinstance(part, Part) and part.name not in unread for part in sample.parts)
+
+
+DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X"
+
+
+def test_a_folder_packed_on_a_mac_gives_its_samples(tmp_path):
+    """Between the members of a sample lie what the Mac knows of each file, and of the folder."""
+    plain = [("./a/1.jpg", b"x"), ("./a/1.json", b"{}"), ("./a/2.0.jpg", b"y"), ("./a/2.json", b"{}")]
+    members = [("./._a", DOUBLE), ("./a/.DS_Store", b"Bud1")]
+    for name, data in plain:
+        folder, slash, last = name.rpartition("/")
+        members += [(f"{folder}{slash}._{last}", DOUBLE), (name, data)]
+    members += [
+        ("__MACOSX/a/._1.json", DOUBLE),
+        ("a/PaxHeaders.12/1.json", b"30 mtime=1"),
+        ("Thumbs.db", b""),
+    ]
+    samples = shard_samples(make_tar(tmp_path / "a.tar", members))
+    expected = shard_samples(make_tar(tmp_path / "b.tar", plain))
+    assert not faults(samples)
+    parts = [[(part.name, part.size) for part in sample.parts] for sample in samples]
+    assert parts == [[(part.name, part.size) for part in sample.parts] for sample in expected]
+    unread = sorted(name for sample in samples for name in sample.ignored)
+    assert unread == sorted([*["._*"] * 6, ".DS_Store", "PaxHeader", "Thumbs.db"])
+
+
+def test_a_name_with_a_dot_in_front_is_a_sample_where_it_accompanies_none(tmp_path):
+    samples = shard_samples(make_tar(tmp_path / "a.tar", [("._a.json", b"{}"), ("._a.0.jpg", b"x")]))
+    assert good(samples) == ["._a"]
+    assert len(samples[0].parts) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_sample_that_lost_a_picture_is_rejected_with_the_reason(tmp_path, number):
+    """A caption would be trained with the other pictures alone."""
+    members = [("a.json", b"{}"), ("b.0.jpg", b"x"), ("b.1.jpg", b"x"), ("b.2.jpg", b"x"), ("b.txt", b"two")]
+    shard = make_tar(tmp_path / "a.tar", [*members, ("c.json", b"{}")])
+    data = bytearray(shard.read_bytes())
+    at = 1024 * (number + 1)
+    data[at + 156] = ord("S")
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    shard.write_bytes(data)
+    assert good(shard_samples(shard)) == ["a", "c"]
+    assert "sparse file" in faults(shard_samples(shard))["b"]
+    data[at + 3] ^= 0xFF
+    shard.write_bytes(data)
+    damaged = faults(shard_samples(shard))
+    assert f"damaged header at byte {at}" in damaged[f"@{at}"]
+    assert ("b" in damaged) == (number > 0)  # at the edge of a sample it may be another's
+
+
+def test_thousands_of_members_of_one_key_take_no_longer_than_their_number(tmp_path):
+    header = tarfile.TarInfo("a.0.jpg").tobuf(tarfile.USTAR_FORMAT)
+    (tmp_path / "a.tar").write_bytes(header * 5000 + bytes(1024))
+    (sample,) = shard_samples(tmp_path / "a.tar")
+    assert "comes twice" in str(sample.rejection)

@@ -1,4 +1,4 @@
-"""What lies where in a .tar shard, from its headers alone. Damaged places are rejected, the rest stays usable.
+"""The samples of a .tar shard, from its headers alone. Damaged places are rejected, the rest stays usable.
 
 Plain webdataset stops without a word at a damaged header, merges keys that contain dots, and yields half samples
 when members of one key are apart. Here each of these is a row of the index with its place and its reason.
@@ -6,16 +6,13 @@ when members of one key are apart. Here each of these is a row of the index with
 
 from __future__ import annotations
 
-import mmap
 import re
-import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BLOCK = 512
-MAGIC_AT = 257
-"""Where ``ustar`` begins in a header."""
+from vl3train.data.shards.tar_members import Member, RejectedPlace, read_members, shown
 
 CONVERSATION_PART = "json"
 CAPTION_PART = "txt"
@@ -27,8 +24,12 @@ MEDIA_PART = re.compile(
 )
 """``0.jpg`` as `vl3train shards` writes it, ``jpg`` or ``image_0.jpg`` as others do. Nothing else is read."""
 
-REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
-EXTENSION_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
+COMPANIONS = (".DS_Store", "Thumbs.db", "desktop.ini")
+COMPANION_FOLDERS = re.compile(r"__MACOSX|\.AppleDouble|@eaDir|PaxHeaders?(?:\.\d+)?")
+"""What operating systems, servers and tools that know no pax headers put beside files. It is passed over."""
+MAX_PART_DOTS, MAX_FOLDERS = 16, 32
+"""Looked at in a name, which may have thousands."""
+SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,6 @@ class ShardSample:
     ignored: tuple[str, ...] = ()  # its members that are neither text nor media; never opened
 
 
-@dataclass(frozen=True, slots=True)
-class _RejectedPlace:
-    position: int
-    reason: str
-
-
 @dataclass(slots=True)
 class _Members:
     """Members of one key, as they are found."""
@@ -63,13 +58,20 @@ class _Members:
     parts: list[Part] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     apart_at: int | None = None
+    damaged: str | None = None  # why one of its members, or a place between them, was rejected
 
     def rejection(self) -> str | None:
         names = [part.name for part in self.parts]
+        counts = Counter(names)
+        if self.damaged is not None:
+            return self.damaged
         if self.apart_at is not None:
-            return f"its members are not adjacent: others come again at byte {self.apart_at}"
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            return f"member .{twice[0]} comes twice"
+            return (
+                f"its members are not adjacent: others come again at byte {self.apart_at}; pack the shard again with "
+                "--sort=name"
+            )
+        if twice := [name for name, count in counts.items() if count > 1]:
+            return f"member .{min(twice)} comes twice; pack the shard again with one of them"
         papers = [name for name in self.ignored if name.rpartition(".")[2] in DOCUMENT_SUFFIXES]
         if papers and not any(MEDIA_PART.fullmatch(name) for name in names):
             return (
@@ -77,45 +79,100 @@ class _Members:
                 "and so on, and write the text into KEY.txt"
             )
         if not {CONVERSATION_PART, CAPTION_PART} & set(names):
-            return f"no .json or .txt member: the conversation is missing; there is {[*names, *self.ignored]}"
+            there = [*names, *self.ignored][:SHOWN_NAMES]
+            return f"no .json or .txt member: the conversation is missing; there is {there}; add KEY.json or KEY.txt"
         return None
 
 
 def shard_samples(shard: Path) -> list[ShardSample]:
-    """The samples of a shard in their order, those included that cannot be used. Every byte is accounted for."""
-    found = list(_read_headers(shard))
-    members = [one for one in found if isinstance(one, Part)]
-    places = [one for one in found if isinstance(one, _RejectedPlace)]
-    stems = [name.rpartition(".")[0] for name in (member.name.removeprefix("./") for member in members)]
-    keys = {
-        stem
-        for stem, member in zip(stems, members, strict=True)
-        if member.name.lower().endswith((f".{CONVERSATION_PART}", f".{CAPTION_PART}"))
-    }
+    """The samples of a shard in their order, those included that cannot be used. Every byte is accounted for.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found = read_members(shard)
+    places = [one for one in found if isinstance(one, RejectedPlace)]
+    names = {one.name for one in found if isinstance(one, Member)}
+    accompanied = names | {parent for name in names if "/" in name for parent in _folders(name)}
+    companions = {name for name in names if is_companion(name, accompanied)}
+    keys = _keys((names - companions) | {place.name for place in places})
     samples: dict[str, _Members] = {}
-    current = None
-    for member in members:
-        key, part = split_name(member.name, keys)
-        if not key or key.endswith("/"):
-            places.append(
-                _RejectedPlace(member.offset - BLOCK, f"member {member.name!r}: a name is KEY.PART")
-            )
-            continue
-        sample = samples.setdefault(key, _Members())
-        if key != current and (sample.parts or sample.ignored):
-            sample.apart_at = member.offset - BLOCK
-        current = key
-        if part in (CONVERSATION_PART, CAPTION_PART) or MEDIA_PART.fullmatch(part):
-            sample.parts.append(Part(part, member.offset, member.size))
-        else:
-            sample.ignored.append(part)
+    current, between = None, None
+    for one in found:
+        if isinstance(one, RejectedPlace):
+            between = one  # of the same sample, if the next member is
+        elif one.name not in companions:
+            key, part = split_name(one.name, keys)
+            if not key or key.endswith("/"):
+                places.append(
+                    RejectedPlace(one.at, f"member {shown(one.name)}: a name is KEY.PART; rename it")
+                )
+                continue
+            sample = samples.setdefault(key, _Members())
+            if key != current and (sample.parts or sample.ignored):
+                sample.apart_at = one.at
+            elif between is not None and not between.name and key == current:
+                sample.damaged = between.reason
+            current, between = key, None
+            if is_read(part):
+                sample.parts.append(Part(part, one.offset, one.size))
+            else:
+                sample.ignored.append(part)
+    _pass_over(companions, samples, keys)
+    for place in places:
+        key, part = split_name(place.name, keys)
+        if is_read(part) and key in samples:
+            samples[key].damaged = place.reason
     return [
         *(
             ShardSample(key, tuple(sample.parts), sample.rejection(), tuple(sample.ignored))
             for key, sample in samples.items()
         ),
-        *(ShardSample(f"@{place.position}", (), place.reason) for place in places),
+        *(ShardSample(f"@{place.at}", (), place.reason) for place in places),
     ]
+
+
+def is_read(part: str) -> bool:
+    """Whether a part is text or a medium. Others are counted and never opened."""
+    return part in (CONVERSATION_PART, CAPTION_PART) or MEDIA_PART.fullmatch(part) is not None
+
+
+def is_companion(name: str, names: Collection[str]) -> bool:
+    """Whether a member is no file of the user: what a Mac and others write beside each file, and into each folder.
+
+    Args:
+        name: of the member.
+        names: of all members, and of the folders they lie in.
+
+    >>> is_companion("a/._7.jpg", {"a/7.jpg"}), is_companion("a/._7.jpg", ()), is_companion("a/.DS_Store", ())
+    (True, False, True)
+    """
+    folder, slash, last = name.rpartition("/")
+    if last in COMPANIONS or any(COMPANION_FOLDERS.fullmatch(word) for word in folder.split("/")):
+        return True
+    return last == "._." or (last.startswith("._") and folder + slash + last[2:] in names)
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders that a member lies in."""
+    words = name.split("/")
+    return ("/".join(words[:count]) for count in range(1, min(len(words), MAX_FOLDERS)))
+
+
+def _keys(names: Collection[str]) -> set[str]:
+    """Keys of the samples that have a text. Others have no dots in theirs."""
+    texts = (f".{CONVERSATION_PART}", f".{CAPTION_PART}")
+    return {name.removeprefix("./").rpartition(".")[0] for name in names if name.lower().endswith(texts)}
+
+
+def _pass_over(companions: Collection[str], samples: dict[str, _Members], keys: set[str]) -> None:
+    """Count companions with the sample that they accompany, or with the first."""
+    for name in sorted(companions) if samples else ():
+        folder, slash, last = name.rpartition("/")
+        is_double = last.startswith("._")
+        key, _ = split_name(folder + slash + last.removeprefix("._"), keys)
+        sample = samples.get(key) or next(iter(samples.values()))
+        sample.ignored.append("._*" if is_double else last if last in COMPANIONS else "PaxHeader")
 
 
 def split_name(name: str, keys: set[str]) -> tuple[str, str]:
@@ -127,98 +184,8 @@ def split_name(name: str, keys: set[str]) -> tuple[str, str]:
     name = name.removeprefix("./")
     folder, slash, last = name.rpartition("/")
     words = last.split(".")
-    for cut in range(len(words) - 1, 0, -1):
+    for cut in range(len(words) - 1, max(0, len(words) - 1 - MAX_PART_DOTS), -1):
         key = folder + slash + ".".join(words[:cut])
         if key in keys:
             return key, ".".join(words[cut:]).lower()
     return folder + slash + words[0], ".".join(words[1:]).lower()  # as webdataset splits
-
-
-def _read_headers(shard: Path) -> Iterator[Part | _RejectedPlace]:
-    """Every regular file, by its full name, and every rejected place. Directories are neither."""
-    total = shard.stat().st_size
-    if total == 0:
-        yield _RejectedPlace(0, "the shard is empty")
-        return
-    with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        position, long_name, ended = 0, "", False
-        long_size: int | None = None
-        while position < total or not ended:
-            block = content[position : position + BLOCK]
-            if len(block) < BLOCK:
-                yield _RejectedPlace(
-                    position, f"cut off at byte {position}: no end mark; copy the shard again"
-                )
-                return
-            if not any(block):
-                ended = True  # but another archive may be appended
-                position = _next_header(content, position + BLOCK)
-                continue
-            ended = False
-            try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.HeaderError as error:
-                following = _next_header(content, position + BLOCK)
-                lost = (
-                    "nothing behind it can be read"
-                    if following >= total
-                    else f"the next readable member begins at byte {following}"
-                )
-                yield _RejectedPlace(position, f"damaged header at byte {position}: {error}; {lost}")
-                if following >= total:
-                    return
-                position, long_name, long_size = following, "", None
-                continue
-            name, size = long_name or header.name, header.size if long_size is None else long_size
-            start, at = position + BLOCK, position
-            if start + size > total:
-                missing = start + size - total
-                yield _RejectedPlace(
-                    at, f"cut off inside {name!r}, {missing} bytes are missing; copy the shard again"
-                )
-                return
-            position = start + -(-size // BLOCK) * BLOCK
-            if header.type in EXTENSION_TYPES:  # a long name or size for the next member
-                body = content[start : start + size]
-                if header.type == tarfile.GNUTYPE_LONGNAME:
-                    long_name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
-                elif header.type == tarfile.XHDTYPE:
-                    fields = _pax_fields(body)
-                    long_name = fields.get("path", "")
-                    long_size = int(fields["size"]) if fields.get("size", "").isdigit() else None
-                continue
-            long_name, long_size = "", None
-            if header.type not in REGULAR_TYPES:
-                if header.type != tarfile.DIRTYPE:
-                    yield _RejectedPlace(at, f"member {name!r} is a link or device; it is not followed")
-            elif name.startswith("/") or ".." in name.split("/"):
-                yield _RejectedPlace(at, f"member {name!r}: names must be relative, without '..'")
-            else:
-                yield Part(name, start, size)
-
-
-def _next_header(content: mmap.mmap, position: int) -> int:
-    """Where the next readable header begins at or behind ``position``; the size of the file without one."""
-    found = content.find(b"ustar", position)
-    while found >= 0:
-        start = found - MAGIC_AT
-        if start >= position and start % BLOCK == 0:
-            try:
-                tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
-            except tarfile.HeaderError:
-                pass
-            else:
-                return start
-        found = content.find(b"ustar", found + 1)
-    return len(content)
-
-
-def _pax_fields(body: bytes) -> dict[str, str]:
-    """``LENGTH KEY=VALUE`` lines of a pax header."""
-    fields, position = {}, 0
-    while match := re.compile(rb"(\d+) ([^=]+)=").match(body, position):
-        end = position + int(match[1])
-        value = body[match.end() : end - 1]
-        fields[match[2].decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-        position = max(end, match.end())
-    return fields
