@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image as PillowImage
 
 from tests.config.conftest import workplace
 from vl3train.config.input.groups import group_choices
@@ -19,8 +21,10 @@ from vl3train.config.paths import shipped_folder
 from vl3train.config.plain import as_plain
 from vl3train.config.rules import effective_learning_rates, problems
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.geometry import picture_grid, token_budget_pixels
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape, tower_shapes
 from vl3train.data.recipe import load_recipe
+from vl3train.model.weights.processor import build_processor
 
 __all__ = ["workplace"]
 
@@ -77,6 +81,59 @@ def test_the_stages_are_the_published_ones():
         )
         assert (cfg.optim.beta1, cfg.optim.beta2, cfg.optim.eps) == (0.9, 0.999, 1e-8)
         assert (cfg.run.num_epochs, cfg.run.save_steps, cfg.run.keep_checkpoints) == (1, 1000, 2)
+
+
+def original_size(height: int, width: int, *, factor: int, max_tokens: int) -> tuple[int, int]:
+    """Of one picture, as simple_batched_resize of the original's image_processing_videollama3.py computes it."""
+    min_pixels, max_pixels = 16 * factor * factor, max_tokens * factor * factor
+    h_bar, w_bar = round(height / factor) * factor, round(width / factor) * factor
+    if h_bar * w_bar > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        h_bar = math.floor(height / beta / factor) * factor
+        w_bar = math.floor(width / beta / factor) * factor
+    if h_bar * w_bar < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h_bar = math.ceil(height * beta / factor) * factor
+        w_bar = math.ceil(width * beta / factor) * factor
+    return h_bar, w_bar
+
+
+SIDES = (5, 14, 27, 28, 56, 57, 112, 113, 336, 512, 720, 1080, 1920, 2833, 3000, 4000, 6000)
+
+
+@pytest.mark.parametrize("stage", group_choices("stage"))
+def test_images_have_the_originals_sizes(stage: str):
+    cfg = compose(stage)
+    merge, tokens = cfg.stage.image_merge_size, cfg.data.max_visual_tokens
+    most = token_budget_pixels(max_visual_tokens=tokens, num_pictures=1, merge_size=merge)
+    for height, width in itertools.product(SIDES, SIDES):
+        if max(height, width) > 200 * min(height, width):
+            continue
+        grid = picture_grid(
+            height,
+            width,
+            merge_size=merge,
+            min_pixels=cfg.data.image_min_pixels,
+            max_pixels=min(cfg.data.image_max_pixels, most),
+        )
+        expected = original_size(height, width, factor=14 * merge, max_tokens=tokens)
+        assert (grid[0] * 14, grid[1] * 14) == expected, (height, width)
+
+
+@pytest.mark.parametrize("stage", ["3_multitask_finetuning", "4_video_finetuning"])
+def test_an_exports_processor_has_the_limits_of_its_stage(tokenizer_dir: Path, stage: str):
+    cfg = compose(stage)
+    merge = cfg.stage.image_merge_size
+    processor = build_processor(tokenizer_dir, data=cfg.data, image_merge_size=merge)
+    assert dict(processor.image_processor.size) == {
+        "shortest_edge": 16 * (14 * merge) ** 2,
+        "longest_edge": 10240 * (14 * merge) ** 2,
+    }
+    for (width, height), count in (((4000, 3000), 10092), ((56, 56), 16)):
+        grid = processor.image_processor(PillowImage.new("RGB", (width, height)), return_tensors="pt")[
+            "image_grid_thw"
+        ]
+        assert int(grid.prod()) // merge**2 == count
 
 
 def values_of(file: Path) -> Iterator[tuple[str, Any]]:

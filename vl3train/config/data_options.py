@@ -36,10 +36,12 @@ class DataConfig:
     """Most visual tokens of one sample before pruning (mm_max_length). Its images and frames share them equally."""
 
     image_min_pixels: int = 3136
-    """Pixels of an image at least; smaller images are enlarged."""
+    """Pixels of an image at least; smaller images are enlarged. 16 tokens of (14 x image merge) squared pixels, as the
+    original has it: stage 4 says 12544."""
 
     image_max_pixels: int = 3211264
-    """Pixels of an image at most (16 384 patches); larger images are shrunk."""
+    """Pixels of an image at most (16 384 patches); larger images are shrunk. max_visual_tokens bounds them too; stage 4
+    says what it allows at its merge size, 8028160."""
 
     video_min_pixels: int = 12544
     """Pixels of a frame at least; smaller frames are enlarged."""
