@@ -31,6 +31,12 @@ def only_problem(*overrides: str) -> str:
     return str(problem)
 
 
+def test_the_original_frame_sampling_has_no_fewest_frames():
+    assert "original code has no fewest frames" in only_problem(
+        "stage=1", "data.frame_sampling=original", "data.min_frames=4"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vl3train.config.choices import FrameSampling
 from vl3train.inference.requests import parse_request, read_requests
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps", type=float, help="frames sampled from each second of a video (default: as in training)"
     )
+    parser.add_argument(
+        "--frame-sampling",
+        choices=[one.value for one in FrameSampling],
+        default=FrameSampling.transformers.value,
+        help="the training's data.frame_sampling; a model's folder does not say it (default: %(default)s)",
+    )
     parser.add_argument("--max-frames", type=int, help="most frames of a video (default: as in training)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
 
@@ -73,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
         args.model,
         device=args.device,
         fps=args.fps,
+        frame_sampling=args.frame_sampling,
         max_frames=args.max_frames,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

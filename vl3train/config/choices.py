@@ -38,6 +38,13 @@ class GemmBackend(Enum):
     torch = "torch"
 
 
+class FrameSampling(Enum):
+    """Which frame stands for which time of a clip (docs/frame_sampling.md)."""
+
+    transformers = "transformers"
+    original = "original"
+
+
 class Recompute(Enum):
     """What a layer recomputes in the backward pass. Each choice keeps less memory than the one before.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vl3train.config.choices import StreamSupervision
+from vl3train.config.choices import FrameSampling, StreamSupervision
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,8 +21,12 @@ class DataConfig:
     fps: float = 1.0
     """Frames sampled from each second of a clip."""
 
+    frame_sampling: FrameSampling = FrameSampling.transformers
+    """Which frames are taken of a clip, and their times: as transformers' processor does, which inference with an
+    export uses, or as the original code did, for weights that were trained by it (docs/frame_sampling.md)."""
+
     min_frames: int = 1
-    """Fewest frames of a clip."""
+    """Fewest frames of a clip; ``original`` knows no such limit."""
 
     max_frames: int = 180
     """Most frames of a clip; a longer clip is sampled at a lower rate."""

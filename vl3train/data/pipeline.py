@@ -46,6 +46,7 @@ def render_settings(cfg: TrainConfig, tokenizer: ChatTokenizer) -> RenderSetting
         video_merge_size=cfg.stage.video_merge_size,
         prune_frames=cfg.stage.prune_frames,
         fps=data.fps,
+        frame_sampling=data.frame_sampling.value,
         min_frames=data.min_frames,
         max_frames=data.max_frames,
         image_min_pixels=data.image_min_pixels,

@@ -26,6 +26,7 @@ class Asker:
     max_frames: int
     max_new_tokens: int
     temperature: float
+    frame_sampling: str
 
     @classmethod
     def load(
@@ -37,6 +38,7 @@ class Asker:
         max_frames: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        frame_sampling: str = "transformers",
     ) -> Asker:
         """Load a run, a checkpoint or an export.
 
@@ -47,6 +49,7 @@ class Asker:
             max_frames: most frames of a clip; None takes the value of the training.
             max_new_tokens: most tokens of an answer.
             temperature: 0 is greedy.
+            frame_sampling: "transformers" or "original"; a processor does not say which one the training had.
 
         Raises:
             OSError, ValueError: ``folder`` holds no such model.
@@ -70,6 +73,7 @@ class Asker:
             max_frames=max_frames if max_frames is not None else trained.max_frames,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            frame_sampling=frame_sampling,
         )
 
     def problems(self, request: Request) -> list[str]:
@@ -180,6 +184,7 @@ class Asker:
             min_frames=self.min_frames,
             max_frames=self.max_frames,
             limits=self._limits(),
+            frame_sampling=self.frame_sampling,
         )
 
     def _limits(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vl3train.config.choices import FrameSampling
 from vl3train.config.problems import Problem
 from vl3train.config.schema import TrainConfig
 
@@ -48,6 +49,9 @@ def budget_problems(cfg: TrainConfig) -> list[Problem]:
     if data.max_frames > data.max_visual_tokens:
         what = f"is more than data.max_visual_tokens={data.max_visual_tokens}, and a frame has at least one token"
         found.append(Problem("data.max_frames", data.max_frames, what, "lower it"))
+    if data.frame_sampling is FrameSampling.original and data.min_frames > 1:
+        what = "has no meaning with data.frame_sampling=original: the original code has no fewest frames"
+        found.append(Problem("data.min_frames", data.min_frames, what, "leave it out"))
     pairs = (
         ("min_frames", "max_frames"),
         ("image_min_pixels", "image_max_pixels"),
