@@ -214,3 +214,18 @@ def test_a_finished_run_and_a_template_that_is_not_used_are_said(
     (mark / "finished.json").write_text("{")
     assert main([*START]) == 1
     assert "finished.json is damaged" in capsys.readouterr().out
+
+
+def test_a_number_that_stops_the_rules_hides_no_crash(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*START, "stage.init_from=gone", "step.global_packs=0"]) == 1
+    assert "step.global_packs=0" in capsys.readouterr().out
+    assert main(["check", *GOOD, "stage.number=7"]) == 1
+    assert "stage.number=7" in capsys.readouterr().out
+
+
+def test_a_stage_before_without_a_checkpoint_is_no_obstacle_ahead(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    (with_data / "earlier" / "checkpoints").mkdir(parents=True)
+    assert main([*START, "stage.init_from=earlier", "--ahead"]) == 0
+    assert "which has no complete checkpoint yet" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import av
 import numpy as np
@@ -157,6 +158,16 @@ def test_the_command_line_prints_one_answer(asker, model_dir, media, capsys):
     assert main(["generate", "--model", str(model_dir), "--max-new-tokens", "12", *map(str, words)]) == 0
     images = (media / "a.jpg", media / "b.png")
     assert capsys.readouterr().out.strip() == asker.answers([Request(prompt="How many?", images=images)])[0]
+
+
+def test_an_empty_answer_is_said_to_be_one(model_dir, tmp_path, capsys):
+    folder = shutil.copytree(model_dir, tmp_path / "silent")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["forced_eos_token_id"] = settings["eos_token_id"]  # so that the first token ends the answer
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    words = ["--max-new-tokens", "1", "--prompt", "How many?", "--device", "cpu"]
+    assert main(["generate", "--model", str(folder), *words]) == 0
+    assert capsys.readouterr().out == "(empty answer)\n"
 
 
 def test_a_batch_file_is_answered_in_order(asker, model_dir, media, tmp_path):

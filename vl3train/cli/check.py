@@ -1,5 +1,8 @@
 """Show what a run would train, or everything that is wrong with its config. Takes about a second, without a GPU.
 
+Of the folders to start from, the command reads config.json, the tokenizer and the headers of the weight files: missing,
+damaged and unfitting ones are reported, and a chat template that training does not use.
+
 examples:
   vl3train check stage=1 model=debug data=demo machine=cpu
   vl3train check stage=3 model=2b stage.init_from=runs/2b/2_alignment step.max_tokens=8192

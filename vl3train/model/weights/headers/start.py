@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from vl3train.config import paths
+from vl3train.config.checks.start import start_problems
 from vl3train.config.problems import Problem
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.shapes import LANGUAGE_MODELS
@@ -20,10 +21,16 @@ from vl3train.model.weights.headers.faults import Fault
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
 from vl3train.model.weights.headers.vocabulary import read_vocabulary, vocabulary_faults
 
+START_KEYS = {
+    "stage.init_from",
+    "model.vision_encoder_from",
+    "model.language_model_from",
+    "model.tokenizer_from",
+}
 PARTS = {"vision_encoder_from": Kind.encoder, "language_model_from": Kind.language_model}
 
 
-def weights_problems(cfg: TrainConfig, known: Collection[str]) -> list[Problem]:
+def weights_problems(cfg: TrainConfig, known: Set[str]) -> list[Problem]:
     """What is wrong with the weights and the tokenizer to start from: files, tensors, sizes, token ids.
 
     A name on the hub is not looked up: its folder is inspected after the download (model/weights/from_parts.py). A run
@@ -35,6 +42,8 @@ def weights_problems(cfg: TrainConfig, known: Collection[str]) -> list[Problem]:
     """
     if (Path(cfg.run.output_dir).expanduser() / "checkpoints" / "latest").is_file():
         return []
+    if start_problems(cfg) and not known & START_KEYS:
+        return []  # the rules stopped at a number they divide by, before they looked at the folders
     if cfg.stage.number == 1:
         named = [(f"model.{option}", getattr(cfg.model, option), kind) for option, kind in PARTS.items()]
     else:
@@ -51,7 +60,7 @@ def weights_problems(cfg: TrainConfig, known: Collection[str]) -> list[Problem]:
             described.append(inspected.described)
     found += _size_problems(cfg, described)
     language = next((one for one in described if one.language_model is not None), None)
-    if not {named[-1][0], "model.tokenizer_from"} & set(known):
+    if not {named[-1][0], "model.tokenizer_from"} & known:
         found += _tokenizer_problems(cfg, language)
     return found
 

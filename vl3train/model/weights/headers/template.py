@@ -68,7 +68,10 @@ def start_template(cfg: TrainConfig) -> tuple[OwnTemplate, str] | None:
     name = cfg.model.language_model_from if cfg.stage.number == 1 else cfg.stage.init_from
     if name is None or not Path(name).expanduser().is_dir():
         return None
-    folder = Path(name).expanduser() if cfg.stage.number == 1 else paths.resolve_weights(name)
+    try:
+        folder = Path(name).expanduser() if cfg.stage.number == 1 else paths.resolve_weights(name)
+    except (FileNotFoundError, ValueError):
+        return None  # `vl3train check --ahead` of a run without a checkpoint yet
     own = own_template(folder, pictures=cfg.stage.number > 1)
     if own is None:
         return None
