@@ -129,8 +129,8 @@ def merge_checked(base: Any, adapter: Path, processor: Any, dtype: torch.dtype) 
     apart = load_adapter(base, adapter, is_trainable=False)
     expected, lost = logits_of(apart, inputs), change_lost(apart, dtype)
     merged = merge_adapter(apart)
-    # The two sums round differently: by 1e-6 of the logits in float32. A change that got lost is as large as itself.
-    allowed = 0.01 * (expected - without).abs().max() + 1e-5 * expected.abs().max()
+    # The two sums round differently: by 1e-6 of the logits here, more in deep models. A change that got lost is as large as itself.
+    allowed = 0.01 * (expected - without).abs().max() + 1e-4 * expected.abs().max()
     difference = (logits_of(merged, inputs) - expected).abs().max()
     if not difference <= allowed:
         raise WrongExport(
