@@ -37,6 +37,9 @@ inputs = processor.apply_chat_template(
 )
 answer = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+# A clip: {{"type": "video", "video": "clip.mp4"}}, and processor_kwargs={{"fps": {fps:g}}} in the call above.
+# transformers decodes paths with torchcodec (pip install 'vl3train[video]', and FFmpeg's libraries).
 """
 
 ADAPTER_SNIPPET = """
@@ -87,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
         + (merged_text(made) if made.adapter else "")
         + (f"{remark}\n" if remark else "")
         + "loaded back with from_pretrained: no missing or unexpected key, every tensor and the logits equal\n"
-        + SNIPPET.format(folder=out)
+        + SNIPPET.format(folder=out, fps=made.fps)
     )
     return 0
 
