@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB__DISABLE_STATS", "true")
 
 import pytest
+
+from tests.warm_python import JOB, NO_JOB
 
 TEXTS = [
     "Time 0.0s: Time 1.5s: Time 12.3s: user assistant system stream\n",
@@ -36,6 +41,32 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
             make(folder)
             done.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words that stand for ``python`` in a command, and save its imports: tests/warm_python.py."""
+    script = str(Path(__file__).parent / "warm_python.py")
+    # The server ends with pytest: with the process that started this worker, where there are workers.
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(
+                [sys.executable, script, "serve", str(folder / "socket"), str(owner)],
+                env={**os.environ, JOB: NO_JOB},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while not (folder / "socket").exists():
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+
+    folder = made_once(tmp_path_factory, "warm_python", make)
+    return [sys.executable, script, "run", str(folder / "socket")]
 
 
 @pytest.fixture(scope="session")
