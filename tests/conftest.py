@@ -43,6 +43,27 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of pytest's workers begins with its share of the longest tests: one that began last would run alone.
+
+    Those are the tests that start processes, and the longest of all is in the last file, the quickstart. Workers first
+    get a part of the list each, and later take from the end of another's.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    long = [item for item in reversed(items) if item.get_closest_marker("two_processes")]
+    others = [item for item in items if not item.get_closest_marker("two_processes")]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        mine = long[worker::workers]
+        share = (len(items) - len(ordered)) // (workers - worker)
+        num_others = max(0, share - len(mine))
+        ordered += mine + others[:num_others]
+        del others[:num_others]
+    items[:] = ordered
+
+
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The words that stand for ``python`` in a command, and save its imports: tests/warm_python.py."""
