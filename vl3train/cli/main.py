@@ -41,6 +41,9 @@ COMMANDS = {
         "vl3train.cli.inspect", "show one step of a run: samples, packs, ranks, pictures, text"
     ),
     "verify": Command("vl3train.cli.verify", "test your data and model before a run"),
+    "verify-checkpoint": Command(
+        "vl3train.cli.verify_checkpoint", "read checkpoints whole and name each damaged file"
+    ),
     "calibrate": Command("vl3train.cli.calibrate", "measure what tokens and patches cost on this machine"),
     "train": Command("vl3train.cli.train", "train one stage on all GPUs of this machine"),
     "evaluate": Command("vl3train.cli.evaluate", "compute loss and accuracy of a model on held-out samples"),
