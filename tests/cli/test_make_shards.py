@@ -10,6 +10,7 @@ import pytest
 from tests.data.faults_fixture import clip, jpeg
 from vl3train.cli import make_shards
 from vl3train.cli.main import main
+from vl3train.data.records.importers import IMPORTERS
 
 
 def run(*words):
@@ -128,3 +129,31 @@ def test_an_option_by_its_former_name_is_answered_with_its_present_one(capsys):
     with pytest.raises(SystemExit):
         main(["shards", "--help"])
     assert "--skip-bad" not in capsys.readouterr().out
+
+
+def test_unread_keys_are_listed_once_and_roots_and_preferences_are_options(tmp_path, capsys):
+    for name in ("one/a.jpg", "two/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(jpeg())
+    rows = [{"image": f"{name}.jpg", "query": "What?", "response": "A cat.", "source": "x"} for name in "ab"]
+    rows[0]["rejected_response"] = "A dog."
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["shards", str(file), "--media-root", str(tmp_path / "one")]
+    assert main([*words, "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "preference data (rejected_response)" in out
+    assert "no such file" in out
+    words += ["--media-root", str(tmp_path / "two"), "--chosen-only"]
+    for more, said in (("--check",), "2 can be written"), (("--out", str(tmp_path / "out")), "2 samples"):
+        assert main([*words, *more]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert out.count("not read: source (2 records)") == 1
+
+
+def test_help_names_the_importers(capsys):
+    with pytest.raises(SystemExit):
+        main(["shards", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {name}:" in out for name in IMPORTERS)

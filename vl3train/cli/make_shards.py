@@ -142,7 +142,8 @@ def main(args: Namespace) -> int:
     if report.rejected:
         print(f"{len(report.rejected)} records were rejected, listed in {args.out / REJECTED_FILE}:")
         print("\n".join(describe_rejected(report.rejected)))
-    print(*describe_ignored(report.ignored), sep="\n")
+    for line in describe_ignored(report.ignored):
+        print(line)
     return 0
 
 

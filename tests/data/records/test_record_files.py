@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
+import pyarrow
 import pytest
 
 from tests.data.conftest import drawn_picture, picture_bytes
 from tests.data.records.test_annotations import record
 from vl3train.contracts.records import SampleError
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.records.annotations import read_record
 from vl3train.data.records.conversation import Image, Text
 from vl3train.data.records.media_files import MediaFile
@@ -121,3 +124,90 @@ def test_parquet_with_pictures_inside(tmp_path, several):
     conversation, files = read_record(row, where=where)
     assert [file.data for file in files] == (data if several else data[:1])
     assert conversation.turns[0].content[0] == Image("0.png")
+
+
+def talk_of(source):
+    """Answers and media of each record of a source."""
+    found = []
+    for where, row in read_annotations(source):
+        conversation, files = read_record(row, where=where)
+        found.append((conversation.turns[-1].content[0].text, files))
+    return found
+
+
+def test_no_clip_picture_or_sound_is_decoded_by_datasets_however_deep_it_lies(tmp_path):
+    """It decodes clips by torchcodec, which is not installed with vl3train."""
+    import datasets
+
+    film, picture = b"film bytes", picture_bytes(drawn_picture(20, 30))
+    parts = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    turn = {"role": datasets.Value("string"), "content": datasets.List(parts)}
+    features = datasets.Features(
+        {"video": datasets.Video(), "audio": datasets.Audio(), "messages": datasets.List(turn)}
+    )
+    asked = [{"type": "image", "image": {"bytes": picture, "path": None}}, {"type": "text", "text": "What?"}]
+    row = {
+        "video": {"bytes": film, "path": "a.mp4"},
+        "audio": {"bytes": b"sound", "path": "a.wav"},
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        ],
+    }
+    arrow = pyarrow.Table.from_pylist([row], schema=features.arrow_schema)
+    table = datasets.Dataset(datasets.table.InMemoryTable(arrow))
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "others")
+    for name in ("a.parquet", "saved", "splits", "others/a"):
+        ((answer, files),) = talk_of(str(tmp_path / name))
+        assert (answer, {file.data for file in files}) == ("A cat.", {film, picture})
+    ignored: Counter[str] = Counter()
+    ((where, found),) = read_annotations(tmp_path / "saved")
+    read_record(found, where=where, ignored=ignored)
+    assert ignored == {"audio": 1}
+    with pytest.raises(ValueError, match=r"no split `train`; name one of .*others/a"):
+        list(read_annotations(tmp_path / "others"))
+
+
+@pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("suffix", ["mp4", "png"])
+def test_a_folder_of_clips_or_pictures_with_metadata(tmp_path, form, suffix):
+    import datasets
+
+    rows = [{"file_name": f"{number}.{suffix}", "question": "What?", "answer": "NA"} for number in range(2)]
+    for row in rows:
+        (tmp_path / row["file_name"]).write_bytes(picture_bytes(drawn_picture(20, 30)))
+    if form.endswith("jsonl"):
+        (tmp_path / form).write_text("\n".join(map(json.dumps, rows)))
+    elif form.endswith("csv"):
+        (tmp_path / form).write_text(
+            "\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)])
+        )
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / form)
+    given = AnnotatedRecords((str(tmp_path),), (tmp_path / "elsewhere",))
+    found = [content for _, content in given.read()]
+    assert [conversation.turns[-1].content[0].text for conversation, _ in found] == ["NA", "NA"]
+    assert [file.location.name for _, (file,) in found] == [row["file_name"] for row in rows]
+    assert {file.kind for _, (file,) in found} == {"video" if suffix == "mp4" else "image"}
+
+
+def test_a_folder_of_tables_is_read_as_text_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("question,answer\nHow many?,007\nIs it?,NA\n")
+    assert [answer for answer, _ in talk_of(str(tmp_path / "data"))] == ["007", "NA"]
+
+
+def test_columns_that_are_not_named_keep_their_names(tmp_path):
+    (tmp_path / "a.csv").write_text("image,q,a,system,note\nx.jpg,What?,A cat.,Be kind.,n\n")
+    columns = {"q": "user", "a": "assistant"}
+    ((_, row),) = read_annotations(tmp_path / "a.csv", columns)
+    ignored: Counter[str] = Counter()
+    conversation, files = read_record(row, where="", ignored=ignored)
+    assert files == (MediaFile("x.jpg", "image"),)
+    assert [turn.role for turn in conversation.turns] == ["system", "user", "assistant"]
+    assert ignored == {"note": 1}
+    ((_, row),) = read_annotations(tmp_path / "a.csv", {**columns, "image": "ignore"})
+    assert read_record(row, where="")[1] == ()

@@ -119,7 +119,9 @@ def _mapped(row: Any, columns: Mapping[str, str]) -> Any | SampleError:
             record.setdefault("messages", []).append({"role": meaning, "content": row[name]})
         elif meaning != IGNORE:
             record[meaning] = row[name]
-    turns = (*DIALOGUE_KEYS, "system") if any(key in record for key in DIALOGUE_KEYS) else ()
+    turns = DIALOGUE_KEYS if any(key in record for key in DIALOGUE_KEYS) else ()
+    if "system" in columns.values():
+        turns = (*turns, "system")
     return {
         **{name: row[name] for name in row if name not in columns and name not in (*record, *turns)},
         **record,
