@@ -79,7 +79,9 @@ def test_the_same_damage_has_the_same_reason():
         with pytest.raises(SampleError) as caught:
             image_header(b"<html>404</html>", LIMITS)
         reasons.add(str(caught.value))
-    assert reasons == {"image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF"}
+    assert reasons == {
+        "image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, or its header is damaged"
+    }
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
