@@ -97,6 +97,8 @@ def print_samples(console: Console, data: OpenData, split: str) -> None:
         first += size
     for name, suffix, count in index.ignored_members:
         console.print(f"  {name}: {count:,} files of kind .{suffix} are ignored", markup=False)
+    for name, remark, count in index.remarks:
+        console.print(f"  {name}: {count:,} samples with a picture that is {remark}", markup=False)
     too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
     for what, listed in (("are rejected", index.rejected), ("do not fit into a pack", too_large)):
         if listed:

@@ -99,6 +99,7 @@ def main(args: Namespace) -> int:
         RejectedRecordsError,
         describe_ignored,
         describe_rejected,
+        describe_remarks,
     )
     from vl3train.data.prepare.write_shards import write_shards
 
@@ -142,14 +143,14 @@ def main(args: Namespace) -> int:
     if report.rejected:
         print(f"{len(report.rejected)} records were rejected, listed in {args.out / REJECTED_FILE}:")
         print("\n".join(describe_rejected(report.rejected)))
-    for line in describe_ignored(report.ignored):
+    for line in (*describe_ignored(report.ignored), *describe_remarks(report.remarks)):
         print(line)
     return 0
 
 
 def check(args: Namespace) -> int:
     """Print every kind of fault with its count and first examples. Returns 1 when there is one. Writes nothing."""
-    from vl3train.data.prepare.rejections import describe_ignored, describe_rejected
+    from vl3train.data.prepare.rejections import describe_ignored, describe_rejected, describe_remarks
     from vl3train.data.prepare.write_shards import check_annotations
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -166,6 +167,7 @@ def check(args: Namespace) -> int:
         f"{report.num_records} records, {num_usable} can be written, {len(report.rejected)} are rejected",
         *describe_rejected(report.rejected),
         *describe_ignored(report.ignored),
+        *describe_remarks(report.remarks),
         sep="\n",
     )
     return int(bool(report.rejected))

@@ -100,6 +100,20 @@ class AdapterKind(Enum):
     lora = "lora"
 
 
+class Grey16(Enum):
+    """Grey of more than 8 bits. ``clip``: white over 255, as transformers; ``scale``: by the picture's own depth."""
+
+    clip = "clip"
+    scale = "scale"
+
+
+class Transparent(Enum):
+    """Transparent pixels. ``drop``: the colours behind show, as in transformers' load_image; ``white``: over white."""
+
+    drop = "drop"
+    white = "white"
+
+
 class Tracker(Enum):
     """Where metrics go, besides the console and metrics.jsonl."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vl3train.config.choices import FrameSampling, StreamSupervision
+from vl3train.config.choices import FrameSampling, Grey16, StreamSupervision, Transparent
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +52,14 @@ class DataConfig:
 
     video_max_pixels: int = 12845056
     """Pixels of all frames of a clip together at most (16 384 tokens at merge size 2)."""
+
+    grey16: Grey16 = Grey16.clip
+    """Pictures of 16-bit or other deep grey. ``clip`` shows every value over 255 white, as transformers does. ``scale``
+    divides by the largest value of the picture's depth, the smallest of 8, 10, 12, 14 or 16 bits that holds it."""
+
+    transparent: Transparent = Transparent.drop
+    """Pictures with transparency. ``drop`` shows the colours behind it, as transformers' load_image does. ``white``
+    lays them over white, as its processors from 5.21 on do to PIL pictures (docs/prepare_data.md)."""
 
     decode_max_pixels: int = 100_000_000
     """Most pixels of a picture. A picture whose header says more is not decoded: the sample is rejected."""

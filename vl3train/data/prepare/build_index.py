@@ -164,6 +164,7 @@ def _measured(
 def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> dict[str, Any]:
     """The row of one sample, rejected ones included."""
     row: dict[str, Any] = {"key": sample.key, "status": USABLE}
+    remarks: set[str] = set()
     lengths = SampleLengths(
         num_tokens=0,
         num_supervised_tokens=0,
@@ -184,7 +185,7 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
                 raise SampleError(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
         data = read_parts(shard, sample.parts)
         row["part_crc32s"] = [zlib.crc32(data[part.name]) for part in sample.parts]
-        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data, decode=decode)
+        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data, decode=decode, remarks=remarks)
     except SampleError as error:
         row["status"] = str(error)
     except Exception as error:
@@ -194,6 +195,7 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
         "part_crc32s": [],
         **row,
         "unread_parts": list(sample.ignored),
+        "remarks": sorted(remarks),
         "part_names": [part.name for part in sample.parts],
         "part_offsets": [part.offset for part in sample.parts],
         "part_sizes": [part.size for part in sample.parts],
@@ -250,7 +252,11 @@ def _write_manifest(
                 "unread_parts": Counter(
                     name.rpartition(".")[2] for names in table["unread_parts"].to_pylist() for name in names
                 ),
-                "rows_sha256": hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest(),
+                "remarks": Counter(remark for remarks in table["remarks"].to_pylist() for remark in remarks),
+                # Without remarks: those of decoded samples are more exact, and the samples are the same.
+                "rows_sha256": hashlib.sha256(
+                    json.dumps(table.drop_columns(["remarks"]).to_pydict()).encode()
+                ).hexdigest(),
             }
         )
     text = json.dumps(

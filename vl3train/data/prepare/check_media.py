@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +23,14 @@ class MediaCheck:
     num_workers: int
 
 
-def check_media(records: Iterator[tuple[str, Found]], media_check: MediaCheck) -> Iterator[tuple[str, Found]]:
-    """The same records in their order; one whose media cannot be decoded becomes its reason."""
-    own = threading.local()
+def check_media(
+    records: Iterator[tuple[str, Found]], media_check: MediaCheck, remarks: Counter[str]
+) -> Iterator[tuple[str, Found]]:
+    """The same records in their order; one whose media cannot be decoded becomes its reason.
+
+    ``remarks`` counts the records whose images are read, but odd or not as they are meant, by kind.
+    """
+    own, counting = threading.local(), threading.Lock()
 
     def check(found: Found) -> Found:
         if isinstance(found, str) or not found[1]:
@@ -36,12 +42,14 @@ def check_media(records: Iterator[tuple[str, Found]], media_check: MediaCheck) -
             parts = {
                 f"{number}.{medium.kind}": medium_bytes(medium) for number, medium in enumerate(found[1])
             }
-            own.decoder.check(parts)
+            found_remarks = own.decoder.check(parts)
         except SampleError as error:
             number, colon, reason = str(error).partition(": ")
             place = number.partition(".")[0]
             named = colon and place.isdigit() and found[1][int(place)].path
             return f"{named}: {reason}" if named else str(error)
+        with counting:
+            remarks.update(found_remarks)
         return found
 
     with decode_server(None, None, media_check.limits) as address:

@@ -40,6 +40,11 @@ def kind_of_reason(reason: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+(\.\d+)?", "…", reason)
 
 
+def describe_remarks(remarks: Mapping[str, int]) -> list[str]:
+    """One line for each kind of picture that is read, but odd or not as it is meant; empty without any."""
+    return [f"{count} with a picture that is {remark}" for remark, count in sorted(remarks.items())]
+
+
 def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> list[str]:
     """One line for each kind of reason, the commonest first, with its first examples."""
     kinds: dict[str, list[Rejection]] = {}

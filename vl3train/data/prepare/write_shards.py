@@ -30,6 +30,9 @@ class ShardReport:
     num_shards: int
     rejected: tuple[Rejection, ...]
     ignored: Counter[str]  # keys that were not read, and in how many usable records
+    remarks: Counter[
+        str
+    ]  # what is odd or lost of images, and in how many records; known where they are decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class CheckReport:
     num_records: int
     rejected: list[Rejection]
     ignored: Counter[str]
+    remarks: Counter[str]
 
 
 def check_annotations(
@@ -59,9 +63,10 @@ def check_annotations(
     rejected: list[Rejection] = []
     num_records = 0
     ignored: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     checked = records.read(ignored)
     if media_check is not None:
-        checked = check_media(checked, media_check)
+        checked = check_media(checked, media_check, remarks)
     for where, found in checked:
         num_records += 1
         if isinstance(found, str):
@@ -69,7 +74,7 @@ def check_annotations(
         progress("checking", num_records)
     if not num_records:
         raise ValueError(f"no records in {', '.join(records.annotations)}")
-    return CheckReport(num_records, rejected, ignored)
+    return CheckReport(num_records, rejected, ignored, remarks)
 
 
 def write_shards(
@@ -133,7 +138,7 @@ def write_shards(
                 json.dumps({"where": rejection.where, "reason": rejection.reason}) for rejection in rejected
             ]
             (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ShardReport(num_written, num_shards, tuple(rejected), report.ignored)
+    return ShardReport(num_written, num_shards, tuple(rejected), report.ignored, report.remarks)
 
 
 def _write_shard(

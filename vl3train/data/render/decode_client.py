@@ -107,7 +107,12 @@ class Decoder:
         self._pid = 0
 
     def measure(
-        self, conversation: bytes, parts: Mapping[str, bytes], *, decode: bool = False
+        self,
+        conversation: bytes,
+        parts: Mapping[str, bytes],
+        *,
+        decode: bool = False,
+        remarks: set[str] | None = None,
     ) -> SampleLengths:
         """``samples.measure_sample`` in the decode process.
 
@@ -115,6 +120,9 @@ class Decoder:
             SampleError: as there; or it took too long, or the process died of it.
         """
         answer, _ = self._request(parts, conversation, decode=decode)
+        found = answer.pop("remarks")
+        if remarks is not None:
+            remarks.update(found)
         return SampleLengths(
             **{
                 **answer,
@@ -124,13 +132,14 @@ class Decoder:
             }
         )
 
-    def check(self, parts: Mapping[str, bytes]) -> None:
-        """``visual_items.check_media`` in the decode process.
+    def check(self, parts: Mapping[str, bytes]) -> list[str]:
+        """``visual_items.check_media`` in the decode process: its remarks.
 
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        self._request(parts, b"", check=True)
+        answer, _ = self._request(parts, b"", check=True)
+        return list(answer["remarks"])
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:
         """``visual_items.store_sample`` in the decode process.

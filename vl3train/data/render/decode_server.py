@@ -172,8 +172,7 @@ def _answer(
     planned = request.planned
     try:
         if request.check:
-            check_media(parts, limits)
-            return {}, b""
+            return {"remarks": check_media(parts, limits)}, b""
         assert settings is not None, "a server without settings only checks media"
         assert tokenizer is not None, "as settings"
         if request.store:
@@ -181,10 +180,17 @@ def _answer(
             names, sizes = list(members), [len(data) for data in members.values()]
             return {"names": names, "sizes": sizes}, b"".join(members.values())
         if planned is None:
+            remarks: set[str] = set()
             lengths = measure_sample(
-                request.conversation, parts, settings, tokenizer, limits, decode=request.decode
+                request.conversation,
+                parts,
+                settings,
+                tokenizer,
+                limits,
+                decode=request.decode,
+                remarks=remarks,
             )
-            return dataclasses.asdict(lengths), b""
+            return {**dataclasses.asdict(lengths), "remarks": sorted(remarks)}, b""
         start = request.first_patch * PATCH_VALUES
         sample = render_sample(
             request.conversation,

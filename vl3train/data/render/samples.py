@@ -10,7 +10,7 @@ import numpy as np
 from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.images import decode_image
+from vl3train.data.media.images import decode_picture
 from vl3train.data.media.patches import prune_mask, prune_to_count
 from vl3train.data.records.conversation import Conversation, nothing_to_learn
 from vl3train.data.records.shard_records import open_conversation
@@ -26,11 +26,13 @@ def measure_sample(
     limits: DecodeLimits,
     *,
     decode: bool = False,
+    remarks: set[str] | None = None,
 ) -> SampleLengths:
     """What the plan needs to know. Images give their header only; clips are decoded where frames are pruned.
 
     Args:
         decode: decode every image and clip whole: damage behind a header is found now, not in the run.
+        remarks: what is odd or lost of its images is added here, as far as they are decoded, else by their headers.
 
     Raises:
         SampleError: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
@@ -38,13 +40,16 @@ def measure_sample(
     """
     conversation = _opened(conversation_bytes, parts)
 
+    noted: set[str] = set() if remarks is None else remarks
+
     def measure(exact: bool) -> SampleLengths:
         items = lay_out(conversation, parts, settings, limits, exact)
         masks = []
         for item in items:
             pruned = settings.prune_frames and item.grid[0] > 1
-            if decode and item.clip is None:
-                decode_image(item.data, limits, item.header)
+            if item.header is not None:
+                found = decode_picture(item.data, limits, item.header) if decode else item.header
+                noted.update(found.remarks)
             if pruned or (decode and item.clip is not None):
                 patches = patch_space([item])
                 write_patches(item, limits, patches)

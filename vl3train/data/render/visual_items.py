@@ -13,8 +13,10 @@ from vl3train.contracts.geometry import picture_grid, token_budget_pixels
 from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import ClipPlan, DecodeLimits, FrameCountError, plan_clip, read_frames
-from vl3train.data.media.images import ImageHeader, decode_image, image_header
+from vl3train.data.media.colours import Colours, colours_of
+from vl3train.data.media.images import ImageHeader, decode_image, decode_picture, image_header
 from vl3train.data.media.patches import resize, resize_and_patchify
+from vl3train.data.media.picture_clips import is_picture_clip, plan_pictures, read_pictures
 from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
 from vl3train.data.records.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
 from vl3train.data.records.shard_records import open_conversation
@@ -33,6 +35,7 @@ class Item:
     merge_size: int
     clip: ClipPlan | None  # None: an image, which has a header
     header: ImageHeader | None
+    colours: Colours
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -74,12 +77,12 @@ def lay_out(
         for content in contents
     ]
     num_pictures = sum(len(clip.times) if clip else 1 for clip in clips)
-    items = []
+    items, colours = [], colours_of(settings)
     for content, clip in zip(contents, clips, strict=True):
         data = parts[content.part]
         header = None
         if clip is None:
-            header = image_header(data, limits)
+            header = image_header(data, limits, colours)
             num_frames, height, width = 1, header.height, header.width
             merge_size = settings.image_merge_size
             least, most = settings.image_min_pixels, settings.image_max_pixels
@@ -96,7 +99,7 @@ def lay_out(
             )
         except ValueError as error:
             raise SampleError(f"{content.part}: {error}") from error
-        items.append(Item(data, (num_frames, *grid), merge_size, clip, header))
+        items.append(Item(data, (num_frames, *grid), merge_size, clip, header, colours))
     return items
 
 
@@ -105,7 +108,12 @@ def _plan(
 ) -> ClipPlan:
     """Which frames of a clip are shown; of a streamed clip none after its last message (train.py:332)."""
     rule = _rule(content, settings)
-    plan = plan_stored(data, rule, limits) if is_stored(data) else plan_clip(data, rule, limits, exact=exact)
+    if is_stored(data):
+        plan = plan_stored(data, rule, limits)
+    elif is_picture_clip(data):
+        plan = plan_pictures(data, rule, limits)
+    else:
+        plan = plan_clip(data, rule, limits, exact=exact)
     if isinstance(content, Video):
         return plan
     count = sum(seconds <= content.until for seconds in plan.times)
@@ -138,12 +146,17 @@ def write_patches(item: Item, limits: DecodeLimits, out: np.ndarray) -> None:
         resize_and_patchify(picture, grid=grid, merge_size=item.merge_size, out=out)
         return
     frames = out.reshape(item.grid[0], -1, PATCH_VALUES)
-    for number, frame in enumerate(_frames(item.data, item.clip)):
+    for number, frame in enumerate(_frames(item, limits)):
         resize_and_patchify(frame, grid=grid, merge_size=item.merge_size, out=frames[number])
 
 
-def _frames(data: bytes, clip: ClipPlan) -> Iterator[np.ndarray]:
-    return read_stored(data, clip) if is_stored(data) else read_frames(data, clip)
+def _frames(item: Item, limits: DecodeLimits) -> Iterator[np.ndarray]:
+    assert item.clip is not None, "an image has no frames"
+    if is_stored(item.data):
+        return read_stored(item.data, item.clip)
+    if is_picture_clip(item.data):
+        return read_pictures(item.data, item.clip, limits, item.colours)
+    return read_frames(item.data, item.clip)
 
 
 def store_sample(
@@ -167,7 +180,7 @@ def store_sample(
             if item.clip is None or isinstance(content, Image) or is_stored(item.data):
                 members[content.part] = item.data
                 continue
-            frames = (resize(frame[None], item.grid[1:])[0] for frame in _frames(item.data, item.clip))
+            frames = (resize(frame[None], item.grid[1:])[0] for frame in _frames(item, limits))
             names[content.part] = f"{len(members)}.{STORED_SUFFIX}"
             members[names[content.part]] = pack_frames(frames, item.times, _rule(content, settings))
         return {CONVERSATION_PART: rename_parts(conversation, names).to_json(), **members}
@@ -175,18 +188,25 @@ def store_sample(
     return by_packets_else_exact(store)
 
 
-def check_media(parts: Mapping[str, bytes], limits: DecodeLimits) -> None:
+def check_media(parts: Mapping[str, bytes], limits: DecodeLimits) -> list[str]:
     """Decode images whole, and of clips the first frame; how many follow is read from their packets.
+
+    What is odd or lost of the images is returned, each kind once.
 
     Raises:
         SampleError: one of them is damaged or over the limits.
     """
-    whole = FrameRule(fps=1.0, min_frames=1, max_frames=1)
+    every = FrameRule(fps=1.0, min_frames=1, max_frames=1)
+    remarks: set[str] = set()
     for name, data in parts.items():
         try:
-            if name.rpartition(".")[2] in CLIP_SUFFIXES:
-                plan_clip(data, whole, limits)
+            if name.rpartition(".")[2] not in CLIP_SUFFIXES:
+                remarks.update(decode_picture(data, limits).remarks)
+            elif is_picture_clip(data):
+                for _ in read_pictures(data, plan_pictures(data, every, limits), limits):
+                    pass
             else:
-                decode_image(data, limits)
+                plan_clip(data, every, limits)
         except SampleError as error:
             raise SampleError(f"{name}: {error}") from error
+    return sorted(remarks)

@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         ("part_sizes", pa.list_(pa.int64())),
         ("part_crc32s", pa.list_(pa.int64())),
         ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media; never opened
+        ("remarks", pa.list_(pa.string())),  # what is odd or lost of its images (data/media/colours.py)
         ("num_tokens", pa.int64()),
         ("num_supervised_tokens", pa.int64()),
         ("num_visual_tokens", pa.int64()),
@@ -73,6 +74,8 @@ class Index:
     """Key and reason of every sample of these sources that the index rejected."""
     ignored_members: tuple[tuple[str, str, int], ...]
     """Source, suffix and number of members that are neither text nor media; they are never opened."""
+    remarks: tuple[tuple[str, str, int], ...]
+    """Source, remark and number of samples whose images are read, but odd or not as they are meant."""
     fingerprint: str
     cache: RangeCache | None = None  # of remote shards
     file: Path | None = None
@@ -173,6 +176,7 @@ def open_index(
     """
     shards, sizes, contents, problems, files = [], [], [], [], []
     ignored: Counter[tuple[str, str]] = Counter()
+    remarks: Counter[tuple[str, str]] = Counter()
     for name, _, shard_folder in sources:
         sizes.append(0)
         if shard_folder is None:
@@ -185,6 +189,7 @@ def open_index(
         for entry in manifest["shards"]:
             sizes[-1] += entry["samples"] - entry["refused"]
             ignored.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
+            remarks.update({(name, remark): count for remark, count in entry["remarks"].items()})
             shards.append(shard_folder / entry["name"])
             files.append((name, index_folder(shard_folder, settings) / f"{entry['name']}.parquet"))
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
@@ -207,6 +212,7 @@ def open_index(
         rows=rows,
         rejected=tuple(rejected) if file is None else rejected_of(rows),
         ignored_members=tuple((*which, count) for which, count in sorted(ignored.items())),
+        remarks=tuple((*which, count) for which, count in sorted(remarks.items())),
         fingerprint=fingerprint,
         cache=cache,
         file=file,

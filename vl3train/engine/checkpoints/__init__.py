@@ -1,1 +1,0 @@
-"""Checkpoints that are whole or absent: written, found, checked by their digests, read."""
