@@ -34,9 +34,9 @@ from vl3train.config.data_options import DataConfig
 from vl3train.contracts.geometry import picture_grid
 from vl3train.contracts.tokens import PATCH_SIZE, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.images import decode_image
 from vl3train.data.media.patches import resize, resize_and_patchify
 from vl3train.data.media.resampling import cut_into_patches, use_whole_vectors
+from vl3train.data.pictures.images import decode_image
 from vl3train.data.render.decode_server import keep_freed_memory
 
 Way = Callable[[np.ndarray, tuple[int, int]], np.ndarray]

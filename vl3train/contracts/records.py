@@ -36,7 +36,7 @@ class RenderSettings:
     tokenizer: str  # sha256 of tokenizer.json
     frame_sampling: str = "transformers"  # or "original"
     stream_supervision: str = "training"  # or "released", "answers"
-    grey16: str = "clip"  # or "scale": data/media/colours.py
+    grey16: str = "clip"  # or "scale": data/pictures/colours.py
     transparent: str = "drop"  # or "white"
     rules: int = 3  # raised when the code that samples, resizes, prunes or renders changes its result
 

@@ -171,7 +171,7 @@ class Asker:
         return {"shortest_edge": shortest, "longest_edge": longest}
 
     def _picture(self, path: Path) -> Any:
-        from vl3train.data.media.images import decode_image
+        from vl3train.data.pictures.images import decode_image
 
         return decode_image(path.read_bytes(), self._limits())
 

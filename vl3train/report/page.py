@@ -12,7 +12,7 @@ from PIL import Image
 
 from vl3train.config.data_options import DataConfig
 from vl3train.data.media.clips import DecodeLimits, decode_clip
-from vl3train.data.media.images import IMAGE_FORMATS, decode_image
+from vl3train.data.pictures.images import IMAGE_FORMATS, decode_image
 from vl3train.report.html import STYLE, data_url, figure_tag, table_of, thumbnail
 
 if TYPE_CHECKING:

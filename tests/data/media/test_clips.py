@@ -15,7 +15,7 @@ from tests.data.conftest import LIMITS, drawn_picture, picture_bytes, still_and_
 from vl3train.contracts.geometry import frame_indices
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits, decode_clip
-from vl3train.data.media.images import decode_image, image_header
+from vl3train.data.pictures.images import decode_image, image_header
 
 SAMPLING = {"fps": 2.0, "min_frames": 1, "max_frames": 180, "limits": LIMITS}
 

@@ -1,7 +1,7 @@
 """Clips from bytes: sizes from the header first, then pixels. Whatever is wrong raises SampleError.
 
 What is read may come from anywhere. So the containers are named (no playlist), the header is checked against the
-limits before anything is decoded, and a damaged file is rejected as a whole. Images: images.py.
+limits before anything is decoded, and a damaged file is rejected as a whole. Images: data/pictures/images.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import numpy as np
 from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.images import decode_picture
 from vl3train.data.media.patches import prune_mask, prune_to_count
+from vl3train.data.pictures.images import decode_picture
 from vl3train.data.records.conversation import Conversation, nothing_to_learn
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation

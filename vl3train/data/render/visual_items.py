@@ -13,11 +13,11 @@ from vl3train.contracts.geometry import picture_grid, token_budget_pixels
 from vl3train.contracts.records import RenderSettings, SampleError
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import ClipPlan, DecodeLimits, FrameCountError, plan_clip, read_frames
-from vl3train.data.media.colours import Colours, colours_of
-from vl3train.data.media.images import ImageHeader, decode_image, decode_picture, image_header
 from vl3train.data.media.patches import resize, resize_and_patchify
-from vl3train.data.media.picture_clips import is_picture_clip, plan_pictures, read_pictures
 from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_frames, plan_stored, read_stored
+from vl3train.data.pictures.colours import Colours, colours_of
+from vl3train.data.pictures.images import ImageHeader, decode_image, decode_picture, image_header
+from vl3train.data.pictures.picture_clips import is_picture_clip, plan_pictures, read_pictures
 from vl3train.data.records.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.shards.tar_headers import CLIP_SUFFIXES, CONVERSATION_PART

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("part_sizes", pa.list_(pa.int64())),
         ("part_crc32s", pa.list_(pa.int64())),
         ("unread_parts", pa.list_(pa.string())),  # members that are neither text nor media; never opened
-        ("remarks", pa.list_(pa.string())),  # what is odd or lost of its images (data/media/colours.py)
+        ("remarks", pa.list_(pa.string())),  # what is odd or lost of its images (data/pictures/colours.py)
         ("num_tokens", pa.int64()),
         ("num_supervised_tokens", pa.int64()),
         ("num_visual_tokens", pa.int64()),

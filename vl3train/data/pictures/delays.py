@@ -8,7 +8,7 @@ from vl3train.contracts.records import SampleError
 
 SHORTEST, INSTEAD = 0.010, 0.100
 """A delay of up to 10 ms is shown as 100 ms: Chromium's and Firefox's rule, as such files were made for viewers that
-could be no faster. FFmpeg 8.1 does so for a delay of 0 only (tested: tests/data/media/test_picture_clips.py)."""
+could be no faster. FFmpeg 8.1 does so for a delay of 0 only (tested: tests/data/pictures/test_picture_clips.py)."""
 NO_DELAY = 0.0
 
 GIF, PNG = b"GIF8", b"\x89PNG\r\n\x1a\n"

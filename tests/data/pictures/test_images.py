@@ -14,8 +14,8 @@ from transformers.image_utils import load_image
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.images import MAX_TEXT_BYTES, decode_image, image_header
-from vl3train.data.media.library_errors import library_call
+from vl3train.data.pictures.images import MAX_TEXT_BYTES, decode_image, image_header
+from vl3train.data.pictures.library_errors import library_call
 
 UPRIGHT = {  # what each EXIF orientation asks for, by numpy
     1: lambda picture: picture,

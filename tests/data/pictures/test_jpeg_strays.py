@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes
 from vl3train.contracts.records import SampleError
-from vl3train.data.media.images import JPEG_WARNING, decode_image, decode_picture
+from vl3train.data.pictures.images import JPEG_WARNING, decode_image, decode_picture
 
 FORMS = {"baseline": {}, "progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 8}}
 

@@ -13,9 +13,9 @@ from PIL import Image
 from tests.data.conftest import LIMITS, drawn_picture, picture_bytes
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.delays import frame_delays, is_moving
-from vl3train.data.media.picture_clips import is_picture_clip, plan_pictures, read_pictures
 from vl3train.data.media.picture_lists import pack_pictures
+from vl3train.data.pictures.delays import frame_delays, is_moving
+from vl3train.data.pictures.picture_clips import is_picture_clip, plan_pictures, read_pictures
 from vl3train.data.video.timeline import FrameRule
 
 RULE = FrameRule(fps=1.0, min_frames=1, max_frames=180)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import ClipPlan, DecodeLimits
-from vl3train.data.media.colours import AS_TRANSFORMERS, Colours, to_rgb
-from vl3train.data.media.delays import first_is_apart, frame_delays, is_moving
-from vl3train.data.media.images import decode_image, image_header
-from vl3train.data.media.library_errors import library_call
 from vl3train.data.media.picture_lists import is_picture_list, read_picture_list
+from vl3train.data.pictures.colours import AS_TRANSFORMERS, Colours, to_rgb
+from vl3train.data.pictures.delays import first_is_apart, frame_delays, is_moving
+from vl3train.data.pictures.images import decode_image, image_header
+from vl3train.data.pictures.library_errors import library_call
 from vl3train.data.video.frame_choice import choose_frames
 from vl3train.data.video.timeline import FrameRule, Timeline
 

@@ -11,7 +11,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from tests.data.conftest import LIMITS, drawn_picture
-from vl3train.data.media.colours import (
+from vl3train.data.pictures.colours import (
     AS_TRANSFORMERS,
     DEEP_GREY,
     DROPPED_TRANSPARENCY,
@@ -20,7 +20,7 @@ from vl3train.data.media.colours import (
     Colours,
     scaled_grey,
 )
-from vl3train.data.media.images import decode_picture, image_header
+from vl3train.data.pictures.images import decode_picture, image_header
 
 SCALE, WHITE = Colours(scale_grey=True), Colours(over_white=True)
 

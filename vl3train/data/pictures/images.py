@@ -17,9 +17,9 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.colours import AS_TRANSFORMERS, Colours, header_remarks, to_rgb
-from vl3train.data.media.jpeg_strays import decode_without_strays
-from vl3train.data.media.library_errors import library_call
+from vl3train.data.pictures.colours import AS_TRANSFORMERS, Colours, header_remarks, to_rgb
+from vl3train.data.pictures.jpeg_strays import decode_without_strays
+from vl3train.data.pictures.library_errors import library_call
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXIF_ORIENTATION = 274

@@ -1,0 +1,1 @@
+"""Images from bytes: RGB from every mode, odd JPEGs, and clips that are made of pictures."""
