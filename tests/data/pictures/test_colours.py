@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import VideoLlama3ImageProcessor
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
@@ -150,3 +151,17 @@ def test_other_modes_are_as_transformers_whatever_the_options(mode, form):
         picture = decode_picture(data, LIMITS, colours=colours)
         np.testing.assert_array_equal(picture.pixels, expected)
         assert picture.remarks == ()
+
+
+def test_an_export_s_processor_lays_pil_pictures_over_white_and_drops_transparency_by_path(tmp_path):
+    """Both sides of docs/prepare_data.md, with the transformers that is installed."""
+    data = transparent("RGBA")
+    (tmp_path / "a.png").write_bytes(data)
+    processor = VideoLlama3ImageProcessor()
+
+    def patches(picture) -> np.ndarray:
+        return processor(images=picture, return_tensors="np")["pixel_values"]
+
+    white, dropped = (decode_picture(data, LIMITS, colours=each).pixels for each in (WHITE, AS_TRANSFORMERS))
+    np.testing.assert_array_equal(patches(opened(data)), patches(white))
+    np.testing.assert_array_equal(patches(processor.fetch_images(str(tmp_path / "a.png"))), patches(dropped))
