@@ -35,7 +35,7 @@ if [ -z "$nproc" ] || [ -z "$machine" ]; then
   nproc=${nproc:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}
   machine=${machine:-$([ "$gpus" -gt 0 ] && echo one_node || echo cpu)}
 fi
-launch=${LAUNCH:-python -m torch.distributed.run --standalone --nproc-per-node $nproc}
+launch=${LAUNCH:-python -m vl3train.launch --standalone --nproc-per-node $nproc}
 names=(1_encoder_adaptation 2_alignment 3_multitask_finetuning 4_video_finetuning)
 
 # Print the options of stage $1, one on each line.
@@ -70,6 +70,12 @@ for number in $(seq "$first" 4); do
   printf '\n== stage %s of 4: %s\n' "$number" "$launch -m vl3train.train ${options[*]}"
   # $launch holds a command and its arguments
   # shellcheck disable=SC2086
-  $launch -m vl3train.train "${options[@]}"
+  $launch -m vl3train.train "${options[@]}" || {
+    code=$?
+    if [ "$code" -eq 75 ]; then
+      printf '\nstage %s was asked to stop and has saved: the same command goes on from there\n' "$number" >&2
+    fi
+    exit "$code"
+  }
 done
 printf '\nThe four stages are in %s; the last one is %s\n' "$out" "$out/${names[3]}"

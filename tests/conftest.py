@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB__DISABLE_STATS", "true")
 
 import pytest
+
+from tests.warm_python import JOB, NO_JOB
 
 TEXTS = [
     "Time 0.0s: Time 1.5s: Time 12.3s: user assistant system stream\n",
@@ -36,6 +41,53 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
             make(folder)
             done.touch()
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of pytest's workers begins with its share of the longest tests: one that began last would run alone.
+
+    Those are the tests that start processes, and the longest of all is in the last file, the quickstart. Workers first
+    get a part of the list each, and later take from the end of another's.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    long = [item for item in reversed(items) if item.get_closest_marker("two_processes")]
+    others = [item for item in items if not item.get_closest_marker("two_processes")]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        mine = long[worker::workers]
+        share = (len(items) - len(ordered)) // (workers - worker)
+        num_others = max(0, share - len(mine))
+        ordered += mine + others[:num_others]
+        del others[:num_others]
+    items[:] = ordered
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words that stand for ``python`` in a command, and save its imports: tests/warm_python.py."""
+    script = str(Path(__file__).parent / "warm_python.py")
+    # The server ends with pytest: with the process that started this worker, where there are workers.
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(
+                [sys.executable, script, "serve", str(folder / "socket"), str(owner)],
+                env={**os.environ, JOB: NO_JOB},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while not (folder / "socket").exists():
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+
+    folder = made_once(tmp_path_factory, "warm_python", make)
+    return [sys.executable, script, "run", str(folder / "socket")]
 
 
 @pytest.fixture(scope="session")

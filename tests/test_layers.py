@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "preview": {"contracts", "config", "data", "model", "engine", "inference", "report"},
     "cli": {"contracts", "config", "data", "model", "demo", "engine", "inference", "report", "preview"},
     "train.py": {"contracts", "config", "data", "model", "engine", "preview"},
+    "launch.py": {"contracts"},
 }
 
 INSIDE_DATA = {
@@ -47,7 +48,7 @@ INSIDE_DATA = {
 DOORS = {
     "hydra": {"config/load.py", "config/input/user_input.py"},
     "webdataset": {"data/prepare/write_shards.py"},
-    "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py"},
+    "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py", "engine/zero/state_files.py"},
     "peft": {"model/adapters.py"},
     "wandb": {"engine/monitor/wandb_tracker.py"},
     "numba": {
@@ -71,7 +72,8 @@ MODULE = re.compile(rf"(vl3train|{'|'.join(re.escape(library) for library in DOO
 
 
 NOT_IMPORTED = {
-    ("cli/train.py", "vl3train.train"): "torchrun starts it, in processes of its own",
+    ("cli/train.py", "vl3train.train"): "the launcher starts it, in processes of its own",
+    ("cli/train.py", "vl3train.launch"): "this process becomes it",
     (
         "data/render/processes.py",
         "vl3train.data.loader",

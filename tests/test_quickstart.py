@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
+INSTALLED = Path(sys.executable).parent
 
 
-def quickstart(out):
+@pytest.fixture
+def warm_commands(warm_python, tmp_path):
+    """A folder for PATH, with ``python`` and ``vl3train`` that need not import everything anew."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, words in (("python", []), ("vl3train", ["-m", "vl3train.cli.main"])):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join([*warm_python, *words])} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def quickstart(out, commands):
     environment = {
         **os.environ,
         "VIRTUAL_ENV": sys.prefix,  # else the script would make an environment of its own
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(commands), str(INSTALLED), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--fast", "--nproc", "2", "--out", str(out)]
@@ -25,9 +39,12 @@ def quickstart(out):
 
 
 @pytest.mark.two_processes
-def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says_what_exists(tmp_path):
+def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says_what_exists(
+    tmp_path, warm_commands
+):
     out = tmp_path / "quickstart"
-    first = quickstart(out)
+    # The warm ones have set up DeepSpeed for a CPU.
+    first = quickstart(out, INSTALLED if torch.cuda.is_available() else warm_commands)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
 
     stages = sorted(path.name[0] for path in (out / "runs").iterdir())
@@ -51,7 +68,7 @@ def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says
     before = {
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".tar")
     }
-    second = quickstart(out)
+    second = quickstart(out, INSTALLED)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert second.stdout.count("this run is finished") == 4
     assert "export exists" in second.stdout

@@ -15,6 +15,7 @@ from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.exit_codes import FINISHED, STOPPED
 from vl3train.preview.check_config import check_config
 
 EXAMPLES = """\
@@ -78,10 +79,9 @@ def start(cfg: TrainConfig) -> int:
         rank = join(cfg.machine)  # before DeepSpeed is imported: it reads the device from the environment
         from vl3train.engine.loop import train
 
-        train(cfg, rank)
+        return FINISHED if train(cfg, rank) else STOPPED
     except BaseException as error:  # any exception ends this process now: the other ranks wait for it
         return report_failure(error, rank)
-    return 0
 
 
 def run_process() -> NoReturn:

@@ -256,3 +256,10 @@ def test_nothing_is_left_after_an_interrupt(run, tmp_path, monkeypatch):
     monkeypatch.setattr("vl3train.model.weights.export.verify_export", interrupt)
     assert run_export(run, tmp_path / "out") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("sampling", "warned"), [("original", True), ("transformers", False)])
+def test_frames_that_transformers_cannot_choose_are_told(run, tmp_path, capsys, sampling, warned):
+    (run / "config.yaml").write_text(f"data:\n  frame_sampling: {sampling}\n")
+    assert run_export(run / "checkpoints" / "step_00000010", tmp_path / "out") == 0
+    assert ("takes other frames" in capsys.readouterr().out) == warned

@@ -32,8 +32,9 @@ def only_problem(*overrides: str) -> str:
 
 
 def test_the_original_frame_sampling_has_no_fewest_frames():
-    assert "original code has no fewest frames" in only_problem(
-        "stage=1", "data.frame_sampling=original", "data.min_frames=4"
+    found = problems(config("stage=1", "data.frame_sampling=original", "data.min_frames=4"))
+    assert "the original code has no fewest frames" in str(
+        next(p for p in found if p.key == "data.min_frames")
     )
 
 
@@ -162,6 +163,7 @@ def make_run(folder: Path, *overrides: str) -> Path:
     write_config_json(folder / "checkpoints" / "step_00000010" / "weights", "video_llama_3")
     (folder / "checkpoints" / "latest").write_text("step_00000010")
     write_run_config(config(*overrides), folder)
+    (folder / "finished.json").write_text("{}")
     return folder
 
 
@@ -174,6 +176,11 @@ def test_a_run_folder_stands_for_its_latest_weights(workplace: Path):
     started = config("stage=2", f"stage.init_from={run}")
     assert problems(started) == []
     assert starts_from(started) == f"1_encoder_adaptation in {run}, step_00000010"
+    (run / "finished.json").unlink()
+    found = only_problem("stage=2", f"stage.init_from={run}")
+    assert "not finished" in found
+    assert str(weights.parent) in found
+    assert keys("stage=2", f"stage.init_from={weights.parent}") == []
     (run / "checkpoints" / "latest").unlink()
     assert "no complete checkpoint" in only_problem("stage=2", f"stage.init_from={run}")
 

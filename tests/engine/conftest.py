@@ -11,10 +11,13 @@ import torch
 
 from tests.conftest import made_once
 from tests.engine.late_link import LateCopy
+from vl3train.config.choices import Device
+from vl3train.config.schema import MachineConfig
 from vl3train.demo.build import write_folder
 from vl3train.demo.parts import PartSizes, make_debug_parts
 from vl3train.demo.questions import TASKS
 from vl3train.engine.optim import offload_chunk
+from vl3train.engine.ranks import Rank, join
 from vl3train.model import packed_forward
 
 
@@ -31,6 +34,12 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_debug_parts(root / "parts", questions, 0, PartSizes(steps=2), lambda *_: None)
 
     return made_once(tmp_path_factory, "demo", make)
+
+
+@pytest.fixture
+def one_rank() -> Rank:
+    """This process as a world of one."""
+    return join(MachineConfig(device=Device.cpu))
 
 
 @pytest.fixture(scope="session")

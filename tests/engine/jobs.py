@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+from tests.warm_python import JOB
+
 ROOT = Path(__file__).parents[2]
 
 
-def start_job(module: str, words: list[str], **settings: Any) -> tuple[subprocess.Popen[str], str]:
-    """torchrun with two ranks of ``module``, in a session of its own; its process and the job's mark."""
+def start_job(
+    python: list[str], module: str, words: list[str], **settings: Any
+) -> tuple[subprocess.Popen[str], str]:
+    """torchrun with two ranks of ``module``, in a session of its own; its process and the job's mark.
+
+    Args:
+        python: how Python is called: ``[sys.executable]``, or ``warm_python`` of tests/conftest.py.
+    """
     job = f"job-{uuid.uuid4().hex}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*command, "-m", module, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VL3TRAIN_TEST_JOB": job},
+        env={**os.environ, "OMP_NUM_THREADS": "1", JOB: job},
         start_new_session=True,
         text=True,
         **settings,

@@ -45,7 +45,7 @@ PLANTS = {
     "log": ("engine.loop", "log_step", 2, raise_planted),
     "save": ("engine.loop", "save_checkpoint", 0, raise_planted),
     "evaluation": ("engine.loop", "evaluate", 0, raise_planted),
-    "ledger": ("data.pipeline", "_write_ledger", 2, raise_planted),
+    "ledger": ("data.pipeline", "_ledger_lines", 2, raise_planted),
     "model": ("engine.start.model", "build_model", 0, raise_planted),
     "data": ("engine.start.run", "open_run_data", 0, raise_planted),
     "engine": ("engine.start.engine", "Zero", 0, raise_planted),

@@ -6,7 +6,6 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
@@ -28,8 +27,9 @@ def stage1_words(demo_words, tmp_path_factory):
     return [*demo_words, "stage=1", "data.num_workers=1", "run.num_steps=500", "run.evaluate_steps=4"]
 
 
-def start(kind, rank, words, out, log):
+def start(python, kind, rank, words, out, log):
     return start_job(
+        python,
         "tests.engine.planted",
         [kind, rank, *words, f"run.output_dir={out}"],
         stdout=log,
@@ -48,9 +48,9 @@ def start(kind, rank, words, out, log):
         ("kill", "1", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_a_job_of_two_ranks_ends_with_the_cause(stage1_words, tmp_path, kind, rank, cause):
+def test_a_job_of_two_ranks_ends_with_the_cause(warm_python, stage1_words, tmp_path, kind, rank, cause):
     with (tmp_path / "log").open("w") as log:
-        process, job = start(kind, rank, stage1_words, tmp_path / "out", log)
+        process, job = start(warm_python, kind, rank, stage1_words, tmp_path / "out", log)
         code = process.wait(timeout=240)
     deadline = time.monotonic() + SECONDS
     while left := processes_of(job):
@@ -76,11 +76,11 @@ def test_too_many_failed_samples_end_one_rank_with_a_message(tmp_path, monkeypat
     )
 
 
-def test_a_start_that_fails_after_the_bar_began_ends_it_before_the_cause(tmp_path):
+def test_a_start_that_fails_after_the_bar_began_ends_it_before_the_cause(warm_python, tmp_path):
     shutil.copytree(EARLIER, tmp_path / "copy")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.engine.planted", "tracker", "0", *EARLIER_WORDS, "run.output_dir=new"],
+        [*warm_python, "-m", "tests.engine.planted", "tracker", "0", *EARLIER_WORDS, "run.output_dir=new"],
         cwd=tmp_path / "copy",
         env={
             **os.environ,

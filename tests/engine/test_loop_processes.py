@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -12,21 +13,19 @@ from tests.engine.jobs import kill_job, start_job
 from tests.engine.runs import figures, run
 
 
-def torchrun(words, **settings):
-    return start_job("vl3train.train", words, **settings)
-
-
 @pytest.mark.two_processes
-def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(demo_words, tmp_path):
+def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(
+    warm_python, demo_words, tmp_path
+):
     words = [*demo_words, "run.evaluate_at_end=false"]
     stage1 = run([*words, "stage=1", f"run.output_dir={tmp_path / 'stage1'}", "run.num_steps=1"])
     words += ["stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000001/weights'}"]
     words += ["run.num_steps=9", "data.num_workers=1"]
     straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
-    process, _ = torchrun(straight)
+    process, _ = start_job(warm_python, "vl3train.train", straight)
     assert process.wait(timeout=240) == 0
     killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
-    process, job = torchrun(killed)
+    process, job = start_job(warm_python, "vl3train.train", killed)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
@@ -36,17 +35,17 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
     kill_job(job)
     process.wait()
     assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
-    process, _ = torchrun(killed)
+    process, _ = start_job(warm_python, "vl3train.train", killed)
     assert process.wait(timeout=240) == 0
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
 
 
 @pytest.mark.two_processes
 def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
-    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them."""
+    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them. All start anew here."""
     words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
     words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
-    process, _ = torchrun(words, stdout=subprocess.PIPE)
+    process, _ = start_job([sys.executable], "vl3train.train", words, stdout=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:

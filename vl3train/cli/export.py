@@ -37,6 +37,9 @@ inputs = processor.apply_chat_template(
 )
 answer = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+# A clip: {{"type": "video", "video": "clip.mp4"}}, and processor_kwargs={{"fps": {fps:g}}} in the call above.
+# transformers decodes paths with torchcodec (pip install 'vl3train[video]', and FFmpeg's libraries).
 """
 
 ADAPTER_SNIPPET = """
@@ -81,15 +84,32 @@ def main(args: argparse.Namespace) -> int:
         return 0
     made = export_model(args.source, out, dtype=args.dtype, needs_adapter=args.merge_adapter)
     remark = export_remark(Path(args.source).expanduser(), made.weights)
+    if frames_by_the_original(Path(args.source)):
+        print(
+            "WARNING: this run trained with data.frame_sampling=original, which transformers' processor does not have: "
+            "with fps= it takes other frames. Ask with `vl3train generate`, or choose frames yourself (docs/exports.md)"
+        )
     print(
         f"wrote {out}: {made.num_parameters:,} parameters, {made.dtype}, {made.num_bytes / 2**20:.1f} MiB\n"
         f"from {made.weights}\n"
         + (merged_text(made) if made.adapter else "")
         + (f"{remark}\n" if remark else "")
         + "loaded back with from_pretrained: no missing or unexpected key, every tensor and the logits equal\n"
-        + SNIPPET.format(folder=out)
+        + SNIPPET.format(folder=out, fps=made.fps)
     )
     return 0
+
+
+def frames_by_the_original(source: Path) -> bool:
+    """Whether the run that ``source`` is, or is a checkpoint of, chose frames as the original code does."""
+    import yaml
+
+    for folder in (source, source.parent.parent):
+        file = folder / "config.yaml"
+        if file.is_file():
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            return isinstance(config, dict) and (config.get("data") or {}).get("frame_sampling") == "original"
+    return False
 
 
 def merged_text(made: Exported) -> str:

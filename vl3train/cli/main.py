@@ -41,10 +41,16 @@ COMMANDS = {
         "vl3train.cli.inspect", "show one step of a run: samples, packs, ranks, pictures, text"
     ),
     "verify": Command("vl3train.cli.verify", "test your data and model before a run"),
+    "verify-checkpoint": Command(
+        "vl3train.cli.verify_checkpoint", "read checkpoints whole and name each damaged file"
+    ),
     "calibrate": Command("vl3train.cli.calibrate", "measure what tokens and patches cost on this machine"),
     "train": Command("vl3train.cli.train", "train one stage on all GPUs of this machine"),
     "evaluate": Command("vl3train.cli.evaluate", "compute loss and accuracy of a model on held-out samples"),
     "export": Command("vl3train.cli.export", "write a trained model as a Hugging Face folder"),
+    "convert": Command(
+        "vl3train.cli.convert", "turn the original code's checkpoints into Hugging Face form, and back"
+    ),
     "generate": Command("vl3train.cli.generate", "ask a trained model about images, videos or text"),
     "kernels": Command("vl3train.cli.kernels", "show this machine's kernels, and compare them with float64"),
     "report": Command("vl3train.cli.report", "make one page of runs: loss, accuracy, sample answers"),

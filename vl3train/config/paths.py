@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import vl3train
 from vl3train.config.input.options import by_present_names
@@ -15,6 +17,13 @@ from vl3train.contracts.files import write_whole
 MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
 """``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the
 original code, which is converted when it is loaded."""
+
+
+FINISHED = "finished.json"
+"""The file that marks a run's folder when its last step is done."""
+
+ONE_LAUNCH = ("stop_after_steps", "max_hours")
+"""Options of the section ``run`` that end a launch early and change nothing of the run."""
 
 
 def shipped_folder(name: str) -> Path:
@@ -39,27 +48,34 @@ def is_finished(cfg: TrainConfig) -> bool:
 
     Raises ConfigError where the file that says so is damaged.
     """
-    file = Path(cfg.run.output_dir) / "finished.json"
+    file = Path(cfg.run.output_dir) / FINISHED
     if not file.is_file():
         return False
     try:
         finished = by_present_names(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError):
+        as_written = _what_trains(finished)
+    except (ValueError, AttributeError, KeyError, TypeError):
         way_out = f"delete {file}: the run then goes on from its newest checkpoint"
         raise ConfigError(
             [Problem("run.output_dir", cfg.run.output_dir, f"{file} is damaged", way_out)]
         ) from None
-    return finished == what_trains(cfg)
+    return as_written == what_trains(cfg)
 
 
 def mark_finished(cfg: TrainConfig) -> None:
     """Write the file that ``is_finished`` reads."""
-    write_whole(Path(cfg.run.output_dir) / "finished.json", json.dumps(what_trains(cfg), indent=1))
+    write_whole(Path(cfg.run.output_dir) / FINISHED, json.dumps(what_trains(cfg), indent=1))
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, object]:
-    """The options that decide what a run computes: all but those of the machine and of tracking."""
-    return {name: options for name, options in as_plain(cfg).items() if name not in ("machine", "tracking")}
+    """The options that decide what a run computes: all but those of the machine, of tracking and of one launch."""
+    return _what_trains(as_plain(cfg))
+
+
+def _what_trains(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: section for name, section in options.items() if name not in ("machine", "tracking")}
+    run = {name: value for name, value in kept["run"].items() if name not in ONE_LAUNCH}
+    return {**kept, "run": run}
 
 
 def latest_checkpoint(run_folder: Path) -> Path:

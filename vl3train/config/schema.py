@@ -277,8 +277,12 @@ class RunConfig:
     """Also evaluate every this many steps. 0: not during the run."""
 
     stop_after_steps: int | None = None
-    """Save a checkpoint and stop after this many steps of this launch: for queues with a time limit. The learning-rate
-    schedule stays that of the whole run."""
+    """Save a checkpoint and stop after this many steps of this launch. The learning-rate schedule stays that of the
+    whole run."""
+
+    max_hours: float | None = None
+    """Save a checkpoint and stop at the end of the first step after this many hours of this launch: for queues with a
+    time limit. Leave room for one step and one save."""
 
 
 @dataclass(kw_only=True, slots=True)

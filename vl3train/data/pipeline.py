@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
 from vl3train.data.loader import FailedEntry, OpenData, PackDataset, load_packs
 from vl3train.data.media.clips import DecodeLimits
@@ -197,12 +198,13 @@ def train_steps(
         num_workers=cfg.data.num_workers,
         pin_memory=_on_cuda(cfg),
     )
+    ledger = LineLog(ledger_path)
     failed_in_a_row = 0
     cursor = first
     while cursor.step < last_step:
         packs = plan.step_packs(cursor)
         mine = [next(loaded) for _ in range(num_micro_batches)]
-        _write_ledger(ledger_path, cursor, [entry for one in mine for entry in one.failed])
+        ledger.append(_ledger_lines(cursor, [entry for one in mine for entry in one.failed]))
         for one in mine:
             failed_keys = {entry.key for entry in one.failed}
             for key in one.batch.segment_keys:
@@ -258,10 +260,5 @@ def _on_cuda(cfg: TrainConfig) -> bool:
     return cfg.machine.device.value != "cpu" and torch.cuda.is_available()
 
 
-def _write_ledger(path: Path, cursor: Cursor, entries: list[FailedEntry]) -> None:
-    if entries:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as ledger:
-            ledger.writelines(
-                json.dumps({"step": cursor.step, **entry._asdict()}) + "\n" for entry in entries
-            )
+def _ledger_lines(cursor: Cursor, entries: list[FailedEntry]) -> list[str]:
+    return [json.dumps({"step": cursor.step, **entry._asdict()}) for entry in entries]

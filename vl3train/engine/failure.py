@@ -5,11 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 
+from vl3train.contracts.exit_codes import FAILED, INTERRUPTED
 from vl3train.engine.ranks import OneRankError, Rank, RunError
-
-FAILED = 1
-INTERRUPTED = 130
-"""128 + SIGINT, as shells count it."""
 
 
 def report_failure(error: BaseException, rank: Rank | None) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
-from vl3train.engine.checkpoint import save_checkpoint
+from vl3train.engine.checkpoints.save import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.compile_log import Compiles, take_compiles
@@ -21,28 +23,33 @@ from vl3train.engine.monitor.console import Console
 from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.run import Run
+from vl3train.engine.start.lock import locked_folder
 from vl3train.engine.start.run import start_run
 from vl3train.engine.step import StepResult, train_step
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
 from vl3train.model.activations.work import RecomputePlan
 
 
-def train(cfg: TrainConfig, rank: Rank) -> None:
+def train(cfg: TrainConfig, rank: Rank) -> bool:
     """Train one stage to its end, from its start or from the newest whole checkpoint in its output folder.
 
-    Raises RunError on every rank, or OneRankError on one, for what a user can act on.
+    Returns whether the run is finished; else it was asked to stop, and has saved. Raises RunError on every rank, or
+    OneRankError on one, for what a user can act on.
     """
     start_workers_ignoring_signals()
     console = Console(cfg.run.output_dir, stage_name=cfg.stage.name, enabled=rank.is_first)
-    try:
-        with explain_oom(cfg, rank, "the run started"):
-            run = start_run(cfg, rank, console)
-        run_steps(run, StopRequest())
-    except TooManyFailed as error:
-        raise OneRankError(f"rank {rank.index}: {error}") from error
-    finally:
-        console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
-    run.tracker.finish()
+    with locked_folder(Path(cfg.run.output_dir), rank):
+        try:
+            with explain_oom(cfg, rank, "the run started"):
+                run = start_run(cfg, rank, console)
+            with contextlib.closing(StopRequest(cfg.run.max_hours)) as stop:
+                run_steps(run, stop)
+        except TooManyFailed as error:
+            raise OneRankError(f"rank {rank.index}: {error}") from error
+        finally:
+            console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
+        run.tracker.finish()
+    return run.cursor.step == run.num_steps
 
 
 def run_steps(run: Run, stop: StopRequest) -> None:
@@ -87,12 +94,13 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
         run.cursor = run.data.plan.advance(step_batches.cursor)
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
-            save_run(run)
-            saved_step = done
+            saved_step = save_run(run, saved_step, ends=done == last_step or result.stop_requested)
         if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
             evaluate_run(run, step=done, when="step")
         if result.stop_requested:
-            run.console.message(f"stopped on request after step {done}; start again to resume")
+            run.console.message(
+                f"stopped on request after step {done}; give the same command again to resume"
+            )
             break
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
         evaluate_run(run, step=run.num_steps, when="end")
@@ -188,9 +196,13 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     run.tracker.log({"held_out": figures}, step)
 
 
-def save_run(run: Run) -> None:
-    """Write a checkpoint of the run; the next step is ``run.cursor``."""
-    save_checkpoint(
+def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
+    """Write a checkpoint of the run, whose next step is ``run.cursor``; returns the step of the newest checkpoint.
+
+    Where the disk does not take it, the run goes on with the one before, which is that of ``saved_step``. Raises
+    RunError on every rank where it cannot go on, because this is the last save (``ends``).
+    """
+    problem = save_checkpoint(
         run.folder / "checkpoints",
         run.cursor.step,
         engine=run.engine,
@@ -199,6 +211,15 @@ def save_run(run: Run) -> None:
         rank=run.rank,
         keep=run.cfg.run.keep_checkpoints,
     )
+    if problem is None:
+        return run.cursor.step
+    newest = (
+        f"the newest checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
+    )
+    if ends:
+        raise RunError(f"{problem}; {newest}. Free disk space and start again: the run resumes from there")
+    run.console.message(f"{problem}; {newest}. The run goes on and tries again at its next save")
+    return saved_step
 
 
 def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -> None:

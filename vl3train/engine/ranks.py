@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from vl3train.config.choices import Device
 from vl3train.config.schema import MachineConfig
+from vl3train.contracts.exit_codes import FAILED, FINISHED, STOPPED, leave_code
 
 T = TypeVar("T")
 
@@ -90,18 +91,19 @@ def join(machine: MachineConfig) -> Rank:
     return Rank(index=dist.get_rank(), dp_size=dist.get_world_size(), device=device)
 
 
-def leave(exit_code: int = 0) -> NoReturn:
+def leave(exit_code: int = FINISHED) -> NoReturn:
     """End this process after all ranks are done, through ``os._exit``.
 
     The destructors of a gloo group abort sometimes ("terminate called without an active exception"), which would turn a
     finished run into a failed one.
     """
-    if exit_code == 0 and dist.is_initialized():
+    if exit_code in (FINISHED, STOPPED) and dist.is_initialized():
         try:
             dist.barrier()
         except RuntimeError as error:  # another rank failed after this one was done
             print(f"not every rank finished: {error}", file=sys.stderr)
-            exit_code = 1
+            exit_code = FAILED
+    leave_code(exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

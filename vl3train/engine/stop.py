@@ -1,25 +1,97 @@
-"""How a run is asked to stop: by the signals that schedulers send before SIGKILL."""
+"""How a run is asked to stop at the next step's end: by a signal, by its time limit, by the end of its launcher."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 
+from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED
 from vl3train.data.render.processes import clean_processes
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Of queues before SIGKILL, of Ctrl-C, of Slurm's ``--signal``, of a terminal that is closed."""
+SECONDS_WITHOUT_LAUNCHER = 40.0
+"""For the step in progress and the save; then the process ends. Nobody restarts it, and its GPU is wanted."""
+SECONDS_BETWEEN_INTERRUPTS = 1.0
+"""A second Ctrl-C this much later means now. Queues and torchrun send the same signal twice within milliseconds."""
 
 
 class StopRequest:
-    """Turns the stop signals into a flag, which the step shares with all ranks."""
+    """A flag that a signal, the time limit or the launcher's end sets, and that the step shares with all ranks."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        for name in STOP_SIGNALS:
-            signal.signal(name, self._request)
+    def __init__(self, max_hours: float | None = None) -> None:
+        """Listen to the signals from now on. ``max_hours`` counts from the start of this process."""
+        self._requested = False
+        self._interrupted_at: float | None = None
+        self._deadline = None if max_hours is None else process_started() + 3600 * max_hours
+        self._before = {
+            name: signal.signal(name, self._on_signal)
+            for name in STOP_SIGNALS
+            if signal.getsignal(name) is not signal.SIG_IGN  # nohup ignores SIGHUP
+        }
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            when_gone(os.getppid(), self._launcher_is_gone)
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
+    def close(self) -> None:
+        """Let the signals do again what they did before."""
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank wants to stop. Asked once a step."""
+        return self._requested or (self._deadline is not None and time.time() >= self._deadline)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            before, self._interrupted_at = self._interrupted_at, now
+            if before is not None and now - before >= SECONDS_BETWEEN_INTERRUPTS:
+                os._exit(INTERRUPTED)
+        self._requested = True
+
+    def _launcher_is_gone(self) -> None:
+        print(
+            "\nthe launcher (torchrun) is gone: the run saves after this step and ends",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._requested = True
+        time.sleep(SECONDS_WITHOUT_LAUNCHER)
+        os._exit(STOPPED)
+
+
+def when_gone(pid: int, act: Callable[[], object]) -> None:
+    """Call ``act`` in a thread of its own as soon as a process, the parent of this one, has ended."""
+
+    def wait() -> None:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            pass  # already
+        else:
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            poll.poll()
+        act()
+
+    if hasattr(os, "pidfd_open"):  # Linux 5.3
+        threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+
+
+def process_started() -> float:
+    """When this process began, in seconds since 1970: the imports before this line count too."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    with open("/proc/uptime", encoding="ascii") as file:
+        up = float(file.read().split()[0])
+    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def start_workers_ignoring_signals() -> None:

@@ -58,17 +58,17 @@ class Asker:
         from transformers.utils import logging
 
         from vl3train.model.weights.hf_folder import load_trained
+        from vl3train.model.weights.processor import trained_fps
 
         logging.disable_progress_bar()
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # A CPU computes bfloat16 slowly; the cast up is exact.
         model, processor = load_trained(folder, dtype=torch.float32 if place.type == "cpu" else None)
         trained = processor.video_processor
-        wanted_fps = fps if fps is not None else trained.fps
         return cls(
             model=model.to(place),
             processor=processor,
-            fps=wanted_fps if wanted_fps is not None else DataConfig().fps,  # published processors name none
+            fps=fps if fps is not None else trained_fps(processor),
             min_frames=trained.min_frames,
             max_frames=max_frames if max_frames is not None else trained.max_frames,
             max_new_tokens=max_new_tokens,

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor
-from torch._dynamo.utils import set_compilation_metrics_limit
 
 
 def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., Any]:
     """``function`` compiled for any lengths; the function itself where not ``enabled``."""
     if not enabled:
         return function
-    from vl3train.model.inductor_choices import choose_for_wide_rows  # a second of imports
+    # Seconds of imports, which a command that compiles nothing (plan) goes without.
+    import torch._dynamo.config as dynamo_config
+    from torch._dynamo.utils import set_compilation_metrics_limit
+
+    from vl3train.model.inductor_choices import choose_for_wide_rows
 
     # The settings are process-wide: the compiler reads them when the first batch comes. To recompute elementwise work
     # is cheaper than to keep it in memory; our own ops and torch's attention are never recomputed.

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from tests.engine.jobs import start_job
 from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
 from vl3train.config.choices import Dtype, MasterDtype
@@ -26,8 +23,6 @@ from vl3train.engine.zero.transfer import Reading
 from vl3train.engine.zero.zero1_bf16 import drop_masters
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.weights.from_parts import load_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +65,15 @@ def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, ze
     assert norm == pytest.approx(whole[1], rel=1e-4)
 
 
-def in_two_processes(module, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run(
-        [*command, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+def in_two_processes(python, module, *arguments):
+    process, _ = start_job(python, module, [str(argument) for argument in arguments])
+    assert process.wait(timeout=300) == 0
 
 
 @pytest.mark.two_processes
-def test_two_ranks_any_accumulation_same_gradient(tiny_model_dir, whole, tmp_path):
+def test_two_ranks_any_accumulation_same_gradient(warm_python, tiny_model_dir, whole, tmp_path):
     out = tmp_path / "gradients.pt"
-    in_two_processes("tests.engine.split_worker", tiny_model_dir, out)
+    in_two_processes(warm_python, "tests.engine.split_worker", tiny_model_dir, out)
     results = torch.load(out)
     half = [results.pop(("bfloat16", m)) for m in (1, 2)]
     assert set(results) == {(stage, m) for stage in (0, 1, 2, 3) for m in (1, 2)}
@@ -154,9 +143,9 @@ def test_without_masters_the_float32_ones_are_let_go(tiny_model_dir, rank, monke
 
 
 @pytest.mark.two_processes
-def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(tiny_model_dir, tmp_path):
+def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(warm_python, tiny_model_dir, tmp_path):
     """They are views of the weights of all ranks, of which torch.save writes the whole."""
-    in_two_processes("tests.engine.masters_worker", tiny_model_dir, tmp_path)
+    in_two_processes(warm_python, "tests.engine.masters_worker", tiny_model_dir, tmp_path)
     found = torch.load(tmp_path / "found.pt")
     # Bytes of a parameter: weight and moments in bfloat16; weight, lower half and moments in float32.
     for master_dtype, of_parameter in (("bfloat16", 2 + 4), ("split", 2 + 2 + 8)):

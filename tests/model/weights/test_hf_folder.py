@@ -15,7 +15,7 @@ from vl3train.config.data_options import DataConfig
 from vl3train.contracts.tokens import CHAT_TEMPLATE, IMAGE_PAD, UPSTREAM_ADDED_TOKENS, VIDEO_PAD
 from vl3train.model.weights.from_parts import load_model
 from vl3train.model.weights.hf_folder import WrongExport, locate_trained, save_weights, verify_export
-from vl3train.model.weights.processor import build_processor
+from vl3train.model.weights.processor import build_processor, trained_fps
 
 
 def test_budgets_are_the_published_ones(processor):
@@ -33,7 +33,7 @@ def test_a_smaller_limit_of_either_kind_wins(tokenizer_dir):
     assert processor.image_processor.size["longest_edge"] == 50_000
     assert processor.video_processor.size["longest_edge"] == 300 * 28**2
     assert processor.image_processor.merge_size == 2
-    assert processor.video_processor.fps == 2.0
+    assert trained_fps(processor) == 2.0
     assert processor.video_processor.use_token_compression is False
 
 
@@ -61,7 +61,6 @@ def test_the_processor_survives_a_round_trip(processor, tmp_path):
     assert recompute.tokenizer.padding_side == "left"
     assert recompute.tokenizer.eos_token == "<|im_end|>"
     assert recompute.image_processor.max_visual_tokens == 10240
-    assert recompute.video_processor.do_sample_frames is True
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
     texts = [p.apply_chat_template(messages, add_generation_prompt=True) for p in (processor, recompute)]
@@ -80,7 +79,7 @@ def test_the_processor_survives_a_round_trip(processor, tmp_path):
 def test_a_user_who_passes_fps_gets_sampled_frames_and_times(processor):
     clip = torch.randint(0, 255, (50, 3, 56, 84), dtype=torch.uint8)
     metadata = [{"fps": 25.0, "total_num_frames": 50}]
-    inputs = processor(text=[VIDEO_PAD], videos=[clip], video_metadata=metadata, fps=2)
+    inputs = processor(text=[VIDEO_PAD], videos=[clip], video_metadata=metadata, fps=2, do_sample_frames=True)
     text = processor.tokenizer.decode(inputs["input_ids"][0]).replace(VIDEO_PAD, "")
     assert text == "Time 0.0s:,Time 0.5s:,Time 1.0s:,Time 1.5s:"
 

@@ -75,6 +75,7 @@ RANGES: dict[str, Range] = {
     "run.log_steps": AT_LEAST_1,
     "run.evaluate_steps": AT_LEAST_0,
     "run.stop_after_steps": AT_LEAST_1,
+    "run.max_hours": POSITIVE,
 }
 
 

@@ -118,6 +118,12 @@ def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
         what = f"is a run of stage {before['number']}, and stage {number - 1} comes between"
         way_out = f"train stage {number - 1} first; to skip it, name the weights folder inside the checkpoint"
         return [Problem(key, init_from, what, way_out)]
+    if paths.is_run_folder(folder) and not (folder / paths.FINISHED).is_file():
+        way_out = (
+            "start that run again until it is finished; to start from it as it is, name its checkpoint: "
+            f"{paths.latest_checkpoint(folder)}"
+        )
+        return [Problem(key, init_from, "is a run that is not finished", way_out)]
     return []
 
 

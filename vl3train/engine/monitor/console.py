@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.line_log import LineLog
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal at most one line is printed in this time, and always the first and the last step."""
@@ -42,7 +43,7 @@ class Console:
         self._enabled = enabled
         self._name = stage_name
         self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False)
-        self._metrics_path = Path(output_dir) / "metrics.jsonl"
+        self._log = LineLog(Path(output_dir) / "metrics.jsonl", self.message)
         self._total_steps = 0
         self._pace = Pace()
         self._last_line_time = -float("inf")
@@ -80,13 +81,12 @@ class Console:
     def metrics(self, figures: Mapping[str, Any]) -> None:
         """Show the figures of one step and append them to metrics.jsonl.
 
-        When this returns, the operating system has the line: a killed process loses none.
+        When this returns, the operating system has the line: a killed process loses none. Where the disk does not take
+        it, the run goes on (contracts/line_log.py).
         """
         if not self._enabled:
             return
-        self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        self._log.append([json.dumps(figures)])
         done = int(figures["step"]) + 1
         seconds_left = self._pace.seconds_left(done, self._total_steps)
         text = figures_text(figures, seconds_left)
@@ -115,7 +115,8 @@ class Console:
             self._print(text)
 
     def close(self) -> None:
-        """End the bar as it is. May be called twice."""
+        """End the bar as it is, and write the figures that still wait. May be called twice."""
+        self._log.close()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -212,12 +213,13 @@ def clock(seconds: float) -> str:
 
 
 def truncate_metrics(path: str | Path, first_step: int) -> int:
-    """Remove the lines of steps from ``first_step`` on, which a resumed run will write again.
+    """Move the lines of steps from ``first_step`` on, which a resumed run will write again, to a file beside it.
 
-    A last line that a killed process did not finish is removed too. The file is replaced as a whole.
+    They are appended to ``metrics.replaced.jsonl``: figures of work that was done are not deleted. A last line that a
+    killed process did not finish is removed. The file is replaced as a whole.
 
     Returns:
-        Number of lines removed.
+        Number of lines moved or removed.
 
     Raises:
         ValueError: A line other than the last is not JSON: something else wrote to the file.
@@ -226,7 +228,7 @@ def truncate_metrics(path: str | Path, first_step: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
+    kept, replaced = [], []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             continue
@@ -236,8 +238,10 @@ def truncate_metrics(path: str | Path, first_step: int) -> int:
             raise ValueError(
                 f"{path}, line {number} is not a line of figures ({error}); repair or move the file"
             ) from error
-        if step < first_step:
-            kept.append(line)
+        (kept if step < first_step else replaced).append(line)
+    if replaced:
+        with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(replaced)
     if len(kept) < len(lines):
         write_whole(path, "".join(kept))
     return len(lines) - len(kept)

@@ -13,7 +13,7 @@ from vl3train.config.paths import tokenizer_source
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
-from vl3train.engine.checkpoint import find_checkpoint
+from vl3train.engine.checkpoints.find import find_checkpoint
 from vl3train.engine.ranks import Rank
 from vl3train.model.weights.headers.template import KEPT, start_template
 from vl3train.model.weights.processor import build_processor

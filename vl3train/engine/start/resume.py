@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vl3train.config.paths import FINISHED
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
-from vl3train.engine.checkpoint import load_checkpoint, refuse_other_identity
+from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.monitor.console import truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
@@ -48,6 +49,8 @@ def resume(
     if rank.is_first:
         truncate_metrics(folder.path / "metrics.jsonl", cursor.step)
         write_config(cfg, folder.path)
+        if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
+            (folder.path / FINISHED).unlink(missing_ok=True)
     return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples)
 
 

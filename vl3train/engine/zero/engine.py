@@ -26,6 +26,7 @@ from vl3train.engine.optim.build import state_bytes
 from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.offload_schedule import OffloadSchedule
 from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.state_files import StateFiles
 from vl3train.engine.zero.transfer import Reading, Transfer
 from vl3train.engine.zero.zero1_bf16 import drop_masters, keep_float32_sums
 from vl3train.model.activations.work import RecomputePlan
@@ -76,6 +77,10 @@ class Zero:
             config=deepspeed_config(machine, optim, num_micro_batches, rank.dp_size),
             dist_init_required=False,
         )
+        self._state_files = StateFiles()
+        self.engine.checkpoint_engine = self._state_files
+        # A script that makes float32 weights of the state; weights/ has them already.
+        self.engine._copy_recovery_script = lambda *_: None
         if self.zero_stage < 3:
             model.lay_frozen_weights_together()
         self._sums: list[GradientSums] = []  # to which layers add gradients themselves
@@ -217,10 +222,19 @@ class Zero:
         return state
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and DeepSpeed's counters; every rank its share."""
+        """Write weights, optimizer and DeepSpeed's counters; every rank its share.
+
+        Does not raise where the disk does not take a file: other ranks wait in DeepSpeed's barriers. Call
+        ``raise_unsaved`` after it.
+        """
         self.engine.save_checkpoint(
             str(folder), tag="state", save_latest=False, exclude_frozen_parameters=not self.save_frozen
         )
+
+    def raise_unsaved(self) -> None:
+        """Raise what kept this rank's files of the last ``save`` from being written."""
+        if self._state_files.problem is not None:
+            raise self._state_files.problem
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, under the same number of ranks and ZeRO stage.

@@ -169,7 +169,9 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
             )
         refuse(weights, inspect_folder(weights, Kind.whole).faults)
         return weights, None
-    base = checkpoint.parent.parent / "base"
+    base = checkpoint / "base"  # as `vl3train convert` writes a LoRA checkpoint of the original
+    if not base.is_dir():
+        base = checkpoint.parent.parent / "base"
     if not base.is_dir():
         raise FileNotFoundError(
             f"{base} is missing: it holds the weights that the adapters in {adapter} belong to"

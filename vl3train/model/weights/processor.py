@@ -99,21 +99,36 @@ def _image_processor(data: DataConfig, merge_size: int) -> Any:
 def _video_processor(data: DataConfig, merge_size: int, prune_frames: bool) -> Any:
     from transformers import VideoLlama3VideoProcessor
 
-    return VideoLlama3VideoProcessor(
+    processor: Any = VideoLlama3VideoProcessor(
         size=_pixel_budget(data.video_min_pixels, data.video_max_pixels, data.max_visual_tokens, merge_size),
         merge_size=merge_size,
         patch_size=PATCH_SIZE,
         image_mean=HALF,
         image_std=HALF,
-        fps=data.fps,
         min_frames=data.min_frames,
         max_frames=data.max_frames,
-        # A whole clip given to the processor is sampled as in training; the class default would encode every frame
-        # of it. Frames that are sampled already need do_sample_frames=False.
-        do_sample_frames=True,
+        # A stored fps would make num_frames= an error ("mutually exclusive"), a stored do_sample_frames=True a list
+        # of frames. So plain transformers wants fps= or num_frames= with a path, as its own examples have it.
+        do_sample_frames=False,
         use_token_compression=prune_frames,
         return_metadata=True,
     )
+    processor.trained_fps = data.fps  # read back by trained_fps
+    return processor
+
+
+def trained_fps(processor: Any) -> float:
+    """Frames that training sampled from each second of a clip; published processors name none."""
+    stored = processor.video_processor
+    fps = getattr(stored, "trained_fps", None) or stored.fps  # fps: in folders of earlier builds
+    return float(fps) if fps is not None else DataConfig().fps
+
+
+def keep_arguments_free(processor: Any) -> Any:
+    """``processor`` of an earlier build, changed so that fps=, num_frames= and lists of frames work in transformers."""
+    stored = processor.video_processor
+    stored.trained_fps, stored.fps, stored.do_sample_frames = trained_fps(processor), None, False
+    return processor
 
 
 def _pixel_budget(

@@ -84,7 +84,7 @@ def adapter_faults(folder: Path) -> list[Fault]:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return [Fault(f"holds no {file.name}", COPY_ALL)]
-    _, fault = _tensors_of(file)
+    _, fault = tensors_of(file)
     return [] if fault is None else [fault]
 
 
@@ -130,7 +130,7 @@ def _add_files(stored: StoredWeights, files: list[Path], places: dict[str, str])
     """Add the tensors of ``files``; ``places`` are the index's, by tensor."""
     for file in files:
         stored.files.append(file)
-        tensors, fault = _tensors_of(file)
+        tensors, fault = tensors_of(file)
         if fault is not None:
             stored.faults.append(fault)
             stored.complete = stored.complete and bool(places)
@@ -138,7 +138,8 @@ def _add_files(stored: StoredWeights, files: list[Path], places: dict[str, str])
         stored.tensors |= tensors
 
 
-def _tensors_of(file: Path) -> tuple[dict[str, StoredTensor], Fault | None]:
+def tensors_of(file: Path) -> tuple[dict[str, StoredTensor], Fault | None]:
+    """The tensors of one weight file by name; empty with the reason why it cannot be used."""
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS_MARK)) == LFS_MARK:

@@ -1,0 +1,35 @@
+"""The command names each damaged file, by its exit code too, and needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.engine.checkpoints.made import make
+from vl3train.cli.main import main
+
+
+def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
+    run = tmp_path / "run"
+    whole, damaged = make(run / "checkpoints", 1), make(run / "checkpoints", 2)
+    assert main(["verify-checkpoint", str(run)]) == 0
+    assert capsys.readouterr().out.count("whole, 2 files") == 2
+    (damaged / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"z")
+    (damaged / "resume.json").unlink()
+    assert main(["verify-checkpoint", str(run)]) == 1
+    said = capsys.readouterr().out
+    assert f"{whole}: whole" in said
+    assert f"{damaged}: damaged" in said
+    assert "engine/weights.bin is not what was written" in said
+    assert "resume.json has no of" in said
+    assert main(["verify-checkpoint", str(whole)]) == 0
+
+
+def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
+    assert main(["verify-checkpoint", str(tmp_path)]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_it_does_not_wait_for_torch():
+    code = "import sys, vl3train.cli.verify_checkpoint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,37 @@
+"""A run resumes from the newest whole checkpoint, and never starts over because all are damaged."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.checkpoints.made import make
+from vl3train.engine.checkpoints.find import find_checkpoint
+from vl3train.engine.ranks import RunError
+
+
+def test_the_newest_whole_one_is_found_and_damage_is_named(tmp_path, one_rank):
+    good = make(tmp_path, 10)
+    cut = make(tmp_path, 20)
+    (cut / "engine" / "weights.bin").write_bytes(b"x" * 60)
+    (make(tmp_path, 30) / "MANIFEST.json").unlink()
+    (make(tmp_path, 35) / "MANIFEST.json").write_text("")
+    (make(tmp_path, 38) / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"y")
+    (tmp_path / "step_00000040.partial").mkdir()
+    folder, remarks = find_checkpoint(tmp_path, one_rank)
+    assert folder == good
+    assert [remark.split(" is not used: ")[0][-2:] for remark in remarks] == ["38", "35", "30", "20"]
+    assert "its digest differs" in remarks[0]
+    assert "60 of 100 bytes" in remarks[3]
+
+
+def test_no_checkpoint_is_no_error(tmp_path, one_rank):
+    assert find_checkpoint(tmp_path / "none", one_rank) == (None, [])
+
+
+def test_all_damaged_is_an_error_that_names_each(tmp_path, one_rank):
+    for step in (1, 2):
+        (make(tmp_path, step) / "engine" / "weights.bin").write_bytes(b"y" * 100)
+    with pytest.raises(RunError, match="does not start over") as caught:
+        find_checkpoint(tmp_path, one_rank)
+    assert str(caught.value).count("its digest differs") == 2
+    assert "move" in str(caught.value)

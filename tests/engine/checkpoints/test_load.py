@@ -1,0 +1,88 @@
+"""A checkpoint of another run is refused with what differs, and reading one runs no code of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.checkpoints.made import make
+from vl3train.engine.checkpoints.load import refuse_other_identity
+from vl3train.engine.checkpoints.random_state import load_random_state, save_random_state
+from vl3train.engine.ranks import RunError
+from vl3train.engine.zero.state_files import StateFiles
+
+
+def test_another_plan_is_refused_with_every_difference(tmp_path):
+    folder = make(
+        tmp_path, 1, identity={"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
+    )
+    same = refuse_other_identity(
+        folder, {"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
+    )
+    assert same["step"] == 1
+    with pytest.raises(RunError, match="cannot be resumed") as caught:
+        refuse_other_identity(
+            folder, {"plan": {"seed": 1, "index": "abc"}, "stage": 2, "model": {"projector": 8}}
+        )
+    text = str(caught.value)
+    assert "plan.seed: the checkpoint has 0, this run has 1" in text
+    assert "model.projector: the checkpoint has 7, this run has 8" in text
+    assert "index" not in text.split("Either")[0].replace("plan.index", "")
+    assert "stage.init_from" not in text, "there are no weights"
+    (folder / "weights").mkdir()
+    with pytest.raises(RunError, match=f"stage.init_from={folder / 'weights'}"):
+        refuse_other_identity(folder, {"stage": 2})
+    with pytest.raises(RunError) as caught:
+        refuse_other_identity(folder, {"stage": 1})
+    assert "stage.init_from" not in str(caught.value), "stage 1 does not take it"
+
+
+def draw():
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+
+def test_random_state_comes_back(tmp_path):
+    np.random.randn()  # numpy keeps the second of a pair
+    save_random_state(tmp_path / "state.pt")
+    first = draw()
+    load_random_state(tmp_path / "state.pt")
+    assert draw() == first
+
+
+def test_random_state_as_it_was_written_before_2026_12_comes_back(tmp_path):
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": None,
+    }
+    torch.save(state, tmp_path / "state.pt")
+    first = draw()
+    load_random_state(tmp_path / "state.pt")
+    assert draw() == first
+
+
+class MakesFolder:
+    """Its pickle makes a folder when it is read: harmless, and seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("read", [load_random_state, StateFiles().load], ids=["random", "engine"])
+def test_code_in_a_file_of_a_checkpoint_is_not_run(tmp_path, read):
+    torch.save({"torch": MakesFolder(tmp_path / "ran")}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        read(tmp_path / "state.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "state.pt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the file would do it"

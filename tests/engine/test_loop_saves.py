@@ -1,0 +1,137 @@
+"""A disk that does not take a checkpoint or a log ends no training; damage sends a run back, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+import signal
+
+import pytest
+
+from tests.engine.runs import figures, run, weights
+from vl3train.engine import loop
+from vl3train.engine.ranks import RunError
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The operating system refuses longer files, as a full disk does: in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.fixture(scope="module")
+def words(demo_words):
+    return [*demo_words, "stage=1", "run.num_steps=5", "run.evaluate_at_end=false"]
+
+
+@pytest.fixture(scope="module")
+def straight(words, tmp_path_factory):
+    return run([*words, f"run.output_dir={tmp_path_factory.mktemp('straight')}"])
+
+
+def full_at(steps, monkeypatch, size=20_000):
+    """Let the saves after these steps find the disk full."""
+    save = loop.save_checkpoint
+
+    def save_checkpoint(checkpoints, step, **settings):
+        with files_of_at_most(size) if step in steps else contextlib.nullcontext():
+            return save(checkpoints, step, **settings)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
+
+
+def steps_of(folder):
+    return sorted(path.name[-1] for path in (folder / "checkpoints").glob("step_*"))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_goes_on(
+    words, straight, tmp_path, monkeypatch, capsys
+):
+    full_at({4}, monkeypatch)
+    run([*words, f"run.output_dir={tmp_path}", "run.keep_checkpoints=9"])
+    said = capsys.readouterr().out
+    assert "could not be written" in said
+    assert "the newest checkpoint is that of step 2. The run goes on and tries again" in said
+    assert steps_of(tmp_path) == ["2", "5"], "nothing is left of the one of step 4"
+    assert figures(tmp_path) == figures(straight)
+
+
+def test_where_the_last_save_fails_the_run_ends_with_the_reason_and_resumes(
+    words, straight, tmp_path, monkeypatch
+):
+    full_at({5}, monkeypatch)
+    with pytest.raises(
+        RunError, match=r"could not be written.*newest checkpoint is that of step 4"
+    ) as caught:
+        run([*words, f"run.output_dir={tmp_path}"])
+    assert "Free disk space and start again" in str(caught.value)
+    assert not (tmp_path / "finished.json").exists()
+    monkeypatch.undo()
+    run([*words, f"run.output_dir={tmp_path}"])
+    assert figures(tmp_path) == figures(straight)
+    assert len((tmp_path / "metrics.replaced.jsonl").read_text().splitlines()) == 1, "step 5 was done twice"
+
+
+def test_figures_that_the_disk_does_not_take_come_later(words, straight, tmp_path, monkeypatch, capsys):
+    log_step = loop.log_step
+
+    def log(run, step_batches, *more):
+        with files_of_at_most(1000) if step_batches.cursor.step in (2, 3) else contextlib.nullcontext():
+            log_step(run, step_batches, *more)
+
+    monkeypatch.setattr(loop, "log_step", log)
+    run([*words, f"run.output_dir={tmp_path}"])
+    assert figures(tmp_path) == figures(straight)
+    said = capsys.readouterr().out
+    assert "metrics.jsonl cannot be written" in said
+    assert "is written again, with the 3 lines that waited" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["engine/state/mp_rank_00_model_states.pt", "random/rank_0.pt", "resume.json", "MANIFEST.json"]
+)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(words, straight, tmp_path, name, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    (folder / "finished.json").unlink()
+    file = folder / "checkpoints" / "step_00000005" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    run([*words, f"run.output_dir={folder}"])
+    said = capsys.readouterr().out
+    assert "step_00000005 is not used: " in said
+    assert name in said
+    assert "resumed after step 4" in said
+    assert figures(folder) == figures(straight)
+    assert weights(folder).keys() == weights(straight).keys()
+
+
+def test_with_all_checkpoints_damaged_nothing_is_started_over(words, straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    for file in folder.glob("checkpoints/step_*/resume.json"):
+        file.write_text(file.read_text().replace("cursor", "curser"))
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match="none of the checkpoints"):
+        run([*words, f"run.output_dir={folder}"])
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_that_shall_do_more_is_no_longer_finished(words, straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    longer = [*words, f"run.output_dir={folder}", "run.num_steps=7", "optim.schedule=constant"]
+    run([*longer, "run.stop_after_steps=1"])
+    assert not (folder / "finished.json").exists()
+    run(longer)
+    assert json.loads((folder / "finished.json").read_text())["run"]["num_steps"] == 7

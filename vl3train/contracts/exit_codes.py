@@ -1,0 +1,42 @@
+"""What a run's exit code says, and how each rank tells the launcher its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FINISHED = 0
+FAILED = 1
+STOPPED = 75
+"""The run was asked to stop, has saved, and goes on when it is started again: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Ctrl-C before the first step or a second time: 128 + SIGINT, as shells count it. Nothing was saved."""
+
+CODES_FOLDER = "VL3TRAIN_EXIT_CODES"
+"""Environment variable that the launcher sets: a folder with a file for each rank of this node that has ended."""
+
+
+def leave_code(code: int) -> None:
+    """Leave this rank's exit code for the launcher, where there is one of ours."""
+    if folder := os.environ.get(CODES_FOLDER):
+        (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(str(code))
+
+
+def code_of_run(codes: set[int], *, was_asked_to_stop: bool) -> int:
+    """The launcher's code where its ranks did not all end with 0.
+
+    Args:
+        codes: what the ranks of this node left. A rank that a signal ended before its first step has left none, and had
+            nothing to save.
+        was_asked_to_stop: whether the launcher got a signal.
+
+    >>> code_of_run({75}, was_asked_to_stop=False), code_of_run(set(), was_asked_to_stop=True)
+    (75, 75)
+    >>> code_of_run({75, 1}, was_asked_to_stop=True), code_of_run(set(), was_asked_to_stop=False)
+    (1, 1)
+    """
+    if codes == {STOPPED} or (not codes and was_asked_to_stop):
+        return STOPPED
+    if INTERRUPTED in codes and codes <= {STOPPED, INTERRUPTED}:
+        return INTERRUPTED
+    return FAILED

@@ -1,0 +1,64 @@
+"""A log of lines that ends no run: where the disk does not take a line, it waits in memory for the next try."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def say_on_stderr(text: str) -> None:
+    """Print a message of a log to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class LineLog:
+    """Appends whole lines to a file that only this process writes.
+
+    When ``append`` returns, the operating system has the lines: a killed process loses none. A line that the disk took
+    half of is taken back.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], object] = say_on_stderr) -> None:
+        """``say`` gets a message when the file cannot be written, and one when it can be again."""
+        self._path, self._say = path, say
+        self._waiting: list[str] = []
+        self._whole_bytes: int | None = None  # of the file before a try that failed
+        self._failing = False
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Write lines without their ends, and those that still wait. Does not raise where the disk fails."""
+        self._waiting += lines
+        if not self._waiting:
+            return
+        try:
+            self._write("".join(line + "\n" for line in self._waiting).encode())
+        except OSError as error:
+            if not self._failing:
+                self._say(
+                    f"{self._path} cannot be written: {error.strerror or error}. The run goes on; its lines wait in "
+                    "memory and are written when that works again"
+                )
+            self._failing = True
+            return
+        if self._failing:
+            self._say(f"{self._path} is written again, with the {len(self._waiting)} lines that waited")
+        self._failing = False
+        self._waiting = []
+
+    def close(self) -> None:
+        """Try once more, and say how many lines are lost."""
+        self.append([])
+        if self._waiting:
+            self._say(f"{self._path}: its last {len(self._waiting)} lines could not be written and are lost")
+
+    def _write(self, content: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab", buffering=0) as file:
+            if self._whole_bytes is not None:
+                file.truncate(self._whole_bytes)
+            self._whole_bytes = file.seek(0, 2)
+            written = file.write(content)
+            while written < len(content):
+                written += file.write(content[written:])
+            self._whole_bytes = None

@@ -1,0 +1,65 @@
+"""Read a checkpoint: refuse that of another run, then set weights, optimizer and random state."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from vl3train.engine.checkpoints.random_state import load_random_state
+from vl3train.engine.ranks import OneRankError, Rank, RunError
+from vl3train.engine.zero.engine import Zero
+
+
+def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
+    """Load weights, optimizer state and random state, exactly as they were.
+
+    Raises OneRankError where a file holds code, or objects of other classes than a checkpoint has.
+    """
+    try:
+        engine.load(folder / "engine")
+        load_random_state(folder / "random" / f"rank_{rank.index}.pt")
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"an object of {named[1]}" if named else "something that is no number"
+        raise OneRankError(
+            f"rank {rank.index}: {folder} is not read, because a file of it holds {held}, and reading that could "
+            "run code. This program wrote no such file. If you know where it comes from, start a new run from its "
+            f"weights (stage.init_from={folder / 'weights'}); they are safetensors"
+        ) from error
+
+
+def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The ``resume.json`` of a checkpoint that was made with the same plan, model and machine layout.
+
+    Raises RunError that lists every difference.
+    """
+    resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
+    saved, now = _flat(resume["identity"]), _flat(json.loads(json.dumps(identity)))
+    differences = [
+        f"  {key}: the checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if differences:
+        weights = folder / "weights"  # a LoRA run has none, and stage 1 does not start from a whole model
+        as_start = weights.is_dir() and identity["stage"] > 1
+        raise RunError(
+            f"{folder} cannot be resumed, because this run differs from it:\n"
+            + "\n".join(differences)
+            + "\nEither go back to the old settings, or start a new run with another run.output_dir"
+            + (f" (it can start from these weights: stage.init_from={weights})." if as_start else ".")
+        )
+    return resume
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[key if "." in key else prefix + key] = value  # an option's full name stays as it is
+    return flat

@@ -1,0 +1,51 @@
+"""The state of every random generator of a rank, in a file that holds numbers only: reading it runs no code."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def save_random_state(path: Path) -> None:
+    """Write ``random_state()``."""
+    torch.save(random_state(), path)
+
+
+def load_random_state(path: Path) -> None:
+    """Set the generators to the state that ``save_random_state`` wrote.
+
+    Raises pickle.UnpicklingError where the file holds anything but numbers.
+    """
+    with torch.serialization.safe_globals(_globals_before_2026_12()):
+        set_random_state(torch.load(path, weights_only=True))
+
+
+def random_state() -> dict[str, Any]:
+    """State of every generator a training step may draw from (dropout of adapters)."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set the generators to a ``random_state()``. A missing key is an error."""
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, np.asarray(keys), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _globals_before_2026_12() -> list[Any]:
+    """What builds a numpy array, which the file held until then. None of it runs code of the file."""
+    array = np.zeros(1, np.uint32).__reduce__()
+    return [array[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]

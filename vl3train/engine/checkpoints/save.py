@@ -1,0 +1,142 @@
+"""Write a checkpoint, or say why it could not be written: a full disk ends no training.
+
+One checkpoint is one folder, ``checkpoints/step_00000010/``::
+
+    engine/          written by DeepSpeed: weights, optimizer state, counters, one file a rank
+    weights/         the model in Hugging Face form, with its processor: the next stage and export read it
+    adapter/         of a LoRA run, instead of weights/: the adapter only, in peft's form
+    random/          random state of each rank
+    resume.json      cursor, identity of plan and model, counts of failed samples, config
+    MANIFEST.json    every file with its size and digest; written last
+
+All ranks write into ``step_00000010.partial``; rank 0 syncs and renames it, then switches ``latest``. A process that is
+killed at any moment leaves the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vl3train.contracts.files import sync, sync_tree, write_whole
+from vl3train.engine.checkpoints.manifest import (
+    MANIFEST,
+    digests_of,
+    list_files,
+    manifest_text,
+    share_of,
+)
+from vl3train.engine.checkpoints.random_state import save_random_state
+from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.engine import Zero
+from vl3train.engine.zero.state_files import is_of_the_disk
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` steps.
+
+    >>> checkpoint_name(10)
+    'step_00000010'
+    """
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    engine: Zero,
+    write_weights: Callable[[Path], None],
+    resume: dict[str, Any],
+    rank: Rank,
+    keep: int,
+) -> str | None:
+    """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
+
+    ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call it,
+    because gathering partitioned weights needs them all.
+
+    Returns None, or on every rank why the disk did not take it: the checkpoints before it are still there, and nothing
+    of it is left.
+    """
+    final = checkpoints / checkpoint_name(step)
+    partial = checkpoints / (final.name + ".partial")
+
+    def attempt(write: Callable[[], object], *, here: bool = True) -> str | None:
+        """Why a file could not be written, by the first rank that says so; the same answer on every rank."""
+        problem = None
+        if here:
+            try:
+                write()
+            except Exception as error:
+                if not is_of_the_disk(error):
+                    raise
+                problem = not_written(final, error)
+        return next((text for text in rank.gather(problem) if text), None)
+
+    def write_own_files() -> None:
+        engine.save(partial / "engine")
+        write_weights(partial)
+        save_random_state(partial / "random" / f"rank_{rank.index}.pt")
+        engine.raise_unsaved()
+
+    digests: dict[str, str] = {}
+
+    def read_own_share() -> None:
+        digests.update(digests_of(partial, share_of(list_files(partial), rank.index, rank.dp_size)))
+
+    problem = attempt(lambda: make_partial(partial), here=rank.is_first)
+    problem = problem or attempt(write_own_files)
+    problem = problem or attempt(
+        lambda: (partial / "resume.json").write_text(json.dumps(resume, indent=1)), here=rank.is_first
+    )
+    problem = problem or attempt(read_own_share)
+    if problem is None:
+        for share in rank.gather(digests):
+            digests.update(share)
+    problem = problem or attempt(lambda: finish(partial, final, digests, keep), here=rank.is_first)
+    if problem is not None and rank.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+    return problem
+
+
+def make_partial(partial: Path) -> None:
+    """An empty folder to write into; what killed processes left is removed."""
+    for left in partial.parent.glob("step_*.partial"):
+        shutil.rmtree(left)
+    for name in ("random", "engine/state"):
+        (partial / name).mkdir(parents=True)
+
+
+def finish(partial: Path, final: Path, digests: dict[str, str], keep: int) -> None:
+    """Write the manifest; let the checkpoint appear under its name, and delete old ones."""
+    (partial / MANIFEST).write_text(manifest_text(list_files(partial), digests))
+    sync_tree(partial)
+    if final.exists():  # the same step, saved by a run that was resumed from before it
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(final.parent)
+    write_whole(final.parent / "latest", final.name)
+    delete_old(final.parent, newest=final.name, keep=keep)
+
+
+def not_written(checkpoint: Path, error: Exception) -> str:
+    """The message for a person."""
+    try:
+        free = f"; {shutil.disk_usage(checkpoint.parent).free / 2**20:,.0f} MiB are free there"
+    except OSError:
+        free = ""
+    return f"checkpoint {checkpoint} could not be written: {error}{free}"
+
+
+def delete_old(checkpoints: Path, *, newest: str, keep: int) -> None:
+    """Delete all but the last ``keep`` checkpoints up to ``newest``.
+
+    A checkpoint of a later step is damaged, or the run would have resumed from it: it does not count.
+    """
+    folders = sorted(checkpoints.glob("step_????????"))
+    for folder in [folder for folder in folders if folder.name <= newest][:-keep]:
+        shutil.rmtree(folder)

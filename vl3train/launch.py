@@ -1,0 +1,76 @@
+"""torchrun for queues: ``python -m vl3train.launch --nproc-per-node 8 -m vl3train.train stage=2 model=2b ...``.
+
+It takes torchrun's own options and starts the ranks as torchrun does. After a signal it lets them save, however long
+that takes: torchrun kills after 30 s, and dies of SIGUSR1 while its ranks train on. And its exit code says how the run
+ended (contracts/exit_codes.py): 0 it is finished, 75 it was asked to stop and has saved, else it failed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, code_of_run
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run torchrun; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    was_asked_to_stop = pass_signals_on()
+    with tempfile.TemporaryDirectory(prefix="vl3train-") as folder:
+        os.environ[CODES_FOLDER] = folder
+        try:
+            # torchrun handles only what it must: at a signal it would count 30 s, and then kill.
+            torchrun(["--signals-to-handle", "SIGQUIT", *words])
+        except ChildFailedError as error:
+            codes = {int(file.read_text()) for file in Path(folder).iterdir()}
+            code = code_of_run(codes, was_asked_to_stop=was_asked_to_stop())
+            if code == FAILED:
+                print(error, file=sys.stderr)  # torchrun's table: which rank failed first, and why
+            return code
+    return FINISHED
+
+
+def pass_signals_on() -> Callable[[], bool]:
+    """From now on send the signals that queues and people send to the ranks; tells whether there was one."""
+    heard = []
+
+    def pass_on(number: int, _: object) -> None:
+        heard.append(number)
+        for child in children(os.getpid()):
+            try:
+                os.kill(child, number)
+            except ProcessLookupError:
+                continue  # it has just ended
+
+    for name in PASSED_ON:
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(name, pass_on)
+    return lambda: bool(heard)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started and that have not been reaped."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
+        except OSError:
+            continue  # it has just ended
+        if int(parent) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
