@@ -167,7 +167,7 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(tmp_path, monkeypatch)
 
 def test_a_list_with_two_shards_of_one_name_is_refused(tmp_path):
     (tmp_path / "shards.txt").write_text("s3://a/x.tar\ns3://b/x.tar\n")
-    with pytest.raises(ValueError, match="same name"):
+    with pytest.raises(ValueError, match=r"line 2: a shard named x\.tar is there already"):
         remote.listed_shards(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_one_that_always_stalls_is_an_error_that_says_so(stalling, monkeypatch):
     monkeypatch.setattr(remote, "TRY_SECONDS", 0.1)
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     handler.stalls = 9
-    with pytest.raises(RemoteError, match=r"after 3 tries: TimeoutError\('no answer within 0\.1 s'\)"):
+    with pytest.raises(RemoteError, match=r"after 3 tries: TimeoutError: no answer within 0\.1 s"):
         read_range(url, 0, 10)
     assert handler.stalls == 6
 

@@ -88,7 +88,9 @@ def test_something_that_is_no_tar_is_told(tmp_path):
     assert "damaged header at byte 0" in str(sample.rejection)
 
 
-@pytest.mark.parametrize("name", ["/etc/a.json", "../a.json", "x/../../a.json", ".json", "sub/.json"])
+@pytest.mark.parametrize(
+    "name", ["/etc/a.json", "../a.json", "x/../../a.json", ".json", "sub/.json", "a\x1b[31m.json"]
+)
 def test_names_that_lead_elsewhere_are_told(tmp_path, name):
     samples = shard_samples(make_tar(tmp_path / "a.tar", [("good.json", b"{}"), (name, b"{}")]))
     assert good(samples) == ["good"]

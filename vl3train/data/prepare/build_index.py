@@ -25,6 +25,7 @@ from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.shards.addresses import shown_address
 from vl3train.data.shards.index import SCHEMA, USABLE
 from vl3train.data.shards.manifest import (
     MANIFEST,
@@ -208,12 +209,12 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
 def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
     """What decides whether rows are still those of the shard.
 
-    Of a remote shard the address: requests for all sizes would take minutes. A shard that was replaced under the
-    same address is found by crc32 when its samples are read.
+    Of a remote shard the address, without its signature: requests for all sizes would take minutes. A shard that was
+    replaced under the same address is found by crc32 when its samples are read.
     """
     address = address_of(shard)
     if address is not None:
-        return {"address": address, "limits": dataclasses.asdict(limits)}
+        return {"address": shown_address(address), "limits": dataclasses.asdict(limits)}
     stat = shard.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limits": dataclasses.asdict(limits)}
 

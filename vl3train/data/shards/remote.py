@@ -1,8 +1,9 @@
 """Shards in an object store or behind HTTP: read by ranges, with retries, kept in a bounded local cache.
 
 A folder of shards may hold ``shards.txt``, one address a line, ``s3://bucket/a-000.tar``, ``https://...``: whatever
-fsspec opens (``pip install s3fs``, ``gcsfs``, ``aiohttp``). Their index lies in that folder. Indexing fetches each
-shard whole, once; training reads each sample with one ranged request.
+fsspec opens (``pip install s3fs``, ``gcsfs``, ``aiohttp``) of ``addresses.SCHEMES``. Their index lies in that folder.
+Indexing fetches each shard whole, once; training reads each sample with one ranged request. An address that is signed,
+or has a password, is used for requests only (addresses.py).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import whole_file
+from vl3train.data.shards.addresses import address_problem, shard_name, shown_address, without_secrets
 
 SHARD_LIST = "shards.txt"
 ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
@@ -30,6 +32,8 @@ TRY_SECONDS, SLOWEST_BYTES_A_SECOND = 30.0, 1_000_000
 """Time limit of one try, and the rate by which it grows with the size of the range: a stalled connection reports no
 error, and fsspec's own limit for HTTP is five minutes."""
 FETCH_BYTES = 16 * 2**20
+MESSAGE_CHARACTERS = 400
+"""Of a library's error; some hold the whole answer of the server."""
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotImplementedError, ImportError)
 """Errors that a retry does not solve."""
 
@@ -46,11 +50,22 @@ def listed_shards(folder: Path) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _listed(path: Path, mtime_ns: int) -> tuple[tuple[str, str], ...]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [(line.rpartition("/")[2], line) for line in lines if line and not line.startswith("#")]
-    if len({name for name, _ in found}) < len(found):
-        raise ValueError(f"{path}: two shards have the same name; put them into different folders")
-    return tuple(found)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: dict[str, str] = {}
+    problems = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name, problem = shard_name(line), address_problem(line)
+        if problem is None and name in found:
+            problem = f"a shard named {name} is there already; put them into different folders"
+        if problem is None:
+            found[name] = line
+        else:
+            problems.append(f"{path}, line {number}: {problem}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(found.items())
 
 
 def address_of(shard: Path) -> str | None:
@@ -104,7 +119,8 @@ def read_range(url: str, offset: int, size: int, cache: RangeCache | None = None
     Raises:
         RemoteError: after the last try; or the file ends before.
     """
-    name = hashlib.sha256(f"{url} {offset} {size}".encode()).hexdigest()
+    shown = shown_address(url)  # so that a new signature finds what the former one kept
+    name = hashlib.sha256(f"{shown} {offset} {size}".encode()).hexdigest()
     if cache is not None and (kept := cache.get(name)) is not None and len(kept) == size:
         return kept
 
@@ -118,7 +134,7 @@ def read_range(url: str, offset: int, size: int, cache: RangeCache | None = None
             raise OSError(f"{len(data)} bytes came, {size} were asked for")
         return data
 
-    data = _tried(read, f"{url} bytes {offset} to {offset + size}")
+    data = _tried(read, url, f"{shown} bytes {offset} to {offset + size}")
     if cache is not None:
         cache.put(name, data)
     return data
@@ -135,7 +151,7 @@ def remote_size(url: str) -> int:
         system, path = _opened(url)
         return int(_within(TRY_SECONDS, system, "size", path))
 
-    return int(_tried(read, url))
+    return int(_tried(read, url, shown_address(url)))
 
 
 @contextlib.contextmanager
@@ -205,15 +221,24 @@ def _within(seconds: float, system: Any, name: str, *args: Any, **kwargs: Any) -
     return answer
 
 
-def _tried(action: Any, what: str) -> Any:
+def _tried(action: Callable[[], Any], url: str, what: str) -> Any:
+    """The result of ``action``. The libraries' errors hold the address, so that none of them is the cause of ours."""
     wait = FIRST_WAIT_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
         except PERMANENT_ERRORS as error:
-            raise RemoteError(f"{what} cannot be read: {error!r}") from error
+            raise RemoteError(f"{what} cannot be read: {_said(error, url)}") from None
         except Exception as error:  # each store has errors of its own
             if attempt == ATTEMPTS:
-                raise RemoteError(f"{what} cannot be read after {ATTEMPTS} tries: {error!r}") from error
+                said = _said(error, url)
+                raise RemoteError(f"{what} cannot be read after {ATTEMPTS} tries: {said}") from None
         time.sleep(wait * random.uniform(0.5, 1.5))
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def _said(error: Exception, url: str) -> str:
+    """Not its repr, in which aiohttp puts the request's headers."""
+    said = without_secrets(f"{type(error).__name__}: {error}", url)[:MESSAGE_CHARACTERS]
+    is_signed = url != shown_address(url)
+    return f"{said}; the address's signature may have expired, write it anew" if is_signed else said

@@ -106,6 +106,8 @@ def name_problem(name: bytes) -> str:
         return "its name is not UTF-8; rename the file, for example with convmv, and pack the shard again"
     if text.startswith("/") or ".." in text.split("/"):
         return "names must be relative, without '..'; pack from inside the folder"
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):  # a console would obey them
+        return "its name has control characters; rename the file, and pack the shard again"
     return ""
 
 
