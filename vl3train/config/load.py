@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
 from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of, suggest
 from vl3train.config.input.rates import parts_by_stage, two_rates
+from vl3train.config.input.resolvers import file_problems, resolver_problems
 from vl3train.config.input.user_input import UserInput
 from vl3train.config.input.words import leaves, read_yaml, takes_text, with_text
 from vl3train.config.paths import shipped_folder
@@ -118,6 +119,9 @@ def read_config(
     base = _compose(user.choices, config_dir, user.problems)
     if base is None:
         whole, base = False, OmegaConf.structured(TrainConfig)
+    if called := resolver_problems(user.values):
+        whole = False  # nothing is resolved: the problems of other rules would show what it gives
+        user.problems += called
     OmegaConf.set_struct(base, False)  # so that entries can be added to learning_rates, and removed
     if dp_size is not None:
         _set_ranks(user, dp_size)
@@ -158,6 +162,10 @@ def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Pr
         words.append("~stage")
     if config_dir is not None:
         words.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")
+        own = [config_dir / group / f"{choice}.yaml" for group, choice in choices.items()]
+        if called := [problem for file in own for problem in file_problems(file)]:
+            found += called
+            return None
     try:
         with initialize_config_dir(config_dir=str(shipped_folder("configs")), version_base="1.3"):
             composed = compose("train", overrides=words)
@@ -167,6 +175,10 @@ def _compose(choices: Mapping[str, str], config_dir: Path | None, found: list[Pr
         named = re.search(r"(.*) full_key: (\S+)", text)
         what, key = (named[1], named[2]) if named else (text, "configs")
         found.append(Problem(key, "", what, suggest(key) if named else "correct the file"))
+        return None
+    read: Any = OmegaConf.to_container(composed, resolve=False)
+    if called := resolver_problems([leaf for key, value in read.items() for leaf in leaves(key, value)]):
+        found += called  # of a file that a chosen one names
         return None
     if config_dir is not None:
         for group, choice in choices.items():
