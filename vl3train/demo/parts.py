@@ -68,7 +68,7 @@ def make_debug_parts(
     language_folder = folder / "language_model"
     texts = [text for question in questions for text in (question.in_words, question.answer)]
     train_tokenizer([f"user\nassistant\n{text}" for text in texts], language_folder, VOCAB_SIZE)
-    tokenizer = AutoTokenizer.from_pretrained(language_folder)
+    tokenizer = AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False)
     model = new_language_model(tokenizer, seed, sizes)
     pretrain(model, [tokenize(tokenizer, question) for question in questions], seed, sizes, progress)
     model.save_pretrained(language_folder)

@@ -3,12 +3,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from getpass import getuser
 from pathlib import Path
 
 import pytest
 
 from vl3train.model.attention import flash_attn_4_cache
 from vl3train.model.attention.flash_attn_4_cache import ENABLED, FOLDER, cache_kernels
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Both variables are restored, also where the code under test sets them."""
+    for name in (ENABLED, FOLDER):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def folder_for(file: Path, monkeypatch) -> str:
@@ -32,6 +42,41 @@ def test_what_the_user_has_set_stands(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
     cache_kernels(__file__)
     assert (os.environ[ENABLED], os.environ[FOLDER]) == ("0", str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o775, 0o777])
+def test_kernels_are_cached_only_where_nobody_else_can_write(tmp_path, monkeypatch, mode):
+    """What lies there is run, and whoever was first may have made the folder of our name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(FOLDER, raising=False)
+    (tmp_path / f"vl3train-{getuser()}").mkdir()
+    (tmp_path / f"vl3train-{getuser()}").chmod(mode)
+    cache_kernels(__file__)
+    assert (FOLDER in os.environ) == (mode in (0o700, 0o755))
+    assert (ENABLED in os.environ) == (FOLDER in os.environ)
+
+
+def test_a_link_of_somebody_elses_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv(FOLDER, raising=False)
+    for name in ("temporary", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "temporary" / f"vl3train-{getuser()}").symlink_to(tmp_path / "elsewhere")
+    cache_kernels(__file__)
+    assert FOLDER not in os.environ
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_cache_of_a_free_umask_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(ENABLED, "1")
+    before = os.umask(0)
+    try:
+        folder = Path(folder_for(Path(__file__), monkeypatch))
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.fixture

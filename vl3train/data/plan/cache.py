@@ -80,7 +80,7 @@ def _file(folder: Path, epoch: int, what: str) -> Path:
 
 def _mapped(file: Path) -> np.ndarray | None:
     try:
-        found = np.load(file, mmap_mode="r")
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
         mark_used(file)
     except FileNotFoundError:
         return None

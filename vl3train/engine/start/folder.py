@@ -127,4 +127,4 @@ def load_processor(folder: Path) -> Any:
     """The processor that ``write_processor`` wrote."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from getpass import getuser
 from pathlib import Path
@@ -17,9 +18,26 @@ def cache_kernels(patched_by: str) -> None:
     By default it caches none: each process compiles them again. Its cache keys hold its own source and its libraries'
     versions (flash_attn/cute/cache_utils.py), but not what that file changes in it. So each text of the file gets its
     own folder, which no program that changes nothing shares. The user's own settings of the two variables are kept.
+    What lies there is run, so that it must be a folder that only this user can write to; else nothing is cached.
     """
     text = hashlib.sha256(Path(patched_by).read_bytes()).hexdigest()[:16]
     # A local disk, as for quack and torch's compiler: the library locks files there.
-    folder = Path(tempfile.gettempdir()) / getuser() / "vl3train_flash_attn_4" / text
+    folder = Path(tempfile.gettempdir()) / f"vl3train-{getuser()}" / "flash_attn_4" / text
+    if FOLDER not in os.environ and not make_private(folder, within=Path(tempfile.gettempdir())):
+        return
     os.environ.setdefault(ENABLED, "1")
     os.environ.setdefault(FOLDER, str(folder))
+
+
+def make_private(folder: Path, within: Path) -> bool:
+    """Make a folder and those above it up to ``within``; whether all are this user's and nobody else writes there."""
+    above = [one for one in reversed(folder.parents) if within in one.parents]
+    try:
+        for one in (*above, folder):
+            one.mkdir(mode=0o700, exist_ok=True)
+            found = one.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return False
+    except OSError:
+        return False
+    return True

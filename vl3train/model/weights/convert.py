@@ -177,7 +177,7 @@ def write_hf(config: Any, source: Path, folder: Path, dtype: torch.dtype) -> Non
     if "video_processor" in stored:  # a folder in Hugging Face form keeps its own
         from transformers import AutoProcessor
 
-        processor: Any = AutoProcessor.from_pretrained(str(source))
+        processor: Any = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
     else:
         processor = build_processor(
             source,

@@ -57,7 +57,7 @@ def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adap
     weights, adapter = locate_trained(source)
     if needs_adapter and adapter is None:
         raise ValueError(f"{source} holds no adapters to merge; leave --merge-adapter out")
-    processor = keep_arguments_free(AutoProcessor.from_pretrained(str(weights)))
+    processor = keep_arguments_free(AutoProcessor.from_pretrained(str(weights), trust_remote_code=False))
     stored: Any = VideoLlama3Config.from_pretrained(str(weights)).dtype or torch.float32
     written: torch.dtype = getattr(torch, dtype) if dtype else stored
     model = _load(weights, stored if adapter is None else torch.float32)
@@ -74,7 +74,9 @@ def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adap
             loaded = verify_export(partial, model.state_dict())
             for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies stay float32
                 parameter.data = parameter.data.to(written)
-            compare_logits(model, loaded, AutoProcessor.from_pretrained(str(partial)))
+            compare_logits(
+                model, loaded, AutoProcessor.from_pretrained(str(partial), trust_remote_code=False)
+            )
         except WrongExport:
             partial.rename(differs)
             raise

@@ -204,4 +204,4 @@ def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tup
         from vl3train.model.adapters import load_adapter
 
         model = load_adapter(model, adapter, is_trainable=False).get_base_model()
-    return model.eval(), AutoProcessor.from_pretrained(str(weights))
+    return model.eval(), AutoProcessor.from_pretrained(str(weights), trust_remote_code=False)

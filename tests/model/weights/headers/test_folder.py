@@ -79,6 +79,17 @@ def test_a_file_that_was_cut_off_is_told_by_its_bytes(one: Path, several: Path, 
         assert says in found
 
 
+@pytest.mark.parametrize("name", ["../{}", "/{}", "sub/{}"])
+def test_an_index_names_no_file_outside_its_folder(several: Path, name: str):
+    index = several / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    first = sorted(places)[0]
+    shutil.copy(several / places[first], several.parent)
+    index.write_text(json.dumps({"weight_map": {**places, first: name.format(places[first])}}))
+    (found,) = faults(several)
+    assert "names files outside its folder" in found
+
+
 def test_every_fault_is_told_at_once(several: Path):
     first, second, third, *_ = sorted(several.glob("*.safetensors"))
     first.unlink()

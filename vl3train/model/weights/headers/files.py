@@ -99,6 +99,12 @@ def _add_indexed(stored: StoredWeights, folder: Path, index: Path) -> None:
         return
     assert isinstance(places, dict)
     names = sorted(set(places.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        stored.complete = False
+        stored.faults.append(
+            Fault(f"{index.name} names files outside its folder: {listed(outside)}", COPY_ONE)
+        )
+        return
     if missing := [name for name in names if not (folder / name).is_file()]:
         what = f"{len(missing)} of {len(names)} weight files named by {index.name} are missing: {listed(missing)}"
         stored.faults.append(Fault(what, COPY_ALL))
