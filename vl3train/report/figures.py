@@ -26,7 +26,7 @@ def draw_losses(runs: Sequence[RunLog], *, dark: bool) -> bytes:
         losses = [line["loss"] for line in run.steps]
         panel.plot(steps, losses, color=colors["line"], alpha=0.3, linewidth=0.9)
         panel.plot(steps, running_mean(losses), color=colors["line"], linewidth=1.9)
-        panel.set_title(run.name, loc="left", fontweight="bold")
+        panel.set_title(run.name, loc="left", fontweight="bold", parse_math=False)
         panel.set_xlabel("step")
         panel.set_ylim(bottom=0)
         if i % COLUMNS == 0:
@@ -56,10 +56,10 @@ def draw_accuracies(reached: Sequence[Milestone], *, dark: bool) -> bytes:
             fontweight="bold",
             color=colors["ink"],
         )
-        panel.set_title(name, loc="left", fontweight="bold")
+        panel.set_title(name, loc="left", fontweight="bold", parse_math=False)
         panel.set_ylim(-4, 106)
         panel.set_xlim(-0.35, len(ticks) - 0.65)
-        panel.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
+        panel.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right", parse_math=False)
         panel.set_yticks([0, 25, 50, 75, 100])
         if i % COLUMNS == 0:
             panel.set_ylabel("accuracy, %")

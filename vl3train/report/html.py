@@ -60,7 +60,7 @@ def figure_tag(of_theme: Mapping[bool, bytes], about: str) -> str:
     """A figure in its light and dark form; the browser shows the one of its theme."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(of_theme[True], "png")}">'
-        f'<img class="figure" alt="{about}" src="{data_url(of_theme[False], "png")}"></picture>'
+        f'<img class="figure" alt="{escape(about)}" src="{data_url(of_theme[False], "png")}"></picture>'
     )
 
 

@@ -166,12 +166,20 @@ def test_nothing_is_left_when_the_server_ends(tokenizer_dir, picture):
         decoder.measure(PICTURE, picture)
 
 
-def test_a_long_folder_for_temporary_files_is_no_obstacle(tmp_path, tokenizer_dir, picture, monkeypatch):
+def test_the_socket_lies_in_a_private_folder_and_a_long_one_for_temporary_files_is_no_obstacle(
+    tmp_path, tokenizer_dir, picture, monkeypatch
+):
     deep = tmp_path / ("x" * 80) / ("y" * 80)
     deep.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with decode_server(SETTINGS, tokenizer_dir, LIMITS) as address:
-        assert Decoder(address, 20.0).measure(PICTURE, picture).num_patches
+    before = os.umask(0)
+    try:
+        with decode_server(SETTINGS, tokenizer_dir, LIMITS) as address:
+            # What comes over the socket is unpickled: nobody else may reach it.
+            assert os.stat(os.path.dirname(address)).st_mode & 0o777 == 0o700
+            assert Decoder(address, 20.0).measure(PICTURE, picture).num_patches
+    finally:
+        os.umask(before)
     assert not list(deep.iterdir())
 
 

@@ -119,6 +119,25 @@ def test_an_offline_run_holds_config_history_and_source_losses_and_resumes_under
     assert f"{run_id} resumes at step 2" in printed
 
 
+def test_no_key_and_no_address_of_a_repository_is_in_what_wandb_writes(tmp_path, monkeypatch):
+    """W&B reads them all: the key to log in, the environment, the repository of the working folder."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_HUB_TOKEN"):
+        monkeypatch.setenv(name, f"s3cr3t{name.lower():x<40}"[:40])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    repository = tmp_path / "work"
+    repository.mkdir()
+    remote = "https://s3cr3t-token:x-oauth-basic@git.example/me/work.git"
+    for words in (["init", "-q"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", *words], cwd=repository, check=True)
+    monkeypatch.chdir(repository)
+    folder = tmp_path / "run"
+    launch(folder, 0, 1, exit_code=0)
+    written = [file for file in (folder / "wandb").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in written)
+    for file in written:
+        assert b"s3cr3t" not in file.read_bytes(), file
+
+
 def test_without_a_tracker_wandb_is_not_imported(tmp_path):
     script = (
         "import sys\n"

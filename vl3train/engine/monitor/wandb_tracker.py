@@ -59,8 +59,9 @@ class Tracker:
             mode=mode,  # type: ignore[arg-type]
             # An offline client cannot ask what exists, and prints that at every start that is to resume.
             resume="allow" if mode == "online" else None,
-            # Only the figures: no copy of the code, no console text, no machine statistics twice.
-            settings=wandb.Settings(console="off", silent=True),
+            # Only the figures: no copy of the code, no console text, no machine statistics twice. And no address of
+            # a git remote: W&B takes the password out of it, but not a token that stands for the user.
+            settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
             allow_val_change=True,
         )
         # Our own step is the axis: W&B's counter continues after the killed process's last line.
