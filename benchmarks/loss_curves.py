@@ -34,7 +34,8 @@ from benchmarks.data.packs import pack_batch
 from benchmarks.gpu.engine import PlainEngine
 from benchmarks.gpu.stock import full_loss, padded_inputs
 from vl3train.config.choices import Dtype, MasterDtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.contracts.records import RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.engine.optim.build import build_optimizer, rate_factor, set_rates

@@ -15,7 +15,8 @@ from benchmarks.data.packs import draw_packs, pack_batch
 from benchmarks.gpu.model import mix_of
 from benchmarks.gpu.rows import Row
 from vl3train.config.choices import Device, Dtype, MasterDtype, Recompute
-from vl3train.config.schema import PARTS, MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import PARTS, MachineConfig
 from vl3train.contracts.records import Batch, RenderedSample
 from vl3train.engine.memory.device import device_memory
 from vl3train.engine.memory.fit import fit_memory, row_bytes

@@ -13,7 +13,8 @@ import torch
 
 from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Dtype, MasterDtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import join, leave
 from vl3train.engine.step import train_step

@@ -13,7 +13,8 @@ import torch
 
 from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Dtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import Rank, join, leave
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel

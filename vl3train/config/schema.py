@@ -1,6 +1,6 @@
 """Every option: type, default and meaning. Defaults are written here only; YAML says what differs.
 
-The section ``data`` is in config/data_options.py.
+The section ``data`` is in config/data_options.py, ``optim`` in config/optim_options.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from vl3train.config.choices import (
     Device,
     Dtype,
     GemmBackend,
-    MasterDtype,
     Memory,
     Recompute,
-    Schedule,
     Tracker,
     WandbMode,
 )
 from vl3train.config.data_options import DataConfig
+from vl3train.config.optim_options import OptimConfig
 
 PARTS = ("vision_encoder", "projector", "language_model")
 """Parts of the model that a stage may train, each with its own learning rate."""
@@ -114,44 +113,6 @@ class StepConfig:
 
     fill: float = 0.95
     """Share of the packs' tokens and patches that a step aims to use; the rest leaves room to balance the packs."""
-
-
-@dataclass(kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW, its schedule and clipping."""
-
-    weight_decay: float = 0.0
-    """Decoupled weight decay; not applied to biases and norms."""
-
-    beta1: float = 0.9
-    """Decay of AdamW's first moment (of gradients)."""
-
-    beta2: float = 0.999
-    """Decay of AdamW's second moment (of squared gradients)."""
-
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-
-    state_dtype: Dtype = Dtype.float32
-    """Format of AdamW's two moments. float32 takes 8 bytes for each trained parameter; bfloat16 takes 4, with
-    stochastic rounding so that small changes are not lost (needs zero_stage 1 or more)."""
-
-    master_dtype: MasterDtype = MasterDtype.float32
-    """Master copy of trained bfloat16 weights. float32: 4 bytes for each weight. split: the same values in 2 bytes,
-    the 16 bits that the weight lacks (needs machine.offload_optimizer=true). bfloat16: no masters, the weights
-    themselves are rounded stochastically (needs zero_stage=1 and state_dtype=bfloat16)."""
-
-    schedule: Schedule = Schedule.cosine
-    """cosine falls to min_lr_fraction at the last step; constant keeps the peak."""
-
-    warmup_fraction: float = 0.03
-    """Share of the steps in which the learning rates rise linearly."""
-
-    min_lr_fraction: float = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
-
-    max_grad_norm: float = 1.0
-    """Gradients of the whole model are scaled down to at most this L2 norm. 0: no clipping."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -262,7 +223,8 @@ class RunConfig:
     """Steps between checkpoints; the last step also writes one."""
 
     keep_checkpoints: int = 2
-    """Number of checkpoints to keep. Older ones are deleted after a newer one is complete."""
+    """Number of checkpoints to keep. Older ones are deleted after a newer one is complete, except the newest that is
+    2 x optim.max_skipped_steps old: a run may go back to it."""
 
     log_steps: int = 1
     """Metrics are logged every this many steps."""

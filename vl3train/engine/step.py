@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,19 @@ class StepResult:
     source_losses: dict[int, float]  # mean over the supervised tokens of each source
     num_failed_samples: int
     stop_requested: bool  # a rank was asked to stop (SIGTERM)
+    is_skipped: bool  # loss or norm were not finite or over their limits: weights and optimizer are as before
+    token_losses: list[Tensor]  # of each micro-batch of this rank, (U,) on the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most that a step's loss and gradient norm may be. A number that is not finite is over any limit."""
+
+    loss: float = sys.float_info.max
+    grad_norm: float = sys.float_info.max
+
+
+NO_LIMITS = Limits()
 
 
 def train_step(
@@ -30,8 +44,10 @@ def train_step(
     num_supervised_tokens: int,
     num_sources: int,
     stop_requested: bool,
+    limits: Limits = NO_LIMITS,
 ) -> StepResult:
-    """One optimizer step over one global batch.
+    """One optimizer step over one global batch, or none: a step whose loss or gradient norm is over ``limits``
+    changes nothing. The device decides that, so the host does not wait for it.
 
     The loss is the sum over every supervised token of the global batch divided by their number, known from the
     plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
@@ -39,21 +55,31 @@ def train_step(
     device = engine.rank.device
     num_failed = sum(batch.num_failed_samples for batch in micro_batches)
     totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
-    totals[:2] = to_device(torch.tensor([num_failed, stop_requested], dtype=torch.float64), device)
+    numbers = [num_failed, stop_requested, limits.loss, limits.grad_norm]
+    sent = to_device(torch.tensor(numbers, dtype=torch.float64), device)
+    totals[:2], allowed = sent[:2], sent[2:]
+    token_losses: list[Tensor] = []
     for position, batch in enumerate(micro_batches):
         first, last = position == 0, position == len(micro_batches) - 1
         # Before the forward pass: a GPU copies each way in the order in which it was asked, and in the last forward
         # pass optimizer state comes in.
         sources_U = supervised_sources(batch, device)
         output = engine.forward(batch, first=first, last=last)
+        token_losses.append(output.token_losses)
         totals[2:] += losses_by_source(output.token_losses, sources_U, num_sources)
         if not last:
             engine.prefetch(micro_batches[position + 1])
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
         if not last:
             engine.finish_micro_batch()
+
+    def is_bad(summed: Tensor, norm: Tensor) -> Tensor:
+        loss = summed[2 : 2 + num_sources].sum() / max(num_supervised_tokens, 1)
+        return ~(torch.stack([loss, norm]) <= allowed).all()  # of NaN, no comparison holds
+
     # One wait for the device, here.
-    *sums, grad_norm = engine.step(totals).wait()
+    *sums, grad_norm, is_skipped = engine.step(totals, is_bad).wait()
+    engine.end_step(is_skipped=bool(is_skipped))
     losses, counts = sums[2 : 2 + num_sources], sums[2 + num_sources :]
     return StepResult(
         loss=sum(losses) / max(num_supervised_tokens, 1),
@@ -65,6 +91,8 @@ def train_step(
         },
         num_failed_samples=int(sums[0]),
         stop_requested=bool(sums[1]),
+        is_skipped=bool(is_skipped),
+        token_losses=token_losses,
     )
 
 

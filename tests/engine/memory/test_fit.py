@@ -14,7 +14,8 @@ from tests.engine.counted_memory import CountedMemory
 from tests.model.conftest import make_batch, make_conversation, make_item, make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.load import load_config
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.loop import train
 from vl3train.engine.memory import fit as memory_module
 from vl3train.engine.memory.fit import fit_memory

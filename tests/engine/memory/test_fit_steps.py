@@ -10,7 +10,8 @@ import torch
 from tests.engine.memory.test_fit import ROOMY, counted, engine_of, fitted_in, pack, peak_of
 from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.memory.fit import fit_memory
 from vl3train.engine.optim import offload_adamw, offload_schedule
 from vl3train.engine.optim.build import build_optimizer

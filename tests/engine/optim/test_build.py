@@ -7,7 +7,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from vl3train.config.choices import Schedule
-from vl3train.config.schema import OptimConfig
+from vl3train.config.optim_options import OptimConfig
 from vl3train.engine.optim.build import build_optimizer, rate_factor, set_rates
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vl3train.config.choices import MasterDtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.optim import offload_adamw, offload_chunk
 from vl3train.engine.optim.build import build_optimizer, optimizer_cost
 from vl3train.engine.optim.offload_adamw import OffloadAdamW

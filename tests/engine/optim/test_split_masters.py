@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from vl3train.config.schema import OptimConfig
+from vl3train.config.optim_options import OptimConfig
 from vl3train.engine.optim import offload_adamw
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.optim.split_masters import LOW_BITS, join, split

@@ -13,7 +13,8 @@ from tests.engine.jobs import start_job
 from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
 from vl3train.config.choices import Dtype, MasterDtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine import step as step_module
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import join

@@ -9,7 +9,8 @@ import torch
 
 from tests.engine.packs import collate_samples, random_samples
 from vl3train.config.choices import Recompute
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import join
 from vl3train.engine.zero import gradient_sums
 from vl3train.engine.zero.engine import Zero

@@ -60,6 +60,8 @@ RANGES: dict[str, Range] = {
     "optim.warmup_fraction": BELOW_1,
     "optim.min_lr_fraction": SHARE,
     "optim.max_grad_norm": AT_LEAST_0,
+    "optim.spike_limit": AT_LEAST_0,
+    "optim.max_skipped_steps": AT_LEAST_1,
     "machine.dp_size": AT_LEAST_1,
     "machine.zero_stage": Range("must be 0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3)),
     "machine.loss_chunk_tokens": AT_LEAST_1,

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from vl3train.config.choices import Dtype, MasterDtype, Schedule
+from vl3train.config.optim_options import OptimConfig
 from vl3train.config.problems import counted
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.engine.optim.offload_adamw import OffloadAdamW
+from vl3train.engine.optim.skipping_adamw import SkippingAdamW
 from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
 
 
@@ -40,7 +42,7 @@ def build_optimizer(
     device: torch.device,
     *,
     offload_optimizer: bool = False,
-) -> torch.optim.Optimizer:
+) -> SkippingAdamW | StochasticAdamW:
     """AdamW over one group for each part; the kernel is fused on GPUs.
 
     Each group keeps its peak rate as ``peak_lr``; ``set_rates`` computes every step's rate from it.
@@ -52,7 +54,7 @@ def build_optimizer(
         return StochasticAdamW(groups, betas=betas, eps=optim.eps, compile_update=on_gpu)
     if offload_optimizer:
         return OffloadAdamW(groups, betas=betas, eps=optim.eps, fused=on_gpu)
-    return torch.optim.AdamW(list(groups), betas=betas, eps=optim.eps, fused=on_gpu)
+    return SkippingAdamW(list(groups), betas=betas, eps=optim.eps, fused=on_gpu)
 
 
 def optimizer_cost(num_trained: int, optim: OptimConfig, machine: MachineConfig) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vl3train.engine.optim.offload_chunk import Chunk, DeviceBuffer
+from vl3train.engine.optim.skipping_adamw import SkippingAdamW
 from vl3train.engine.optim.split_masters import LOW_BITS, split
 from vl3train.engine.optim.stochastic_adamw import MOMENTS
 from vl3train.engine.ranks import RunError
@@ -25,7 +26,7 @@ FETCHED_AHEAD = 2
 """Chunks on their way in while one is updated. With only one, the link would be idle from its arrival to its update."""
 
 
-class OffloadAdamW(torch.optim.AdamW):
+class OffloadAdamW(SkippingAdamW):
     """torch.optim.AdamW with its moments on the host, in page-locked memory where the parameters are on a GPU.
 
     It is a subclass, so param_groups and checkpoints are those of AdamW: a run may resume with either, unless it keeps
@@ -70,7 +71,7 @@ class OffloadAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, or none where ``found_inf`` is 1."""
         assert closure is None, "this optimizer does not reevaluate the loss"
         updated = [
             (group, parameter)
@@ -89,13 +90,13 @@ class OffloadAdamW(torch.optim.AdamW):
             for _, near in due[number : number + 1 + FETCHED_AHEAD]:
                 to_fetch -= not near.is_on_device
                 near.fetch(reusable)
-            chunk.update(group, self.state[chunk.parameter]["step"])
+            chunk.update(group, self.state[chunk.parameter]["step"], self.found_inf)
             buffer = chunk.offload()
             if len(reusable) < to_fetch:
                 reusable.append(buffer)
             del buffer
         for _, parameter in updated:
-            self.state[parameter]["step"] += 1
+            self.state[parameter]["step"] += 1 if self.found_inf is None else 1 - self.found_inf
         for chunk in self._all_chunks():
             chunk.drop()  # was prefetched for a parameter that got no gradient
         self._leaving = [chunk for _, chunk in due]

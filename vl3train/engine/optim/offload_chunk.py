@@ -61,11 +61,18 @@ class Chunk:
         waits = [event for event in (self._left, self._buffer.free) if event is not None]
         self._arrived = _copy(self._host, self._moments(), _streams(device)[0], after=waits)
 
-    def update(self, group: dict[str, Any], step: Tensor) -> None:
-        """torch's AdamW on this range; ``step`` (0-d) counts the updates before this one."""
+    def update(self, group: dict[str, Any], step: Tensor, found_inf: Tensor | None = None) -> None:
+        """torch's AdamW on this range; ``step`` (0-d) counts the updates before this one.
+
+        Where ``found_inf`` (0-d) is 1, it changes nothing.
+        """
         assert self.parameter.grad is not None, "only parameters with a gradient are updated"
         if self._arrived is not None:
             torch.cuda.current_stream(self.parameter.device).wait_event(self._arrived)
+        if not group["fused"]:
+            if found_inf is not None and found_inf > 0:  # on the CPU: only the fused kernel takes it
+                return
+            found_inf = None
         exp_avg, exp_avg_sq = self._moments()
         beta1, beta2 = group["betas"]
         weight = self.parameter.detach().view(-1)[self._values]
@@ -79,6 +86,7 @@ class Chunk:
             [step.clone()],  # each call increments it
             foreach=False,
             fused=bool(group["fused"]),
+            found_inf=found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

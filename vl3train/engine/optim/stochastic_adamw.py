@@ -35,6 +35,9 @@ class StochasticAdamW(torch.optim.Optimizer):
         """``groups`` as torch.optim.AdamW takes them, each with ``lr`` and ``weight_decay``."""
         super().__init__(list(groups), {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._update = compiled(_update, enabled=compile_update)
+        self.found_inf: Tensor | None = None
+        """0-d, on the device: where it is 1, ``step`` changes no weight and no moment. None: it is 0."""
+        self._counted: list[dict[str, Any]] = []  # states whose count the step in progress has raised
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -51,6 +54,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                     for name in MOMENTS:
                         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
+                self._counted.append(state)
                 rate, corrected = group["lr"], (1 - beta2 ** state["step"]) ** 0.5
                 numbers = [
                     *(beta1, beta2, group["eps"], 1 - rate * group["weight_decay"]),
@@ -60,27 +64,40 @@ class StochasticAdamW(torch.optim.Optimizer):
                 values = torch.tensor(numbers, dtype=torch.float32)
                 if parameter.is_cuda:
                     values = values.pin_memory().to(parameter.device, non_blocking=True)
+                skip = values.new_zeros(()) if self.found_inf is None else self.found_inf
                 # Detached: the compiler takes the size of a Parameter as fixed.
-                self._update(parameter.detach(), parameter.grad, *(state[name] for name in MOMENTS), values)
+                moments = [state[name] for name in MOMENTS]
+                self._update(parameter.detach(), parameter.grad, *moments, values, skip)
+
+    def end_step(self, *, is_skipped: bool) -> None:
+        """Take back the counts of a step that was skipped: the device decided that, and the host knows it now."""
+        for state in self._counted:
+            state["step"] -= is_skipped
+        self._counted = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the moments stay bfloat16: torch casts them to the dtype of their parameter."""
         super().load_state_dict(state_dict)
+        self._counted = []
         for state in self.state.values():
             for name in MOMENTS:
                 state[name] = state[name].to(torch.bfloat16)  # what was bfloat16 loses nothing
 
 
-def _update(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, values: Tensor) -> None:
-    """AdamW in float32 (arXiv:1711.05101, algorithm 2), in torch's order of operations."""
+def _update(
+    parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, values: Tensor, skip: Tensor
+) -> None:
+    """AdamW in float32 (arXiv:1711.05101, algorithm 2), in torch's order of operations; nothing where ``skip`` is 1."""
     beta1, beta2, eps, decay, corrected, rate = values.unbind()
     grad = gradient.float()
     new_mean = mean.float() * beta1 + grad * (1 - beta1)
     new_square = square.float() * beta2 + grad * grad * (1 - beta2)
     new = parameter.float() * decay - rate * new_mean / (new_square.sqrt() / corrected + eps)
-    parameter.copy_(new if parameter.dtype == torch.float32 else round_stochastically(new))
-    mean.copy_(round_stochastically(new_mean))
-    square.copy_(round_stochastically(new_square))
+    new = new if parameter.dtype == torch.float32 else round_stochastically(new)
+    # Selected, not multiplied: zero times NaN is NaN.
+    parameter.copy_(torch.where(skip > 0, parameter, new))
+    mean.copy_(torch.where(skip > 0, mean, round_stochastically(new_mean)))
+    square.copy_(torch.where(skip > 0, square, round_stochastically(new_square)))
 
 
 def round_stochastically(values: Tensor) -> Tensor:

@@ -19,13 +19,16 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from vl3train.config.choices import Dtype, MasterDtype
-from vl3train.config.schema import MachineConfig, OptimConfig
+from vl3train.config.choices import MasterDtype
+from vl3train.config.optim_options import OptimConfig
+from vl3train.config.schema import MachineConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.optim.build import state_bytes
 from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.offload_schedule import OffloadSchedule
+from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
 from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.settings import deepspeed_config
 from vl3train.engine.zero.state_files import StateFiles
 from vl3train.engine.zero.transfer import Reading, Transfer
 from vl3train.engine.zero.zero1_bf16 import drop_masters, keep_float32_sums
@@ -48,6 +51,10 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", c
 ChoosePlan = Callable[[Batch, int], RecomputePlan]
 """(micro-batch, reserved bytes) -> what each layer recomputes. Reserved bytes are those of the activations' budget that
 optimizer state on its way to or from the host takes meanwhile."""
+
+
+IsBad = Callable[[Tensor, Tensor], Tensor]
+"""(totals over all ranks (n,), norm of the gradients 0-d) -> whether the step must change nothing, 0-d bool."""
 
 
 class Zero:
@@ -98,7 +105,10 @@ class Zero:
                 drop_masters(self.optimizer)
         self._transfer = Transfer(rank.device)
         self._totals = torch.empty(0)  # of the step in progress
+        self._is_bad: IsBad | None = None  # of that step
         self._reading: Reading | None = None  # what that step reports
+        self._update = optimizer  # DeepSpeed calls its ``step`` once, or once for each group
+        optimizer.register_step_pre_hook(self._report_before_update)
         self._choose_plan: ChoosePlan = lambda batch, reserved_bytes: model.given_plan
         self._callbacks = NO_CALLBACKS
         self.offload_schedule: OffloadSchedule | None = None  # None: optimizer state stays on the device
@@ -159,24 +169,41 @@ class Zero:
         """Add the gradient of ``loss`` to the step's. Gradients are summed over micro-batches and ranks."""
         self.engine.backward(loss * self.rank.dp_size, scale_wrt_gas=False)
 
-    def step(self, totals: Tensor) -> Reading:
+    def step(self, totals: Tensor, is_bad: IsBad | None = None) -> Reading:
         """Clip and update once the last micro-batch is in.
 
-        Returns ``totals`` (n,), summed over ranks in place, and after them the gradients' L2 norm before clipping.
-        ZeRO-1 in bfloat16 their copy to the host starts before the update.
+        Returns ``totals`` (n,), summed over ranks in place, after them the gradients' L2 norm before clipping, and
+        after it, where there is ``is_bad``, what that said, 1 or 0. Their copy to the host starts before the update.
+        Where it said 1, weights, masters and optimizer state stay as they are, bit for bit; call ``end_step`` then.
         """
+        self.end_step(is_skipped=False)  # of the step before, where nothing could be skipped
         dist.all_reduce(totals)
-        self._totals, self._reading = totals, None
+        self._totals, self._is_bad, self._reading = totals, is_bad, None
         if self.zero_stage == 0:
             # DeepSpeed keeps no norm here. The last backward pass has already reduced the gradients.
             grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self._report(torch.nn.utils.get_total_norm(grads))
         self.engine.step()
+        # Where DeepSpeed itself found the gradients not to be finite, it has not come to the update.
         return self._reading or self._report(self.engine.get_global_grad_norm())
+
+    def end_step(self, *, is_skipped: bool) -> None:
+        """Tell the optimizer, once the host knows it, whether the last step was skipped."""
+        if isinstance(self._update, StochasticAdamW):
+            self._update.end_step(is_skipped=is_skipped)
+
+    def _report_before_update(self, *_: Any) -> None:
+        if self._reading is None:  # DeepSpeed's stages 1 to 3 take the norm just before
+            self._report(self.optimizer._global_grad_norm)
 
     def _report(self, norm: float | Tensor) -> Reading:
         norm = torch.as_tensor(norm, dtype=self._totals.dtype, device=self._totals.device)
-        self._reading = Reading(torch.cat([self._totals, norm.reshape(1)]))
+        values = [self._totals, norm.reshape(1)]
+        if self._is_bad is not None:
+            bad = self._is_bad(self._totals, norm).float()
+            self._update.found_inf = bad  # type: ignore[attr-defined]
+            values.append(bad.reshape(1))
+        self._reading = Reading(torch.cat(values))
         return self._reading
 
     def states_to_come(self) -> int:
@@ -242,6 +269,10 @@ class Zero:
         The optimizer's options (rates, betas, weight decay) stay those of this run, although torch stores them with the
         optimizer state. Raises RuntimeError where ``folder`` holds no state.
         """
+        if (
+            self.offload_schedule is None
+        ):  # else the device would hold them twice; OffloadAdamW reads into its own
+            self._update.state.clear()
         options = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
@@ -251,28 +282,3 @@ class Zero:
             raise RuntimeError(f"DeepSpeed found no state under {folder}")
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
-
-
-def deepspeed_config(
-    machine: MachineConfig, optim: OptimConfig, num_micro_batches: int, dp_size: int
-) -> dict[str, Any]:
-    """The DeepSpeed settings of a run. One micro-batch is one pack, so its batch size is 1."""
-    bf16 = machine.dtype is Dtype.bfloat16
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": num_micro_batches,
-        "train_batch_size": num_micro_batches * dp_size,
-        "gradient_clipping": optim.max_grad_norm,
-        "zero_optimization": {"stage": machine.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        # With it DeepSpeed would wait for the device, and for every copy in progress, in each micro-batch. We measure
-        # throughput ourselves (engine/monitor/meter.py).
-        "timers": {"throughput": {"enabled": False}},
-    }
-    if bf16 and machine.zero_stage in (1, 2):
-        # Sums over micro-batches in bfloat16 would depend on how the tokens fall into micro-batches.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config

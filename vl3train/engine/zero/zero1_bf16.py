@@ -32,8 +32,8 @@ def keep_float32_sums(
     """Replace how ``optimizer`` sums gradients over micro-batches and ranks, and how it steps.
 
     Sums are float32 from the first micro-batch to the update. ``clip`` is the largest L2 norm, 0 for any. ``on_norm``
-    gets the norm before clipping, a 0-d tensor, before the update is queued. A norm that is not finite goes into the
-    weights: the loop then stops the run (engine/loop.py), before they are written anywhere.
+    gets the norm before clipping, a 0-d tensor, before the update is queued, and says with it whether the update may
+    change anything (Zero.step).
 
     ``summed_by_layers`` are weights whose gradients layers can add themselves (model/kernels/gemm_accumulate.py): for
     each layer, for each matrix product, its weights. Returns for each layer the sums, one for each product, (out of all
@@ -123,7 +123,9 @@ class _Float32Sums:
         optimizer._global_grad_norm = norm
         self.on_norm(norm)
         if self.clip > 0:
-            torch._foreach_mul_(self.own_sums, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+            # Of a norm that is NaN the factor would be too, and the padding that ends a buffer would keep it for ever.
+            factor = (self.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
+            torch._foreach_mul_(self.own_sums, factor)
         for master, gradient in zip(optimizer.fp32_groups_flat_partition, self.own_sums, strict=True):
             master.grad = gradient
         optimizer.optimizer.step()
