@@ -127,3 +127,39 @@ def test_a_browser_shows_the_page(shown, tmp_path):
     assert (
         np.abs(pixels.astype(int) - (218, 251, 225)).sum(axis=1) < 6
     ).any()  # the green of supervised words
+
+
+def test_a_step_that_the_run_skipped_is_shown_with_its_losses(shown, words, tmp_path, capsys):
+    import yaml
+
+    from vl3train.config.load import load_config
+    from vl3train.config.plain import as_plain
+    from vl3train.contracts.bad_step import BadStep, SampleLoss, dump_path, write_bad_step
+
+    keys = re.findall(r"<h3>(.*?)</h3>", shown[1].read_text())
+    of_sample = {"source": "all", "rank": 0, "micro_batch": 0, "supervised_tokens": 2}
+    losses = [float("nan"), *(float(len(keys) - number) for number in range(1, len(keys)))]
+    samples = [
+        SampleLoss(key=key, loss=loss, **of_sample) for key, loss in zip(keys[::-1], losses, strict=True)
+    ]
+    cfg = load_config([*words, f"run.output_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg)))
+    numbers = {"loss": float("nan"), "grad_norm": 1.0, "most_loss": None, "most_grad_norm": None}
+    bad = BadStep(step=1, epoch=0, reason="loss nan", source_losses={}, samples=tuple(samples), **numbers)
+    dump = dump_path(tmp_path, 1)
+    write_bad_step(dump, bad)
+    page = tmp_path / "page.html"
+    assert main(["inspect", "--dump", str(dump), "--samples", "1", "--out", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "the run skipped this step: loss nan" in told
+    assert f"not finite: rank 0, micro-batch 0, {keys[-1]}" in told
+    assert "    loss nan" in told
+    first = set(re.findall(r"<h3>(.*?)</h3>", page.read_text()))
+    assert keys[-1] in first, "the worst of its pack, although it is the last of it"
+    assert '<p class="why">loss nan</p>' in page.read_text()
+    main(
+        ["inspect", "step=1", "--config", str(tmp_path / "config.yaml"), "--samples", "1", "--out", str(page)]
+    )
+    assert "the run skipped this step: loss nan" in capsys.readouterr().out, "found in the run's folder"
+    assert main(["inspect", "step=2", "--dump", str(dump)]) != 0
+    assert "is about step 1" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -70,7 +71,9 @@ def after(calls, planted, original):
 def main():
     kind, rank, *words = sys.argv[1:]
     if os.environ["RANK"] == rank:
-        if kind == "worker":
+        if kind == "nan":
+            import_module("tests.engine.bad_numbers").plant({2: math.nan})
+        elif kind == "worker":
             import_module("vl3train.data.pipeline").PackDataset = FailingDataset
         else:
             name, attribute, calls, planted = PLANTS[kind]

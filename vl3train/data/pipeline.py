@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +182,7 @@ def train_steps(
     rank: int,
     dp_size: int,
     ledger_path: Path,
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches, None, None]:
     """Steps ``first.step`` to ``last_step`` (not included), as one rank runs them.
 
     Samples that fail are written to ``ledger_path`` (one for each rank) when their step is handed out.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, TooManyFailed
-from vl3train.data.pipeline import StepBatches, evaluation_batches, train_steps
+from vl3train.data.pipeline import StepBatches, evaluation_batches
+from vl3train.engine.bad_steps.go_back import go_back
+from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.checkpoints.save import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.memory.oom import explain_oom
@@ -26,6 +27,7 @@ from vl3train.engine.run import Run
 from vl3train.engine.start.lock import locked_folder
 from vl3train.engine.start.run import start_run
 from vl3train.engine.step import StepResult, train_step
+from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
 from vl3train.model.activations.work import RecomputePlan
 
@@ -62,18 +64,10 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     last_step = run.num_steps
     if cfg.run.stop_after_steps is not None:
         last_step = min(last_step, run.cursor.step + cfg.run.stop_after_steps)
-    steps = train_steps(
-        run.data,
-        cfg,
-        first=run.cursor,
-        last_step=last_step,
-        rank=rank.index,
-        dp_size=rank.dp_size,
-        ledger_path=run.folder / f"ledger.rank{rank.index}.jsonl",
-    )
     saved_step = first_step = run.cursor.step
-    for waited_seconds, started, step_batches in timed(steps):
+    for waited_seconds, started, step_batches in timed(steps_to_do(run, last_step)):
         step = step_batches.cursor.step
+        limits = run.bad_steps.spikes.limits()
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
         with explain_oom(cfg, rank, f"step {step} ran", step_batches.batches):
             result = train_step(
@@ -82,17 +76,23 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 num_supervised_tokens=step_batches.num_supervised_tokens,
                 num_sources=len(run.source_names),
                 stop_requested=stop.requested,
+                limits=limits,
             )
         compiles = take_compiles()
-        refuse_non_finite(run, step_batches, result)
+        if result.is_skipped:
+            report_skipped(run, step_batches, result, limits)
+        run.bad_steps.count(step, result)
         run.failed_samples.count(step, step_batches.num_samples, result.num_failed_samples)
         done = step + 1
         if step > first_step:
             print_compiles(run, f"step {done}", compiles, compiles.reasons)
-        if done % cfg.run.log_steps == 0 or done == last_step:
+        if done % cfg.run.log_steps == 0 or done == last_step or result.is_skipped:
             step_seconds = time.perf_counter() - started
             log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
         run.cursor = run.data.plan.advance(step_batches.cursor)
+        if run.bad_steps.too_many:
+            saved_step = go_back(run)
+            continue
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
             saved_step = save_run(run, saved_step, ends=done == last_step or result.stop_requested)
         if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
@@ -102,6 +102,8 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 f"stopped on request after step {done}; give the same command again to resume"
             )
             break
+    if saved_step != run.cursor.step:  # the last steps were passed over
+        saved_step = save_run(run, saved_step, ends=True)
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
         evaluate_run(run, step=run.num_steps, when="end")
     if run.cursor.step == run.num_steps and rank.is_first:
@@ -138,6 +140,7 @@ def log_step(
         "epoch": step_batches.cursor.epoch,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        **({"skipped": True} if result.is_skipped else {}),
         "learning_rates": rates,
         "source_losses": {run.source_names[i]: loss for i, loss in result.source_losses.items()},
         "tokens": step_batches.num_tokens,
@@ -210,6 +213,7 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
         resume=run.resume_state(),
         rank=run.rank,
         keep=run.cfg.run.keep_checkpoints,
+        keep_before=run.bad_steps.keep_before(run.cursor.step),
     )
     if problem is None:
         return run.cursor.step
@@ -220,19 +224,3 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
         raise RunError(f"{problem}; {newest}. Free disk space and start again: the run resumes from there")
     run.console.message(f"{problem}; {newest}. The run goes on and tries again at its next save")
     return saved_step
-
-
-def refuse_non_finite(run: Run, step_batches: StepBatches, result: StepResult) -> None:
-    """Stop the run when the loss or the gradient norm is not finite: every later step would be worthless.
-
-    Raises RunError on every rank, because the figures are the same on all.
-    """
-    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-        return
-    keys = sorted({key for batch in step_batches.batches for key in batch.segment_keys})
-    raise RunError(
-        f"step {step_batches.cursor.step}: loss {result.loss}, gradient norm {result.grad_norm}. The run stops; its "
-        f"newest checkpoint in {run.folder / 'checkpoints'} is from an earlier step. Samples of this rank in the "
-        f"step: {', '.join(keys[:20])}{' ...' if len(keys) > 20 else ''}. Look at these "
-        "samples with `vl3train inspect`, or lower the learning rates."
-    )

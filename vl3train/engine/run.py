@@ -12,6 +12,7 @@ from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
+from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
 from vl3train.engine.monitor.wandb_tracker import Tracker
@@ -72,6 +73,7 @@ class Run:
     console: Console
     tracker: Tracker
     failed_samples: FailedSampleLimit
+    bad_steps: BadSteps
     meter: Meter
     source_names: list[str] = field(default_factory=list)
 
@@ -81,5 +83,6 @@ class Run:
             "cursor": dataclasses.asdict(self.cursor),
             "identity": self.identity,
             "failed_samples": self.failed_samples.state(),
+            "bad_steps": self.bad_steps.state(),
             "config": as_plain(self.cfg),
         }

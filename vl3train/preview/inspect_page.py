@@ -73,6 +73,9 @@ def _sample(sample: ShownSample) -> str:
     )
     text = "".join(_piece(piece) for piece in sample.text)
     why = f'<p class="why">cannot be used: {escape(sample.fault)}</p>' if sample.fault else ""
+    if sample.loss is not None:
+        bad = "" if sample.loss.is_finite else ' class="why"'
+        why = f"<p{bad}>{escape(str(sample.loss))}</p>{why}"
     return (
         f'<div class="card step-sample"><h3>{escape(sample.key)}</h3><span class="source">{escape(sample.about)}</span>'
         f"{why}{frames}<pre>{text}</pre></div>"

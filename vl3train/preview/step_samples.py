@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import numpy as np
 
 from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.bad_step import BadStep, SampleLoss
 from vl3train.contracts.records import Pack, RenderedSample, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_SIZE
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -151,6 +152,7 @@ class ShownSample:
     text: Sequence[TextPiece]
     pictures: Sequence[Sequence[str]]  # data: addresses of each visual item's frames
     fault: str | None  # why it cannot be used; it has no text and no pictures then
+    loss: SampleLoss | None = None  # in a step that the run skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +175,12 @@ class ShownStep:
     packs: Sequence[ShownPack]
 
 
-def shown_step(cfg: TrainConfig, data: OpenData, step: int, most: int) -> ShownStep:
+def shown_step(
+    cfg: TrainConfig, data: OpenData, step: int, most: int, bad: BadStep | None = None
+) -> ShownStep:
     """One step with the first ``most`` samples of each pack rendered.
+
+    Of a step that the run skipped, ``bad`` has the losses: then the worst samples of each pack come first.
 
     Raises ValueError when the run has no such step.
     """
@@ -185,7 +191,15 @@ def shown_step(cfg: TrainConfig, data: OpenData, step: int, most: int) -> ShownS
     cursor = data.plan.cursor_at(step)
     places = step_places(data.plan.step_packs(cursor), cfg.machine.dp_size)
     with decoding(data) as decoder:
-        packs = [_shown_pack(data, tokenizer, decoder, place, places, most) for place in places]
+        losses = {} if bad is None else losses_by_key(bad)
+        packs = [
+            _shown_pack(
+                data, tokenizer, decoder, place, places, _worst_first(data, place.pack, losses)[:most]
+            )
+            for place in places
+        ]
+        if losses:
+            packs = [_with_losses(shown, losses) for shown in packs]
     facts = [
         f"virtual epoch {cursor.epoch}, step {cursor.step_in_epoch} of its {data.plan.steps_in_epoch(cursor.epoch)}; "
         f"plan {data.plan.fingerprint}",
@@ -194,13 +208,41 @@ def shown_step(cfg: TrainConfig, data: OpenData, step: int, most: int) -> ShownS
         f"{sum(place.pack.num_supervised_tokens for place in places):,} of them supervised, on "
         f"{counted(cfg.machine.dp_size, 'rank')}",
     ]
+    if bad is not None:
+        facts.append(f"the run skipped this step: {bad.reason}; samples with the highest losses come first")
+        facts += [
+            f"not finite: rank {one.rank}, micro-batch {one.micro_batch}, {one.key}" for one in bad.not_finite
+        ]
     return ShownStep(title=f"{cfg.stage.name}, step {step}", facts=facts, packs=packs)
 
 
+def losses_by_key(bad: BadStep) -> dict[str, SampleLoss]:
+    """The loss of each sample, worst first; of a sample that the step has twice, the worse one."""
+    losses: dict[str, SampleLoss] = {}
+    for one in bad.samples:
+        losses.setdefault(one.key, one)
+    return losses
+
+
+def _worst_first(data: OpenData, pack: Pack, losses: Mapping[str, SampleLoss]) -> list[int]:
+    order = {key: number for number, key in enumerate(losses)}
+    return sorted(pack.samples, key=lambda row: order.get(data.index.key(row), len(order)))
+
+
+def _with_losses(shown: ShownPack, losses: Mapping[str, SampleLoss]) -> ShownPack:
+    samples = [dataclasses.replace(sample, loss=losses.get(sample.key)) for sample in shown.samples]
+    return dataclasses.replace(shown, samples=samples)
+
+
 def _shown_pack(
-    data: OpenData, tokenizer: ChatTokenizer, decoder: Decoder, place: Place, places: list[Place], most: int
+    data: OpenData,
+    tokenizer: ChatTokenizer,
+    decoder: Decoder,
+    place: Place,
+    places: list[Place],
+    rows: Sequence[int],
 ) -> ShownPack:
-    """A pack with its first samples rendered."""
+    """A pack with some of its samples rendered."""
     limits, pack = data.plan.step, place.pack
     mean = sum(other.pack.cost for other in places) / len(places)
     return ShownPack(
@@ -208,7 +250,7 @@ def _shown_pack(
         token_fill=pack.num_tokens / limits.max_tokens,
         patch_fill=pack.num_patches / limits.max_patches,
         work=pack.cost / mean,
-        samples=[_shown_sample(data, row, tokenizer, decoder) for row in pack.samples[:most]],
+        samples=[_shown_sample(data, row, tokenizer, decoder) for row in rows],
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vl3train.engine.checkpoints.manifest import damage
+from vl3train.engine.checkpoints.manifest import checkpoint_name, damage
 from vl3train.engine.ranks import Rank, RunError
 
 
-def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    checkpoints: Path, rank: Rank, *, last_step: int | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, None where there is none at all, and why newer ones are not used.
+
+    With ``last_step``, those of later steps do not count.
 
     All ranks call it: each reads its share of the files, so that all of them are read once.
 
@@ -18,6 +22,7 @@ def find_checkpoint(checkpoints: Path, rank: Rank) -> tuple[Path | None, list[st
     names: list[str] = []
     if rank.is_first:
         names = [folder.name for folder in sorted(checkpoints.glob("step_????????"), reverse=True)]
+        names = [name for name in names if last_step is None or name <= checkpoint_name(last_step)]
     names = rank.gather(names)[0]
     remarks: list[str] = []
     for name in names:

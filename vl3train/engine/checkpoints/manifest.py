@@ -18,6 +18,15 @@ MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 16 * 2**20
 
 
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` steps.
+
+    >>> checkpoint_name(10)
+    'step_00000010'
+    """
+    return f"step_{step:08d}"
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """Every file under ``folder`` with its size in bytes, except the manifest itself."""
     return {

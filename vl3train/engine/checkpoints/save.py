@@ -6,7 +6,7 @@ One checkpoint is one folder, ``checkpoints/step_00000010/``::
     weights/         the model in Hugging Face form, with its processor: the next stage and export read it
     adapter/         of a LoRA run, instead of weights/: the adapter only, in peft's form
     random/          random state of each rank
-    resume.json      cursor, identity of plan and model, counts of failed samples, config
+    resume.json      cursor, identity of plan and model, counts of failed samples, bad steps, config
     MANIFEST.json    every file with its size and digest; written last
 
 All ranks write into ``step_00000010.partial``; rank 0 syncs and renames it, then switches ``latest``. A process that is
@@ -24,6 +24,7 @@ from typing import Any
 from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.engine.checkpoints.manifest import (
     MANIFEST,
+    checkpoint_name,
     digests_of,
     list_files,
     manifest_text,
@@ -35,15 +36,6 @@ from vl3train.engine.zero.engine import Zero
 from vl3train.engine.zero.state_files import is_of_the_disk
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` steps.
-
-    >>> checkpoint_name(10)
-    'step_00000010'
-    """
-    return f"step_{step:08d}"
-
-
 def save_checkpoint(
     checkpoints: Path,
     step: int,
@@ -53,8 +45,11 @@ def save_checkpoint(
     resume: dict[str, Any],
     rank: Rank,
     keep: int,
+    keep_before: int = 0,
 ) -> str | None:
     """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
+
+    The newest checkpoint of step ``keep_before`` or an earlier one stays too: a run may go back to it.
 
     ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call it,
     because gathering partitioned weights needs them all.
@@ -97,7 +92,9 @@ def save_checkpoint(
     if problem is None:
         for share in rank.gather(digests):
             digests.update(share)
-    problem = problem or attempt(lambda: finish(partial, final, digests, keep), here=rank.is_first)
+    problem = problem or attempt(
+        lambda: finish(partial, final, digests, (keep, keep_before)), here=rank.is_first
+    )
     if problem is not None and rank.is_first:
         shutil.rmtree(partial, ignore_errors=True)
     return problem
@@ -111,7 +108,7 @@ def make_partial(partial: Path) -> None:
         (partial / name).mkdir(parents=True)
 
 
-def finish(partial: Path, final: Path, digests: dict[str, str], keep: int) -> None:
+def finish(partial: Path, final: Path, digests: dict[str, str], keep: tuple[int, int]) -> None:
     """Write the manifest; let the checkpoint appear under its name, and delete old ones."""
     (partial / MANIFEST).write_text(manifest_text(list_files(partial), digests))
     sync_tree(partial)
@@ -120,7 +117,7 @@ def finish(partial: Path, final: Path, digests: dict[str, str], keep: int) -> No
     partial.rename(final)
     sync(final.parent)
     write_whole(final.parent / "latest", final.name)
-    delete_old(final.parent, newest=final.name, keep=keep)
+    delete_old(final.parent, newest=final.name, keep=keep[0], keep_before=keep[1])
 
 
 def not_written(checkpoint: Path, error: Exception) -> str:
@@ -132,11 +129,16 @@ def not_written(checkpoint: Path, error: Exception) -> str:
     return f"checkpoint {checkpoint} could not be written: {error}{free}"
 
 
-def delete_old(checkpoints: Path, *, newest: str, keep: int) -> None:
-    """Delete all but the last ``keep`` checkpoints up to ``newest``.
+def delete_old(checkpoints: Path, *, newest: str, keep: int, keep_before: int = 0) -> None:
+    """Delete all but the last ``keep`` checkpoints up to ``newest``, and the newest up to step ``keep_before``.
 
     A checkpoint of a later step is damaged, or the run would have resumed from it: it does not count.
     """
     folders = sorted(checkpoints.glob("step_????????"))
-    for folder in [folder for folder in folders if folder.name <= newest][:-keep]:
-        shutil.rmtree(folder)
+    due = [folder for folder in folders if folder.name <= newest][:-keep]
+    spared = [folder for folder in due if keep_before > 0 and folder.name <= checkpoint_name(keep_before)][
+        -1:
+    ]
+    for folder in due:
+        if folder not in spared:
+            shutil.rmtree(folder)

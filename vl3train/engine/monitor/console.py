@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.contracts.bad_step import with_texts
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.line_log import LineLog
 
@@ -43,7 +44,8 @@ class Console:
         self._enabled = enabled
         self._name = stage_name
         self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False)
-        self._log = LineLog(Path(output_dir) / "metrics.jsonl", self.message)
+        self._path = Path(output_dir) / "metrics.jsonl"
+        self._log = LineLog(self._path, self.message)
         self._total_steps = 0
         self._pace = Pace()
         self._last_line_time = -float("inf")
@@ -86,7 +88,7 @@ class Console:
         """
         if not self._enabled:
             return
-        self._log.append([json.dumps(figures)])
+        self._log.append([json.dumps(with_texts(figures))])
         done = int(figures["step"]) + 1
         seconds_left = self._pace.seconds_left(done, self._total_steps)
         text = figures_text(figures, seconds_left)
@@ -108,6 +110,13 @@ class Console:
         for row in rows:
             table.add_row(*(str(value) for value in row.values()))
         self._rich.print(table)
+
+    def go_back(self, step: int) -> None:
+        """Go on at an earlier ``step``: its line of metrics.jsonl and those after it move to metrics.replaced.jsonl."""
+        if self._enabled:
+            self._log.append([])  # what still waits for the disk belongs before that
+            truncate_metrics(self._path, step)
+            self._pace = Pace()
 
     def message(self, text: str) -> None:
         """Print one message, above the bar where there is one."""
@@ -185,6 +194,8 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("memory", "{:.1f} GiB", figures.get("memory_gib")),
         ("failed", "failed {}", figures.get("failed_samples") or None),
     ]
+    if figures.get("skipped"):
+        shown.insert(2, ("skipped", "SKIPPED", True))
     return "  ".join(form.format(value) for _, form, value in shown if value is not None)
 
 

@@ -10,6 +10,7 @@ from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
+from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.monitor.console import truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
@@ -27,6 +28,7 @@ class ResumePoint:
     cursor: Cursor  # the next step
     identity: dict[str, Any]  # see ``run_identity``
     failed_samples: FailedSampleLimit
+    bad_steps: BadSteps
 
 
 def resume(
@@ -40,18 +42,20 @@ def resume(
     identity = run_identity(cfg, data.train, model.counts, rank)
     cursor = Cursor()
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
+    bad_steps = BadSteps(cfg.optim)
     if folder.checkpoint is not None:
         stored = refuse_other_identity(folder.checkpoint, identity)
         refuse_what_cannot_resume(cfg, stored, data.num_steps)
         load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
+        bad_steps.load(stored)
     if rank.is_first:
         truncate_metrics(folder.path / "metrics.jsonl", cursor.step)
         write_config(cfg, folder.path)
         if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
             (folder.path / FINISHED).unlink(missing_ok=True)
-    return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples)
+    return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples, bad_steps=bad_steps)
 
 
 def refuse_what_cannot_resume(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:

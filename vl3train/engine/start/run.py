@@ -71,6 +71,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         console=console,
         tracker=tracker,
         failed_samples=point.failed_samples,
+        bad_steps=point.bad_steps,
         meter=meter,
         source_names=list(data.train.index.source_names),
     )

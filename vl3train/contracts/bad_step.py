@@ -1,0 +1,122 @@
+"""What is kept of a step that was skipped: ``bad_steps/step_00000123.json`` in the output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vl3train.contracts.files import write_whole
+
+FOLDER = "bad_steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLoss:
+    """The loss of one sample in a step that was skipped."""
+
+    key: str
+    source: str
+    rank: int
+    micro_batch: int
+    supervised_tokens: int
+    loss: float | None  # mean over its supervised tokens; None where it has none
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its loss is a number; so is that of a sample without supervised tokens."""
+        return self.loss is None or math.isfinite(self.loss)
+
+    def __str__(self) -> str:
+        """Its loss in words."""
+        return "no supervised token" if self.loss is None else f"loss {self.loss:.4g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadStep:
+    """A step that was skipped, with the samples of all ranks: first those whose loss is not finite, then by loss."""
+
+    step: int
+    epoch: int
+    reason: str
+    loss: float
+    grad_norm: float
+    most_loss: float | None  # the limits; None where there were none yet
+    most_grad_norm: float | None
+    source_losses: dict[str, float]
+    samples: tuple[SampleLoss, ...]
+
+    @property
+    def not_finite(self) -> list[SampleLoss]:
+        """The samples whose loss is not finite."""
+        return [sample for sample in self.samples if not sample.is_finite]
+
+
+def dump_path(output_dir: Path, step: int) -> Path:
+    """Where a run keeps a skipped step.
+
+    >>> dump_path(Path("runs/a"), 123).as_posix()
+    'runs/a/bad_steps/step_00000123.json'
+    """
+    return output_dir / FOLDER / f"step_{step:08d}.json"
+
+
+def write_bad_step(path: Path, bad: BadStep) -> None:
+    """Write the file, whole. JSON has no NaN: such a number is null, and its text stands beside it.
+
+    Raises OSError where the disk does not take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(with_texts(dataclasses.asdict(bad)), indent=1) + "\n")
+
+
+def read_bad_step(path: Path) -> BadStep:
+    """The step of a file that ``write_bad_step`` wrote.
+
+    Raises ValueError for a file that cannot be read or holds something else.
+    """
+    try:
+        found = without_texts(json.loads(path.read_text(encoding="utf-8")))
+        samples = tuple(SampleLoss(**sample) for sample in found.pop("samples"))
+        return BadStep(**found, samples=samples)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the file of a skipped step: {error}") from error
+
+
+TEXT = "_text"
+
+
+def with_texts(value: Any) -> Any:
+    """A tree that JSON can hold: a number that is not finite is null, with its text under another name beside it.
+
+    >>> with_texts({"loss": math.nan, "of": {"captions": math.inf, "ocr": 2.0}})
+    {'loss': None, 'loss_text': 'nan', 'of': {'captions': None, 'captions_text': 'inf', 'ocr': 2.0}}
+    """
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, one in value.items():
+            bad = isinstance(one, float) and not math.isfinite(one)
+            found |= {key: None, key + TEXT: str(one)} if bad else {key: with_texts(one)}
+        return found
+    return [with_texts(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def without_texts(value: Any) -> Any:
+    """Undo ``with_texts``.
+
+    >>> without_texts({"loss": None, "loss_text": "inf", "most_loss": None})
+    {'loss': inf, 'most_loss': None}
+    """
+    if isinstance(value, dict):
+        texts = {
+            key.removesuffix(TEXT) for key in value if key.endswith(TEXT) and key.removesuffix(TEXT) in value
+        }
+        return {
+            key: float(value[key + TEXT]) if key in texts else without_texts(one)
+            for key, one in value.items()
+            if not (key.endswith(TEXT) and key.removesuffix(TEXT) in texts)
+        }
+    return [without_texts(one) for one in value] if isinstance(value, list) else value

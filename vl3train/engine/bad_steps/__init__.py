@@ -1,0 +1,1 @@
+"""Steps whose loss or gradient norm is bad: how they are told, recorded, and left behind."""

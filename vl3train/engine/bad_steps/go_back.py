@@ -1,0 +1,72 @@
+"""Back to a checkpoint before a row of bad steps, in the same process, and past the steps that led there.
+
+Skipped steps change nothing, so the same steps from the same checkpoint would end in the same weights and the same bad
+numbers. So the run also passes over good steps before the row, as many as the row has: PaLM was trained past its spikes
+in this way, by going back some hundred steps and passing over the batches before and during the spike
+(arXiv:2204.02311, section 5.1). Which steps these are does not depend on the checkpoints that happen to be there, so a
+run that is stopped or killed at any moment, and resumed, does the same steps to the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vl3train.contracts.files import write_whole
+from vl3train.contracts.records import Cursor
+from vl3train.engine.checkpoints.find import find_checkpoint
+from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
+from vl3train.engine.ranks import RunError
+from vl3train.engine.run import Run
+
+
+def go_back(run: Run) -> int:
+    """Make the run what it was after the newest checkpoint before the range it passes over; returns that step.
+
+    Everything is as after a resume from there: engine, random state, cursor, counts, limits, metrics.jsonl. All ranks
+    call it, after the last step of the row.
+
+    Raises RunError on every rank where there is no such checkpoint, or where the run has gone back here before.
+    """
+    bad = run.bad_steps
+    first, end = bad.range_to_pass_over(run.cursor.step)
+    told = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end - 1}"
+    look = (
+        f"Look at {run.folder / 'bad_steps'} with `vl3train inspect --dump FILE`: where always the same samples are "
+        "not finite, take them out; where losses or norms are only over their limits, lower the learning rates, or "
+        "raise optim.spike_limit"
+    )
+    if bad.passed_over and first < max(before := [end for _, end in bad.passed_over]):
+        raise RunError(
+            f"{told}. That is the second time: the run has already gone back to before step {max(before)}, and its "
+            f"steps after that are no better. {look}"
+        )
+    checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
+    if checkpoint is None:
+        raise RunError(f"{told}, and there is no checkpoint of step {first} or before to go back to. {look}")
+    stored = refuse_other_identity(checkpoint, run.identity)
+    load_checkpoint(checkpoint, engine=run.engine, rank=run.rank)
+    run.cursor = Cursor(**stored["cursor"])
+    run.failed_samples.load(stored)
+    passed_over = [*bad.passed_over, (first, end)]
+    bad.load(stored)
+    bad.passed_over = passed_over
+    if run.rank.is_first:
+        drop_later(checkpoint)
+        run.console.go_back(run.cursor.step)
+    run.rank.barrier()
+    run.console.message(
+        f"{told}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
+    )
+    return run.cursor.step
+
+
+def drop_later(checkpoint: Path) -> None:
+    """Delete the checkpoints of later steps, which are undone now, and let ``latest`` name this one.
+
+    A run that is killed before its next save resumes from here, comes to the same row again, and goes the same way.
+    """
+    write_whole(checkpoint.parent / "latest", checkpoint.name)
+    for later in checkpoint.parent.glob("step_????????"):
+        if later.name > checkpoint.name:
+            shutil.rmtree(later)
