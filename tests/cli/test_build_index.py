@@ -76,6 +76,22 @@ def test_a_truncated_picture_is_refused_with_decode_and_indexed_without(tmp_path
     assert file.stat().st_mtime_ns == written
 
 
+def test_the_index_may_lie_in_a_folder_of_its_own(tmp_path, tiny_model_dir, capsys):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    (tmp_path / "words").mkdir()
+    text = json.dumps({"conversations": turns}).encode()
+    write_members(tmp_path / "words" / "0.tar", [("a", {"json": text})])
+    recipe = {"name": "w", "about": "", "sources": [{"name": "words", "shards": "words"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = config_words(tmp_path, tiny_model_dir)
+    assert main(["index", *words, "--index-dir", str(tmp_path / "far")]) == 0
+    assert [path.name for path in (tmp_path / "words").iterdir()] == ["0.tar"]
+    assert main(["plan", *words, "--picture", str(tmp_path / "plan.png")]) == 1
+    assert "no index" in capsys.readouterr().err
+    words.append(f"data.index_dir={tmp_path / 'far'}")
+    assert main(["plan", *words, "--picture", str(tmp_path / "plan.png")]) == 0
+
+
 def test_refused_samples_are_told_by_kind(tmp_path, tiny_model_dir, capsys):
     """Of thousands that lack their picture a few would be shown alone, and the one of another kind never."""
     asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]

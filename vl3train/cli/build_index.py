@@ -42,6 +42,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
     parser.add_argument(
+        "--index-dir",
+        metavar="FOLDER",
+        help="where the indexes are written, the same as data.index_dir=FOLDER; training needs that option too",
+    )
+    parser.add_argument(
         "--decode",
         action="store_true",
         help="also decode every picture completely, so that a damaged one is rejected now and does not fail in the "
@@ -54,7 +59,8 @@ def main(args: Namespace) -> int:
     from vl3train.data.pipeline import open_data, store_frames
     from vl3train.model.weights.processor import build_processor
 
-    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir)
+    overrides = [*args.overrides, *([f"data.index_dir={args.index_dir}"] if args.index_dir else [])]
+    cfg = load_config(overrides, config_file=args.config, config_dir=args.config_dir)
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as tokenizer_dir:
         # The tokenizer exactly as a run writes it: the index holds its checksum.
@@ -66,7 +72,7 @@ def main(args: Namespace) -> int:
                 )
             console.print(f"frames are stored; train on them with data.recipe={recipe}", markup=False)
             cfg = load_config(
-                [*args.overrides, f"data.recipe={recipe}"],
+                [*overrides, f"data.recipe={recipe}"],
                 config_file=args.config,
                 config_dir=args.config_dir,
             )

@@ -93,6 +93,10 @@ class DataConfig:
     """For shards on remote storage. Shards are shuffled, then samples within windows of this many shards, so that a
     node reads few shards at a time. 0: all samples of a source are shuffled together."""
 
+    index_dir: str | None = None
+    """Folder for the indexes of all sources, for example where shards lie on a read-only mount; `vl3train index` and
+    the run need the same. Unset: each index lies in the folder of its shards."""
+
     plan_cache: str | None = None
     """Folder on each node for plans of long epochs (4 bytes a sample) and rows of the index (about 200 bytes a
     sample), shared by the processes of the node. Unset: vl3train/plans in the user's cache folder. You may delete it

@@ -18,11 +18,12 @@ from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
 from vl3train.data.plan.order import OrderRules
 from vl3train.data.plan.plan import Plan
-from vl3train.data.prepare.build_index import build_index
+from vl3train.data.prepare.build_index import build_indexes
 from vl3train.data.prepare.store_frames import store_recipe
 from vl3train.data.recipe import load_recipe, recipe_problems
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.shards.index import Index, open_index
+from vl3train.data.shards.manifest import IndexPlace
 from vl3train.data.shards.remote import RangeCache
 
 
@@ -92,23 +93,22 @@ def open_data(
     if problems := recipe_problems(recipe, cfg.data.root):
         raise ValueError("\n".join(problems))
     settings, limits = render_settings(cfg, ChatTokenizer.from_folder(tokenizer_dir)), decode_limits(cfg)
-    sources = [
-        (source.name, source.weight, source.held_out if held_out else source.shards)
-        for source in recipe.sources
-    ]
-    for name, _, folder in sources:
-        if build and folder is not None:
-            build_index(
-                folder,
-                settings,
-                tokenizer_dir=tokenizer_dir,
-                limits=limits,
-                num_workers=cfg.data.num_workers,
-                decode_seconds=cfg.data.decode_seconds,
-                progress=lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
-                decode=decode,
-            )
-    index, plan = _open_plan(cfg, sources, settings, limits)
+    index_dir = Path(cfg.data.index_dir).expanduser() if cfg.data.index_dir else None
+    sources: list[tuple[str, float, IndexPlace | None]] = []
+    for source in recipe.sources:
+        folder = source.held_out if held_out else source.shards
+        place = folder and IndexPlace(shards=folder, settings=settings, limits=limits, index_dir=index_dir)
+        sources.append((source.name, source.weight, place))
+    if build:
+        build_indexes(
+            [(name, place) for name, _, place in sources if place is not None],
+            tokenizer_dir=tokenizer_dir,
+            num_workers=cfg.data.num_workers,
+            decode_seconds=cfg.data.decode_seconds,
+            progress=progress,
+            decode=decode,
+        )
+    index, plan = _open_plan(cfg, sources)
     if not held_out and len(plan.oversized_samples) == index.num_samples:
         raise ValueError(
             f"{recipe.path}: no sample to train on: the index rejected {len(index.rejected)}, "
@@ -126,19 +126,14 @@ def open_data(
     )
 
 
-def _open_plan(
-    cfg: TrainConfig,
-    sources: list[tuple[str, float, Path | None]],
-    settings: RenderSettings,
-    limits: DecodeLimits,
-) -> tuple[Index, Plan]:
+def _open_plan(cfg: TrainConfig, sources: list[tuple[str, float, IndexPlace | None]]) -> tuple[Index, Plan]:
     """The index of some sources, each a name, a weight and its shards, and the plan over it."""
     cache = None
     if cfg.data.remote_cache is not None:
         cache = RangeCache(Path(cfg.data.remote_cache).expanduser(), cfg.data.remote_cache_bytes)
     plans = Path(cfg.data.plan_cache).expanduser() if cfg.data.plan_cache else default_folder()
     delete_unused(plans)
-    index = open_index(sources, settings, limits, cache, plans)
+    index = open_index(sources, cache, plans)
     plan = Plan(
         index.sample_table(),
         cfg.run.seed,

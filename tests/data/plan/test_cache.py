@@ -33,15 +33,21 @@ def test_a_mapped_plan_is_the_plan(tmp_path, monkeypatch):
     assert pickle.loads(sent)._epochs == {}  # a worker maps the file itself
 
 
-def test_what_is_not_whole_is_planned_again(tmp_path):
+@pytest.mark.parametrize("what", ["order", "bounds"])
+def test_what_is_damaged_is_told_and_planned_again(tmp_path, what):
     data = table([60], seed=5)
     expected = all_steps(Plan(data, 0, step_config()), 0)
     Plan(data, 0, step_config(), cache=tmp_path).steps_in_epoch(0)
-    (order,) = tmp_path.glob("*/epoch-0.order.npy")
-    np.save(order, np.load(order)[:10])
-    assert all_steps(Plan(data, 0, step_config(), cache=tmp_path), 0) == expected
-    assert len(np.load(order)) == 60
-    order.unlink()
+    (file,) = tmp_path.glob(f"*/epoch-0.{what}.npy")
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[-40] ^= 1  # one sample twice, another never
+    for bad in (flipped, good[:-1], good[:20], b"", b"\x80\x04N."):
+        file.write_bytes(bad)
+        with pytest.warns(UserWarning, match=rf"{what}\.npy is damaged and is made again"):
+            assert all_steps(Plan(data, 0, step_config(), cache=tmp_path), 0) == expected
+        assert file.read_bytes() == good
+    file.unlink()
     assert all_steps(Plan(data, 0, step_config(), cache=tmp_path), 0) == expected
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pickle
 
 import numpy as np
@@ -15,17 +14,22 @@ import pytest
 from tests.data.plan.test_plan import all_steps, step_config
 from tests.data.shards.test_index import LIMITS, SETTINGS
 from vl3train.contracts.records import Cursor
+from vl3train.contracts.sealed import file_digest, write_sealed_json
 from vl3train.data.loader import OpenData, PackDataset
 from vl3train.data.plan.order import OrderRules
 from vl3train.data.plan.plan import Plan
 from vl3train.data.shards import index as index_module
 from vl3train.data.shards.index import SCHEMA, USABLE, open_index
-from vl3train.data.shards.manifest import MANIFEST, index_folder
+from vl3train.data.shards.manifest import MANIFEST, IndexPlace, rows_path
+
+
+def place_of(shards):
+    return IndexPlace(shards=shards, settings=SETTINGS, limits=LIMITS)
 
 
 def write_index(shards, num_samples, *, num_shards=4):
     """An index as the index pass leaves it, of shards that have no content; every hundredth sample is refused."""
-    folder, random = index_folder(shards, SETTINGS), np.random.default_rng(0)
+    folder, random = place_of(shards).folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
     entries = []
     for number in range(num_shards):
@@ -52,16 +56,18 @@ def write_index(shards, num_samples, *, num_shards=4):
         }
         shard = shards / f"{number:05d}.tar"
         shard.write_bytes(b"")
-        pq.write_table(pa.table(columns, SCHEMA), folder / f"{shard.name}.parquet")
-        entry = {"name": shard.name, "bytes": 0, "samples": count, "refused": int(bad.sum())}
+        rows = rows_path(folder, shard.name)
+        pq.write_table(pa.table(columns, SCHEMA), rows)
+        entry = {"name": shard.name, "bytes": 0, "samples": count, "rejected": int(bad.sum())}
+        entry["file_sha256"] = file_digest(rows)
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
         entries.append({**entry, "unread_parts": {}, "rows_sha256": digest})
     manifest = {"settings": dataclasses.asdict(SETTINGS), "limits": dataclasses.asdict(LIMITS)}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "shards": entries}))
+    write_sealed_json(folder / MANIFEST, {**manifest, "shards": entries})
 
 
 def opened(shards, folder):
-    index = open_index([("some", 1.0, shards)], SETTINGS, LIMITS, folder=folder)
+    index = open_index([("some", 1.0, place_of(shards))], folder=folder)
     return index, Plan(index.sample_table(), 3, step_config(), order=OrderRules(block_shards=2), cache=folder)
 
 
@@ -122,3 +128,17 @@ def test_a_deleted_file_is_named(tmp_path, monkeypatch):
     index.file.unlink()
     with pytest.raises(RuntimeError, match=r"was deleted while a run used it. Start the run again"):
         pickle.loads(sent)
+
+
+def test_a_damaged_file_is_told_and_written_again(tmp_path, monkeypatch):
+    """A library that maps it would die of it, or plan with other numbers."""
+    write_index(tmp_path, 400)
+    monkeypatch.setattr(index_module, "MAPPED_FROM_SAMPLES", 1)
+    index, plan = opened(tmp_path, tmp_path / "cache")
+    expected, good = all_steps(plan, 0), index.file.read_bytes()
+    middle = len(good) // 2
+    for bad in (b"", good[:40], good[:-8], good + b"x", good[:middle] + b"\xff" * 9 + good[middle + 9 :]):
+        index.file.write_bytes(bad)
+        with pytest.warns(UserWarning, match=r"\.arrow is damaged and is made again"):
+            again, plan = opened(tmp_path, tmp_path / "cache")
+        assert (all_steps(plan, 0), again.file.read_bytes()) == (expected, good)

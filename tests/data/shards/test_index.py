@@ -15,11 +15,11 @@ from tests.data.render.test_samples import SETTINGS
 from tests.data.shards.test_tar_headers import make_tar
 from tests.data.shards_fixture import make_source
 from vl3train.contracts.records import SampleError
-from vl3train.data.prepare.build_index import build_index
+from vl3train.data.prepare.build_index import build_indexes
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
 from vl3train.data.shards.index import open_index
-from vl3train.data.shards.manifest import MissingIndexError, index_folder
+from vl3train.data.shards.manifest import IndexPlace, MissingIndexError
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +34,26 @@ def shards(made, tmp_path):
 
 @pytest.fixture
 def build(tokenizer_dir):
-    def build(shards, settings=SETTINGS, limits=LIMITS, num_workers=0):
+    def build(*shards, num_workers=0, index_dir=None):
         calls = []
-        build_index(
-            shards,
-            settings,
+        build_indexes(
+            [(folder.name, place_of(folder, index_dir=index_dir)) for folder in shards],
             tokenizer_dir=tokenizer_dir,
-            limits=limits,
             num_workers=num_workers,
             decode_seconds=30.0,
-            progress=lambda done, total: calls.append((done, total)),
+            progress=lambda source, done, total: calls.append((done, total)),
         )
         return calls
 
     return build
 
 
-def opened(shards, settings=SETTINGS, limits=LIMITS):
-    return open_index([("small", 1.0, shards)], settings, limits)
+def place_of(shards, settings=SETTINGS, limits=LIMITS, index_dir=None):
+    return IndexPlace(shards=shards, settings=settings, limits=limits, index_dir=index_dir)
+
+
+def opened(shards, settings=SETTINGS, limits=LIMITS, index_dir=None):
+    return open_index([("small", 1.0, place_of(shards, settings, limits, index_dir))])
 
 
 def test_lengths_are_those_of_the_rendered_samples_and_bytes_those_of_webdataset(
@@ -95,7 +97,7 @@ def test_a_second_pass_measures_only_what_changed(shards, build):
     changed = sorted(shards.glob("*.tar"))[1]
     os.utime(changed, (1, 1))
     assert build(shards)[-1] == (6, 6)
-    (index_folder(shards, SETTINGS) / "manifest.json").unlink()  # as a killed pass leaves it
+    (place_of(shards).folder / "manifest.json").unlink()  # as a killed pass leaves it
     assert build(shards) == []
     assert opened(shards).num_samples == 14
 
@@ -122,8 +124,8 @@ def test_bad_samples_are_counted_with_their_reason(tmp_path, build):
     assert set(reasons) == {"torn", "words", "alone", "absent"}
     assert "conversation is missing" in reasons["alone"]
     assert "cannot be read" in reasons["torn"]
-    manifest = json.loads((index_folder(tmp_path, SETTINGS) / "manifest.json").read_text())
-    assert (manifest["shards"][0]["samples"], manifest["shards"][0]["refused"]) == (6, 4)
+    manifest = json.loads((place_of(tmp_path).folder / "manifest.json").read_text())
+    assert (manifest["shards"][0]["samples"], manifest["shards"][0]["rejected"]) == (6, 4)
     assert manifest["shards"][0]["unread_parts"] == {"pyd": 1}
 
 
@@ -175,7 +177,91 @@ def test_an_index_for_other_settings_or_shards_is_not_used(shards, build):
 
 def test_a_source_without_held_out_samples_has_none(shards, build):
     build(shards)
-    index = open_index([("none", 1.0, None), ("small", 1.0, shards)], SETTINGS, LIMITS)
+    index = open_index([("none", 1.0, None), ("small", 1.0, place_of(shards))])
     assert index.sizes == (0, 14)
     assert {index.source(row) for row in range(14)} == {1}
-    assert open_index([("none", 1.0, None)], SETTINGS, LIMITS).num_samples == 0
+    assert open_index([("none", 1.0, None)]).num_samples == 0
+
+
+def test_a_damaged_file_of_an_index_is_named_and_only_its_shard_measured_again(shards, build):
+    build(shards)
+    expected, rows = opened(shards).fingerprint, opened(shards).rows
+    folder = place_of(shards).folder
+    first, second, _ = sorted(folder.glob("*.parquet"))
+    entry = folder / f"{first.stem}.json"
+    for path, again in ((first, 6), (second, 6), (entry, 6), (folder / "manifest.json", 0)):
+        good = path.read_bytes()
+        for bad in (b"", good[:-9], b"PAR1" + bytes(40), good.replace(b"a", b"b"), b"[[[" * 9999):
+            path.write_bytes(bad)
+            if path != entry:  # the run reads the manifest
+                with pytest.raises(MissingIndexError, match=rf"{path.name} is damaged; run `vl3train index`"):
+                    opened(shards)
+            if again:
+                with pytest.warns(UserWarning, match=rf"{path.name} is damaged; it is made again"):
+                    calls = build(shards)
+            else:
+                calls = build(shards)
+            assert (calls[-1] if calls else (0, 0)) == (again, again)
+            assert opened(shards).fingerprint == expected
+    assert opened(shards).rows == rows
+    for path in (first, second):
+        path.unlink()
+    with pytest.raises(MissingIndexError, match=rf"(?s){first.name} cannot be read.*{second.name} cannot be"):
+        opened(shards)
+
+
+def test_one_file_of_rows_is_the_same_whoever_wrote_it(shards, build):
+    """A resume compares the fingerprint: rows measured again, and times of files, must not change it."""
+    build(shards)
+    before = opened(shards).fingerprint
+    for tar in shards.glob("*.tar"):
+        os.utime(tar, (7, 7))
+    assert build(shards)
+    assert opened(shards).fingerprint == before
+
+
+def test_the_index_may_lie_elsewhere_and_equal_folder_names_do_not_meet(tmp_path, build):
+    text = b'{"conversations": [{"from": "human", "value": "%d"}, {"from": "gpt", "value": "b"}]}'
+    folders = [tmp_path / name / "shards" for name in "ab"]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        make_tar(folder / "0.tar", [(f"{n}.json", text % n) for n in range(number + 1)])
+    build(*folders, index_dir=tmp_path / "far")
+    for number, folder in enumerate(folders):
+        assert [path.name for path in folder.iterdir()] == ["0.tar"]
+        assert opened(folder, index_dir=tmp_path / "far").num_samples == number + 1
+    with pytest.raises(MissingIndexError, match="no index"):
+        opened(folders[0])
+
+
+def test_where_nothing_can_be_written_the_way_out_is_told_and_other_sources_are_indexed(tmp_path, build):
+    good, other, far = (tmp_path / name for name in ("good", "other", "far"))
+    for folder in (good, other):
+        folder.mkdir()
+        make_tar(folder / "0.tar", [("a.json", b"{")])
+    place_of(other).folder.touch()  # as good as a mount that is read only: this test may run as root
+    with pytest.raises(
+        MissingIndexError, match=r"other: its index cannot be written.*data\.index_dir=FOLDER"
+    ):
+        build(other, good)
+    assert dict(opened(good).rejected)
+    build(other, index_dir=far)
+    assert opened(other, index_dir=far).num_samples == 0
+
+
+def test_a_dangling_link_and_a_folder_are_named_and_the_other_shards_used(tmp_path, build):
+    text = b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'
+    make_tar(tmp_path / "good.tar", [("a.json", text), ("M\udcfcller.pyd", b"x")])
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "link.tar").symlink_to(tmp_path / "gone.tar")
+    build(tmp_path)
+    index = opened(tmp_path)
+    assert index.num_samples == 1
+    reasons = dict(index.rejected)
+    assert set(reasons) == {"small/folder/@0", "small/link/@0", "small/good/@1024"}
+    assert "is a folder" in reasons["small/folder/@0"]
+    assert "gone.tar, which is not there" in reasons["small/link/@0"]
+    assert build(tmp_path) == []
+    make_tar(tmp_path / "gone.tar", [("b.json", text)])  # the link leads somewhere again
+    assert build(tmp_path)
+    assert opened(tmp_path).num_samples == 3

@@ -1,8 +1,9 @@
 """Planned epochs on disk: all processes of a node map them into memory, and one plans them.
 
 ``FOLDER/<plan fingerprint>/epoch-N.order.npy`` and ``epoch-N.bounds.npy``. A file appears under its name only when
-it is whole; two processes that write the same one write the same bytes. Everything here may be deleted. The start of
-a run deletes what no run has used for ``UNUSED_DAYS``, rows of indexes (sample_table.py) included.
+it is whole, with its digest at the end; two processes that write the same one write the same bytes. A damaged file is
+named and made again. Everything here may be deleted. The start of a run deletes what no run has used for
+``UNUSED_DAYS``, rows of indexes (sample_table.py) included.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from vl3train.contracts.files import whole_file
+from vl3train.contracts.sealed import DamagedFileError, seal, sealed_size
 
 UNUSED_DAYS = 90
 OURS = ("index-*.arrow", "*/epoch-*.npy", "*.partial", "*/*.partial")
@@ -78,15 +81,30 @@ def _file(folder: Path, epoch: int, what: str) -> Path:
     return folder / f"epoch-{epoch}.{what}.npy"
 
 
-def _mapped(file: Path) -> np.ndarray | None:
+def whole_size(file: Path) -> int | None:
+    """Bytes of a file of this cache without its digest; None where it is not there, or damaged, which is told."""
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
-        mark_used(file)
+        return sealed_size(file)
     except FileNotFoundError:
         return None
+    except DamagedFileError as error:
+        warnings.warn(f"{error} and is made again", stacklevel=2)
+        return None
+
+
+def _mapped(file: Path) -> np.ndarray | None:
+    if whole_size(file) is None:
+        return None
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:  # another process deleted it meanwhile
+        return None
+    mark_used(file)
     return found if len(found) else None
 
 
 def _write(file: Path, array: np.ndarray) -> None:
-    with whole_file(file, durable=False) as partial, partial.open("wb") as stream:
-        np.save(stream, array)
+    with whole_file(file) as partial:
+        with partial.open("wb") as stream:
+            np.save(stream, array)
+        seal(partial)

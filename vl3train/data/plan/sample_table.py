@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vl3train.contracts.files import whole_file
+from vl3train.contracts.sealed import DIGEST_BYTES, seal
+from vl3train.data.plan.cache import whole_size
 
 MAPPED_FROM_SAMPLES = 4096
 """Smaller indexes are sent to workers as they are: under a megabyte."""
 
-REJECTED_KEY = b"refused"
-"""Key of the samples that the index rejected, in the file's own metadata. Written files bear the older word."""
+REJECTED_KEY = b"rejected"
+"""Key of the samples that the index rejected, in the file's own metadata."""
 
 INT32_COLUMNS = ("num_tokens", "num_supervised_tokens", "num_patches")
 """Columns in the type that the plan's compiled code reads, so that it reads the mapped file itself."""
@@ -88,22 +90,26 @@ def write_rows(file: Path, rows: pa.Table, rejected: list[tuple[str, str]]) -> N
     """Write the rows, and key and reason of those the index rejected. Two processes at once write the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = rows.combine_chunks().replace_schema_metadata({REJECTED_KEY: json.dumps(rejected).encode()})
-    with (
-        whole_file(file, durable=False) as partial,
-        pa.OSFile(str(partial), "wb") as stream,
-        pa.ipc.new_file(stream, rows.schema) as writer,
-    ):
-        writer.write_table(rows)
+    with whole_file(file) as partial:
+        with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, rows.schema) as writer:
+            writer.write_table(rows)
+        seal(partial)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the rows are there as they were written. Who maps a damaged file may die of it."""
+    return whole_size(file) is not None
 
 
 def map_rows(file: Path) -> pa.Table:
-    """The rows; each page comes from the disk when it is first read.
+    """The rows of a file that is whole; each page comes from the disk when it is first read.
 
     Raises:
         RuntimeError: the file is gone: it was deleted while a run used it.
     """
     try:
-        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        content = pa.memory_map(str(file))
+        return pa.ipc.open_file(content.read_buffer(file.stat().st_size - DIGEST_BYTES)).read_all()
     except FileNotFoundError:
         raise RuntimeError(
             f"{file} was deleted while a run used it. Start the run again, which writes the file, and leave the "

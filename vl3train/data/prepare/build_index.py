@@ -7,35 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from vl3train.contracts.files import whole_file, write_whole
-from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
-from vl3train.data.media.clips import DecodeLimits
+from vl3train.contracts.records import SampleError, SampleLengths
+from vl3train.data.prepare.index_files import is_current, write_manifest, write_rows
 from vl3train.data.render.decode_client import Decoder, decode_server
-from vl3train.data.shards.addresses import shown_address
-from vl3train.data.shards.index import SCHEMA, USABLE
-from vl3train.data.shards.manifest import (
-    MANIFEST,
-    MissingIndexError,
-    index_folder,
-    read_manifest,
-    shard_files,
-)
+from vl3train.data.shards.index import USABLE
+from vl3train.data.shards.manifest import IndexPlace, MissingIndexError, read_manifest, shard_files
 from vl3train.data.shards.read import read_parts
-from vl3train.data.shards.remote import address_of, local_files
+from vl3train.data.shards.remote import SHARD_LIST, RemoteError, address_of, local_files
 from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
 
 CHUNK_SAMPLES = 32
@@ -43,8 +29,6 @@ CHUNK_SAMPLES = 32
 MAX_MEDIUM_BYTES = 2_000_000_000
 MAX_TEXT_BYTES = 4_000_000
 """Samples with larger files are rejected before they are read. Such a text would be 60 times the longest pack."""
-FACTS = b"vl3train"
-"""Key of what a parquet file was made from, in its own metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,55 +37,118 @@ class _Chunk:
     samples: tuple[ShardSample, ...]
 
 
-def build_index(
-    shards: Path,
-    settings: RenderSettings,
+def build_indexes(
+    sources: Sequence[tuple[str, IndexPlace]],
     *,
     tokenizer_dir: Path,
-    limits: DecodeLimits,
     num_workers: int,
     decode_seconds: float,
-    progress: Callable[[int, int], None],
+    progress: Callable[[str, int, int], None],
     decode: bool = False,
-) -> Path:
-    """Index a folder of shards and return the index folder; what is there and still fits is kept.
+) -> None:
+    """Index folders of shards; what is there, whole and still fits is kept.
 
     Args:
+        sources: name and shards of each, all with the same settings and limits.
+        tokenizer_dir: the tokenizer that the settings name.
         num_workers: processes that decode; 0 is 1: nothing is decoded in this one.
         decode_seconds: wall-clock limit of one sample.
-        progress: called with samples done and samples in all.
+        progress: called with the source's name, samples done and samples in all.
         decode: decode every image and clip whole; an index made without is made anew.
+
+    Raises:
+        MissingIndexError: shards cannot be read, or an index cannot be written; every source with a problem is in the
+            message, and the others are indexed.
     """
-    folder = index_folder(shards, settings)
-    try:
-        read_manifest(shards, settings, limits)
-    except MissingIndexError:
-        pass
-    else:
-        if all(_is_current(folder, shard, limits, decode) for shard in shard_files(shards)):
-            return folder
-    folder.mkdir(exist_ok=True)
-    todo = [shard for shard in shard_files(shards) if not _is_current(folder, shard, limits, decode)]
-    # Remote shards one after the other: each is fetched whole, as every sample of it is read.
-    groups = [
-        [shard for shard in todo if shard.is_file()],
-        *([shard] for shard in todo if not shard.is_file()),
-    ]
-    done = total = 0
+    problems = []
     with contextlib.ExitStack() as stack:
-        address = stack.enter_context(decode_server(settings, tokenizer_dir, limits)) if todo else ""
-        for group in groups:
-            with local_files(group, folder) as files:
-                samples = {shard: shard_samples(file) for shard, file in files.items()}
-                total += sum(map(len, samples.values()))
-                decoding = _Decoding(address, decode_seconds, decode)
-                for rows in _group_rows(samples, files, max(1, num_workers), decoding):
-                    done += len(rows.rows)
-                    progress(done, total)
-                    if rows.complete is not None:
-                        _write_rows(folder, rows.shard, rows.complete, limits, decode)
-    _write_manifest(folder, shard_files(shards), settings, limits)
-    return folder
+        decoding: _Decoding | None = None
+        for name, place in sources:
+            try:
+                todo = _shards_to_do(place, decode)
+                if todo and decoding is None:  # one server for all: it takes two seconds to start
+                    server = decode_server(place.settings, tokenizer_dir, place.limits)
+                    decoding = _Decoding(stack.enter_context(server), decode_seconds, decode)
+                if todo is not None:
+                    _index_shards(
+                        place, todo, max(1, num_workers), decoding, lambda *n, name=name: progress(name, *n)
+                    )
+                    with _writing(place):
+                        write_manifest(place, shard_files(place.shards))
+            except MissingIndexError as error:
+                problems.append(str(error))
+    if problems:
+        raise MissingIndexError("\n".join(problems))
+
+
+def _shards_to_do(place: IndexPlace, decode: bool) -> list[Path] | None:
+    """Shards that have no rows that fit; None where the whole index is there."""
+    shards = shard_files(place.shards)
+    todo = [shard for shard in shards if not is_current(place, shard, decode)]
+    if not todo:
+        try:
+            read_manifest(place)
+            return None
+        except MissingIndexError:
+            pass
+    with _writing(place):
+        place.folder.mkdir(parents=True, exist_ok=True)
+    return todo
+
+
+def _index_shards(
+    place: IndexPlace,
+    todo: Sequence[Path],
+    num_threads: int,
+    decoding: _Decoding | None,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Measure some shards and write their rows.
+
+    Raises:
+        MissingIndexError: some cannot be read; the others are written.
+    """
+    # Remote shards one after the other: each is fetched whole, as every sample of it is read.
+    local = [shard for shard in todo if address_of(shard) is None]
+    groups = [*([local] if local else []), *([shard] for shard in todo if shard not in local)]
+    done = total = 0
+    problems = []
+    for group in groups:
+        with contextlib.ExitStack() as stack:
+            try:
+                files = stack.enter_context(local_files(group, place.folder))
+            except RemoteError as error:
+                problems.append(f"{error}; correct {SHARD_LIST}, or run the command again")
+                continue
+            samples = {}
+            for shard, file in files.items():
+                try:
+                    samples[shard] = shard_samples(file)
+                except OSError as error:
+                    problems.append(
+                        f"{shard} cannot be read: {error.strerror}; make it readable, or remove it"
+                    )
+            total += sum(map(len, samples.values()))
+            assert decoding is not None, "made where there is a shard"
+            for rows in _group_rows(samples, files, num_threads, decoding):
+                done += len(rows.rows)
+                progress(done, total)
+                if rows.complete is not None:
+                    with _writing(place):
+                        write_rows(place, rows.shard, rows.complete, decoding.decode)
+    if problems:
+        raise MissingIndexError("\n".join(problems))
+
+
+@contextlib.contextmanager
+def _writing(place: IndexPlace) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MissingIndexError(
+            f"{place.shards}: its index cannot be written to {place.folder}: {error.strerror}; to keep it elsewhere, "
+            "name a folder with data.index_dir=FOLDER, for this command and for training"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,68 +251,3 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
         "num_patch_pairs": sum(t * (h * w) ** 2 for t, h, w in lengths.grids),
         "grids": [int(size) for grid in lengths.grids for size in grid],
     }
-
-
-def _facts(shard: Path, limits: DecodeLimits) -> dict[str, Any]:
-    """What decides whether rows are still those of the shard.
-
-    Of a remote shard the address, without its signature: requests for all sizes would take minutes. A shard that was
-    replaced under the same address is found by crc32 when its samples are read.
-    """
-    address = address_of(shard)
-    if address is not None:
-        return {"address": shown_address(address), "limits": dataclasses.asdict(limits)}
-    stat = shard.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limits": dataclasses.asdict(limits)}
-
-
-def _is_current(folder: Path, shard: Path, limits: DecodeLimits, decode: bool) -> bool:
-    path = folder / f"{shard.name}.parquet"
-    if not path.is_file():
-        return False
-    facts = json.loads(pq.read_schema(path).metadata[FACTS])
-    decoded = facts.pop("decoded", False)
-    return bool(facts == _facts(shard, limits)) and (decoded or not decode)
-
-
-def _write_rows(
-    folder: Path, shard: Path, rows: list[dict[str, Any]], limits: DecodeLimits, decode: bool
-) -> None:
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    facts = {FACTS: json.dumps({**_facts(shard, limits), "decoded": decode}).encode()}
-    with whole_file(folder / f"{shard.name}.parquet") as partial:
-        pq.write_table(table.replace_schema_metadata(facts), partial)
-
-
-def _write_manifest(
-    folder: Path, shards: Sequence[Path], settings: RenderSettings, limits: DecodeLimits
-) -> None:
-    """Written last: its presence says that the index is complete."""
-    entries = []
-    for shard in shards:
-        table = pq.read_table(folder / f"{shard.name}.parquet")
-        entries.append(
-            {
-                "name": shard.name,
-                "bytes": shard.stat().st_size if shard.is_file() else None,
-                "samples": table.num_rows,
-                "refused": sum(status != USABLE for status in table["status"].to_pylist()),
-                "unread_parts": Counter(
-                    name.rpartition(".")[2] for names in table["unread_parts"].to_pylist() for name in names
-                ),
-                "remarks": Counter(remark for remarks in table["remarks"].to_pylist() for remark in remarks),
-                # Without remarks: those of decoded samples are more exact, and the samples are the same.
-                "rows_sha256": hashlib.sha256(
-                    json.dumps(table.drop_columns(["remarks"]).to_pydict()).encode()
-                ).hexdigest(),
-            }
-        )
-    text = json.dumps(
-        {
-            "settings": dataclasses.asdict(settings),
-            "limits": dataclasses.asdict(limits),
-            "shards": entries,
-        },
-        indent=1,
-    )
-    write_whole(folder / MANIFEST, text)

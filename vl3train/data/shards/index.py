@@ -1,7 +1,7 @@
 """What is known of every sample before it is read: where it lies, its lengths, its checksum.
 
-One parquet file for each shard and a manifest, in ``<shard folder>/index-<settings fingerprint>/``. Written by
-data/prepare/build_index.py; read here.
+One parquet file for each shard, its entry of the manifest beside it, and the manifest, in the folder of an
+``IndexPlace``. Written by data/prepare/build_index.py and index_files.py; read here.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
-from vl3train.data.media.clips import DecodeLimits
+from vl3train.contracts.records import SampleError, SampleLengths
 from vl3train.data.plan.cache import mark_used
 from vl3train.data.plan.sample_table import (
     MAPPED_FROM_SAMPLES,
     SampleTable,
     columns,
     for_the_plan,
+    is_whole,
     map_rows,
     rejected_of,
     rows_file,
     write_rows,
 )
-from vl3train.data.shards.manifest import MissingIndexError, index_folder, read_manifest
+from vl3train.data.shards.manifest import (
+    IndexPlace,
+    MissingIndexError,
+    check_rows,
+    read_manifest,
+    rows_path,
+)
 from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.remote import RangeCache
 from vl3train.data.shards.tar_headers import CONVERSATION_PART, Part
@@ -155,49 +161,46 @@ class Index:
 
 
 def open_index(
-    sources: Sequence[tuple[str, float, Path | None]],
-    settings: RenderSettings,
-    limits: DecodeLimits,
+    sources: Sequence[tuple[str, float, IndexPlace | None]],
     cache: RangeCache | None = None,
     folder: Path | None = None,
 ) -> Index:
-    """The index of some sources, each a name, a weight and its folder of shards (None: it has no samples).
+    """The index of some sources, each a name, a weight and its shards (None: it has no samples).
 
     Args:
-        sources: in the order of the recipe.
-        settings: how samples are rendered.
-        limits: what a file's header may say.
+        sources: in the order of the recipe, all with the same settings.
         cache: keeps what is read of remote shards.
         folder: where the rows of a long index are kept for all processes of the node to map; None: each has them
             in its own memory.
 
     Raises:
-        MissingIndexError: one of them is missing or stale; every one is in the message.
+        MissingIndexError: one of them is missing, stale or damaged; every one is in the message.
     """
     shards, sizes, contents, problems, files = [], [], [], [], []
     ignored: Counter[tuple[str, str]] = Counter()
     remarks: Counter[tuple[str, str]] = Counter()
-    for name, _, shard_folder in sources:
+    made_with = next((place.settings.fingerprint() for _, _, place in sources if place is not None), "")
+    for name, _, place in sources:
         sizes.append(0)
-        if shard_folder is None:
+        if place is None:
             continue
         try:
-            manifest = read_manifest(shard_folder, settings, limits)
+            manifest = read_manifest(place)
         except MissingIndexError as error:
             problems.append(str(error))
             continue
         for entry in manifest["shards"]:
-            sizes[-1] += entry["samples"] - entry["refused"]
+            sizes[-1] += entry["samples"] - entry["rejected"]
             ignored.update({(name, suffix): count for suffix, count in entry["unread_parts"].items()})
             remarks.update({(name, remark): count for remark, count in entry["remarks"].items()})
-            shards.append(shard_folder / entry["name"])
-            files.append((name, index_folder(shard_folder, settings) / f"{entry['name']}.parquet"))
+            shards.append(place.shards / entry["name"])
+            files.append((name, place.folder, entry))
             contents.append([name, entry["name"], entry["samples"], entry["rows_sha256"]])
     if problems:
         raise MissingIndexError("\n".join(problems))
-    fingerprint = hashlib.sha256(json.dumps([settings.fingerprint(), contents]).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(json.dumps([made_with, contents]).encode()).hexdigest()[:16]
     file = rows_file(folder, fingerprint) if folder and sum(sizes) >= MAPPED_FROM_SAMPLES else None
-    if file is None or not file.is_file():
+    if file is None or not is_whole(file):
         rows, rejected = _read_rows(files)
         if file is not None:
             write_rows(file, rows, rejected)
@@ -219,14 +222,28 @@ def open_index(
     )
 
 
-def _read_rows(files: Sequence[tuple[str, Path]]) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """The usable rows of some parquet files, each with its source's name; key and reason of the others."""
-    tables, rejected = [], []
-    for number, (name, path) in enumerate(files):
-        table = pq.read_table(path)
+def _read_rows(
+    files: Sequence[tuple[str, Path, dict[str, Any]]],
+) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The usable rows of some shards, each a source's name, a folder and an entry of its manifest; key and reason
+    of the others.
+
+    Raises:
+        MissingIndexError: files are damaged; every one is in the message.
+    """
+    tables, rejected, problems = [], [], []
+    for _, folder, entry in files:
+        try:
+            check_rows(folder, entry)
+        except MissingIndexError as error:
+            problems.append(str(error))
+    if problems:
+        raise MissingIndexError("\n".join(problems))
+    for number, (name, folder, entry) in enumerate(files):
+        table = pq.read_table(rows_path(folder, entry["name"]))
         usable = np.array([status == USABLE for status in table["status"].to_pylist()], bool)
         rejected_rows = table.filter(pa.array(~usable))
-        stem = Path(path.stem).stem
+        stem = Path(entry["name"]).stem
         rejected += [
             (f"{name}/{stem}/{key}", reason)
             for key, reason in zip(
