@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import webdataset
@@ -15,11 +16,13 @@ from tests.data.render.test_samples import SETTINGS
 from tests.data.shards.test_tar_headers import make_tar
 from tests.data.shards_fixture import make_source
 from vl3train.contracts.records import SampleError
+from vl3train.data.prepare import build_index as build_index_module
 from vl3train.data.prepare.build_index import build_indexes
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.samples import render_sample
 from vl3train.data.shards.index import open_index
 from vl3train.data.shards.manifest import IndexPlace, MissingIndexError
+from vl3train.data.shards.read import read_parts
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +37,14 @@ def shards(made, tmp_path):
 
 @pytest.fixture
 def build(tokenizer_dir):
-    def build(*shards, num_workers=0, index_dir=None):
+    def build(*shards, num_workers=0, index_dir=None, progress=None):
         calls = []
         build_indexes(
             [(folder.name, place_of(folder, index_dir=index_dir)) for folder in shards],
             tokenizer_dir=tokenizer_dir,
             num_workers=num_workers,
             decode_seconds=30.0,
-            progress=lambda source, done, total: calls.append((done, total)),
+            progress=progress or (lambda source, done, total: calls.append((done, total))),
         )
         return calls
 
@@ -265,3 +268,28 @@ def test_a_dangling_link_and_a_folder_are_named_and_the_other_shards_used(tmp_pa
     make_tar(tmp_path / "gone.tar", [("b.json", text)])  # the link leads somewhere again
     assert build(tmp_path)
     assert opened(tmp_path).num_samples == 3
+
+
+def test_a_pass_that_fails_stops_its_threads_while_the_error_is_kept(tmp_path, build, monkeypatch):
+    """An error keeps the frames that it came through: threads would measure all samples before the process ends."""
+    make_tar(tmp_path / "0.tar", [(f"{number}.json", b"{") for number in range(640)])
+    read, one_at_a_time = [], threading.Event()
+
+    def slow_read(shard, parts):
+        read.append(parts)
+        one_at_a_time.wait(0.01)
+        return read_parts(shard, parts)
+
+    monkeypatch.setattr(build_index_module, "read_parts", slow_read)
+
+    def stop(source, done, total):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        build(tmp_path, num_workers=2, progress=stop)
+    for thread in threading.enumerate():
+        if thread.name.startswith("index"):
+            thread.join(5)
+            assert not thread.is_alive()
+    assert kept.tb is not None
+    assert len(read) < 200

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,11 @@ def _index_shards(
                     )
             total += sum(map(len, samples.values()))
             assert decoding is not None, "made where there is a shard"
-            for rows in _group_rows(samples, files, num_threads, decoding):
+            # Closed where the body fails, too: its threads would otherwise go on for as long as the error is kept.
+            measured = stack.enter_context(
+                contextlib.closing(_group_rows(samples, files, num_threads, decoding))
+            )
+            for rows in measured:
                 done += len(rows.rows)
                 progress(done, total)
                 if rows.complete is not None:
@@ -174,7 +178,7 @@ def _group_rows(
     files: dict[Path, Path],
     num_threads: int,
     decoding: _Decoding,
-) -> Iterator[_Rows]:
+) -> Generator[_Rows, None, None]:
     for shard in [shard for shard, members in samples.items() if not members]:
         yield _Rows(shard, [], [])
     chunks = [
@@ -184,16 +188,18 @@ def _group_rows(
     ]
     collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
     if chunks:
-        measured = _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), decoding)
-        for (shard, _), rows in zip(chunks, measured, strict=True):
-            collected[shard] += rows
-            whole = len(collected[shard]) == len(samples[shard])
-            yield _Rows(shard, rows, collected.pop(shard) if whole else None)
+        with contextlib.closing(
+            _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), decoding)
+        ) as measured:
+            for (shard, _), rows in zip(chunks, measured, strict=True):
+                collected[shard] += rows
+                whole = len(collected[shard]) == len(samples[shard])
+                yield _Rows(shard, rows, collected.pop(shard) if whole else None)
 
 
 def _measured(
     chunks: Sequence[_Chunk], num_threads: int, decoding: _Decoding
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """The rows of every chunk, in order. A thread reads, and waits for a decode process of its own."""
     own = threading.local()
 

@@ -34,9 +34,9 @@ def is_current(place: IndexPlace, shard: Path, decode: bool) -> bool:
         if facts != _facts(place, shard) or (decode and not entry["decoded"]):
             return False
         check_rows(place.folder, entry)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    except (DamagedFileError, MissingIndexError) as error:
+    except (DamagedFileError, MissingIndexError, OSError) as error:
         warnings.warn(f"{str(error).partition(';')[0]}; it is made again", stacklevel=2)
         return False
     return True
