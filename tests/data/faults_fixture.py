@@ -8,7 +8,7 @@ import struct
 import tarfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -31,7 +31,9 @@ class Planted:
     """One fault: the shard's bytes, and what has to become of it."""
 
     name: str
-    shard: bytes
+    shard: bytes = field(
+        repr=False
+    )  # 100 MB in one of them: a failed assertion would write them out for minutes
     samples: set[str]  # keys of which a member can be read
     used: set[str]
     said: str  # part of the reason
@@ -160,7 +162,11 @@ def plant_faults(folder: Path) -> list[Planted]:
         Planted("empty shard", b"", set(), set(), "the shard is empty"),
         Planted("HTML page as a shard", b"<html>404 Not Found</html>" * 99, set(), set(), "damaged header"),
         one("truncated JPEG", [("b.0.jpg", picture[:-400]), ("b.json", good)], "cannot be read", "run"),
-        one("truncated mp4", [("b.0.mp4", movie[:-300]), ("b.json", talk(Video("0.mp4")))], "cannot be read"),
+        one(
+            "truncated mp4",
+            [("b.0.mp4", movie[:-300]), ("b.json", talk(Video("0.mp4")))],
+            "cannot be decoded",
+        ),
         one("JPEG of 400 megapixels", [("b.0.jpg", jpeg_of_400_megapixels()), ("b.json", good)], "pixels"),
         one(
             "mp4 that decodes for minutes",

@@ -97,7 +97,9 @@ def open_data(
     sources: list[tuple[str, float, IndexPlace | None]] = []
     for source in recipe.sources:
         folder = source.held_out if held_out else source.shards
-        place = folder and IndexPlace(shards=folder, settings=settings, limits=limits, index_dir=index_dir)
+        place = None
+        if folder is not None:
+            place = IndexPlace(shards=folder, settings=settings, limits=limits, index_dir=index_dir)
         sources.append((source.name, source.weight, place))
     if build:
         build_indexes(

@@ -43,6 +43,7 @@ def write_index(shards, num_samples, *, num_shards=4):
             "part_sizes": [[80_000, 300]] * count,
             "part_crc32s": [[1, 2]] * count,
             "unread_parts": [[]] * count,
+            "remarks": [[]] * count,
             "num_tokens": tokens,
             "num_supervised_tokens": tokens // 2,
             "num_visual_tokens": tokens // 2,
@@ -61,7 +62,7 @@ def write_index(shards, num_samples, *, num_shards=4):
         entry = {"name": shard.name, "bytes": 0, "samples": count, "rejected": int(bad.sum())}
         entry["file_sha256"] = file_digest(rows)
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        entries.append({**entry, "unread_parts": {}, "rows_sha256": digest})
+        entries.append({**entry, "unread_parts": {}, "remarks": {}, "rows_sha256": digest})
     manifest = {"settings": dataclasses.asdict(SETTINGS), "limits": dataclasses.asdict(LIMITS)}
     write_sealed_json(folder / MANIFEST, {**manifest, "shards": entries})
 
