@@ -199,7 +199,7 @@ def plant_faults(folder: Path) -> list[Planted]:
             "2 <image> tags for 1",
         ),
         one("missing medium", [("b.json", good)], "needs ['0.jpg']"),
-        one("no supervised token", [("b.json", talk(answer=""))], "no supervised token"),
+        one("no supervised token", [("b.json", talk(answer=""))], "nothing to learn"),
         one("no conversation", [("b.0.jpg", picture), ("b.cls", b"3")], "conversation is missing"),
         one("a member twice", [("b.json", good), ("b.0.jpg", picture), ("b.0.jpg", picture)], "twice"),
         one("picture as a thin line", [("b.0.jpg", jpeg(1, 2, 900)), ("b.json", good)], "aspect ratio"),
