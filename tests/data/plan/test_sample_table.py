@@ -14,10 +14,10 @@ import pytest
 from tests.data.plan.test_plan import all_steps, step_config
 from tests.data.shards.test_index import LIMITS, SETTINGS
 from vl3train.contracts.records import Cursor
-from vl3train.contracts.sealed import file_digest, write_sealed_json
 from vl3train.data.loader import OpenData, PackDataset
 from vl3train.data.plan.order import OrderRules
 from vl3train.data.plan.plan import Plan
+from vl3train.data.sealed import file_digest, write_sealed_json
 from vl3train.data.shards import index as index_module
 from vl3train.data.shards.index import SCHEMA, USABLE, open_index
 from vl3train.data.shards.manifest import MANIFEST, IndexPlace, rows_path

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vl3train.contracts.files import whole_file
-from vl3train.contracts.sealed import DamagedFileError, seal, sealed_size
+from vl3train.data.sealed import DamagedFileError, seal, sealed_size
 
 UNUSED_DAYS = 90
 OURS = ("index-*.arrow", "*/epoch-*.npy", "*.partial", "*/*.partial")

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vl3train.contracts.files import whole_file
-from vl3train.contracts.sealed import DIGEST_BYTES, seal
 from vl3train.data.plan.cache import whole_size
+from vl3train.data.sealed import DIGEST_BYTES, seal
 
 MAPPED_FROM_SAMPLES = 4096
 """Smaller indexes are sent to workers as they are: under a megabyte."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.records import RenderSettings
-from vl3train.contracts.sealed import DamagedFileError, file_digest, read_sealed_json
 from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.sealed import DamagedFileError, file_digest, read_sealed_json
 from vl3train.data.shards.remote import listed_shards
 
 MANIFEST = "manifest.json"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vl3train.contracts.sealed import (
+from vl3train.data.sealed import (
     DIGEST_BYTES,
     DamagedFileError,
     read_sealed_json,
