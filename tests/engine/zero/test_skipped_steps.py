@@ -30,7 +30,8 @@ KINDS = {
     "no clipping": (MachineConfig(), {"max_grad_norm": 0.0}),
 }
 
-DEVICES = [Device.cpu, pytest.param(Device.cuda, marks=pytest.mark.gpu)]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [Device.cpu, pytest.param(Device.cuda, marks=[pytest.mark.gpu, NEEDS_GPU])]
 
 MASTERS = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 """DeepSpeed's names in its stage 1, stage 2 (and 1 in float32) and stage 3."""
@@ -147,6 +148,7 @@ def test_a_bad_step_changes_no_bit_and_the_next_steps_are_exact(tiny_model_dir, 
 
 
 @pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("kind", ["bfloat16, stage 1", "no masters", "offload", "split masters"])
 def test_neither_a_good_nor_a_bad_step_makes_the_host_wait(tiny_model_dir, kind):
     run = Trained(tiny_model_dir, kind, Device.cuda)
