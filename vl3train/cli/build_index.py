@@ -86,6 +86,8 @@ def main(args: Namespace) -> int:
                     decode=args.decode,
                     progress=show,
                 )
+            for line in data.changed:
+                console.print(line, markup=False)
             print_samples(console, data, "held-out" if held_out else "training")
     return 0
 

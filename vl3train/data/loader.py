@@ -25,6 +25,7 @@ from vl3train.data.render.decode_client import Decoder, decode_server
 from vl3train.data.render.processes import clean_processes, end_with_parent
 from vl3train.data.render.samples import blank_sample
 from vl3train.data.shards.index import Index
+from vl3train.data.shards.manifest import IndexPlace
 
 
 class FailedEntry(NamedTuple):
@@ -52,6 +53,10 @@ class OpenData:
     tokenizer_dir: Path
     limits: DecodeLimits
     decode_seconds: float  # wall-clock limit of one sample
+    places: tuple[tuple[str, IndexPlace], ...] = ()  # name of each source that has shards, and where they lie
+    changed: tuple[
+        str, ...
+    ] = ()  # what was different when they were indexed last, where this process did it again
 
     @property
     def source_names(self) -> tuple[str, ...]:

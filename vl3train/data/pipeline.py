@@ -101,9 +101,11 @@ def open_data(
         if folder is not None:
             place = IndexPlace(shards=folder, settings=settings, limits=limits, index_dir=index_dir)
         sources.append((source.name, source.weight, place))
+    places = [(name, place) for name, _, place in sources if place is not None]
+    changed = []
     if build:
-        build_indexes(
-            [(name, place) for name, _, place in sources if place is not None],
+        changed = build_indexes(
+            places,
             tokenizer_dir=tokenizer_dir,
             num_workers=cfg.data.num_workers,
             decode_seconds=cfg.data.decode_seconds,
@@ -125,6 +127,8 @@ def open_data(
         tokenizer_dir=tokenizer_dir,
         limits=limits,
         decode_seconds=cfg.data.decode_seconds,
+        places=tuple(places),
+        changed=tuple(changed),
     )
 
 

@@ -167,8 +167,9 @@ def test_nothing_is_left_when_the_server_ends(tokenizer_dir, picture):
 
 
 def test_the_socket_lies_in_a_private_folder_and_a_long_one_for_temporary_files_is_no_obstacle(
-    tmp_path, tokenizer_dir, picture, monkeypatch
+    tmp_path, tokenizer_dir, decoder, picture, monkeypatch
 ):
+    """``decoder``: Python's own fork server, whose socket would lie in the long folder, runs already."""
     deep = tmp_path / ("x" * 80) / ("y" * 80)
     deep.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))

@@ -18,6 +18,7 @@ from typing import Any
 from vl3train.contracts.records import SampleError, SampleLengths
 from vl3train.data.prepare.index_files import is_current, write_manifest, write_rows
 from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.shards.contents import manifest_changes
 from vl3train.data.shards.index import USABLE
 from vl3train.data.shards.manifest import IndexPlace, MissingIndexError, read_manifest, shard_files
 from vl3train.data.shards.read import read_parts
@@ -45,8 +46,8 @@ def build_indexes(
     decode_seconds: float,
     progress: Callable[[str, int, int], None],
     decode: bool = False,
-) -> None:
-    """Index folders of shards; what is there, whole and still fits is kept.
+) -> list[str]:
+    """Index folders of shards; what is there, whole and still fits is kept. Returns what changed in others, in words.
 
     Args:
         sources: name and shards of each, all with the same settings and limits.
@@ -60,7 +61,7 @@ def build_indexes(
         MissingIndexError: shards cannot be read, or an index cannot be written; every source with a problem is in the
             message, and the others are indexed.
     """
-    problems = []
+    problems, changed = [], []
     with contextlib.ExitStack() as stack:
         decoding: _Decoding | None = None
         for name, place in sources:
@@ -74,11 +75,14 @@ def build_indexes(
                         place, todo, max(1, num_workers), decoding, lambda *n, name=name: progress(name, *n)
                     )
                     with _writing(place):
-                        write_manifest(place, shard_files(place.shards))
+                        before, now = write_manifest(place, shard_files(place.shards))
+                    if before is not None:
+                        changed += manifest_changes(name, before, now)
             except MissingIndexError as error:
                 problems.append(str(error))
     if problems:
         raise MissingIndexError("\n".join(problems))
+    return changed
 
 
 def _shards_to_do(place: IndexPlace, decode: bool) -> list[Path] | None:

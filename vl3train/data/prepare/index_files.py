@@ -65,14 +65,19 @@ def write_rows(place: IndexPlace, shard: Path, rows: list[dict[str, Any]], decod
     write_sealed_json(_entry_path(place, shard), entry)
 
 
-def write_manifest(place: IndexPlace, shards: Sequence[Path]) -> None:
-    """Written last: its presence says that the index is complete."""
+def write_manifest(place: IndexPlace, shards: Sequence[Path]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Written last: its presence says that the index is complete. Returns the one before, if it is whole, and it."""
+    try:
+        before = read_sealed_json(place.folder / MANIFEST)
+    except (OSError, DamagedFileError):
+        before = None
     content = {
         "settings": dataclasses.asdict(place.settings),
         "limits": dataclasses.asdict(place.limits),
         "shards": [read_sealed_json(_entry_path(place, shard)) for shard in shards],
     }
     write_sealed_json(place.folder / MANIFEST, content)
+    return before, content
 
 
 def rows_digest(table: pa.Table) -> str:

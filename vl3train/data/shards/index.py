@@ -142,7 +142,10 @@ class Index:
         data = read_parts(self.shard(row), parts, self.cache)
         for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
             if zlib.crc32(data[part.name]) != crc32:
-                raise SampleError(f"part {part.name}: its bytes differ from those indexed (crc32)")
+                raise SampleError(
+                    f"part {part.name}: its bytes differ from those indexed (crc32): {self.shard(row)} was replaced or "
+                    "damaged since. Restore it, or start again: the start says what changed"
+                )
         return data.pop(CONVERSATION_PART, b""), data
 
     def sample_table(self) -> SampleTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,8 +32,12 @@ def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
         ) from error
 
 
-def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def refuse_other_identity(
+    folder: Path, identity: dict[str, Any], data_changes: Callable[[], list[str]] = list
+) -> dict[str, Any]:
     """The ``resume.json`` of a checkpoint that was made with the same plan, model and machine layout.
+
+    ``data_changes`` says in lines what changed where the index of the data is another one.
 
     Raises RunError that lists every difference.
     """
@@ -44,6 +49,8 @@ def refuse_other_identity(folder: Path, identity: dict[str, Any]) -> dict[str, A
         if saved.get(key) != now.get(key)
     ]
     if differences:
+        if saved.get("plan.index") != now.get("plan.index"):
+            differences += [f"  data: {line}" for line in data_changes()]
         weights = folder / "weights"  # a LoRA run has none, and stage 1 does not start from a whole model
         as_start = weights.is_dir() and identity["stage"] > 1
         raise RunError(

@@ -18,6 +18,7 @@ class RunData:
     train: OpenData
     held_out: OpenData | None  # None where the run never evaluates, or the recipe has no held-out samples
     num_steps: int
+    changed: list[str]  # what was different when the data were indexed last; on the first rank, which indexes
 
 
 def open_run_data(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console) -> RunData:
@@ -34,10 +35,11 @@ def open_run_data(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: C
         )
 
     problem = None
+    changed: list[str] = []
     if rank.is_first:
         try:
             for held_out in splits:
-                open_split(held_out, build=True)
+                changed += open_split(held_out, build=True).changed
         except (OSError, ValueError) as error:
             problem = str(error)
     rank.agree(problem)
@@ -47,6 +49,7 @@ def open_run_data(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: C
         train=train,
         held_out=opened[1] if evaluates and opened[1].index.num_samples else None,
         num_steps=cfg.run.num_steps or train.plan.total_steps(cfg.run.num_epochs),
+        changed=changed,
     )
 
 

@@ -15,6 +15,7 @@ from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_ident
 from vl3train.engine.monitor.console import truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
+from vl3train.engine.start.contents import held_out_changes, keep_contents, train_changes
 from vl3train.engine.start.data import RunData
 from vl3train.engine.start.folder import OutputFolder, write_config
 from vl3train.engine.start.model import RunModel
@@ -29,6 +30,7 @@ class ResumePoint:
     identity: dict[str, Any]  # see ``run_identity``
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
+    remarks: list[str]  # what of the held-out samples changed since the checkpoint; on the first rank
 
 
 def resume(
@@ -44,18 +46,27 @@ def resume(
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     bad_steps = BadSteps(cfg.optim)
     if folder.checkpoint is not None:
-        stored = refuse_other_identity(folder.checkpoint, identity)
+        stored = refuse_other_identity(folder.checkpoint, identity, lambda: train_changes(folder.path, data))
         refuse_what_cannot_resume(cfg, stored, data.num_steps)
         load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
         bad_steps.load(stored)
+    remarks: list[str] = []
     if rank.is_first:
+        remarks = held_out_changes(folder.path, data) if folder.checkpoint is not None else []
+        keep_contents(folder.path, data)
         truncate_metrics(folder.path / "metrics.jsonl", cursor.step)
         write_config(cfg, folder.path)
         if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
             (folder.path / FINISHED).unlink(missing_ok=True)
-    return ResumePoint(cursor=cursor, identity=identity, failed_samples=failed_samples, bad_steps=bad_steps)
+    return ResumePoint(
+        cursor=cursor,
+        identity=identity,
+        failed_samples=failed_samples,
+        bad_steps=bad_steps,
+        remarks=remarks,
+    )
 
 
 def refuse_what_cannot_resume(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:

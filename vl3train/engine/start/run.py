@@ -88,7 +88,7 @@ def start_remarks(
     cfg: TrainConfig, rank: Rank, folder: OutputFolder, data: RunData, model: RunModel, point: ResumePoint
 ) -> list[str]:
     """What a person should know before the first step, a line each."""
-    remarks = list(folder.remarks)
+    remarks = [*folder.remarks, *data.changed, *point.remarks]
     for part, (trained, total) in model.counts.items():
         rate = f"rate {model.rates[part]:g}" if trained else "frozen"
         remarks.append(f"{part}: {trained:,} of {total:,} parameters trained, {rate}")
