@@ -58,6 +58,7 @@ def test_what_is_shown_holds_no_key_and_names_the_place(address):
         "Max retries exceeded with url: {path}",
         "<Error>({}), try again; see https://other/page?x=1",
         "decoded {decoded}",
+        "moved to https://me:s3cr3t-other@cdn/a.tar?x=1, then (https://cdn/b.tar?Signature=s3cr3t-third)",
         "headers: {{'Authorization': 'Basic {basic}'}}",
     ],
 )
