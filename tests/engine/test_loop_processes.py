@@ -55,5 +55,5 @@ def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=120)
     done = len(figures(tmp_path))
-    assert f"stopped on request after step {done}; start again to resume" in told
+    assert f"stopped on request after step {done}; give the same command again to resume" in told
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"
