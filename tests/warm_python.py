@@ -37,15 +37,25 @@ NO_JOB = "job-" + 32 * "0"
 HIGH = 1000
 """Numbers of open files from here on are free."""
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 MODULES = (
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # it calls torch.compile, which imports the compiler
+    "numba.typed",
+    "pandas",
     "peft",
+    "pyarrow.dataset",
+    "pyarrow.pandas_compat",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "torch.distributed.launcher.api",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.models.siglip",
     "transformers.models.video_llama_3.modeling_video_llama_3",
+    "transformers.models.video_llama_3.processing_video_llama_3",
+    "transformers.models.video_llama_3.video_processing_video_llama_3",
     "vl3train.data.loader",
     "vl3train.engine.failure",
     "vl3train.engine.loop",
