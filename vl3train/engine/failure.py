@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 
 from vl3train.contracts.exit_codes import FAILED, INTERRUPTED
 from vl3train.engine.ranks import OneRankError, Rank, RunError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable of torchrun: where each rank leaves its exception."""
 
 
 def report_failure(error: BaseException, rank: Rank | None) -> int:
@@ -44,7 +49,20 @@ def summary(error: BaseException) -> str:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Record the exception for torchrun, whose closing table names the first rank that failed, and why."""
+    """Record the exception for torchrun, whose closing table names the first rank that failed, and why.
+
+    The file appears whole. When one rank fails, torchrun ends the others by SIGTERM, and reads what all have left: half
+    a file of a rank that was ended while it wrote would end torchrun with a traceback in place of the table.
+    """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    get_error_handler().record_exception(error)
+    path = os.environ.get(ERROR_FILE)
+    if path is None:  # not started by torchrun
+        return
+    os.environ[ERROR_FILE] = f"{path}.partial"
+    try:
+        get_error_handler().record_exception(error)
+        with contextlib.suppress(FileNotFoundError):  # torch only warns where it cannot write
+            os.replace(f"{path}.partial", path)
+    finally:
+        os.environ[ERROR_FILE] = path
