@@ -278,7 +278,10 @@ def be_fork_server(asker: socket.socket) -> None:
     if wanted:
         settle(wanted["environment"], dict(zip(wanted["files"], files, strict=True)))
         signal.pthread_sigmask(signal.SIG_SETMASK, wanted["blocked"])
-        exec(wanted["code"])
+        with contextlib.suppress(
+            SystemExit
+        ):  # its end; what the process before the fork does at its end is not ours
+            exec(wanted["code"])
     os._exit(0)
 
 
