@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import types
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import torch
 
 from tests.conftest import made_once
 from tests.engine.late_link import LateCopy
+from tests.engine.small_demo import make_small_demo, small_demo_words
 from vl3train.config.choices import Device
 from vl3train.config.schema import MachineConfig
-from vl3train.demo.build import write_folder
-from vl3train.demo.parts import PartSizes, make_debug_parts
-from vl3train.demo.questions import TASKS
 from vl3train.engine.optim import offload_chunk
 from vl3train.engine.ranks import Rank, join
 from vl3train.model import packed_forward
@@ -25,15 +22,7 @@ from vl3train.model import packed_forward
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as ``vl3train demo`` makes it; the language model is trained for two steps only."""
 
-    def make(root: Path) -> None:
-        for source in TASKS:
-            write_folder(root, source, 0, 0.02)
-            write_folder(root, f"{source}-held-out", 0, 0.02)
-        rng = random.Random(0)
-        questions = [TASKS[source](rng) for source in TASKS for _ in range(8)]
-        make_debug_parts(root / "parts", questions, 0, PartSizes(steps=2), lambda *_: None)
-
-    return made_once(tmp_path_factory, "demo", make)
+    return made_once(tmp_path_factory, "demo", make_small_demo)
 
 
 @pytest.fixture
@@ -45,18 +34,7 @@ def one_rank() -> Rank:
 @pytest.fixture(scope="session")
 def demo_words(demo_root: Path) -> list[str]:
     """The options that every run on the small demo shares."""
-    return [
-        "model=debug",
-        "data=demo",
-        "machine=cpu",
-        f"data.root={demo_root}",
-        "data.num_workers=0",
-        "data.max_visual_tokens=256",
-        "step.max_tokens=512",
-        "step.max_patches=1024",
-        "step.global_packs=2",
-        "run.save_steps=2",
-    ]
+    return small_demo_words(demo_root)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def start_job(
-    python: list[str], module: str, words: list[str], **settings: Any
+    python: list[str],
+    module: str,
+    words: list[str],
+    *,
+    launcher: str = "torch.distributed.run",
+    environment: Mapping[str, str] | None = None,
+    **settings: Any,
 ) -> tuple[subprocess.Popen[str], str]:
-    """torchrun with two ranks of ``module``, in a session of its own; its process and the job's mark.
+    """A launcher with two ranks of ``module``, in a session of its own; its process and the job's mark.
 
     Args:
         python: how Python is called: ``[sys.executable]``, or ``warm_python`` of tests/conftest.py.
     """
     job = f"job-{uuid.uuid4().hex}"
-    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*python, "-m", launcher, "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*command, "-m", module, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", JOB: job},
+        env={**os.environ, "OMP_NUM_THREADS": "1", JOB: job, **(environment or {})},
         start_new_session=True,
         text=True,
         **settings,
@@ -46,6 +54,16 @@ def processes_of(job: str) -> dict[int, str]:
         except OSError:
             continue  # it ended, or is no longer there to read
     return {pid: words for pid, words in found.items() if words}
+
+
+def wait_until_gone(job: str, seconds: float) -> dict[int, str]:
+    """The processes of the job that are still there after this time: none, as soon as all have ended."""
+    deadline = time.monotonic() + seconds
+    while left := processes_of(job):
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+    return {}
 
 
 def kill_job(job: str) -> None:

@@ -2,64 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import shutil
 import subprocess
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.jobs import ROOT, processes_of, start_job
+from tests.engine.ends import ENDS, RESUMED, RUN, problem_of_end
+from tests.engine.jobs import ROOT
+from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import EARLIER, EARLIER_WORDS, run
+from tests.engine.small_demo import small_demo_words
 from vl3train.engine.failure import FAILED, INTERRUPTED, report_failure
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 
-SECONDS = 60
-"""In which all processes of a job are gone after one of them failed."""
-
 
 @pytest.fixture(scope="module")
-def stage1_words(demo_words, tmp_path_factory):
-    """Options of a run of two ranks with loader workers, which would take a while."""
-    out = tmp_path_factory.mktemp("indexed")
-    run([*demo_words, "stage=1", f"run.output_dir={out}", "run.num_steps=1", "run.evaluate_at_end=false"])
-    return [*demo_words, "stage=1", "data.num_workers=1", "run.num_steps=500", "run.evaluate_steps=4"]
-
-
-def start(python, kind, rank, words, out, log):
-    return start_job(
-        python,
-        "tests.engine.planted",
-        [kind, rank, *words, f"run.output_dir={out}"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+def stage1_words(demo_root, tmp_path_factory):
+    """Options of a run of two ranks with loader workers, and a folder of it with a checkpoint."""
+    out = tmp_path_factory.mktemp("before")
+    run([*small_demo_words(demo_root), *RUN, f"run.output_dir={out}"])
+    (out / "finished.json").unlink()
+    return [*small_demo_words(demo_root, num_workers=1), *RUN], out
 
 
 @pytest.mark.two_processes
-@pytest.mark.parametrize(
-    ("kind", "rank", "cause"),
-    [
-        ("step", "1", "IndexError: planted here"),
-        ("worker", "0", "IndexError: planted here"),
-        ("interrupt", "1", "KeyboardInterrupt"),
-        ("exit", "1", "SystemExit: 0"),
-        ("kill", "1", "Signal 9 (SIGKILL)"),
-    ],
-)
-def test_a_job_of_two_ranks_ends_with_the_cause(warm_python, stage1_words, tmp_path, kind, rank, cause):
-    with (tmp_path / "log").open("w") as log:
-        process, job = start(warm_python, kind, rank, stage1_words, tmp_path / "out", log)
-        code = process.wait(timeout=240)
-    deadline = time.monotonic() + SECONDS
-    while left := processes_of(job):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-    log = (tmp_path / "log").read_text()
-    assert code != 0, log
-    # torchrun closes with a table of what failed first; the cause stands in it
-    assert cause in log[log.rindex("Root Cause") :], log
+def test_whatever_is_raised_all_processes_end_and_the_cause_is_the_last_thing_said(
+    warm_python, stage1_words, tmp_path
+):
+    """One test for all of them: the jobs wait for one another a lot, so that some run side by side."""
+    words, before = stage1_words
+
+    def problem(number_and_end):
+        number, (planted, rank, cause) = number_and_end
+        folder = tmp_path / str(number)
+        if (planted, rank, cause) in RESUMED:
+            shutil.copytree(before, folder / "run")
+        return problem_of_end(warm_python, planted, rank, cause, words, folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(problem, enumerate([*ENDS, *RESUMED])))
+    assert not any(found), "\n\n".join(filter(None, found))
 
 
 def test_too_many_failed_samples_end_one_rank_with_a_message(tmp_path, monkeypatch, capsys):
@@ -80,11 +66,20 @@ def test_a_start_that_fails_after_the_bar_began_ends_it_before_the_cause(warm_py
     shutil.copytree(EARLIER, tmp_path / "copy")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*warm_python, "-m", "tests.engine.planted", "tracker", "0", *EARLIER_WORDS, "run.output_dir=new"],
+        [
+            *warm_python,
+            "-m",
+            "tests.engine.planted",
+            "error@tracker",
+            "0",
+            *EARLIER_WORDS,
+            "run.output_dir=new",
+        ],
         cwd=tmp_path / "copy",
         env={
             **os.environ,
             **{"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "160"},
+            **{PLANTED_AT: str(tmp_path / "planted")},
             **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"},
         },
         stdout=theirs,
@@ -121,3 +116,18 @@ def test_each_kind_of_error_has_its_message(capsys):
     assert capsys.readouterr().err.endswith(
         "\nbefore it joined the other ranks: the run ends with ValueError: why\n"
     )
+
+
+def test_what_is_left_for_torchrun_appears_whole(tmp_path, monkeypatch, capsys):
+    """It reads the files of ranks that it has just ended: half a file would end it with a traceback."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append(file.exists()), replace(*names)))
+    report_failure(ValueError("why"), None)
+    assert seen == [False], "nothing stands there until it is whole"
+    assert "ValueError: why" in json.loads(file.read_text())["message"]["message"]
+    assert [one.name for one in tmp_path.iterdir()] == ["error.json"]
+    assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(file)
+    assert "why" in capsys.readouterr().err
