@@ -1,0 +1,1 @@
+"""Runs that are killed or damaged on purpose, and what became of them."""

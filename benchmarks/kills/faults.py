@@ -1,0 +1,112 @@
+"""Damage what a run has written or reads, start it again, and see whether it says so and what it becomes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kills.place import LONGEST_SECONDS, Place
+from tests.engine.jobs import kill_job
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    """The second half is missing."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def zero(file: Path) -> None:
+    """Of the same length, all zeros: what some file systems leave after a loss of power."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def remove(file: Path) -> None:
+    """The file is gone."""
+    file.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": cut, "zeroed": zero, "removed": remove}
+CHECKPOINT_FILES = [
+    *("engine/state/mp_rank_00_model_states.pt", "engine/state/*pp_rank_0*optim_states.pt"),
+    *("weights/model.safetensors", "random/rank_1.pt", "resume.json", "MANIFEST.json"),
+]
+FAULTS = [
+    *((damage, f"checkpoints/step_00000008/{file}") for file in CHECKPOINT_FILES for damage in DAMAGES),
+    ("two runs", ""),
+    *((damage, "index") for damage in DAMAGES),
+    *((damage, "plan") for damage in ("cut", "zeroed", "removed")),
+    ("removed", "shard"),
+    *((damage, "metrics.jsonl") for damage in ("flipped", "cut")),
+]
+"""What happens, and to what."""
+
+
+def try_fault(
+    place: Place, fault: tuple[str, str], number: int, straight: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Do it to a copy of a finished run, and run it again; a line with what is wrong (None: it was told)."""
+    damage, what = fault
+    name = f"fault-{number}"
+    copy = place.folder / name
+    shutil.copytree(place.folder / "straight", copy)
+    (copy / "finished.json").unlink()
+    words = place.words(name)
+    if damage == "two runs":
+        problem = two_at_once(place, name, words)
+    else:
+        if what in ("index", "shard", "plan"):
+            data = place.folder / f"{name}-data"
+            shutil.copytree(place.folder / "data", data)
+            shutil.copytree(place.folder / "plans", place.folder / f"{name}-plans")
+            words = place.words(name, data=f"{name}-data", plans=f"{name}-plans")
+            pattern = {"index": "*/index-*/*.parquet", "shard": "*/*.tar", "plan": "**/*.order.npy"}[what]
+            file = min((place.folder / f"{name}-plans" if what == "plan" else data).glob(pattern))
+        else:
+            file = min(copy.glob(what))
+        DAMAGES[damage](file)
+        problem = problem_of_start(place, name, words, file, straight)
+    return {"kill": f"{damage}: {what or 'one folder'}", "tried": True, "problem": problem}
+
+
+def problem_of_start(
+    place: Place, name: str, words: list[str], file: Path, straight: Mapping[str, Any]
+) -> str | None:
+    """Start the run; it must name the file, and then be refused, or become what it was."""
+    process, job = place.start(name, words=words)
+    code = process.wait(timeout=LONGEST_SECONDS)
+    kill_job(job)
+    said = place.said(name)
+    if code == 0 and place.outcome(name) != straight:
+        return f"it ends with 0, and its figures or weights are others: {said[-1500:]}"
+    if code == 0 and "checkpoints" not in str(file):
+        return None  # what is derived is made anew
+    if file.name not in said:
+        return f"it ends with {code} and does not name {file.name}: {said[-1500:]}"
+    if code != 0 and "Traceback" in said:
+        return f"it ends with a traceback: {said[-1500:]}"
+    return None
+
+
+def two_at_once(place: Place, name: str, words: list[str]) -> str | None:
+    """The second of two runs in one folder is refused, and says who holds it."""
+    shutil.rmtree(place.folder / name)
+    first, job = place.start(name, words=words)
+    while not place.is_locked(name):
+        if first.poll() is not None:
+            return f"the first run ended with {first.returncode}"
+    second, other = place.start(name, words=words)
+    code = second.wait(timeout=LONGEST_SECONDS)
+    kill_job(other)
+    first_code = first.wait(timeout=LONGEST_SECONDS)
+    kill_job(job)
+    if code == 0 or first_code != 0:
+        return f"the first ended with {first_code}, the second with {code}"
+    return None if "is in use by another run" in place.said(name) else "the second does not say why"

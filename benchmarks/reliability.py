@@ -1,0 +1,140 @@
+"""Kill, break and damage runs on purpose, and count those that come out of it as they should.
+
+    python -m benchmarks.reliability [--seed N] [--only kills|exceptions|faults] [--work DIR] [--side-by-side N]
+
+Two ranks with loader workers on the CPU, with the debug model and small data that it makes itself.
+
+- kills: ``kill -9`` of a rank, of all processes, of the launcher, of a loader's worker, of a decode process or server,
+  at random moments and at named ones in a save, an evaluation, a start. Then the same command is given again until the
+  run is finished. It *survived* where all processes were gone after 60 s (a decode process is replaced), the lock was
+  free, and the run's figures and last weights are bit for bit those of a run that was never killed.
+- exceptions: raised everywhere, on each rank. It *ended* where all processes were gone after 60 s, the exit code was
+  not 0, and the console ended with the cause.
+- faults: damaged files, full disks, two runs at once. It was *told* where the console names the file and the run went
+  on as if nothing had been, or was refused.
+
+``--work DIR`` keeps what is done: the same command goes on from there. Whole results are appended to
+benchmarks/results/reliability.jsonl; ``--only`` keeps none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import RESULTS, machine
+from benchmarks.kills.faults import FAULTS, try_fault
+from benchmarks.kills.kills import chains, run_chain
+from benchmarks.kills.place import RUN, finish, make_place
+from benchmarks.markdown import table_head, table_row
+from tests.engine.ends import ENDS, MORE_ENDS, problem_of_end
+from tests.engine.ends import RUN as ENDS_RUN
+
+Line = dict[str, Any]
+
+
+def main() -> int:
+    """Do it all; returns 1 where something did not come out as it should."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["kills", "exceptions", "faults"])
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--side-by-side", type=int, default=2)
+    args = parser.parse_args()
+    folder = args.work or Path(tempfile.mkdtemp(prefix="vl3train-reliability-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    place = make_place(folder)
+    if not (folder / "straight" / "finished.json").exists() and (problem := finish(place, "straight")):
+        raise RuntimeError(problem)
+    straight = place.outcome("straight")
+
+    def kills(number: int) -> list[Line]:
+        return run_chain(place, f"kills-{number}", chains(args.seed)[number], straight, args.seed)
+
+    words = [word for word in place.options() if word not in RUN]
+
+    def exceptions(number: int) -> list[Line]:
+        planted, rank, cause = [*ENDS, *MORE_ENDS][number]
+        problem = problem_of_end(
+            place.python, planted, rank, cause, [*words, *ENDS_RUN], folder / f"end-{number}"
+        )
+        return [{"kill": f"{planted} on rank {rank}", "tried": True, "problem": problem}]
+
+    def faults(number: int) -> list[Line]:
+        return [try_fault(place, FAULTS[number], number, straight)]
+
+    parts: dict[str, tuple[int, Callable[[int], list[Line]]]] = {
+        "kills": (len(chains(args.seed)), kills),
+        "exceptions": (len([*ENDS, *MORE_ENDS]), exceptions),
+        "faults": (len(FAULTS), faults),
+    }
+    lines: dict[str, list[Line]] = {}
+    for name, (count, act) in parts.items():
+        if args.only in (None, name):
+            with ThreadPoolExecutor(args.side_by_side) as pool:
+                done = pool.map(
+                    lambda number, name=name, act=act: once(folder, name, number, act), range(count)
+                )
+                lines[name] = [line for part in done for line in part if line["tried"]]
+    return report(lines, keep=args.only is None)
+
+
+def once(folder: Path, name: str, number: int, act: Callable[[int], list[Line]]) -> list[Line]:
+    """``act(number)``, or what it gave when this command was started before."""
+    file = folder / f"{name}-{number}.json"
+    if not file.exists():
+        file.write_text(json.dumps(act(number)))
+    lines: list[Line] = json.loads(file.read_text())
+    for line in lines:
+        print(
+            table_row(line["kill"], (line["problem"] or "as it should") if line["tried"] else "not reached")
+        )
+        sys.stdout.flush()
+    return lines
+
+
+def report(lines: dict[str, list[Line]], *, keep: bool) -> int:
+    """Print and keep the figures; returns the exit code."""
+    words = {"kills": "survived", "exceptions": "ended", "faults": "told"}
+    about = {
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        "command": "python -m benchmarks.reliability",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(table_head("figure", "value", numbers=1))
+    bad = [line for part in lines.values() for line in part if line["problem"]]
+    for name, part in lines.items():
+        good = sum(line["problem"] is None for line in part)
+        for figure, value in ((f"{name}_tried", len(part)), (f"{name}_{words[name]}", good)):
+            print(table_row(figure, value))
+            if keep:
+                line = {"figure": figure, "value": value, "unit": "1", "better": "higher", **about}
+                with (RESULTS / "reliability.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    for line in bad:
+        print(f"\n{line['kill']}: {line['problem']}")
+    return int(bool(bad))
+
+
+def commit() -> str:
+    """Of the code that is measured; empty outside a checkout."""
+    words = ["git", "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
