@@ -70,6 +70,10 @@ class DataConfig:
     decode_seconds: float = 120.0
     """Most seconds to decode one sample. After that the decoding process is killed and the sample has failed."""
 
+    retry_seconds: float = 60.0
+    """How long a shard that was indexed and cannot be read now is tried again before its samples fail, as when a file
+    server restarts. A shard that was waited for in vain is not waited for again until it can be read."""
+
     remote_cache: str | None = None
     """Folder that keeps a copy of what is read from remote shards (shards.txt). Unset: no copy is kept."""
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vl3train.contracts.progress.job import keep_record_of_worker, remove_ended_workers
+from vl3train.contracts.progress.record import IDLE, progress
 from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample, RenderSettings, SampleError
 from vl3train.data.collate import collate
 from vl3train.data.media.clips import DecodeLimits
@@ -53,6 +55,7 @@ class OpenData:
     tokenizer_dir: Path
     limits: DecodeLimits
     decode_seconds: float  # wall-clock limit of one sample
+    retry_seconds: float  # how long a shard that cannot be read is tried again
     places: tuple[tuple[str, IndexPlace], ...] = ()  # name of each source that has shards, and where they lie
     changed: tuple[
         str, ...
@@ -96,7 +99,9 @@ class PackDataset(Dataset[LoadedPack]):
         for row in pack.samples:
             samples.append(self._render(row, first_patch, failed))
             first_patch += len(samples[-1].patches)
+        progress.sample("a pack", "collating")
         batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=len(failed))
+        progress.sample("", IDLE)
         return LoadedPack(batch, tuple(failed))
 
     def _render(self, row: int, first_patch: int, failed: list[FailedEntry]) -> RenderedSample:
@@ -104,7 +109,9 @@ class PackDataset(Dataset[LoadedPack]):
         index, planned = self.data.index, self.data.index.lengths(row)
         key, source = index.key(row), index.source(row)
         try:
-            conversation, parts = index.read_sample(row)
+            progress.sample(key, "reading")
+            conversation, parts = index.read_sample(row, retry_seconds=self.data.retry_seconds)
+            progress.sample(key, "decoding")
             decoder = _decoder(self.decode_address, self.data.decode_seconds, self.data.plan.step.max_patches)
             return decoder.render(
                 conversation, parts, planned, key=key, source=source, first_patch=first_patch
@@ -123,11 +130,19 @@ def _decoder(address: str, seconds: float, num_patches: int) -> Decoder:
     return Decoder(address, seconds, num_patches)
 
 
+def begin_worker(rank: Path | None, number: int) -> None:
+    """The first call in a worker of the rank whose record is ``rank``."""
+    end_with_parent()
+    keep_record_of_worker(rank, number)
+    progress.phase("loader worker")
+
+
 def load_packs(
     dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool
 ) -> Iterator[LoadedPack]:
     """Micro-batches 0 to ``count`` (not included) in order; each worker prefetches the next two."""
     data = dataset.data
+    remove_ended_workers()
     with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
         yield from DataLoader(
             dataclasses.replace(dataset, decode_address=address),
@@ -138,6 +153,6 @@ def load_packs(
             generator=torch.Generator(),
             num_workers=min(num_workers, count),
             pin_memory=pin_memory,
-            worker_init_fn=end_with_parent,
+            worker_init_fn=functools.partial(begin_worker, progress.path),
             multiprocessing_context=clean_processes() if num_workers and count else None,
         )

@@ -12,6 +12,7 @@ import torch
 
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.line_log import LineLog
+from vl3train.contracts.progress.record import WAITING_FOR_DATA, progress
 from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
 from vl3train.data.loader import FailedEntry, OpenData, PackDataset, load_packs
 from vl3train.data.media.clips import DecodeLimits
@@ -127,6 +128,7 @@ def open_data(
         tokenizer_dir=tokenizer_dir,
         limits=limits,
         decode_seconds=cfg.data.decode_seconds,
+        retry_seconds=cfg.data.retry_seconds,
         places=tuple(places),
         changed=tuple(changed),
     )
@@ -203,8 +205,11 @@ def train_steps(
     failed_in_a_row = 0
     cursor = first
     while cursor.step < last_step:
+        progress.phase("planning", step=cursor.step)
         packs = plan.step_packs(cursor)
+        progress.phase(WAITING_FOR_DATA)
         mine = [next(loaded) for _ in range(num_micro_batches)]
+        progress.packs([key for one in mine for key in one.batch.segment_keys])
         ledger.append(_ledger_lines(cursor, [entry for one in mine for entry in one.failed]))
         for one in mine:
             failed_keys = {entry.key for entry in one.failed}

@@ -80,6 +80,7 @@ def dataset_of(index, plan, tmp_path):
         tokenizer_dir=tmp_path,
         limits=LIMITS,
         decode_seconds=1.0,
+        retry_seconds=0.0,
     )
     return PackDataset(data=data, first=Cursor(), rank=0, dp_size=1, loss_chunk_tokens=512)
 

@@ -41,6 +41,7 @@ RANGES: dict[str, Range] = {
     "data.decode_max_pixels": AT_LEAST_1,
     "data.decode_max_seconds": POSITIVE,
     "data.decode_seconds": POSITIVE,
+    "data.retry_seconds": AT_LEAST_0,
     "data.remote_cache_bytes": AT_LEAST_1,
     "data.num_workers": AT_LEAST_0,
     "data.max_failed_fraction": SHARE,

@@ -128,8 +128,10 @@ class Index:
             modality=values["modality"],
         )
 
-    def read_sample(self, row: int) -> tuple[bytes, dict[str, bytes]]:
+    def read_sample(self, row: int, *, retry_seconds: float = 0.0) -> tuple[bytes, dict[str, bytes]]:
         """The conversation's JSON (empty where a caption is all), and its other parts by name.
+
+        ``retry_seconds``: as ``read_parts``.
 
         Raises:
             SampleError: the bytes are not those that were indexed.
@@ -139,7 +141,7 @@ class Index:
             Part(*fields)
             for fields in zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
         ]
-        data = read_parts(self.shard(row), parts, self.cache)
+        data = read_parts(self.shard(row), parts, self.cache, retry_seconds=retry_seconds)
         for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
             if zlib.crc32(data[part.name]) != crc32:
                 raise SampleError(
