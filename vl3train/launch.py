@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, code_of_run
+from vl3train.contracts.progress.deaths import Ended, told_deaths
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -33,10 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
             # torchrun handles only what it must: at a signal it would count 30 s, and then kill.
             torchrun(["--signals-to-handle", "SIGQUIT", *words])
         except ChildFailedError as error:
-            codes = {int(file.read_text()) for file in Path(folder).iterdir()}
+            codes = {int(file.read_text()) for file in Path(folder).glob("[0-9]*")}
             code = code_of_run(codes, was_asked_to_stop=was_asked_to_stop())
             if code == FAILED:
                 print(error, file=sys.stderr)  # torchrun's table: which rank failed first, and why
+                ended = {
+                    rank: Ended(exit_code=failure.exitcode, when=failure.timestamp)
+                    for rank, failure in error.failures.items()
+                }
+                print(*told_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
             return code
     return FINISHED
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
 from typing import NoReturn
 
 from vl3train.config.checks.launch import launched_ranks
@@ -16,6 +17,8 @@ from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.exit_codes import FINISHED, STOPPED
+from vl3train.contracts.progress.job import keep_record_of_rank
+from vl3train.contracts.progress.record import progress
 from vl3train.preview.check_config import check_config
 
 EXAMPLES = """\
@@ -72,10 +75,14 @@ def start(cfg: TrainConfig) -> int:
             )
         return 0
     from vl3train.engine.failure import report_failure
+    from vl3train.engine.monitor.collectives import record_collectives
     from vl3train.engine.ranks import join
 
     rank = None
     try:
+        keep_record_of_rank()
+        progress.phase("start: joining the other ranks")
+        record_collectives(Path(cfg.run.output_dir))
         rank = join(cfg.machine)  # before DeepSpeed is imported: it reads the device from the environment
         from vl3train.engine.loop import train
 

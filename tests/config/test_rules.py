@@ -44,6 +44,7 @@ def test_the_original_frame_sampling_has_no_fewest_frames():
         ("step.global_packs=12", "step.global_packs"),
         ("data.max_visual_tokens=16384", "data.max_visual_tokens"),
         ("step.max_patches=40959", "step.max_patches"),
+        ("run.silence_seconds=3600", "run.collective_timeout_seconds"),
         ("data.min_frames=181", "data.min_frames"),
         ("data.image_min_pixels=4000000", "data.image_min_pixels"),
         ("stage.learning_rates.head=1e-5", "stage.learning_rates.head"),

@@ -31,6 +31,7 @@ def problems(cfg: TrainConfig) -> list[Problem]:
         *machine_problems(cfg),
         *adapter_problems(cfg),
         *folder_problems(cfg),
+        *silence_problems(cfg),
         *tracking_problems(cfg),
     ]
 
@@ -77,6 +78,22 @@ def rate_problems(cfg: TrainConfig) -> list[Problem]:
                 )
                 found.append(Problem(key, rate, "a learning rate must be between 0 and 1", way_out))
     return found
+
+
+def silence_problems(cfg: TrainConfig) -> list[Problem]:
+    """A report about silence that would come after the job has ended."""
+    run = cfg.run
+    if run.silence_seconds < run.collective_timeout_seconds:
+        return []
+    key, way_out = (
+        "run.collective_timeout_seconds",
+        f"set it to more than run.silence_seconds={run.silence_seconds:g}",
+    )
+    return [
+        Problem(
+            key, run.collective_timeout_seconds, "ends the job before a report about silence is due", way_out
+        )
+    ]
 
 
 def folder_problems(cfg: TrainConfig) -> list[Problem]:

@@ -246,6 +246,17 @@ class RunConfig:
     """Save a checkpoint and stop at the end of the first step after this many hours of this launch: for queues with a
     time limit. Leave room for one step and one save."""
 
+    silence_seconds: float = 300.0
+    """Seconds without progress after which the run reports, once, what each rank and each loader worker is doing
+    (docs/silence.md). It waits on. More than the longest step takes."""
+
+    start_silence_seconds: float = 1800.0
+    """The same until the first step is done, which may compile, and while a checkpoint is saved."""
+
+    collective_timeout_seconds: float = 3600.0
+    """Seconds after which a rank that waits for another one in a step fails, and the job ends. Before the first step it
+    is 4 hours, because rank 0 may index shards."""
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:

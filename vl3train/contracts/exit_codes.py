@@ -13,7 +13,8 @@ INTERRUPTED = 130
 """Ctrl-C before the first step or a second time: 128 + SIGINT, as shells count it. Nothing was saved."""
 
 CODES_FOLDER = "VL3TRAIN_EXIT_CODES"
-"""Environment variable that the launcher sets: a folder with a file for each rank of this node that has ended."""
+"""Environment variable that the launcher sets: a folder with a file for each rank of this node that has ended,
+named by its number on the node, and with the records of contracts/progress."""
 
 
 def leave_code(code: int) -> None:

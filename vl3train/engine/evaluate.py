@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch
 
 
@@ -29,6 +30,7 @@ def evaluate(
     """
     rows: list[tuple[int, bool, float, int, tuple[int, ...]]] = []
     for batch in batches:
+        progress.touch()
         output = forward(batch)
         segments = batch.supervised_segments.tolist()
         labels = batch.supervised_labels.tolist()

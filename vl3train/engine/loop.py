@@ -12,6 +12,7 @@ import torch
 
 from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches, evaluation_batches
 from vl3train.engine.bad_steps.go_back import go_back
@@ -19,8 +20,10 @@ from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.checkpoints.save import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.memory.oom import explain_oom
+from vl3train.engine.monitor.collectives import shorten_timeouts
 from vl3train.engine.monitor.compile_log import Compiles, take_compiles
 from vl3train.engine.monitor.console import Console
+from vl3train.engine.monitor.silence import watched
 from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.run import Run
@@ -40,7 +43,7 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
     """
     start_workers_ignoring_signals()
     console = Console(cfg.run.output_dir, stage_name=cfg.stage.name, enabled=rank.is_first)
-    with locked_folder(Path(cfg.run.output_dir), rank):
+    with locked_folder(Path(cfg.run.output_dir), rank), watched(cfg.run, rank):
         try:
             with explain_oom(cfg, rank, "the run started"):
                 run = start_run(cfg, rank, console)
@@ -58,6 +61,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     """Do every step from ``run.cursor`` on, with logs, checkpoints and evaluations where they are due."""
     cfg, rank = run.cfg, run.rank
     print_compiles(run, "before the first step", take_compiles())
+    shorten_timeouts(cfg.run)
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
 
@@ -184,6 +188,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     """Evaluate the held-out samples; send each source's figures to console, evaluations.jsonl and tracker."""
     if run.held_out is None:
         return
+    progress.phase("evaluation")
     batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
@@ -205,6 +210,7 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
     Where the disk does not take it, the run goes on with the one before, which is that of ``saved_step``. Raises
     RunError on every rank where it cannot go on, because this is the last save (``ends``).
     """
+    progress.phase("save")
     problem = save_checkpoint(
         run.folder / "checkpoints",
         run.cursor.step,

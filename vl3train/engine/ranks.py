@@ -14,6 +14,7 @@ import torch.distributed as dist
 from vl3train.config.choices import Device
 from vl3train.config.schema import MachineConfig
 from vl3train.contracts.exit_codes import FAILED, FINISHED, STOPPED, leave_code
+from vl3train.contracts.progress.job import remove_record
 
 T = TypeVar("T")
 
@@ -104,6 +105,7 @@ def leave(exit_code: int = FINISHED) -> NoReturn:
             print(f"not every rank finished: {error}", file=sys.stderr)
             exit_code = FAILED
     leave_code(exit_code)
+    remove_record()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

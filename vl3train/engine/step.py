@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch
 from vl3train.engine.zero.engine import Zero
 
@@ -64,11 +65,13 @@ def train_step(
         # Before the forward pass: a GPU copies each way in the order in which it was asked, and in the last forward
         # pass optimizer state comes in.
         sources_U = supervised_sources(batch, device)
+        progress.phase("forward", micro_batch=position)
         output = engine.forward(batch, first=first, last=last)
         token_losses.append(output.token_losses)
         totals[2:] += losses_by_source(output.token_losses, sources_U, num_sources)
         if not last:
             engine.prefetch(micro_batches[position + 1])
+        progress.phase("backward", micro_batch=position)
         engine.backward(output.loss_sum / max(num_supervised_tokens, 1))
         if not last:
             engine.finish_micro_batch()
@@ -77,6 +80,7 @@ def train_step(
         loss = summed[2 : 2 + num_sources].sum() / max(num_supervised_tokens, 1)
         return ~(torch.stack([loss, norm]) <= allowed).all()  # of NaN, no comparison holds
 
+    progress.phase("optimizer")
     # One wait for the device, here.
     *sums, grad_norm, is_skipped = engine.step(totals, is_bad).wait()
     engine.end_step(is_skipped=bool(is_skipped))

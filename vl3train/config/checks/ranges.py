@@ -79,6 +79,9 @@ RANGES: dict[str, Range] = {
     "run.evaluate_steps": AT_LEAST_0,
     "run.stop_after_steps": AT_LEAST_1,
     "run.max_hours": POSITIVE,
+    "run.silence_seconds": POSITIVE,
+    "run.start_silence_seconds": POSITIVE,
+    "run.collective_timeout_seconds": POSITIVE,
 }
 
 

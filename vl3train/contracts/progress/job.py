@@ -56,7 +56,12 @@ def remove_record() -> None:
 
 def keep_record_of_rank() -> None:
     """From now on this rank's record is a file of the folder."""
-    progress.keep_in(job_folder() / f"rank-{os.environ.get('RANK', '0')}")
+    folder = job_folder()
+    if CODES_FOLDER not in os.environ:  # a job of another day may have had a launcher of the same number
+        for seen in read_records(folder):
+            if seen.state == GONE:
+                (folder / seen.name).unlink(missing_ok=True)
+    progress.keep_in(folder / f"rank-{os.environ.get('RANK', '0')}")
 
 
 def keep_record_of_worker(rank: Path | None, number: int) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from vl3train.contracts.bad_step import with_texts
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.line_log import LineLog
+from vl3train.contracts.progress.record import progress
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal at most one line is printed in this time, and always the first and the last step."""
@@ -75,6 +76,7 @@ class Console:
 
     def count(self, what: str, done: int, total: int, unit: str) -> None:
         """Show the progress of work before the first step; at most one line every 5 s, and the last one."""
+        progress.touch()
         now = time.monotonic()
         if self._enabled and (now - self._last_line_time >= SECONDS_BETWEEN_LINES or done == total):
             self._last_line_time = now

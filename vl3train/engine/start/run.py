@@ -12,6 +12,7 @@ from vl3train.config.choices import Memory
 from vl3train.config.plain import as_plain
 from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.progress.record import progress
 from vl3train.engine.memory.fit import fit_run
 from vl3train.engine.memory.warmup import warm_up_run
 from vl3train.engine.monitor.console import Console
@@ -35,15 +36,21 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
     Raises RunError on every rank for everything that keeps this config from being run here.
     """
     seed_everything(cfg.run.seed)
+    progress.phase("start: output folder")
     folder = open_folder(cfg, rank)
+    progress.phase("start: data")
     data = open_run_data(cfg, folder, rank, console)
+    progress.phase("start: model")
     model = start_model(cfg, folder, rank, console)
     # Before the engine: ZeRO-3 cuts the weights whose sizes the meter reads.
     meter = make_meter(model.hf_model, rank.device, recomputes_logits=not model.packed.makes_logits_once)
+    progress.phase("start: engine")
     engine = start_engine(cfg, model, rank, console.message)
+    progress.phase("start: resume")
     point = resume(cfg, folder, data, model, engine, rank)
     for remark in start_remarks(cfg, rank, folder, data, model, point):
         console.message(remark)
+    progress.phase("start: memory and warm-up")
     if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
         warm_up_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console)
     if cfg.machine.memory is Memory.auto:
