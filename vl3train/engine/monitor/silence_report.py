@@ -112,8 +112,8 @@ class Report:
     def _lines(self, letters: int, *, full: bool) -> list[str]:
         shown = self._ranks if full or len(self._ranks) <= SHOWN_RANKS else self.behind()[:SHOWN_RANKS]
         lines = [f"  {self._rank_line(seen, letters)}" for seen in shown]
-        others = Counter(seen.where() for seen in self._ranks if seen not in shown)
-        lines += [f"  {count} other ranks: {where}" for where, count in others.most_common(SHOWN_RANKS)]
+        by_phase = Counter(seen.where() for seen in self._ranks if seen not in shown)
+        lines += [f"  {count} other ranks: {where}" for where, count in by_phase.most_common(SHOWN_RANKS)]
         known = {seen.rank for seen in self._ranks}
         if missing := [str(rank) for rank in range(self._dp_size) if rank not in known]:
             lines.append(f"  rank {', '.join(missing)}: no answer, and no rank of its node answers for it")
