@@ -12,8 +12,8 @@ from vl3train.contracts.progress.record import GONE, RECORD_BYTES, Seen, process
 
 def job_folder() -> Path:
     """The folder of the records of this node's ranks: the launcher's, or one that its ranks agree on by its number."""
-    if folder := os.environ.get(CODES_FOLDER):
-        return Path(folder)
+    if launcher := os.environ.get(CODES_FOLDER):
+        return Path(launcher)
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     folder = Path(tempfile.gettempdir()) / f"vl3train-{os.getuid()}-{parent}"
     folder.mkdir(mode=0o700, exist_ok=True)
