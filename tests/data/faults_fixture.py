@@ -161,7 +161,7 @@ def plant_faults(folder: Path) -> list[Planted]:
         ),
         Planted("empty shard", b"", set(), set(), "the shard is empty"),
         Planted("HTML page as a shard", b"<html>404 Not Found</html>" * 99, set(), set(), "damaged header"),
-        one("truncated JPEG", [("b.0.jpg", picture[:-400]), ("b.json", good)], "cannot be read", "run"),
+        one("truncated JPEG", [("b.0.jpg", picture[:-400]), ("b.json", good)], "cannot be read"),
         one(
             "truncated mp4",
             [("b.0.mp4", movie[:-300]), ("b.json", talk(Video("0.mp4")))],

@@ -12,6 +12,7 @@ from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import prune_mask, prune_to_count
 from vl3train.data.pictures.images import decode_picture
+from vl3train.data.pictures.whole_files import looks_whole
 from vl3train.data.records.conversation import Conversation, nothing_to_learn
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
@@ -28,14 +29,15 @@ def measure_sample(
     decode: bool = False,
     remarks: set[str] | None = None,
 ) -> SampleLengths:
-    """What the plan needs to know. Images give their header only; clips are decoded where frames are pruned.
+    """What the plan needs to know. Images are decoded where their file does not look whole, clips where frames are
+    pruned.
 
     Args:
-        decode: decode every image and clip whole: damage behind a header is found now, not in the run.
+        decode: decode every image and clip whole: damage inside compressed data is found now, not in the run.
         remarks: what is odd or lost of its images is added here, as far as they are decoded, else by their headers.
 
     Raises:
-        SampleError: it cannot be rendered. Without ``decode`` damage behind an image's header shows only in
+        SampleError: it cannot be rendered. Without ``decode`` damage inside an image's compressed data shows only in
             ``render_sample``.
     """
     conversation = _opened(conversation_bytes, parts)
@@ -48,7 +50,8 @@ def measure_sample(
         for item in items:
             pruned = settings.prune_frames and item.grid[0] > 1
             if item.header is not None:
-                found = decode_picture(item.data, limits, item.header) if decode else item.header
+                whole = not decode and looks_whole(item.data)
+                found = item.header if whole else decode_picture(item.data, limits, item.header)
                 noted.update(found.remarks)
             if pruned or (decode and item.clip is not None):
                 patches = patch_space([item])
