@@ -101,10 +101,11 @@ def make_place(folder: Path) -> Place:
         make_small_demo(folder / "data")
         (folder / "data.done").touch()
     address, script = folder / f"python-{os.getpid()}", str(ROOT / "tests" / "warm_python.py")
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (folder / "python.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, script, "serve", str(address), str(os.getpid())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), JOB: NO_JOB},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, JOB: NO_JOB},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -141,7 +141,9 @@ def test_a_resumed_log_is_that_of_a_straight_run(tmp_path, torn):
     for step in range(4, 10):
         resumed.metrics(figures(step))
     assert path.read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
-    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+    replaced = [json.loads(line)["step"] for line in (path.parent / "metrics.replaced.jsonl").open()]
+    assert replaced == [4, 5, 6], "what was computed is kept beside it"
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_a_new_run_has_nothing_to_truncate(tmp_path):

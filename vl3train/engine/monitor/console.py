@@ -241,7 +241,8 @@ def truncate_metrics(path: str | Path, first_step: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept, replaced = [], []
+    kept: list[str] = []
+    replaced: list[str] = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             continue

@@ -16,7 +16,7 @@ SAFE_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
 """The only classes, beside torch's tensors and Python's own containers, that DeepSpeed 0.19.8 writes: plain numbers."""
 
 
-class StateFiles(CheckpointEngine):  # type: ignore[misc]
+class StateFiles(CheckpointEngine):
     """DeepSpeed's reader and writer of state files, in place of its TorchCheckpointEngine.
 
     That one raises where the disk is full, on one rank, while the others wait in the barrier that follows; and it reads
