@@ -14,6 +14,7 @@ from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.conftest import made_once
 from tests.engine.runs import figures, run, weights
+from vl3train.config.problems import ConfigError
 from vl3train.engine import loop
 from vl3train.engine.memory import host as memory_host
 from vl3train.engine.ranks import OneRankError, RunError
@@ -42,7 +43,20 @@ def test_weights_that_cannot_be_read_give_a_message_and_no_traceback(stage1, dem
     damaged = Path(shutil.copytree(newest, tmp_path / "weights"))
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(RunError, match=r"the model cannot be built: damaged weights:\n .*model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"damaged weights: model\.safetensors is cut off"):
+        run([*demo_words, "stage=2", f"stage.init_from={damaged}", f"run.output_dir={tmp_path / 'out'}"])
+
+
+def test_a_flipped_byte_in_the_weights_of_the_stage_before_is_found(stage1, demo_words, tmp_path):
+    newest = sorted((stage1 / "checkpoints").glob("step_*"))[-1]
+    damaged = Path(shutil.copytree(newest, tmp_path / newest.name))
+    file = damaged / "weights" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        RunError, match=r"weights is damaged: weights/model\.safetensors is not what was written"
+    ):
         run([*demo_words, "stage=2", f"stage.init_from={damaged}", f"run.output_dir={tmp_path / 'out'}"])
 
 

@@ -1,10 +1,10 @@
-"""Which checkpoint a run resumes from: the newest that is whole, down to each byte."""
+"""Which checkpoint a run resumes from: the newest that is whole, down to each byte. The same check of a start."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vl3train.engine.checkpoints.manifest import checkpoint_name, damage
+from vl3train.engine.checkpoints.manifest import MANIFEST, checkpoint_name, damage
 from vl3train.engine.ranks import Rank, RunError
 
 
@@ -27,12 +27,10 @@ def find_checkpoint(
     remarks: list[str] = []
     for name in names:
         folder = checkpoints / name
-        by_rank = rank.gather(damage(folder, index=rank.index, count=rank.dp_size))
-        found = list(dict.fromkeys(line for lines in by_rank for line in lines))
+        found = damage_seen_by_all(folder, rank)
         if not found:
             return folder, remarks
-        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more files" if len(found) > 5 else "")
-        remarks.append(f"checkpoint {folder} is not used: {shown}")
+        remarks.append(f"checkpoint {folder} is not used: {shown(found)}")
     if remarks:
         raise RunError(
             "\n".join(
@@ -45,3 +43,27 @@ def find_checkpoint(
             )
         )
     return None, remarks
+
+
+def refuse_damaged(folder: Path, rank: Rank, *, way_out: str, below: str = "") -> None:
+    """Raise RunError on every rank where files that a run wrote, with their manifest, are not what was written.
+
+    A folder without a manifest passes: no run wrote it. All ranks call it. ``below`` as in ``damage``.
+    """
+    if (folder / MANIFEST).is_file() and (found := damage_seen_by_all(folder, rank, below=below)):
+        raise RunError(f"{folder / below} is damaged: {shown(found)}; {way_out}")
+
+
+def damage_seen_by_all(folder: Path, rank: Rank, below: str = "") -> list[str]:
+    """What is wrong with a folder; each rank reads its share of the files."""
+    by_rank = rank.gather(damage(folder, index=rank.index, count=rank.dp_size, below=below))
+    return list(dict.fromkeys(line for lines in by_rank for line in lines))
+
+
+def shown(found: list[str]) -> str:
+    """The first faults in one line.
+
+    >>> shown(["a", "b"]), shown(list("abcdefg"))
+    ('a; b', 'a; b; c; d; e; and 2 more files')
+    """
+    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more files" if len(found) > 5 else "")

@@ -14,6 +14,8 @@ from typing import Any
 
 import xxhash
 
+from vl3train.contracts.files import write_whole
+
 MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 16 * 2**20
 
@@ -69,6 +71,12 @@ def manifest_text(sizes: Mapping[str, int], digests: Mapping[str, str]) -> str:
     """What MANIFEST.json holds."""
     files = {name: {"bytes": size, "xxh3_128": digests[name]} for name, size in sizes.items()}
     return json.dumps({"files": files}, indent=1)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of a folder that is whole."""
+    sizes = list_files(folder)
+    write_whole(folder / MANIFEST, manifest_text(sizes, digests_of(folder, sizes)))
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, int], dict[str, str]]:

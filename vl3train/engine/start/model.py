@@ -15,6 +15,8 @@ from vl3train.config.choices import AdapterKind, Dtype
 from vl3train.config.paths import resolve_weights
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import TrainConfig
+from vl3train.engine.checkpoints.find import refuse_damaged
+from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.start.folder import OutputFolder, load_processor
@@ -58,6 +60,7 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
     Raises RunError on every rank where the weights cannot be read or have another size than model=NAME says, or
     where a kernel that the config asks for cannot be used.
     """
+    refuse_damaged_start(cfg, folder, rank)
     hf_model: Any = None
     problem = None
     try:
@@ -100,6 +103,19 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
         groups=groups,
         kernels=kernels,
     )
+
+
+def refuse_damaged_start(cfg: TrainConfig, folder: OutputFolder, rank: Rank) -> None:
+    """Raise RunError on every rank where weights that a run wrote, to start from or as a base, are damaged."""
+    if folder.checkpoint is not None:
+        way_out = "copy it again from where it was; the adapters were trained on exactly these weights"
+        refuse_damaged(folder.path / "base", rank, way_out=way_out)
+    elif cfg.stage.init_from is not None:
+        weights = resolve_weights(cfg.stage.init_from)
+        way_out = (
+            "copy it again, or name an older checkpoint (vl3train verify-checkpoint tells which are whole)"
+        )
+        refuse_damaged(weights.parent, rank, way_out=way_out, below=f"{weights.name}/")
 
 
 def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) -> Any:
@@ -160,6 +176,7 @@ def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> Path:
     base = folder.path / "base"
     if rank.is_first and not base.exists():
         save_weights(hf_model, load_processor(folder.processor_dir), base)
+        write_manifest(base)
     rank.barrier()
     return base
 
