@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from tests.data.conftest import LIMITS, drawn_picture, still_and_moving
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.clips import decode_clip
+from vl3train.data.video.frame_times import fraction_of
 
 SAMPLING = {"fps": 1.0, "min_frames": 1, "max_frames": 180, "limits": LIMITS}
 
@@ -74,3 +76,19 @@ def test_an_avi_with_empty_chunks_is_whole(encode_clip):
     assert np.abs(clip.frames.astype(int) - decode_clip(plain, **SAMPLING).frames).mean() < 2
     with pytest.raises(SampleError, match="cut off"):
         decode_clip(data[: int(len(data) * 0.3)], **SAMPLING)
+
+
+class Ratio:
+    """As PyAV 19's AVRational, of which only the two numbers and the truth are taken."""
+
+    def __init__(self, numerator, denominator):
+        self.numerator, self.denominator = numerator, denominator
+
+    def __bool__(self):
+        return bool(self.numerator and self.denominator)
+
+
+def test_ratios_of_every_pyav_become_fractions():
+    """PyAV 19 needs Python 3.12; the whole path ran with it by hand, here is its one door."""
+    assert fraction_of(Ratio(30000, 1001)) == fraction_of(Fraction(30000, 1001)) == Fraction(30000, 1001)
+    assert fraction_of(Ratio(0, 1)) is fraction_of(Ratio(1, 0)) is fraction_of(None) is None

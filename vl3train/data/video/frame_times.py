@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -49,6 +50,14 @@ class _Shown:
         return cls(carrier.pts, carrier.dts, carrier.duration or 0)
 
 
+def fraction_of(ratio: Any) -> Fraction | None:
+    """A rate or time base of PyAV as a Fraction; None where it is unset.
+
+    Up to PyAV 18 it is a Fraction or None. From 19 on it is an AVRational, which rounds to 32 bits.
+    """
+    return Fraction(ratio.numerator, ratio.denominator) if ratio else None
+
+
 def read_times(data: bytes, container: InputContainer, stream: VideoStream, exact: bool) -> FileTimes:
     """Read the file to its end.
 
@@ -57,7 +66,7 @@ def read_times(data: bytes, container: InputContainer, stream: VideoStream, exac
     """
     with from_library("clip cannot be read"):
         kind, codec = container.format.name, stream.codec_context.name
-        rate, tick = stream.average_rate or stream.guessed_rate, stream.time_base
+        rate, tick = fraction_of(stream.average_rate or stream.guessed_rate), fraction_of(stream.time_base)
     by_packet = not exact and codec in ONE_PACKET_ONE_FRAME and _one_of(kind, "mp4", "matroska", "avi")
     shown: list[_Shown] = []
     num_packets = num_whole = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from fractions import Fraction
 from typing import cast
 
 from av.filter import Graph
@@ -89,11 +90,12 @@ def _clockwise_degrees(matrix: tuple[int, ...]) -> float:
 
 def _graph(frame: VideoFrame, filters: list[Filter]) -> Graph:
     graph = Graph()
+    base = frame.time_base or Fraction(1, 25)  # a graph needs one; nothing here depends on it
     source = graph.add(
         "buffer",
         video_size=f"{frame.width}x{frame.height}",
         pix_fmt=frame.format.name,
-        time_base=str(frame.time_base),
+        time_base=f"{base.numerator}/{base.denominator}",
         colorspace=str(int(frame.colorspace)),
         range=str(int(frame.color_range)),
     )
