@@ -97,10 +97,8 @@ def once(folder: Path, name: str, number: int, act: Callable[[int], list[Line]])
         file.write_text(json.dumps(act(number)))
     lines: list[Line] = json.loads(file.read_text())
     for line in lines:
-        print(
-            table_row(line["kill"], (line["problem"] or "as it should") if line["tried"] else "not reached")
-        )
-        sys.stdout.flush()
+        row = table_row(line["kill"], (line["problem"] or "as it should") if line["tried"] else "not reached")
+        print(row + "\n", end="", flush=True)  # in one write: others print at the same time
     return lines
 
 
