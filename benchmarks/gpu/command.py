@@ -129,9 +129,12 @@ def prepare_run(row: Row, device: torch.device, folder: Path) -> list[str]:
 
 def write_weights(size: str, device: str, folder: Path) -> None:
     """A checkpoint of random weights, with the tokenizer of the drawn words."""
-    save_weights(
-        build_model(size, torch.device(device)), build_processor(folder / "tokenizer"), folder / "weights"
+    model, processor = build_model(size, torch.device(device)), build_processor(folder / "tokenizer")
+    model.config.image_token_id, model.config.video_token_id = (
+        processor.image_token_id,
+        processor.video_token_id,
     )
+    save_weights(model, processor, folder / "weights")
 
 
 def watch(metrics: Path, wanted: int, processes: list[subprocess.Popen[bytes]]) -> Iterator[float]:

@@ -185,11 +185,18 @@ class PlainEngine:
     def finish_micro_batch(self) -> None:
         """Nothing: ``backward`` has added everything."""
 
+    def end_step(self, *, is_skipped: bool) -> None:
+        """Nothing: no step is skipped."""
+
     @torch.no_grad()
-    def step(self, totals: Tensor) -> Reading:
-        """Clip, update the masters, round them to the weights; ``totals`` and the norm before clipping."""
+    def step(self, totals: Tensor, is_bad: object) -> Reading:
+        """Clip, update the masters, round them to the weights; ``totals``, the norm before clipping, and 0.
+
+        The 0 says that the step is not skipped: this engine skips none.
+        """
+        del is_bad
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
-        reading = Reading(torch.cat([totals, norm.to(totals.dtype).reshape(1)]))
+        reading = Reading(torch.cat([totals, norm.to(totals.dtype).reshape(1), totals.new_zeros(1)]))
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
         self.begun = False

@@ -95,7 +95,7 @@ PLACES = {
     "lock": ("engine.start.lock", "lock", 0),
     "find": ("engine.checkpoints.find", "damage", 0),
     "write_config": ("engine.start.folder", "write_config", 0),
-    "index": ("data.pipeline", "build_index", 0),
+    "index": ("data.pipeline", "build_indexes", 0),
     "data": ("engine.start.run", "open_run_data", 0),
     "model": ("engine.start.model", "build_model", 0),
     "engine": ("engine.start.engine", "Zero", 0),
