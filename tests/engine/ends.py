@@ -35,12 +35,12 @@ ENDS = [
     ("error@console", 0, "IndexError: planted here"),
     ("error@save", 1, "IndexError: planted here"),
     ("error@gather_evaluation", 1, "IndexError: planted here"),
+    ("error@model", 0, "IndexError: planted here"),
 ]
 """At every part of a run, on either rank. With ``RESUMED`` these are the suite's."""
 
 MORE_ENDS = [
     ("error@write_config", 0, "IndexError: planted here"),
-    ("error@model", 0, "IndexError: planted here"),
     ("error@truncate_metrics", 0, "IndexError: planted here"),
     ("error@tracker", 1, "IndexError: planted here"),
     ("error@loader_start", 1, "IndexError: planted here"),
@@ -56,7 +56,6 @@ MORE_ENDS = [
 
 RESUMED = [
     ("error@find", 1, "IndexError: planted here"),
-    ("error@load", 0, "IndexError: planted here"),
 ]
 """In a run that has a checkpoint."""
 

@@ -49,10 +49,15 @@ def test_whatever_is_raised_all_processes_end_and_the_cause_is_the_last_thing_sa
 
 
 def test_too_many_failed_samples_end_one_rank_with_a_message(tmp_path, monkeypatch, capsys):
-    """Two of the six pictures are cut off; the first step has one of them."""
+    """The pictures change after they are indexed, and keep their size and time."""
     shutil.copytree(EARLIER, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    with pytest.raises(OneRankError, match=r"^rank 0: step 0: 1 samples failed one after") as caught:
+    run([*EARLIER_WORDS, "run.output_dir=first", "run.num_steps=1"])
+    shard = tmp_path / "copy/data/shape/shard-000000.tar"
+    before = shard.stat()
+    shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe"))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(OneRankError, match=r"^rank 0: step \d: 1 samples failed one after") as caught:
         run([*EARLIER_WORDS, "run.output_dir=new", "data.max_consecutive_failed=1"])
     assert "new/ledger.rank0.jsonl" in str(caught.value)
     capsys.readouterr()

@@ -137,7 +137,7 @@ def test_the_cost_is_told():
     )
     alone = MachineConfig(zero_stage=0, dtype=Dtype.float32)
     assert optimizer_cost(2**30, OptimConfig(), alone) == (
-        "optimizer: 8.0 GiB for AdamW's moments in float32 and none for master weights on each of 1 ranks"
+        "optimizer: 8.0 GiB for AdamW's moments in float32 and none for master weights on each of 1 rank"
     )
 
 
