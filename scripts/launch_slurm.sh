@@ -17,7 +17,8 @@
 set -euo pipefail
 
 : "${SLURM_JOB_NODELIST:?start this with sbatch}"
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=${hosts%%$'\n'*} # not by head: with pipefail its early end may end this script
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
 port=$((20000 + SLURM_JOB_ID % 20000))
 stopped=$PWD/.vl3train-stopped-$SLURM_JOB_ID
