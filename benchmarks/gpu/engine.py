@@ -189,7 +189,7 @@ class PlainEngine:
         """Nothing: no step is skipped."""
 
     @torch.no_grad()
-    def step(self, totals: Tensor, is_bad: object) -> Reading:
+    def step(self, totals: Tensor, is_bad: object = None) -> Reading:
         """Clip, update the masters, round them to the weights; ``totals``, the norm before clipping, and 0.
 
         The 0 says that the step is not skipped: this engine skips none.

@@ -11,6 +11,7 @@ from tests.data.conftest import drawn_picture, picture_bytes
 from tests.data.faults_fixture import jpeg
 from vl3train.data.media.picture_lists import read_picture_list
 from vl3train.data.prepare.annotated_records import AnnotatedRecords, medium_bytes
+from vl3train.data.prepare.media_roots import shown
 from vl3train.data.prepare.write_shards import check_annotations, part_name, write_shards
 from vl3train.data.records.conversation import Video
 
@@ -116,3 +117,9 @@ def test_the_rate_of_a_clip_stays_in_the_shard(tmp_path):
     ((conversation, _),) = found(tmp_path, {"video": "a.mp4", "fps": 4})
     assert conversation.turns[0].content[0] == Video("0.mp4", fps=4.0)
     assert b'"fps": 4.0' in conversation.to_json(["0.mp4"])
+
+
+def test_a_path_in_an_error_keeps_its_file_name_however_long_the_folder_is():
+    assert shown("a/" * 100 + "x.jpg") == "a/" * 100 + "x.jpg"
+    assert shown("a/" * 4000 + "x.jpg").endswith("a/x.jpg")
+    assert len(shown("data:image/png;base64," + "A" * 100_000)) < 500

@@ -209,7 +209,7 @@ def test_the_cost_says_where_the_states_lie():
         OptimConfig(master_dtype=MasterDtype.split),
     )
     assert optimizer_cost(2**30, split, machine).endswith(
-        "and 2.0 GiB for the lower half of float32 master weights on each of 1 ranks"
+        "and 2.0 GiB for the lower half of float32 master weights on each of 1 rank"
     )
 
 

@@ -176,9 +176,9 @@ def test_nobody_waits_for_moments_that_come_early_until_the_update(
     with counted(engine, worst, ROOMY) as memory:
         fit_memory(engine, engine.engine.module, worst, memory, pack_name="the worst", say=lambda _: None)
 
-        def watched_step(self, totals):
+        def watched_step(self, totals, is_bad=None):
             seen.append((len(coming), len(leaving)))
-            return step(self, totals)
+            return step(self, totals, is_bad)
 
         monkeypatch.setattr(Zero, "step", watched_step)
         train(engine, range(4))

@@ -45,8 +45,12 @@ class Watched:
     def finish_micro_batch(self):
         pass
 
-    def step(self, totals):
-        return Reading(torch.cat([totals, torch.zeros(1)]))
+    def step(self, totals, is_bad):
+        norm = torch.zeros(1)
+        return Reading(torch.cat([totals, norm, is_bad(totals, norm[0]).float().reshape(1)]))
+
+    def end_step(self, *, is_skipped):
+        assert not is_skipped
 
 
 def test_a_step_prefetches_each_micro_batch_before_the_backward_pass_of_the_one_before():

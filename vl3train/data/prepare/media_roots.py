@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vl3train.contracts.records import SampleError
 
-PATH_SHOWN = 80
-"""Characters of a path that is too long to be one."""
+PATH_SHOWN = 400
+"""Characters of a path in an error; what a record calls a path can be a whole picture in base64."""
 
 
 class MediaRoots:
@@ -35,19 +35,19 @@ class MediaRoots:
         paths = [Path(path)] if os.path.isabs(path) else [root / path for root in self.roots]
         found = [one for one in paths if _exists(one)]
         if not found:
-            places = " or ".join(str(one)[:PATH_SHOWN] for one in paths)
+            places = " or ".join(shown(str(one)) for one in paths)
             raise SampleError(f"no such file: {places}; paths start from --media-root")
         inside = [one for one in found if self._is_inside(one)]
         if not inside:
             real = os.path.realpath(found[0])
             raise SampleError(
-                f"outside the media root: {path[:PATH_SHOWN]!r} is {real[:PATH_SHOWN]}; if it may be used, name its "
+                f"outside the media root: {shown(path)!r} is {shown(real)}; if it may be used, name its "
                 "folder, too: --media-root FOLDER once more"
             )
         others = [one for one in inside[1:] if not os.path.samefile(one, inside[0])]
         if others:
             raise SampleError(
-                f"{path[:PATH_SHOWN]!r} is in several media roots: {inside[0]} and {others[0]}; write the path so that "
+                f"{shown(path)!r} is in several media roots: {inside[0]} and {others[0]}; write the path so that "
                 "it is in one"
             )
         return inside[0]
@@ -61,11 +61,17 @@ class MediaRoots:
         return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self._real)
 
 
+def shown(path: str) -> str:
+    """A path for an error: a long one without its middle, since the file's name is at its end."""
+    half = PATH_SHOWN // 2
+    return path if len(path) <= PATH_SHOWN else f"{path[:half]}…{path[-half:]}"
+
+
 def _exists(path: Path) -> bool:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the path
         return False
     except OSError as error:
-        raise SampleError(f"{error.strerror}: {str(path)[:PATH_SHOWN]}") from error
+        raise SampleError(f"{error.strerror}: {shown(str(path))}") from error
     return True
