@@ -142,6 +142,11 @@ class PackedModel(nn.Module):
             return PackedOutput(*loss_with_gradients(hidden, head, self._grade, *supervised))
         return PackedOutput(*supervised_loss(hidden, head, self._score, *supervised))
 
+    def embedded(self, batch: Batch) -> Tensor:
+        """(T, H): what the language model reads, without gradients: token embeddings, visual tokens in their places."""
+        with torch.no_grad():
+            return self._embed(batch, self._visual_tokens(batch, self._nothing.vision, NO_CALLBACKS))
+
     def _visual_tokens(self, batch: Batch, levels: Sequence[Recompute], callbacks: LayerCallbacks) -> Tensor:
         """(N, H) projected visual tokens; one dummy row when N is 0: every rank must run every module."""
         vision = self.model.model.vision_model

@@ -1,0 +1,134 @@
+"""One token more for each of many answers: a decoding step over a cache of fixed slots.
+
+B slots, C rows of a slot, L layers, Hkv key and value heads, G query heads of each, D values a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vl3train.contracts.shapes import tower_shapes
+from vl3train.model.generation.layer import layer_rows
+from vl3train.model.generation.sampling import Sampling, next_tokens
+
+ROWS_STEP = 256
+"""Attention reads the cache up to the longest answer, rounded up to a multiple of this: on a GPU each length that
+occurs costs a CUDA graph."""
+
+
+class Slots:
+    """The cache of B answers in progress and the step that lengthens them all.
+
+    A free slot takes part in every step with a token that nobody reads. On a GPU a step is one CUDA graph for each
+    length: launching its kernels one by one takes longer than running them.
+    """
+
+    def __init__(
+        self,
+        hf_model: Any,
+        num_slots: int,
+        num_rows: int,
+        sampling: Sampling,
+        random: torch.Generator,
+    ) -> None:
+        weight = hf_model.model.language_model.embed_tokens.weight
+        self.hf_model, self.sampling, self.device = hf_model, sampling, weight.device
+        self.num_slots, self.num_rows = num_slots, num_rows
+        layers, heads, head_dim = cache_shape(hf_model)
+        self.cache = torch.zeros(
+            (layers, 2, num_slots, heads, num_rows, head_dim), dtype=weight.dtype, device=self.device
+        )
+        self.tokens_B = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+        self.places_B = torch.zeros(
+            num_slots, dtype=torch.int64, device=self.device
+        )  # row that the token takes
+        self.in_use_B = torch.zeros(
+            num_slots, dtype=torch.int64, device=self.device
+        )  # 1 where there is an answer
+        self._every_slot = torch.arange(num_slots, device=self.device)
+        self._rows = torch.arange(num_rows, device=self.device)
+        self._random = random
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def put(self, slot: int, keys_values: Tensor, token: int) -> None:
+        """Begin an answer: ``keys_values`` (L, 2, length, Hkv, D) of its prompt, and its first token."""
+        length = keys_values.shape[2]
+        self.cache[:, :, slot, :, :length] = keys_values.transpose(2, 3)
+        self.tokens_B[slot] = token
+        self.places_B[slot] = length
+        self.in_use_B[slot] = 1
+
+    def free(self, slot: int) -> None:
+        """The slot's answer has ended."""
+        self.places_B[slot] = self.in_use_B[slot] = 0
+
+    @torch.no_grad()
+    def step(self, longest: int) -> None:
+        """The next token of every answer, into ``tokens_B``; ``longest`` is the most rows that a slot then has."""
+        num_rows = min(-(-longest // ROWS_STEP) * ROWS_STEP, self.num_rows)
+        if self.device.type != "cuda":
+            return self._step(num_rows)
+        if num_rows not in self._graphs:
+            self._graphs[num_rows] = self._captured(num_rows)
+        self._graphs[num_rows].replay()
+        return None
+
+    def _step(self, num_rows: int) -> None:
+        language_model = self.hf_model.model.language_model
+        hidden_BH = language_model.embed_tokens(self.tokens_B)
+        cos_1BD, sin_1BD = language_model.rotary_emb(hidden_BH.unsqueeze(0), self.places_B.unsqueeze(0))
+        visible = (self._rows[:num_rows] <= self.places_B[:, None])[:, None, None]  # (B, 1, 1, rows)
+        for number, layer in enumerate(language_model.layers):
+
+            def cached(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                of_layer: Tensor = self.cache[number],
+                scale: float = layer.self_attn.scaling,
+            ) -> Tensor:
+                for store, new in zip(of_layer, (k, v), strict=True):
+                    store[self._every_slot, :, self.places_B] = new
+                keys, values = of_layer[:, :, :, :num_rows]
+                # The query heads of a key and value head stand where attention has its rows: no head is repeated.
+                grouped = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, D)
+                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scale)
+                return out.flatten(1, 2)
+
+            hidden_BH = layer_rows(layer, hidden_BH, cos_1BD.squeeze(0), sin_1BD.squeeze(0), cached)
+        logits_BV = self.hf_model.lm_head(language_model.norm(hidden_BH))
+        self.tokens_B.copy_(next_tokens(logits_BV, self.sampling, self._random))
+        self.places_B.add_(self.in_use_B)
+
+    def _captured(self, num_rows: int) -> torch.cuda.CUDAGraph:
+        """A CUDA graph of the step; nothing is changed by capturing it."""
+        before = self.tokens_B.clone(), self.places_B.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # libraries set themselves up in a first run, which no graph may hold
+            self._step(num_rows)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._random)
+        with torch.cuda.graph(graph):
+            self._step(num_rows)
+        self.tokens_B.copy_(before[0])
+        self.places_B.copy_(before[1])
+        return graph
+
+
+def cache_shape(hf_model: Any) -> tuple[int, int, int]:
+    """Layers, key and value heads, and values a head."""
+    _, shape = tower_shapes(hf_model.config)
+    return shape.num_layers, shape.num_kv_heads, shape.head_dim
+
+
+def slot_bytes(hf_model: Any, num_rows: int) -> int:
+    """Bytes of cache for each slot of ``num_rows``."""
+    layers, heads, head_dim = cache_shape(hf_model)
+    size: int = hf_model.model.language_model.embed_tokens.weight.element_size()
+    return layers * 2 * heads * head_dim * num_rows * size

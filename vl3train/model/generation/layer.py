@@ -1,0 +1,27 @@
+"""One layer of the language model without a backward pass, for prefill and for decoding alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rotated queries (R, H, D), rotated keys and values (R, Hkv, D) -> (R, H, D)."""
+
+
+def layer_rows(layer: Any, hidden_RH: Tensor, cos_RD: Tensor, sin_RD: Tensor, attend: Attend) -> Tensor:
+    """Qwen2DecoderLayer over R rows: (R, H) -> (R, H).
+
+    It calls the modules themselves, so adapters and quantized weights take part. ``attend`` says which rows see which:
+    in a prefill those before them in their segment, in a decoding step those in the cache.
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden_RH)
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    q, k, v = (linear(normed).unflatten(-1, (-1, attention.head_dim)) for linear in linears)
+    q, k = apply_rotary_pos_emb(q, k, cos_RD, sin_RD)
+    hidden_RH = hidden_RH + attention.o_proj(attend(q, k, v).flatten(-2))
+    return hidden_RH + layer.mlp(layer.post_attention_layernorm(hidden_RH))
