@@ -21,7 +21,7 @@ def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
     assert f"{whole}: whole" in said
     assert f"{damaged}: damaged" in said
     assert "engine/weights.bin is not what was written" in said
-    assert "resume.json has no of" in said
+    assert "resume.json is missing (" in said
     assert main(["verify-checkpoint", str(whole)]) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from tests.engine.checkpoints.made import make
-from vl3train.engine.checkpoints.manifest import damage, file_digest, list_files, share_of
+from vl3train.engine.checkpoints.manifest import damage, file_digest, list_files, read_manifest, share_of
 
 
 def test_the_digest_is_that_of_the_library(tmp_path):
@@ -44,7 +44,7 @@ def test_missing_and_short_files_are_named(tmp_path):
     (folder / "resume.json").unlink()
     text = "; ".join(damage(folder))
     assert "engine/weights.bin has 60 of 100 bytes" in text
-    assert "resume.json has no of" in text
+    assert "resume.json is missing (" in text
     assert damage(folder, below="weights/") == [], "not looked at"
 
 
@@ -66,6 +66,16 @@ def test_a_damaged_manifest_is_damage(tmp_path, content):
     (folder / "MANIFEST.json").write_bytes(content)
     assert damage(folder)
     assert "MANIFEST.json" in damage(folder)[0]
+
+
+def test_a_flipped_bit_of_the_manifest_is_damage_of_the_manifest_or_changes_nothing(tmp_path):
+    folder = make(tmp_path, 1)
+    file = folder / "MANIFEST.json"
+    whole, meant = file.read_bytes(), read_manifest(folder)
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        found = damage(folder)
+        assert "MANIFEST.json is damaged" in found[0] if found else read_manifest(folder) == meant
 
 
 def test_a_manifest_of_sizes_only_is_still_read(tmp_path):

@@ -68,9 +68,14 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def manifest_text(sizes: Mapping[str, int], digests: Mapping[str, str]) -> str:
-    """What MANIFEST.json holds."""
+    """What MANIFEST.json holds: the files, and a digest of this list itself."""
     files = {name: {"bytes": size, "xxh3_128": digests[name]} for name, size in sizes.items()}
-    return json.dumps({"files": files}, indent=1)
+    return json.dumps({"files": files, "xxh3_128": list_digest(files)}, indent=1)
+
+
+def list_digest(files: Mapping[str, Any]) -> str:
+    """XXH3 of the list of files, without the spaces and line ends of its JSON."""
+    return xxhash.xxh3_128(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
@@ -92,6 +97,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         if "files" not in content:
             return {name: _whole_number(size) for name, size in content.items()}, {}
+        if content.get("xxh3_128", whole := list_digest(content["files"])) != whole:
+            raise ValueError("its own digest differs")
         entries = content["files"].items()
         sizes = {name: _whole_number(entry["bytes"]) for name, entry in entries}
         return sizes, {name: str(entry["xxh3_128"]) for name, entry in entries}
@@ -109,7 +116,7 @@ def wrong_sizes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     """Files that are missing or of another size. A file that the manifest does not list is no damage."""
     have = list_files(folder)
     return [
-        f"{name} has {have.get(name, 'no')} of {size} bytes"
+        f"{name} has {have[name]} of {size} bytes" if name in have else f"{name} is missing ({size} bytes)"
         for name, size in sizes.items()
         if have.get(name) != size
     ]
