@@ -133,10 +133,18 @@ def test_a_second_row_at_the_same_place_ends_the_run_and_says_what_to_do(words, 
         assert "vl3train inspect --dump" in str(caught.value)
 
 
-def test_without_a_checkpoint_to_go_back_to_the_run_ends(words, tmp_path, monkeypatch):
+def test_without_a_checkpoint_to_go_back_to_the_run_ends_and_says_the_way_out(words, tmp_path, monkeypatch):
+    words = [*words, "run.num_steps=8"]
     plant({0: NAN, 1: NAN}, monkeypatch.setattr)
-    with pytest.raises(RunError, match="there is no checkpoint of step 0 or before to go back to"):
-        run([*words, f"run.output_dir={tmp_path}", "run.num_steps=5"])
+    with pytest.raises(RunError, match=r"no checkpoint of step 0 or before to go back to.*starts wrong"):
+        run([*words, f"run.output_dir={tmp_path / 'first'}"])
+    monkeypatch.undo()
+    plant({5: NAN, 6: NAN}, monkeypatch.setattr)
+    words += [f"run.output_dir={tmp_path / 'later'}", "run.save_steps=100"]
+    with pytest.raises(RunError, match=r"Or give the same command with run\.save_steps=3: it starts"):
+        run(words)
+    done = run([*words, "run.save_steps=3"])
+    assert [line["step"] for line in strict(done / "metrics.jsonl")] == [0, 1, 2, 7]
 
 
 @pytest.mark.two_processes

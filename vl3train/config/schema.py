@@ -224,7 +224,7 @@ class RunConfig:
 
     keep_checkpoints: int = 2
     """Number of checkpoints to keep. Older ones are deleted after a newer one is complete, except the newest that is
-    2 x optim.max_skipped_steps old: a run may go back to it."""
+    2 x optim.max_skipped_steps old (or the oldest, where none is): a run may go back to it."""
 
     log_steps: int = 1
     """Metrics are logged every this many steps."""

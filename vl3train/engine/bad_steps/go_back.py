@@ -43,7 +43,9 @@ def go_back(run: Run) -> int:
         )
     checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
     if checkpoint is None:
-        raise RunError(f"{told}, and there is no checkpoint of step {first} or before to go back to. {look}")
+        raise RunError(
+            f"{told}, and there is no checkpoint of step {first} or before to go back to. {look}. {way_out(run, first)}"
+        )
     stored = refuse_other_identity(checkpoint, run.identity)
     load_checkpoint(checkpoint, engine=run.engine, rank=run.rank)
     run.cursor = Cursor(**stored["cursor"])
@@ -59,6 +61,18 @@ def go_back(run: Run) -> int:
         f"{told}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
     )
     return run.cursor.step
+
+
+def way_out(run: Run, first: int) -> str:
+    """What a person does where there is nothing to go back to: no step was saved early enough."""
+    if first == 0:
+        return "A run whose first steps are bad starts wrong: look at stage.init_from and at the learning rates, too"
+    checkpoints = run.folder / "checkpoints"
+    anew = f"move {checkpoints} away and " if any(checkpoints.glob("step_????????")) else ""
+    return (
+        f"Or {anew}give the same command with run.save_steps={min(first, run.cfg.run.save_steps)}: it starts from its "
+        "first step, saves early enough, and passes over these steps"
+    )
 
 
 def drop_later(checkpoint: Path) -> None:

@@ -45,7 +45,7 @@ def save_checkpoint(
     resume: dict[str, Any],
     rank: Rank,
     keep: int,
-    keep_before: int = 0,
+    keep_before: int,
 ) -> str | None:
     """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
 
@@ -129,16 +129,16 @@ def not_written(checkpoint: Path, error: Exception) -> str:
     return f"checkpoint {checkpoint} could not be written: {error}{free}"
 
 
-def delete_old(checkpoints: Path, *, newest: str, keep: int, keep_before: int = 0) -> None:
+def delete_old(checkpoints: Path, *, newest: str, keep: int, keep_before: int) -> None:
     """Delete all but the last ``keep`` checkpoints up to ``newest``, and the newest up to step ``keep_before``.
 
-    A checkpoint of a later step is damaged, or the run would have resumed from it: it does not count.
+    Where all are later than that, the oldest stays: else a run that was stopped soon after its first save could not go
+    back where one that was not stopped can. A checkpoint of a step after ``newest`` is damaged, or the run would have
+    resumed from it: it does not count.
     """
-    folders = sorted(checkpoints.glob("step_????????"))
-    due = [folder for folder in folders if folder.name <= newest][:-keep]
-    spared = [folder for folder in due if keep_before > 0 and folder.name <= checkpoint_name(keep_before)][
-        -1:
-    ]
-    for folder in due:
-        if folder not in spared:
+    folders = [folder for folder in sorted(checkpoints.glob("step_????????")) if folder.name <= newest]
+    before = [folder for folder in folders if folder.name <= checkpoint_name(max(0, keep_before))]
+    kept = [*folders[-keep:], *(before[-1:] or folders[:1])]
+    for folder in folders:
+        if folder not in kept:
             shutil.rmtree(folder)
