@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,3 +72,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_private(folder: Path, within: Path) -> bool:
+    """Make a folder and those above it up to ``within``; whether all are this user's and nobody else writes there."""
+    above = [one for one in reversed(folder.parents) if within in one.parents]
+    try:
+        for one in (*above, folder):
+            one.mkdir(mode=0o700, exist_ok=True)
+            found = one.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return False
+    except OSError:
+        return False
+    return True

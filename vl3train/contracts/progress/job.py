@@ -7,16 +7,23 @@ import tempfile
 from pathlib import Path
 
 from vl3train.contracts.exit_codes import CODES_FOLDER
+from vl3train.contracts.files import make_private
 from vl3train.contracts.progress.record import GONE, RECORD_BYTES, Seen, process_state, progress, seen_in
 
 
 def job_folder() -> Path:
-    """The folder of the records of this node's ranks: the launcher's, or one that its ranks agree on by its number."""
+    """The folder of the records of this node's ranks: the launcher's, or one that its ranks agree on by its number.
+
+    Raises RuntimeError where somebody else could write there: a link in it would lead to any file of this user.
+    """
     if launcher := os.environ.get(CODES_FOLDER):
         return Path(launcher)
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     folder = Path(tempfile.gettempdir()) / f"vl3train-{os.getuid()}-{parent}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if not make_private(folder, within=folder.parent):
+        raise RuntimeError(
+            f"{folder} is not this user's alone: remove it, or set TMPDIR to a folder of your own"
+        )
     return folder
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import tempfile
 from getpass import getuser
 from pathlib import Path
+
+from vl3train.contracts.files import make_private
 
 ENABLED, FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
@@ -27,17 +28,3 @@ def cache_kernels(patched_by: str) -> None:
         return
     os.environ.setdefault(ENABLED, "1")
     os.environ.setdefault(FOLDER, str(folder))
-
-
-def make_private(folder: Path, within: Path) -> bool:
-    """Make a folder and those above it up to ``within``; whether all are this user's and nobody else writes there."""
-    above = [one for one in reversed(folder.parents) if within in one.parents]
-    try:
-        for one in (*above, folder):
-            one.mkdir(mode=0o700, exist_ok=True)
-            found = one.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-                return False
-    except OSError:
-        return False
-    return True
