@@ -16,6 +16,7 @@ CONFIG_CLASSES = {cls.__name__: section for section, cls in SECTIONS.items()} | 
 READ_IN_CONFIG_ONLY = {
     "stage.learning_rates": "rules.effective_learning_rates joins these two for the engine",
     "model.learning_rates": "rules.effective_learning_rates joins these two for the engine",
+    "optim.learning_rate": "input/rates.py puts it in place of the rates of stage, model and adapter",
     "adapter.learning_rate": "rules.adapter_rates puts it in place of the stage's rate",
 }
 

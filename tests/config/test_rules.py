@@ -48,7 +48,6 @@ def test_the_original_frame_sampling_has_no_fewest_frames():
         ("data.min_frames=181", "data.min_frames"),
         ("data.image_min_pixels=4000000", "data.image_min_pixels"),
         ("stage.learning_rates.head=1e-5", "stage.learning_rates.head"),
-        ("stage.learning_rates.projector=0", "stage.learning_rates.projector"),
         ("model.learning_rates.projector=-1e-3", "model.learning_rates.projector"),
         ("stage.learning_rates={}", "stage.learning_rates"),
         ("stage.init_from=checkpoint", "stage.init_from"),

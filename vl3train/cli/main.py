@@ -29,6 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("vl3train.demo.command", "draw the images and videos of the demo, and make a tiny model"),
+    "options": Command("vl3train.cli.options", "list the options with type, default and meaning"),
     "shards": Command("vl3train.cli.make_shards", "write annotations and media into webdataset shards"),
     "index": Command("vl3train.cli.build_index", "measure every sample of a recipe once, before training"),
     "check": Command(
@@ -63,7 +64,7 @@ EXAMPLES = """examples:
   vl3train train stage=2 model=2b stage.init_from=runs/2b/1_encoder_adaptation
   vl3train generate --model DIR --image a.jpg --prompt "What is this?"
 
-Options are written as key=value; their meanings are in vl3train/config/schema.py. `vl3train COMMAND --help` explains a
+Options are written as key=value; `vl3train options WORD` tells what they mean. `vl3train COMMAND --help` explains a
 command. Set VL3TRAIN_TRACEBACK=1 to see where an error came from."""
 
 

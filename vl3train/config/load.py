@@ -25,7 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
 from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of, suggest
-from vl3train.config.input.rates import parts_by_stage, two_rates
+from vl3train.config.input.rates import (
+    drop_frozen,
+    frozen_as_zero,
+    parts_by_stage,
+    spread_one_rate,
+    two_rates,
+)
 from vl3train.config.input.resolvers import file_problems, resolver_problems
 from vl3train.config.input.user_input import UserInput
 from vl3train.config.input.words import leaves, read_yaml, takes_text, with_text
@@ -133,6 +139,9 @@ def read_config(
             user.problems.append(problem)
     for part in by_stage & set(OmegaConf.select(base, "model.learning_rates") or {}):
         del base.model.learning_rates[part]
+    if whole:
+        drop_frozen(base)
+        spread_one_rate(base, user.values[:in_file], user.values[in_file:])
     return (_as_objects(base, user.problems) if whole else None), user.problems
 
 
@@ -243,7 +252,7 @@ def _set_option(cfg: DictConfig, key: str, value: Any) -> Problem | None:
         # Inside {...} of the command line Hydra has read a number or a bool; how it was written is lost.
         return Problem(key, value, "was read as a number or a word of YAML", f"write {key}=TEXT, or quote it")
     try:
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        OmegaConf.update(cfg, key, frozen_as_zero(key, value), merge=False, force_add=True)
     except OmegaConfBaseException:
         hint = OPTIONS.get(key, float)
         if isinstance(value, str) and (words := choices_of(hint)):

@@ -11,6 +11,11 @@ from vl3train.config.choices import Dtype, MasterDtype, Schedule
 class OptimConfig:
     """AdamW, its schedule, clipping, and steps that it leaves out."""
 
+    learning_rate: float | None = None
+    """Peak learning rate of all that trains, parts and adapters, in place of the rates of stage, model and adapter.
+    What is written closer wins: a part's own rate (stage.learning_rates.projector) over this one in the same file or
+    command line, and the command line over a file. Unset: those rates."""
+
     weight_decay: float = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
 

@@ -73,9 +73,8 @@ def rate_problems(cfg: TrainConfig) -> list[Problem]:
                     Problem(key, rate, "the model has no such part", f"parts are {', '.join(PARTS)}")
                 )
             elif not 0 < rate < 1:
-                way_out = (
-                    "to freeze a part, do not name it" if rate == 0 else "published rates are 2e-6 to 1e-3"
-                )
+                frozen = f"to freeze a part, write stage.learning_rates.{part}=null"
+                way_out = frozen if rate == 0 else "published rates are 2e-6 to 1e-3"
                 found.append(Problem(key, rate, "a learning rate must be between 0 and 1", way_out))
     return found
 

@@ -41,7 +41,8 @@ class StageConfig:
     """Data mixture of the paper for this stage; ``data.recipe`` replaces it."""
 
     learning_rates: dict[str, float] = MISSING
-    """Peak learning rate of each part that this stage trains. A part without a rate is frozen, with its tied head."""
+    """Peak learning rate of each part that this stage trains. A part without a rate is frozen, with its tied head:
+    stage.learning_rates.vision_encoder=null (or 0) takes its rate away. optim.learning_rate sets all rates at once."""
 
     image_merge_size: int = 1
     """Images: side of the square of patches that is merged into one visual token."""

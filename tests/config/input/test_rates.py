@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import write_run_config
+from vl3train.config.checks.ranges import range_problems
 from vl3train.config.load import read_config
-from vl3train.config.rules import adapter_rates, effective_learning_rates, full_rates
+from vl3train.config.rules import adapter_rates, effective_learning_rates, full_rates, rate_problems
 from vl3train.config.schema import TrainConfig
 
 DEBUG = {"vision_encoder": 2e-3, "projector": 2e-3, "language_model": 1e-3}
@@ -80,3 +81,85 @@ def test_adapters_take_the_rate_that_was_written_for_their_part_or_for_themselve
     own = read("adapter=lora", part, "adapter.learning_rate=8e-5", "stage.learning_rates.projector=9e-5")
     assert adapter_rates(own) == {"language_model": 8e-5}
     assert full_rates(own) == {"vision_encoder": 2e-3, "projector": 9e-5}
+
+
+@pytest.mark.parametrize("word", ["0", "null", "0.0"])
+def test_a_part_without_a_rate_is_frozen_and_stays_so(word: str, tmp_path: Path):
+    rates = {part: rate for part, rate in DEBUG.items() if part != "vision_encoder"}
+    cfg = read(f"stage.learning_rates.vision_encoder={word}")
+    assert effective_learning_rates(cfg) == rates
+    again, found = read_config([], config_file=write_run_config(cfg, tmp_path))
+    assert found == []
+    assert again is not None
+    assert effective_learning_rates(again) == rates
+    (tmp_path / "mine.yaml").write_text(f"stage.learning_rates.vision_encoder: {word}")
+    assert effective_learning_rates(read(config_file=tmp_path / "mine.yaml")) == rates
+    whole = read(f"stage.learning_rates={{vision_encoder: {word}, projector: 1e-4}}")
+    assert effective_learning_rates(whole) == {"projector": 1e-4}
+
+
+def test_a_rate_of_no_part_is_told_and_a_frozen_part_may_be_frozen():
+    [problem] = problems_of("stage.learning_rates.vision_tower=0")
+    assert problem.startswith("stage.learning_rates.vision_tower=0.0: the model has no such part")
+    first = ["stage=2", "model=2b", "stage.learning_rates={projector: 1e-3}"]
+    cfg, found = read_config([*first, "stage.learning_rates.vision_encoder=null"])
+    assert found == []
+    assert cfg is not None
+    assert effective_learning_rates(cfg) == {"projector": 1e-3}
+    problems = problems_of("stage.learning_rates={projector: null}")
+    assert problems == [
+        "stage.learning_rates={}: nothing would be trained; name parts with a rate each: vision_encoder, projector, "
+        "language_model"
+    ]
+    [problem] = problems_of("model.learning_rates.projector=0")
+    assert problem.endswith("to freeze a part, write stage.learning_rates.projector=null")
+
+
+def problems_of(*words: str) -> list[str]:
+    cfg, found = read_config(["stage=2", "model=debug", *words])
+    assert cfg is not None
+    return [str(one) for one in (*found, *rate_problems(cfg))]
+
+
+ALL = {part: 3e-4 for part in DEBUG}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "rates"),
+    [
+        ("", ["optim.learning_rate=3e-4"], ALL),
+        ("optim.learning_rate: 3e-4", [], ALL),
+        ("", ["optim.learning_rate=3e-4", "stage.learning_rates.projector=1e-4"], {**ALL, "projector": 1e-4}),
+        ("", ["optim.learning_rate=3e-4", "model.learning_rates.projector=1e-4"], {**ALL, "projector": 1e-4}),
+        ("", ["optim.learning_rate=3e-4", "stage.learning_rates.projector=0"], "without projector"),
+        ("stage.learning_rates: {projector: 1e-4}", ["optim.learning_rate=3e-4"], {"projector": 3e-4}),
+        ("optim: {learning_rate: 3e-4}", ["stage.learning_rates.projector=1e-4"], {**ALL, "projector": 1e-4}),
+        ("optim: {learning_rate: 3e-4}", ["optim.learning_rate=null"], DEBUG),
+        ("model: {learning_rates: {projector: 1e-4}}", ["optim.learning_rate=3e-4"], ALL),
+    ],
+)
+def test_one_rate_for_all_gives_way_to_what_is_written_closer(file, line, rates, tmp_path: Path):
+    if rates == "without projector":
+        rates = {part: rate for part, rate in ALL.items() if part != "projector"}
+    (tmp_path / "mine.yaml").write_text(file or "{}")
+    cfg = read(*line, config_file=tmp_path / "mine.yaml")
+    assert effective_learning_rates(cfg) == rates
+    again, _ = read_config([], config_file=write_run_config(cfg, tmp_path))
+    assert again is not None
+    assert effective_learning_rates(again) == rates
+
+
+def test_one_rate_for_all_is_the_adapters_too(tmp_path: Path):
+    words = ["adapter=lora", "optim.learning_rate=3e-4"]
+    assert adapter_rates(read(*words)) == {"language_model": 3e-4}
+    assert adapter_rates(read(*words, "adapter.learning_rate=5e-5")) == {"language_model": 5e-5}
+    assert adapter_rates(read(*words, "stage.learning_rates.language_model=5e-5")) == {"language_model": 5e-5}
+    (tmp_path / "mine.yaml").write_text("adapter: {learning_rate: 5e-5}")
+    assert adapter_rates(read(*words, config_file=tmp_path / "mine.yaml")) == {"language_model": 3e-4}
+    frozen = read(*words, "adapter.parts=[vision_encoder]", "stage.learning_rates={projector: 1e-3}")
+    assert (adapter_rates(frozen), full_rates(frozen)) == ({"vision_encoder": 3e-4}, {"projector": 1e-3})
+    again, _ = read_config([], config_file=write_run_config(frozen, tmp_path))
+    assert again is not None
+    assert adapter_rates(again) == {"vision_encoder": 3e-4}
+    [problem] = [one for one in range_problems(read("optim.learning_rate=3"))]
+    assert str(problem).startswith("optim.learning_rate=3.0: must be between 0 and 1")

@@ -22,6 +22,7 @@ AT_LEAST_0 = Range("must be 0 or more", lambda v: v >= 0)
 AT_LEAST_1 = Range("must be at least 1", lambda v: v >= 1)
 SHARE = Range("is a share, from 0 to 1", lambda v: 0 <= v <= 1)
 BELOW_1 = Range("must be at least 0 and less than 1", lambda v: 0 <= v < 1)
+RATE = Range("must be between 0 and 1", lambda v: 0 < v < 1)
 STAGE = Range("must be 1, 2, 3 or 4", lambda v: v in (1, 2, 3, 4))
 MERGE = Range("must be 1 or 2", lambda v: v in (1, 2))  # other sides have no trained weights
 
@@ -54,6 +55,7 @@ RANGES: dict[str, Range] = {
     "step.global_packs": AT_LEAST_1,
     "step.max_samples": AT_LEAST_1,
     "step.fill": Range("must be more than 0 and at most 1", lambda v: 0 < v <= 1),
+    "optim.learning_rate": RATE,
     "optim.weight_decay": AT_LEAST_0,
     "optim.beta1": BELOW_1,
     "optim.beta2": BELOW_1,

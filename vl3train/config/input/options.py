@@ -9,6 +9,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
+from vl3train.config.input.other_words import by_other_words, like_other_words
 from vl3train.config.schema import TrainConfig
 
 SECTIONS = {section.name: section.default_factory for section in fields(TrainConfig)}
@@ -63,14 +64,18 @@ def kind_of(hint: Any) -> str:
 
 
 def suggest(key: str) -> str:
-    """The way out of an unknown key: what is spelled like it, else what there is."""
+    """The way out of an unknown key: what is called so elsewhere, what is spelled like it, else what there is."""
     section, _, last = key.rpartition(".")
+    last = last.replace("-", "_").strip("_").lower()
+    named = [option for option in OPTIONS if option.partition(".")[2] == last]
+    if meant := (*named, *by_other_words(last)):
+        return f"did you mean {' or '.join(meant)}?"
     if not section and (likely := difflib.get_close_matches(key, SECTIONS, n=1)):
         return f"did you mean {likely[0]}?"
     by_last = {option.partition(".")[2]: option for option in OPTIONS}
     likely = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.75)
     likely = likely or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
-    if likely:
-        return f"did you mean {likely[0]}?"
+    if meant := likely[:1] or like_other_words(last):
+        return f"did you mean {' or '.join(meant)}?"
     known = [option.partition(".")[2] for option in OPTIONS if option.startswith(f"{section}.")]
     return f"{section} has {', '.join(known)}" if known else f"the sections are {', '.join(SECTIONS)}"
