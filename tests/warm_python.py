@@ -1,5 +1,5 @@
-"""A Python that has imported everything, for tests that start many processes: an import of torch, transformers and
-DeepSpeed takes 5 to 10 s of a core.
+"""A Python that has imported and compiled everything, for tests that start many processes: an import of torch,
+transformers and DeepSpeed takes 5 to 10 s of a core, and compiling what numba compiles some 20 s.
 
 ``warm_python.py serve SOCKET PID`` listens as long as process PID lives. ``warm_python.py run SOCKET -m MODULE ...`` is
 used like ``python -m MODULE ...``: the server forks itself, and the module runs in the fork with the arguments,
@@ -12,6 +12,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
+import inspect
 import json
 import os
 import runpy
@@ -73,6 +75,37 @@ def main() -> int:
     return 0 if job is None else job()
 
 
+def warm_up() -> None:
+    """What an import does not do, and each process would do anew: compile or load kernels, parse a first config, and
+    read all modules' files, which torchrun does for the name of one function. It starts no thread.
+    """
+    import numpy as np
+
+    from vl3train.config.load import read_config
+    from vl3train.data.media.patches import resize_and_patchify
+    from vl3train.data.plan.plan import Plan
+    from vl3train.data.plan.sample_table import SampleTable
+
+    inspect.stack()
+    for stage in range(1, 5):  # their groups stay merged
+        cfg, _ = read_config([f"stage={stage}", "model=debug", "data=demo", "machine=cpu"])
+    assert cfg is not None
+    for size in ((110, 166), (112, 168)):  # resampled, and only cut
+        resize_and_patchify(np.zeros((*size, 3), np.uint8), grid=(8, 12), merge_size=2)
+    ones = np.ones(9, np.int64)
+    table = SampleTable(
+        sizes=(9,),
+        weights=(1.0,),
+        num_tokens=ones,
+        num_supervised_tokens=ones,
+        num_patches=ones,
+        num_patch_pairs=ones,
+        fingerprint="",
+    )
+    plan = Plan(table, 0, cfg.step)
+    plan.step_packs(plan.cursor_at(0))
+
+
 @contextlib.contextmanager
 def in_folder_of(address: str) -> Iterator[str]:
     """The name of a socket in what is now the working folder: a socket's path may have 104 letters only."""
@@ -113,6 +146,8 @@ def serve(address: str, owner: int) -> Callable[[], NoReturn] | None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # as engine/ranks.py does before DeepSpeed is imported
     for name in MODULES:
         import_module(name)
+    warm_up()
+    gc.freeze()  # else each fork would copy the memory of all objects when it collects garbage
     alive = os.pidfd_open(owner)
     listener = socket.socket(socket.AF_UNIX)
     with in_folder_of(address) as name:
