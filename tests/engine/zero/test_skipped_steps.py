@@ -46,6 +46,8 @@ class Trained:
         torch.manual_seed(0)
         self.hf_model = load_model(model_dir, dtype=getattr(torch, machine.dtype.value))
         packed = PackedModel(self.hf_model, "reference").to(self.rank.device)
+        # A buffer of odd length is padded; a NaN must not stay in the padding, which no gradient overwrites.
+        packed.without_gradient = torch.nn.Parameter(torch.zeros(3, device=self.rank.device))
         optim = OptimConfig(**options)
         parameters = list(packed.parameters())
         groups = [{"params": parameters[:9], "lr": 1e-3}, {"params": parameters[9:], "lr": 2e-3}]
