@@ -15,6 +15,7 @@ from vl3train.config.choices import Device
 from vl3train.config.schema import MachineConfig
 from vl3train.contracts.exit_codes import FAILED, FINISHED, STOPPED, leave_code
 from vl3train.contracts.progress.job import remove_record
+from vl3train.data.render.processes import remove_sockets
 
 T = TypeVar("T")
 
@@ -106,6 +107,7 @@ def leave(exit_code: int = FINISHED) -> NoReturn:
             exit_code = FAILED
     leave_code(exit_code)
     remove_record()
+    remove_sockets()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -12,10 +12,10 @@ import contextlib
 import json
 import mmap
 import os
-import shutil
 import signal
 import socket
 import tempfile
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -29,11 +29,7 @@ from vl3train.contracts.records import RenderedSample, RenderSettings, SampleErr
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.render.decode_server import Mailbox, Request, serve
-from vl3train.data.render.processes import clean_processes
-
-LONGEST_FOLDER = 90
-"""The path of a socket may have 104 bytes (108 on Linux); a queue's TMPDIR may be longer."""
-
+from vl3train.data.render.processes import clean_processes, folder_of_sockets
 
 MAILBOX_BYTES = 2**20
 """To begin with; it grows to the largest sample."""
@@ -45,11 +41,8 @@ class DecodeServer:
     def __init__(
         self, settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
     ) -> None:
-        folder = tempfile.mkdtemp(prefix="vl3train-")  # of mode 700: nobody else connects
-        if len(folder) > LONGEST_FOLDER:
-            os.rmdir(folder)
-            folder = tempfile.mkdtemp(prefix="vl3train-", dir="/tmp")
-        self.address = os.path.join(folder, "decode")
+        # Nobody else can enter this folder, and connect.
+        self.address = os.path.join(folder_of_sockets(), f"decode-{uuid.uuid4().hex[:8]}")
         processes = clean_processes()
         ours, theirs = processes.Pipe()
         process = processes.Process(
@@ -58,7 +51,7 @@ class DecodeServer:
         process.start()
         theirs.close()
         # Also when nobody calls close(), and before multiprocessing waits for its processes at exit.
-        self.close = weakref.finalize(self, _end_server, ours, process, folder)
+        self.close = weakref.finalize(self, _end_server, ours, process, self.address)
         try:
             ours.recv_bytes()  # it listens
         except EOFError:
@@ -66,13 +59,14 @@ class DecodeServer:
             raise RuntimeError("the decode server did not start; its error is printed above") from None
 
 
-def _end_server(ours: Connection, process: BaseProcess, folder: str) -> None:
+def _end_server(ours: Connection, process: BaseProcess, address: str) -> None:
     ours.close()
     process.join(5.0)
     if process.is_alive():
         process.kill()
         process.join()
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # it did not start
+        os.unlink(address)
 
 
 @contextlib.contextmanager

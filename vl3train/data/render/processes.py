@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
+from multiprocessing import util
 from multiprocessing.context import ForkServerContext
+
+LONGEST_FOLDER = 72
+"""Bytes. The path of a socket may have 104 (108 on Linux), and multiprocessing puts 32 behind the folder's."""
 
 
 def clean_processes() -> ForkServerContext:
@@ -15,9 +21,29 @@ def clean_processes() -> ForkServerContext:
     They are forked from a small server that has imported what they need: the first start takes about 4 s, each
     later one 0.1 s, where "spawn" took 2 s for each process every time.
     """
+    folder_of_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vl3train.data.loader"])
     return context
+
+
+def folder_of_sockets() -> str:
+    """This process's folder for sockets, of mode 700; the processes that it starts take it over.
+
+    It lies in TMPDIR, or in /tmp where that is too long, as a queue's may be.
+    """
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) > LONGEST_FOLDER:
+        tempfile.tempdir = "/tmp"
+    try:
+        return util.get_temp_dir()  # made by its first call
+    finally:
+        tempfile.tempdir = before
+
+
+def remove_sockets() -> None:
+    """Delete that folder. For a process that ends without Python's own end, which would do it."""
+    shutil.rmtree(folder_of_sockets(), ignore_errors=True)
 
 
 def end_with_parent(_: int = 0) -> None:
