@@ -17,6 +17,7 @@ from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.exit_codes import FINISHED, STOPPED
+from vl3train.contracts.line_log import let_output_fail
 from vl3train.contracts.progress.job import keep_record_of_rank
 from vl3train.contracts.progress.record import progress
 from vl3train.preview.check_config import check_config
@@ -93,6 +94,7 @@ def start(cfg: TrainConfig) -> int:
 
 def run_process() -> NoReturn:
     """Run ``main`` and end the process without waiting for its loader's workers."""
+    let_output_fail()
     code = main()
     if (
         "torch" not in sys.modules

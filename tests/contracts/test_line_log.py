@@ -1,9 +1,14 @@
-"""Lines that the disk does not take wait, and none is written twice or by half."""
+"""Lines that the disk does not take wait, and none is written twice or by half. What is printed may be lost."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import subprocess
+import sys
+
+import pytest
 
 from vl3train.contracts.line_log import LineLog
 
@@ -43,3 +48,33 @@ def test_a_log_that_can_never_be_written_says_so_and_how_much_is_lost(tmp_path):
     log.close()
     assert len(said) == 2
     assert "last 2 lines" in said[1]
+
+
+PRINTS = """
+import sys
+from vl3train.contracts.line_log import let_output_fail
+let_output_fail()
+for _ in range(3):
+    print("figures", flush=True)
+    print("to be read", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("what", ["full disk", "reader that has gone"])
+def test_output_that_cannot_be_written_is_told_once_by_the_other_stream(what):
+    if what == "full disk":
+        out, why = os.open("/dev/full", os.O_WRONLY), "No space left on device"
+    else:
+        reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+        reader.wait()
+        out, why = reader.stdin, "Broken pipe"
+    done = subprocess.run([sys.executable, "-c", PRINTS], stdout=out, stderr=subprocess.PIPE, text=True)
+    told = f"standard output cannot be written: {why}. The run goes on; that text is lost"
+    assert done.stderr.split("\n") == ["", told, *3 * ["to be read"], ""], done.stderr
+
+
+def test_where_neither_can_be_written_the_process_goes_on(tmp_path):
+    ends = PRINTS + f"open({str(tmp_path / 'there')!r}, 'w').close()"
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", ends], stdout=full, stderr=full)
+    assert (tmp_path / "there").exists()

@@ -1,10 +1,16 @@
-"""A log of lines that ends no run: where the disk does not take a line, it waits in memory for the next try."""
+"""Logs that end no run.
+
+Where the disk does not take a line of a log, it waits in memory for the next try. What is printed to a terminal that
+was closed, a pipe whose reader has gone, or a file on a full disk is lost.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TextIO
 
 
 def say_on_stderr(text: str) -> None:
@@ -62,3 +68,47 @@ class LineLog:
             while written < len(content):
                 written += file.write(content[written:])
             self._whole_bytes = None
+
+
+class Output:
+    """A text stream whose writes never raise OSError. What cannot be written is lost; the other stream says so once."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self._told = False
+        self.other: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        """Write, or lose the text."""
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._tell(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be written."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if self._told or self.other is None:
+            return
+        self._told = True
+        why = error.strerror or error
+        with contextlib.suppress(OSError):
+            self.other.write(f"\n{self._name} cannot be written: {why}. The run goes on; that text is lost\n")
+            self.other.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's."""
+        return getattr(self._stream, name)
+
+
+def let_output_fail() -> None:
+    """From now on neither standard output nor standard error of this process raises where it cannot be written."""
+    out, err = Output(sys.stdout, "standard output"), Output(sys.stderr, "standard error")
+    out.other, err.other = sys.stderr, sys.stdout
+    sys.stdout, sys.stderr = out, err

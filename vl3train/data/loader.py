@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vl3train.contracts.line_log import let_output_fail
 from vl3train.contracts.progress.job import keep_record_of_worker, remove_ended_workers
 from vl3train.contracts.progress.record import IDLE, progress
 from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample, RenderSettings, SampleError
@@ -132,6 +133,7 @@ def _decoder(address: str, seconds: float, num_patches: int) -> Decoder:
 
 def begin_worker(rank: Path | None, number: int) -> None:
     """The first call in a worker of the rank whose record is ``rank``."""
+    let_output_fail()
     end_with_parent()
     keep_record_of_worker(rank, number)
     progress.phase("loader worker")
