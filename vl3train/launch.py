@@ -7,6 +7,7 @@ ended (contracts/exit_codes.py): 0 it is finished, 75 it was asked to stop and h
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, code_of_run
+from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, STOPPED, code_of_run
 from vl3train.contracts.progress.deaths import Ended, told_deaths
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     was_asked_to_stop = pass_signals_on()
+    # torchrun calls each code but 0 a failure: "failed (exitcode: 75)" would be the last thing that a stopped run says.
+    torchruns_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    torchruns_log.addFilter(lambda record: f"(exitcode: {STOPPED})" not in record.getMessage())
     with tempfile.TemporaryDirectory(prefix="vl3train-") as folder:
         os.environ[CODES_FOLDER] = folder
         try:
