@@ -1,6 +1,7 @@
 """Kill, break and damage runs on purpose, and count those that come out of it as they should.
 
     python -m benchmarks.reliability [--seed N] [--only kills|exceptions|faults] [--work DIR] [--side-by-side N]
+        [--minutes N]
 
 Two ranks with loader workers on the CPU, with the debug model and small data that it makes itself.
 
@@ -13,14 +14,18 @@ Two ranks with loader workers on the CPU, with the debug model and small data th
 - faults: damaged files, full disks, two runs at once. It was *told* where the console names the file and the run went
   on as if nothing had been, or was refused.
 
-``--work DIR`` keeps what is done: the same command goes on from there. Whole results are appended to
-benchmarks/results/reliability.jsonl; ``--only`` keeps none.
+``--work DIR`` keeps what is done: the same command goes on from there. Figures are appended to
+benchmarks/results/reliability.jsonl; ``--only`` keeps none. ``--minutes N`` begins nothing new after that time: they
+then count what was done by then, in random order.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import RESULTS, machine
-from benchmarks.kills.faults import FAULTS, try_fault
+from benchmarks.kills.faults import FAULTS, copy_unfinished, try_fault
 from benchmarks.kills.kills import chains, run_chain
 from benchmarks.kills.place import RUN, finish, make_place
 from benchmarks.markdown import table_head, table_row
-from tests.engine.ends import ENDS, MORE_ENDS, problem_of_end
+from tests.engine.ends import ENDS, LOADED, MORE_ENDS, RESUMED, problem_of_end
 from tests.engine.ends import RUN as ENDS_RUN
 
 Line = dict[str, Any]
@@ -51,6 +56,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["kills", "exceptions", "faults"])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--side-by-side", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     args = parser.parse_args()
     folder = args.work or Path(tempfile.mkdtemp(prefix="vl3train-reliability-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,37 +69,49 @@ def main() -> int:
         return run_chain(place, f"kills-{number}", chains(args.seed)[number], straight, args.seed)
 
     words = [word for word in place.options() if word not in RUN]
+    ends = [*ENDS, *MORE_ENDS, *RESUMED, LOADED]
 
     def exceptions(number: int) -> list[Line]:
-        planted, rank, cause = [*ENDS, *MORE_ENDS][number]
-        problem = problem_of_end(
-            place.python, planted, rank, cause, [*words, *ENDS_RUN], folder / f"end-{number}"
-        )
-        return [{"kill": f"{planted} on rank {rank}", "tried": True, "problem": problem}]
+        end, folder_of_end = ends[number], folder / f"end-{number}"
+        own = [*words, *ENDS_RUN]
+        shutil.rmtree(folder_of_end, ignore_errors=True)  # of this command, ended before it was done
+        if end in (*RESUMED, LOADED):
+            own = place.options()
+            copy_unfinished(folder / "straight", folder_of_end / "run")
+        problem = problem_of_end(place.python, end, own, folder_of_end)
+        return [{"kill": f"{end[0]} on rank {end[1]}", "tried": True, "problem": problem}]
 
     def faults(number: int) -> list[Line]:
         return [try_fault(place, FAULTS[number], number, straight)]
 
     parts: dict[str, tuple[int, Callable[[int], list[Line]]]] = {
         "kills": (len(chains(args.seed)), kills),
-        "exceptions": (len([*ENDS, *MORE_ENDS]), exceptions),
+        "exceptions": (len(ends), exceptions),
         "faults": (len(FAULTS), faults),
     }
-    lines: dict[str, list[Line]] = {}
-    for name, (count, act) in parts.items():
-        if args.only in (None, name):
-            with ThreadPoolExecutor(args.side_by_side) as pool:
-                done = pool.map(
-                    lambda number, name=name, act=act: once(folder, name, number, act), range(count)
-                )
-                lines[name] = [line for part in done for line in part if line["tried"]]
+    names = [name for name in parts if args.only in (None, name)]
+    tasks = [(name, number) for name in names for number in range(parts[name][0])]
+    random.Random(args.seed).shuffle(tasks)
+    end = time.monotonic() + 60 * args.minutes
+
+    def do(task: tuple[str, int]) -> list[Line]:
+        return once(folder, *task, parts[task[0]][1], time_is_up=time.monotonic() > end)
+
+    lines: dict[str, list[Line]] = {name: [] for name in names}
+    with ThreadPoolExecutor(args.side_by_side) as pool:
+        for (name, _), found in zip(tasks, pool.map(do, tasks), strict=True):
+            lines[name] += [line for line in found if line["tried"]]
     return report(lines, keep=args.only is None)
 
 
-def once(folder: Path, name: str, number: int, act: Callable[[int], list[Line]]) -> list[Line]:
-    """``act(number)``, or what it gave when this command was started before."""
+def once(
+    folder: Path, name: str, number: int, act: Callable[[int], list[Line]], *, time_is_up: bool
+) -> list[Line]:
+    """``act(number)``, or what it gave when this command was started before; nothing where the time is up."""
     file = folder / f"{name}-{number}.json"
     if not file.exists():
+        if time_is_up:
+            return []
         file.write_text(json.dumps(act(number)))
     lines: list[Line] = json.loads(file.read_text())
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,8 @@ CHECKPOINT_FILES = [
 ]
 FAULTS = [
     *((damage, f"checkpoints/step_00000008/{file}") for file in CHECKPOINT_FILES for damage in DAMAGES),
-    ("two runs", ""),
+    ("two runs", "one folder"),
     *((damage, "index") for damage in DAMAGES),
-    *((damage, "plan") for damage in ("cut", "zeroed", "removed")),
     ("removed", "shard"),
     *((damage, "metrics.jsonl") for damage in ("flipped", "cut")),
 ]
@@ -56,24 +56,32 @@ def try_fault(
     damage, what = fault
     name = f"fault-{number}"
     copy = place.folder / name
-    shutil.copytree(place.folder / "straight", copy)
-    (copy / "finished.json").unlink()
+    copy_unfinished(place.folder / "straight", copy)
+    (place.folder / f"{name}.log").unlink(missing_ok=True)
     words = place.words(name)
-    if damage == "two runs":
-        problem = two_at_once(place, name, words)
-    else:
-        if what in ("index", "shard", "plan"):
-            data = place.folder / f"{name}-data"
-            shutil.copytree(place.folder / "data", data)
-            shutil.copytree(place.folder / "plans", place.folder / f"{name}-plans")
-            words = place.words(name, data=f"{name}-data", plans=f"{name}-plans")
-            pattern = {"index": "*/index-*/*.parquet", "shard": "*/*.tar", "plan": "**/*.order.npy"}[what]
-            file = min((place.folder / f"{name}-plans" if what == "plan" else data).glob(pattern))
+    pattern = {"index": "*/index-*/*.parquet", "shard": "*/*.tar"}.get(what)
+    file = min(copy.glob(what), default=copy)
+    if pattern is not None:
+        data = place.folder / f"{name}-data"
+        shutil.rmtree(data, ignore_errors=True)  # of this command, ended before it was done
+        shutil.copytree(place.folder / "data", data)
+        words, file = place.words(name, data=data.name), min(data.glob(pattern))
+    try:
+        if damage == "two runs":
+            problem = two_at_once(place, name, words)
         else:
-            file = min(copy.glob(what))
-        DAMAGES[damage](file)
-        problem = problem_of_start(place, name, words, file, straight)
-    return {"kill": f"{damage}: {what or 'one folder'}", "tried": True, "problem": problem}
+            DAMAGES[damage](file)
+            problem = problem_of_start(place, name, words, file, straight)
+    except subprocess.TimeoutExpired:
+        problem = f"it hangs: {place.said(name)[-1500:]}"
+    return {"kill": f"{damage}: {what}", "tried": True, "problem": problem}
+
+
+def copy_unfinished(run: Path, copy: Path) -> None:
+    """A copy of a finished run, which goes on from its last checkpoint."""
+    shutil.rmtree(copy, ignore_errors=True)  # of this command, ended before it was done
+    shutil.copytree(run, copy)
+    (copy / "finished.json").unlink()
 
 
 def problem_of_start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -76,6 +77,8 @@ def run_chain(
     since: list[dict[str, Any]] = []  # of the run in progress
     run, waiting, starts = f"{name}-0", list(kills), 0
     while waiting:
+        if not since:  # a new run; something is there where this command was ended before it was done
+            shutil.rmtree(place.folder / run, ignore_errors=True)
         tried, problem, seconds = kill_once(place, run, waiting[0], rng)
         starts += 1
         if tried or problem:
@@ -136,9 +139,12 @@ def kill_once(place: Place, name: str, kill: Kill, rng: random.Random) -> tuple[
     process.wait()
     if left:
         return True, f"{limit:.0f} s later there are still {left}", seconds
-    time.sleep(0.5)  # the kernel closes a dead process's files after its memory
-    if place.is_locked(name):
-        return True, "the lock is not free", seconds
+    # The kernel closes a dead process's files after it has freed its memory, and it is no longer listed meanwhile.
+    free_until = time.monotonic() + SECONDS
+    while place.is_locked(name):
+        if time.monotonic() > free_until:
+            return True, "the lock is not free", seconds
+        time.sleep(0.1)
     if kill.victim == "rank" and "Signal 9 (SIGKILL)" not in place.said(name):
         return True, "the console does not say which rank died", seconds
     return True, None, seconds

@@ -34,17 +34,13 @@ class Place:
     folder: Path
     python: list[str]
 
-    def words(self, name: str, data: str = "data", plans: str = "plans") -> list[str]:
-        """The options of one run, with the folders of its data and its plans."""
-        return [*self.options(data, plans), f"run.output_dir={self.folder / name}"]
+    def words(self, name: str, data: str = "data") -> list[str]:
+        """The options of one run, with the folder of its data."""
+        return [*self.options(data), f"run.output_dir={self.folder / name}"]
 
-    def options(self, data: str = "data", plans: str = "plans") -> list[str]:
+    def options(self, data: str = "data") -> list[str]:
         """The same without its output folder."""
-        return [
-            *small_demo_words(self.folder / data, num_workers=1),
-            *RUN,
-            f"data.plan_cache={self.folder / plans}",
-        ]
+        return [*small_demo_words(self.folder / data, num_workers=1), *RUN]
 
     def start(
         self, name: str, *, planted: str = "none", rank: int = 0, words: list[str] | None = None

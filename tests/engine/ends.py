@@ -59,6 +59,9 @@ RESUMED = [
 ]
 """In a run that has a checkpoint."""
 
+LOADED = ("error@load", 1, "IndexError: planted here")
+"""In a run that has a checkpoint of two ranks."""
+
 RUN = [
     *("stage=1", "run.num_steps=4", "run.evaluate_steps=2", "run.evaluate_at_end=false"),
 ]
@@ -66,9 +69,14 @@ RUN = [
 
 
 def problem_of_end(
-    python: list[str], planted: str, rank: int, cause: str, words: list[str], folder: Path
+    python: list[str],
+    end: tuple[str, int, str],
+    words: list[str],
+    folder: Path,
+    launcher: str = "vl3train.launch",
 ) -> str | None:
-    """Run one job; what is wrong with how it ended, None where nothing is."""
+    """Run one job in ``folder / "run"``; what is wrong with how it ended, None where nothing is."""
+    planted, rank, cause = end
     folder.mkdir(exist_ok=True)
     log, mark = folder / "log", folder / "planted"
     with log.open("w") as file:
@@ -76,7 +84,7 @@ def problem_of_end(
             python,
             "tests.engine.planted",
             [planted, str(rank), *words, f"run.output_dir={folder / 'run'}"],
-            launcher="vl3train.launch",
+            launcher=launcher,
             environment={PLANTED_AT: str(mark)},
             stdout=file,
             stderr=subprocess.STDOUT,
