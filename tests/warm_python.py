@@ -22,8 +22,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from multiprocessing import util
@@ -209,6 +211,7 @@ def settle(environment: Mapping[str, str], files: Mapping[int, int]) -> None:
     """Give this forked process its environment and signal handlers, and files by the numbers it has for them."""
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # it was looked up in the environment of the server
     moved = [os.dup2(number, HIGH + number) for number in files.values()]
     os.closerange(3, HIGH)
     for place, number in zip(files, moved, strict=True):
@@ -222,8 +225,12 @@ def settle(environment: Mapping[str, str], files: Mapping[int, int]) -> None:
 def as_python(words: Sequence[str]) -> int:
     """What ``python -m MODULE ...`` and ``python -c CODE ...`` do, in this process."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     subprocess_handler.Popen = ForkedRank  # type: ignore[misc, assignment]
+    # For its log torchrun asks for the stack 18 times, and each time inspect looks through every module that is
+    # imported: 2 to 3 s of a core in a Python that has imported everything.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     util.spawnv_passfds = with_fork_server(util.spawnv_passfds)
     option, what, *arguments = words[1:] if words[0] == "-u" else words
     sys.argv = [option, *arguments]
@@ -250,6 +257,7 @@ class ForkedRank:
             if start_new_session:
                 os.setsid()
             settle(env, {})
+            weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # its launcher's folders are not for it to delete
             end_as_python(args[1:])
 
     def poll(self) -> int | None:
@@ -309,6 +317,7 @@ def with_fork_server(spawn: Callable[..., int]) -> Callable[..., int]:
 
 def be_fork_server(asker: socket.socket) -> None:
     """Wait for the call of multiprocessing, and run it with its files under the numbers that it names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C to the group of a launcher, which asks for nothing
     wanted, files = receive(asker)
     if wanted:
         settle(wanted["environment"], dict(zip(wanted["files"], files, strict=True)))
