@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -54,6 +55,21 @@ def processes_of(job: str) -> dict[int, str]:
         except OSError:
             continue  # it ended, or is no longer there to read
     return {pid: words for pid, words in found.items() if words}
+
+
+def wait_for_launcher(process: subprocess.Popen[str], job: str) -> int:
+    """The process that started the ranks of a job, as soon as a rank has begun: not one of the warm Python's."""
+    while process.poll() is None:
+        for pid in processes_of(job):
+            try:
+                maps = Path(f"/proc/{pid}/maps").read_text()
+            except OSError:
+                continue  # it has just ended
+            if found := re.search(r"(/\S+)/rank-\d", maps):  # their records, which a rank keeps in memory
+                rank = int.from_bytes((next(Path(found[1]).glob("rank-?"))).read_bytes()[:8], "little")
+                return int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+        time.sleep(0.1)
+    raise AssertionError(f"the job has ended with {process.returncode}")
 
 
 def wait_until_gone(job: str, seconds: float) -> dict[int, str]:

@@ -41,8 +41,9 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
 
 
 @pytest.mark.two_processes
-def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
-    """torchrun sends SIGTERM to the processes of each rank, its loader's workers among them. All start anew here."""
+def test_asked_to_stop_under_torchrun_it_saves(demo_words, tmp_path):
+    """Under torchrun itself, which sends SIGTERM to the processes of each rank, its loader's workers among them. All
+    start anew here."""
     words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
     words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
     process, _ = start_job([sys.executable], "vl3train.train", words, stdout=subprocess.PIPE)
@@ -54,6 +55,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(demo_words, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, "torchrun has one code for all ends but the good one"
     done = len(figures(tmp_path))
     assert f"stopped on request after step {done}; give the same command again to resume" in told
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{done:08d}"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 
-from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED
+from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED, leave_code
 from vl3train.data.render.processes import clean_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -53,6 +53,7 @@ class StopRequest:
         if number == signal.SIGINT:
             before, self._interrupted_at = self._interrupted_at, now
             if before is not None and now - before >= SECONDS_BETWEEN_INTERRUPTS:
+                leave_code(INTERRUPTED)  # nothing was saved, which must not look like a stop
                 os._exit(INTERRUPTED)
         self._requested = True
 

@@ -1,0 +1,153 @@
+"""A run that is asked to stop saves at the end of its step on all ranks, says so by its exit code, and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.engine.ends import LOADED, problem_of_end
+from tests.engine.jobs import kill_job, start_job, wait_for_launcher, wait_until_gone
+from tests.engine.planted import PLANTED_AT
+from tests.engine.runs import figures
+from tests.engine.small_demo import small_demo_words
+from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED
+from vl3train.engine.stop import SECONDS_BETWEEN_INTERRUPTS
+from vl3train.launch import children
+
+NUM_STEPS = 20
+
+
+def to_launcher(number):
+    """As ``kill PID`` does, and Ctrl-C where the launcher has the terminal: its ranks have sessions of their own."""
+    return lambda launcher: os.kill(launcher, number)
+
+
+def to_group_of_launcher(number):
+    return lambda launcher: os.killpg(launcher, number)
+
+
+def to_all(number):
+    """As Slurm does: to the launcher, the ranks, their loader workers and decode processes."""
+
+    def send(pid):
+        below = children(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        for child in below:
+            send(child)
+
+    return send
+
+
+WAYS = {
+    # how it is asked, with loader workers, the launcher's code
+    "SIGTERM to all processes": (to_all(signal.SIGTERM), True, STOPPED),
+    "Ctrl-C": (to_group_of_launcher(signal.SIGINT), False, STOPPED),
+    "SIGUSR1": (to_launcher(signal.SIGUSR1), False, STOPPED),
+    "SIGHUP of a closed terminal": (to_launcher(signal.SIGHUP), False, STOPPED),
+    "kill -9 of the launcher": (to_launcher(signal.SIGKILL), True, 128 + signal.SIGKILL),
+}
+
+
+@pytest.fixture
+def words(demo_root):
+    own = ["stage=1", "run.evaluate_at_end=false", "run.save_steps=1000", f"run.num_steps={NUM_STEPS}"]
+    return [*small_demo_words(demo_root), *own]
+
+
+@pytest.fixture
+def start(warm_python, words):
+    """Starts a run of two ranks into a folder; the launcher and the mark of its processes."""
+    jobs = []
+
+    def start(folder, *more, out, planted=None, environment=None):
+        process, job = start_job(
+            warm_python,
+            "tests.engine.planted" if planted else "vl3train.train",
+            [*(planted or ()), *words, f"run.output_dir={folder}", *more],
+            launcher="vl3train.launch",
+            environment=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        jobs.append(job)
+        return process, job
+
+    yield start
+    for job in jobs:
+        kill_job(job)
+
+
+@pytest.mark.two_processes
+def test_each_way_to_ask_saves_and_the_same_command_goes_on(start, warm_python, words, tmp_path):
+    """One run is stopped in every way, one after the other, fails in a resume, and becomes what a run becomes that
+    nobody stopped."""
+    straight, stopped, log = tmp_path / "straight", tmp_path / "run", tmp_path / "log of stops"
+    with log.open("w") as file:
+        assert start(straight, out=file)[0].wait(timeout=400) == 0
+        for name, (ask, with_workers, wanted) in WAYS.items():
+            before = len(figures(stopped)) if stopped.exists() else 0
+            ours, theirs = pty.openpty() if "terminal" in name else (None, file.fileno())
+            process, job = start(stopped, f"data.num_workers={int(with_workers)}", out=theirs)
+            launcher = wait_for_launcher(process, job)
+            wait_for_steps(stopped, before + 1, process)
+            if ours is not None:
+                os.close(ours)  # whatever the run prints from now on is an error
+                os.close(theirs)
+            ask(launcher)
+            assert process.wait(timeout=400) == wanted, (name, log.read_text()[-3000:])
+            assert not wait_until_gone(job, 60), name
+            assert_saved(stopped, name)
+        assert not (problem := problem_of_end(warm_python, LOADED, words, tmp_path)), problem
+        process, job = start(stopped, "run.max_hours=0.0001", out=file)
+        assert process.wait(timeout=400) == STOPPED, "0.36 s are over after the first step"
+        assert not wait_until_gone(job, 10)
+        assert_saved(stopped, "run.max_hours")
+        assert start(stopped, out=file)[0].wait(timeout=400) == 0
+    assert figures(stopped, "learning_rates") == figures(straight, "learning_rates")
+    assert (stopped / "finished.json").exists()
+    said = log.read_text()
+    assert said.count("stopped on request after step") == len(WAYS)
+    assert "the launcher (torchrun) is gone: the run saves after this step and ends" in said
+    assert "Traceback" not in said
+    assert "(exitcode: " not in said, "torchrun would call a stop a failure"
+
+
+@pytest.mark.two_processes
+def test_a_second_interrupt_means_now(start, tmp_path):
+    """Rank 1 takes for ever to save, and rank 0 waits for it in a collective, where Python hears no signal."""
+    mark, out = tmp_path / "saving", tmp_path / "run"
+    with (tmp_path / "log").open("w") as file:
+        process, job = start(out, out=file, planted=("wait@save", "1"), environment={PLANTED_AT: str(mark)})
+        launcher = wait_for_launcher(process, job)
+        wait_for_steps(out, 1, process)
+        os.kill(launcher, signal.SIGINT)
+        while not mark.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(SECONDS_BETWEEN_INTERRUPTS)
+        os.kill(launcher, signal.SIGINT)
+        assert process.wait(timeout=400) == INTERRUPTED, (tmp_path / "log").read_text()
+    assert not wait_until_gone(job, 60)
+    assert not list((out / "checkpoints").glob("step_????????"))
+
+
+def wait_for_steps(folder, count, process):
+    deadline = time.monotonic() + 400
+    while not (folder / "metrics.jsonl").exists() or len(figures(folder)) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_saved(folder, name):
+    done = len(figures(folder))
+    assert done < NUM_STEPS, f"{name}: it was stopped before it was done"
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{done:08d}", name
+    assert not (folder / "finished.json").exists(), name
