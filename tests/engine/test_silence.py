@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,16 +14,18 @@ import pytest
 
 from tests.engine.jobs import processes_of, start_job
 from tests.engine.runs import run
+from tests.engine.small_demo import small_demo_words
 
 PATIENCE = 120
 
 
 @pytest.mark.two_processes
-def test_stopped_processes_are_named_and_a_killed_rank_is_told_with_its_phase(
-    warm_python, demo_words, tmp_path
+def test_what_stands_still_is_named_and_a_killed_rank_is_told_with_its_phase(
+    warm_python, demo_root, tmp_path
 ):
-    """One job: a rank is stopped, then a loader worker, then a rank is killed."""
-    words = [*demo_words, "stage=1", "run.evaluate_at_end=false", "data.num_workers=1"]
+    """One job: a rank is stopped, then a loader worker, then a shard's storage blocks, then a rank is killed."""
+    data = shutil.copytree(demo_root, tmp_path / "data")
+    words = [*small_demo_words(data, num_workers=1), "stage=1", "run.evaluate_at_end=false"]
     words += ["run.silence_seconds=2", "run.start_silence_seconds=600", "step.global_packs=4"]
     run([*words, f"run.output_dir={tmp_path / 'indexed'}", "run.num_steps=1", "data.num_workers=0"])
     words += [f"run.output_dir={tmp_path / 'out'}", "run.num_steps=100000", "run.save_steps=1000000"]
@@ -43,6 +46,15 @@ def test_stopped_processes_are_named_and_a_killed_rank_is_told_with_its_phase(
             os.kill(pid, signal.SIGCONT)
             done = len(metrics.read_text().splitlines())
             wait_for(process, lambda done=done: len(metrics.read_text().splitlines()) > done + 2)
+        shard, fifo, kept = data / "captions/shard-000000.tar", tmp_path / "fifo", tmp_path / "kept"
+        os.mkfifo(fifo)  # to open it blocks for ever
+        os.link(shard, kept)
+        os.rename(fifo, shard)
+        told = re.compile(rf"loader worker 0 of rank \d .*: reading \S+ \({shard}, bytes \d+ to \d+\), for")
+        wait_for(process, lambda: told.search((tmp_path / "log").read_text()))
+        os.rename(kept, shard)
+        done = len(metrics.read_text().splitlines())
+        wait_for(process, lambda: len(metrics.read_text().splitlines()) > done + 2)
         os.kill(rank_1, signal.SIGKILL)
         killed = time.monotonic()
         assert process.wait(timeout=PATIENCE) != 0
