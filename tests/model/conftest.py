@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +171,20 @@ def make_model(*, tied: bool = True, layers: int = 2, head_dim: int = 8, vision_
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
     return model
+
+
+@contextlib.contextmanager
+def kept_rows(model: Any, widths: Collection[int]) -> Iterator[set[int]]:
+    """Addresses of matrices of such widths that forward passes keep for the backward pass; weights are none."""
+    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2 and tensor.shape[1] in widths and tensor.data_ptr() not in weights:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 @pytest.fixture

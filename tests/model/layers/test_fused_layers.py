@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.model.conftest import kept_rows
 from vl3train.config.choices import Recompute
 from vl3train.model.kernels import gemm_ops as quack_ops
 from vl3train.model.kernels import ops
@@ -157,39 +158,31 @@ def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
-def test_what_is_recomputed_is_not_kept(tiny_model, batch_of, mixed, monkeypatch, gemm_backend):
-    """The compiler sees that the product is that of the forward pass, and would keep it: so it is an op of its own."""
+def test_what_is_recomputed_is_not_kept(tiny_model, batch_of, mixed, monkeypatch):
+    """By products of quack; those of torch are in test_packed_forward.py."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
     torch._dynamo.reset()
     model, batch = tiny_model(), batch_of(mixed)
-    widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
     of_both = 2 * model.config.text_config.intermediate_size
-    if gemm_backend == "quack":
-        widths.add(of_both)
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    widths = {of_both, of_both // 2, model.config.vision_config.intermediate_size}
     intermediate = {}
     for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
-        kept = {}
-
-        def keep(tensor, kept=kept):
-            if tensor.dim() == 2 and tensor.shape[1] in widths and tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.shape
-            return tensor
-
         packed = PackedModel(
             model,
             "reference",
             recompute_vision=level,
             recompute_language=level,
             compile_layers=True,
-            gemm_backend=gemm_backend,
+            gemm_backend="quack",
         ).train()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_rows(model, widths) as kept:
             packed(batch).loss_sum.backward()
         intermediate[level] = len(kept)
-    # Of two layers in each tower: what GELU takes, gate and up or both in one, and what quack's products give beside.
-    elementwise, nothing = {"torch": (2 + 2 * 2, 2 + 2 * 2), "quack": (2 + 2, 2 + 2 + 2 * 2)}[gemm_backend]
-    assert intermediate == {Recompute.nothing: nothing, Recompute.elementwise: elementwise, Recompute.mlp: 0}
+    # Of two layers in each tower: what GELU takes, gate and up in one, and what quack's products give beside.
+    assert intermediate == {
+        Recompute.nothing: 2 + 2 + 2 * 2,
+        Recompute.elementwise: 2 + 2,
+        Recompute.mlp: 0,
+    }
