@@ -146,10 +146,12 @@ def run(address: str, words: list[str]) -> int:
 def serve(address: str, owner: int) -> Callable[[], NoReturn] | None:
     """Returns with None when ``owner`` has ended, and in each forked process with what that shall do."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as engine/ranks.py does before DeepSpeed is imported
+    gc.disable()  # what imports make stays: there is nothing to collect
     for name in MODULES:
         import_module(name)
     warm_up()
     gc.freeze()  # else each fork would copy the memory of all objects when it collects garbage
+    gc.enable()
     alive = os.pidfd_open(owner)
     listener = socket.socket(socket.AF_UNIX)
     with in_folder_of(address) as name:
