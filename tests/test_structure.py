@@ -30,6 +30,7 @@ MANY_PARAMETERS = {
 
 LARGE_FOLDERS = {
     "cli": "one file a command",
+    "config": "the schema's sections, what is made of them, and the folders that a config names",
     "data/records": "what a record's keys mean, in one file each: turns, media, times; and the files that hold records",
     "data/shards": "tar files and their index on any storage: headers, members, addresses, reads, waits",
     "model/kernels": "each operation in its own file, with the check of all of them",

@@ -114,6 +114,14 @@ class Transparent(Enum):
     white = "white"
 
 
+class BestFigure(Enum):
+    """The held-out figure by which the best checkpoint is told: of all held-out samples together."""
+
+    none = "none"
+    loss = "loss"
+    accuracy = "accuracy"
+
+
 class Tracker(Enum):
     """Where metrics go, besides the console and metrics.jsonl."""
 

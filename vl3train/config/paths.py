@@ -22,6 +22,9 @@ original code, which is converted when it is loaded."""
 FINISHED = "finished.json"
 """The file that marks a run's folder when its last step is done."""
 
+NOT_TRAINING = ("machine", "tracking", "finetune")
+"""Sections that change nothing of what a run computes from its data."""
+
 ONE_LAUNCH = ("stop_after_steps", "max_hours")
 """Options of the section ``run`` that end a launch early and change nothing of the run."""
 
@@ -68,12 +71,12 @@ def mark_finished(cfg: TrainConfig) -> None:
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, object]:
-    """The options that decide what a run computes: all but those of the machine, of tracking and of one launch."""
+    """The options that decide what a run computes: all but those of NOT_TRAINING and of one launch."""
     return _what_trains(as_plain(cfg))
 
 
 def _what_trains(options: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: section for name, section in options.items() if name not in ("machine", "tracking")}
+    kept = {name: section for name, section in options.items() if name not in NOT_TRAINING}
     run = {name: value for name, value in kept["run"].items() if name not in ONE_LAUNCH}
     return {**kept, "run": run}
 

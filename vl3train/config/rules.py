@@ -9,7 +9,7 @@ from vl3train.config.checks.machine import adapter_problems, machine_problems
 from vl3train.config.checks.ranges import range_problems
 from vl3train.config.checks.start import start_problems
 from vl3train.config.checks.tracking import tracking_problems
-from vl3train.config.choices import AdapterKind
+from vl3train.config.choices import AdapterKind, BestFigure
 from vl3train.config.problems import Problem
 from vl3train.config.schema import PARTS, TrainConfig
 
@@ -32,6 +32,7 @@ def problems(cfg: TrainConfig) -> list[Problem]:
         *adapter_problems(cfg),
         *folder_problems(cfg),
         *silence_problems(cfg),
+        *best_problems(cfg),
         *tracking_problems(cfg),
     ]
 
@@ -93,6 +94,25 @@ def silence_problems(cfg: TrainConfig) -> list[Problem]:
             key, run.collective_timeout_seconds, "ends the job before a report about silence is due", way_out
         )
     ]
+
+
+def best_problems(cfg: TrainConfig) -> list[Problem]:
+    """A best checkpoint without evaluations to tell it by, and an early end without one."""
+    run, found = cfg.run, []
+    if run.best_figure is not BestFigure.none and not (run.evaluate_steps or run.evaluate_at_end):
+        way_out = "set run.evaluate_steps to some steps"
+        found.append(Problem("run.best_figure", run.best_figure, "the run never evaluates", way_out))
+    if run.patience is not None and run.best_figure is BestFigure.none:
+        way_out = "set run.best_figure=loss, or accuracy"
+        found.append(
+            Problem("run.patience", run.patience, "no figure tells which checkpoint is better", way_out)
+        )
+    if run.patience is not None and not run.evaluate_steps:
+        way_out = "set run.evaluate_steps to some steps"
+        found.append(
+            Problem("run.patience", run.patience, "the run does not evaluate while it trains", way_out)
+        )
+    return found
 
 
 def folder_problems(cfg: TrainConfig) -> list[Problem]:

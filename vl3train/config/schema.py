@@ -1,6 +1,7 @@
 """Every option: type, default and meaning. Defaults are written here only; YAML says what differs.
 
-The section ``data`` is in config/data_options.py, ``optim`` in config/optim_options.py.
+The section ``data`` is in config/data_options.py, ``optim`` in config/optim_options.py, ``finetune`` in
+config/finetune_options.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from omegaconf import MISSING
 from vl3train.config.choices import (
     AdapterKind,
     Attention,
+    BestFigure,
     Device,
     Dtype,
     GemmBackend,
@@ -21,6 +23,7 @@ from vl3train.config.choices import (
     WandbMode,
 )
 from vl3train.config.data_options import DataConfig
+from vl3train.config.finetune_options import FinetuneConfig
 from vl3train.config.optim_options import OptimConfig
 
 PARTS = ("vision_encoder", "projector", "language_model")
@@ -227,6 +230,17 @@ class RunConfig:
     """Number of checkpoints to keep. Older ones are deleted after a newer one is complete, except the newest that is
     2 x optim.max_skipped_steps old (or the oldest, where none is): a run may go back to it."""
 
+    keep_every_steps: int = 0
+    """Also keep every checkpoint whose step is a multiple of this. 0: none."""
+
+    best_figure: BestFigure = BestFigure.none
+    """Held-out figure by which the best checkpoint is told: loss, accuracy, or none. It is saved, kept beside the last
+    ones, and named in best.json. Needs evaluate_steps or evaluate_at_end, and held-out samples."""
+
+    patience: int | None = None
+    """End the run early when this many evaluations in a row are no better than the best. Needs best_figure and
+    evaluate_steps. null: never."""
+
     log_steps: int = 1
     """Metrics are logged every this many steps."""
 
@@ -272,3 +286,4 @@ class TrainConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -96,10 +96,14 @@ def record_evaluation(
     A run that was killed after an evaluation and resumed from a step before it repeats the evaluation.
     """
     entry = {"stage": stage, "step": step, "when": when, "sources": figures}
-    kept = []
-    if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [
-            line for line in lines if (line["step"], line["when"]) != (step, when) and line["step"] <= step
-        ]
+    kept = [
+        line
+        for line in read_evaluations(path)
+        if (line["step"], line["when"]) != (step, when) and line["step"] <= step
+    ]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

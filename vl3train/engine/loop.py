@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vl3train.config.choices import BestFigure
 from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
@@ -17,6 +18,7 @@ from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches, evaluation_batches
 from vl3train.engine.bad_steps.go_back import go_back
 from vl3train.engine.bad_steps.report import report_skipped
+from vl3train.engine.checkpoints.keep import Keep
 from vl3train.engine.checkpoints.save import save_checkpoint
 from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
 from vl3train.engine.memory.oom import explain_oom
@@ -54,7 +56,7 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
         finally:
             console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
         run.tracker.finish()
-    return run.cursor.step == run.num_steps
+    return run.is_finished
 
 
 def run_steps(run: Run, stop: StopRequest) -> None:
@@ -65,7 +67,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
 
-    last_step = run.num_steps
+    last_step = run.cursor.step if run.best.is_over else run.num_steps
     if cfg.run.stop_after_steps is not None:
         last_step = min(last_step, run.cursor.step + cfg.run.stop_after_steps)
     saved_step = first_step = run.cursor.step
@@ -100,17 +102,19 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
             saved_step = save_run(run, saved_step, ends=done == last_step or result.stop_requested)
         if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
-            evaluate_run(run, step=done, when="step")
+            saved_step = evaluate_after(run, saved_step, when="step")
         if result.stop_requested:
             run.console.message(
                 f"stopped on request after step {done}; give the same command again to resume"
             )
             break
+        if run.best.is_over:
+            break
     if saved_step != run.cursor.step:  # the last steps were passed over
         saved_step = save_run(run, saved_step, ends=True)
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
-        evaluate_run(run, step=run.num_steps, when="end")
-    if run.cursor.step == run.num_steps and rank.is_first:
+        evaluate_after(run, saved_step, when="end")
+    if run.is_finished and rank.is_first:
         mark_finished(cfg)
     run.console.message(
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
@@ -184,10 +188,35 @@ def print_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[st
         run.console.message("\n  ".join([f"{when}: {compiles}", *compiles.breaks, *reasons]))
 
 
-def evaluate_run(run: Run, *, step: int, when: str) -> None:
-    """Evaluate the held-out samples; send each source's figures to console, evaluations.jsonl and tracker."""
+def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
+    """Evaluate after the step that is done, and save it where it is the best; returns the newest checkpoint's step.
+
+    All ranks have the same figures, and so the same answer.
+    """
+    step = run.cursor.step
+    figures = evaluate_run(run, step=step, when=when)
+    if figures is None or run.best.figure is BestFigure.none:
+        return saved_step
+    if run.best.count(step, figures) and saved_step != step:
+        saved_step = save_run(run, saved_step, ends=False)
+    if run.rank.is_first:
+        run.best.write(run.folder)
+    run.console.message(run.best.told())
+    if run.best.is_over and step < run.num_steps:
+        run.console.message(
+            f"the run ends here: run.patience={run.best.patience} evaluations in a row were no better than that of "
+            f"step {run.best.step}"
+        )
+    return saved_step
+
+
+def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]] | None:
+    """Evaluate the held-out samples; send each source's figures to console, evaluations.jsonl and tracker.
+
+    Returns the figures, on every rank; None without held-out samples.
+    """
     if run.held_out is None:
-        return
+        return None
     progress.phase("evaluation")
     batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
     run.engine.train(False)
@@ -196,12 +225,13 @@ def evaluate_run(run: Run, *, step: int, when: str) -> None:
     run.engine.train(True)
     print_compiles(run, "held-out samples", take_compiles())
     if not run.rank.is_first:
-        return
+        return figures
     record_evaluation(
         run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
     )
     run.console.table(f"held-out samples, stage {run.cfg.stage.number}, step {step}", table_rows(figures))
     run.tracker.log({"held_out": figures}, step)
+    return figures
 
 
 def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
@@ -218,8 +248,12 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
         write_weights=run.write_weights,
         resume=run.resume_state(),
         rank=run.rank,
-        keep=run.cfg.run.keep_checkpoints,
-        keep_before=run.bad_steps.keep_before(run.cursor.step),
+        keep=Keep(
+            last=run.cfg.run.keep_checkpoints,
+            before=run.bad_steps.keep_before(run.cursor.step),
+            every=run.cfg.run.keep_every_steps,
+            best=run.best.step,
+        ),
     )
     if problem is None:
         return run.cursor.step

@@ -13,6 +13,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
+from vl3train.engine.best import Best
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
 from vl3train.engine.monitor.wandb_tracker import Tracker
@@ -75,7 +76,13 @@ class Run:
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
     meter: Meter
+    best: Best
     source_names: list[str] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every step is done, or the run has ended early."""
+        return self.cursor.step == self.num_steps or self.best.is_over
 
     def resume_state(self) -> dict[str, Any]:
         """Everything a resume needs beside the engine's own state. A missing key on load is an error."""

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import yaml
 from omegaconf import MISSING
@@ -39,7 +40,8 @@ def meanings() -> dict[str, Meaning]:
     for choice, key in _set_by_files():
         set_by.setdefault(key, []).append(choice)
     found = {}
-    for section, cls in SECTIONS.items():
+    for section, factory in SECTIONS.items():
+        cls: Any = factory
         texts = _texts(cls)
         for option in dataclasses.fields(cls):
             key = f"{section}.{option.name}"
@@ -66,7 +68,7 @@ def _texts(cls: type) -> dict[str, str]:
     }
 
 
-def _default_of(option: dataclasses.Field) -> str:
+def _default_of(option: dataclasses.Field[Any]) -> str:
     """A field's default as a user writes it; none where the option must be set."""
     if option.default_factory is not dataclasses.MISSING:
         value = option.default_factory()

@@ -21,6 +21,9 @@ OPTIONS: dict[str, Any] = {
 """Type of every option, by its full name."""
 
 
+WRITTEN_BY_RUNS = [name for name in SECTIONS if name != "finetune"]
+"""Sections that the config.yaml of every run has, also of one of an earlier build."""
+
 RENAMED = {
     "machine.states_on_host": "machine.offload_optimizer",
     "machine.products": "machine.gemm_backend",
@@ -68,14 +71,16 @@ def suggest(key: str) -> str:
     section, _, last = key.rpartition(".")
     last = last.replace("-", "_").strip("_").lower()
     named = [option for option in OPTIONS if option.partition(".")[2] == last]
-    if meant := (*named, *by_other_words(last)):
+    meant = [*named, *by_other_words(last)]
+    if meant:
         return f"did you mean {' or '.join(meant)}?"
     if not section and (likely := difflib.get_close_matches(key, SECTIONS, n=1)):
         return f"did you mean {likely[0]}?"
     by_last = {option.partition(".")[2]: option for option in OPTIONS}
     likely = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.75)
     likely = likely or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
-    if meant := likely[:1] or like_other_words(last):
+    meant = likely[:1] or [*like_other_words(last)]
+    if meant:
         return f"did you mean {' or '.join(meant)}?"
     known = [option.partition(".")[2] for option in OPTIONS if option.startswith(f"{section}.")]
     return f"{section} has {', '.join(known)}" if known else f"the sections are {', '.join(SECTIONS)}"

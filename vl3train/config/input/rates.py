@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -90,7 +91,7 @@ def spread_one_rate(base: DictConfig, file: Values, command_line: Values) -> Non
     places = (file, command_line)
     own = _closest(places, lambda values: "optim.learning_rate" in dict(values))
     for part in base.stage.learning_rates:
-        theirs = _closest(places, lambda values, part=part: _writes_rate(part, values))
+        theirs = _closest(places, partial(_writes_rate, part))
         if theirs < max(own, 1):
             base.stage.learning_rates[part] = rate
             base.model.learning_rates.pop(part, None)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from vl3train.config.input.groups import GROUPS
-from vl3train.config.input.options import SECTIONS, by_present_names
+from vl3train.config.input.options import WRITTEN_BY_RUNS, by_present_names
 from vl3train.config.input.words import changes_text, leaves, read_yaml, with_text
 from vl3train.config.problems import Problem
 
@@ -43,7 +43,7 @@ class UserInput:
             way_out = "write `stage: 1` or `step: {max_tokens: 8192}` in it"
             self._reject("--config", file, "holds no options", way_out)
             return
-        if all(isinstance(content.get(section), Mapping) for section in SECTIONS):
+        if all(isinstance(content.get(section), Mapping) for section in WRITTEN_BY_RUNS):
             # Only a run writes every section out: its config.yaml may be that of an earlier build.
             content, words = by_present_names(content), by_present_names(words)
         for key, value in with_text(content, words):

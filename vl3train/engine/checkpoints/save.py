@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
+from vl3train.engine.checkpoints.keep import Keep, delete_old
 from vl3train.engine.checkpoints.manifest import (
     MANIFEST,
     checkpoint_name,
@@ -44,12 +45,9 @@ def save_checkpoint(
     write_weights: Callable[[Path], None],
     resume: dict[str, Any],
     rank: Rank,
-    keep: int,
-    keep_before: int,
+    keep: Keep,
 ) -> str | None:
-    """Write one checkpoint, switch ``latest`` to it, delete all but the last ``keep``. All ranks call it.
-
-    The newest checkpoint of step ``keep_before`` or an earlier one stays too: a run may go back to it.
+    """Write one checkpoint, switch ``latest`` to it, delete those that ``keep`` does not name. All ranks call it.
 
     ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call it,
     because gathering partitioned weights needs them all.
@@ -92,9 +90,7 @@ def save_checkpoint(
     if problem is None:
         for share in rank.gather(digests):
             digests.update(share)
-    problem = problem or attempt(
-        lambda: finish(partial, final, digests, (keep, keep_before)), here=rank.is_first
-    )
+    problem = problem or attempt(lambda: finish(partial, final, digests, keep), here=rank.is_first)
     if problem is not None and rank.is_first:
         shutil.rmtree(partial, ignore_errors=True)
     return problem
@@ -108,7 +104,7 @@ def make_partial(partial: Path) -> None:
         (partial / name).mkdir(parents=True)
 
 
-def finish(partial: Path, final: Path, digests: dict[str, str], keep: tuple[int, int]) -> None:
+def finish(partial: Path, final: Path, digests: dict[str, str], keep: Keep) -> None:
     """Write the manifest; let the checkpoint appear under its name, and delete old ones."""
     (partial / MANIFEST).write_text(manifest_text(list_files(partial), digests))
     sync_tree(partial)
@@ -117,7 +113,7 @@ def finish(partial: Path, final: Path, digests: dict[str, str], keep: tuple[int,
     partial.rename(final)
     sync(final.parent)
     write_whole(final.parent / "latest", final.name)
-    delete_old(final.parent, newest=final.name, keep=keep[0], keep_before=keep[1])
+    delete_old(final.parent, newest=final.name, keep=keep)
 
 
 def not_written(checkpoint: Path, error: Exception) -> str:
@@ -127,18 +123,3 @@ def not_written(checkpoint: Path, error: Exception) -> str:
     except OSError:
         free = ""
     return f"checkpoint {checkpoint} could not be written: {error}{free}"
-
-
-def delete_old(checkpoints: Path, *, newest: str, keep: int, keep_before: int) -> None:
-    """Delete all but the last ``keep`` checkpoints up to ``newest``, and the newest up to step ``keep_before``.
-
-    Where all are later than that, the oldest stays: else a run that was stopped soon after its first save could not go
-    back where one that was not stopped can. A checkpoint of a step after ``newest`` is damaged, or the run would have
-    resumed from it: it does not count.
-    """
-    folders = [folder for folder in sorted(checkpoints.glob("step_????????")) if folder.name <= newest]
-    before = [folder for folder in folders if folder.name <= checkpoint_name(max(0, keep_before))]
-    kept = [*folders[-keep:], *(before[-1:] or folders[:1])]
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder)

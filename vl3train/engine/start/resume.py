@@ -11,7 +11,9 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
+from vl3train.engine.best import Best, start_best
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
+from vl3train.engine.evaluate import read_evaluations
 from vl3train.engine.monitor.console import truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
@@ -30,6 +32,7 @@ class ResumePoint:
     identity: dict[str, Any]  # see ``run_identity``
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
+    best: Best
     remarks: list[str]  # what of the held-out samples changed since the checkpoint; on the first rank
 
 
@@ -43,6 +46,7 @@ def resume(
     """
     identity = run_identity(cfg, data.train, model.counts, rank)
     cursor = Cursor()
+    evaluations = rank.gather(read_evaluations(folder.path / "evaluations.jsonl") if rank.is_first else [])[0]
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     bad_steps = BadSteps(cfg.optim)
     if folder.checkpoint is not None:
@@ -65,6 +69,7 @@ def resume(
         identity=identity,
         failed_samples=failed_samples,
         bad_steps=bad_steps,
+        best=start_best(cfg.run, evaluations, cursor.step),
         remarks=remarks,
     )
 

@@ -80,6 +80,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         failed_samples=point.failed_samples,
         bad_steps=point.bad_steps,
         meter=meter,
+        best=point.best,
         source_names=list(data.train.index.source_names),
     )
 

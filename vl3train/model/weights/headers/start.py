@@ -121,7 +121,7 @@ def _size_problems(cfg: TrainConfig, described: list[Described]) -> list[Problem
         return []
     shapes = [one.language_model for one in described]
     fits = [name for name, shape in LANGUAGE_MODELS.items() if shape in shapes]
-    way_out = f"choose model={fits[0]}" if fits and fits[0] != cfg.model.name else "choose another model="
+    way_out = f"choose model={fits[0]}" if fits and fits[0] != cfg.model.name else "choose model=own"
     key = "stage.init_from" if cfg.stage.number > 1 else "model.name"
     value = cfg.stage.init_from if cfg.stage.number > 1 else cfg.model.name
     what = "the model to start from has another size: " + "; ".join(wrong)
