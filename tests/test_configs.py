@@ -29,7 +29,11 @@ from vl3train.model.weights.processor import build_processor
 __all__ = ["workplace"]
 
 CONFIGS = shipped_folder("configs")
-CHOICES = list(itertools.product(*(group_choices(group) for group in ("stage", "model", "machine"))))
+CHOICES = [
+    choice
+    for choice in itertools.product(*(group_choices(group) for group in ("stage", "model", "machine")))
+    if choice[:2] != ("1_encoder_adaptation", "own")  # an own model has no published parts to begin with
+]
 
 
 def compose(stage: str, model: str = "2b", machine: str = "one_node", *others: str) -> TrainConfig:
@@ -65,7 +69,7 @@ def test_the_stages_are_the_published_ones():
         "3_multitask_finetuning": (later, (1, 2), True),
         "4_video_finetuning": (later, (2, 2), True),
     }
-    assert group_choices("stage") == sorted(published)
+    assert [name for name in group_choices("stage") if name[0].isdigit()] == sorted(published)
     for name, (rates, merge_sizes, prune_frames) in published.items():
         cfg = compose(name)
         assert cfg.stage.name == name

@@ -23,7 +23,19 @@ MAY_IMPORT = {
     "inference": {"contracts", "config", "data", "model"},
     "report": {"contracts", "config", "data"},
     "preview": {"contracts", "config", "data", "model", "engine", "inference", "report"},
-    "cli": {"contracts", "config", "data", "model", "demo", "engine", "inference", "report", "preview"},
+    "finetuning": {"contracts", "config", "data", "model", "engine", "inference", "report", "preview"},
+    "cli": {
+        "contracts",
+        "config",
+        "data",
+        "model",
+        "demo",
+        "engine",
+        "inference",
+        "report",
+        "preview",
+        "finetuning",
+    },
     "train.py": {"contracts", "config", "data", "model", "engine", "preview"},
     "launch.py": {"contracts"},
 }
@@ -73,6 +85,8 @@ MODULE = re.compile(rf"(vl3train|{'|'.join(re.escape(library) for library in DOO
 
 NOT_IMPORTED = {
     ("cli/train.py", "vl3train.train"): "the launcher starts it, in processes of its own",
+    ("finetuning/launching.py", "vl3train.train"): "the launcher starts it, in processes of its own",
+    ("finetuning/launching.py", "vl3train.launch"): "a process of its own, which this one waits for",
     ("cli/train.py", "vl3train.launch"): "this process becomes it",
     (
         "data/render/processes.py",

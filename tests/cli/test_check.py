@@ -114,6 +114,13 @@ def test_what_is_checked_is_what_is_trained(with_data: Path):
         check_config(parser.parse_args([*GOOD]), dp_size=3)
 
 
+def test_ranks_are_counted_as_train_and_plan_count_them(with_data: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["check", *GOOD, "--nproc", "4"]) == 0
+    assert "(4 ranks x 4)" in capsys.readouterr().out
+    assert main(["check", *GOOD, "--nproc", "3"]) == 1
+    assert "does not divide over machine.dp_size=3" in " ".join(capsys.readouterr().out.split())
+
+
 def test_check_needs_no_torch(with_data: Path):
     code = (
         "import sys\n"

@@ -36,6 +36,21 @@ def count(text: str) -> int:
     return number
 
 
+def positive(text: str) -> float:
+    """A number above 0.
+
+    >>> positive("1e-4")
+    0.0001
+    """
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a number") from error
+    if not 0 < number < float("inf"):
+        raise ArgumentTypeError(f"{text} must be above 0")
+    return number
+
+
 def share(text: str) -> float:
     """A number above 0, at most 1.
 

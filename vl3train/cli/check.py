@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vl3train.cli.arguments import count
 from vl3train.config.checks.start import starts_from
 from vl3train.config.choices import AdapterKind, Memory
 from vl3train.config.load import add_config_arguments
@@ -33,6 +34,12 @@ from vl3train.preview.check_config import examine
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train check``."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--nproc",
+        type=count,
+        metavar="N",
+        help="ranks to check for, as vl3train train and plan take them (default: machine.dp_size)",
+    )
     ahead = "do not require that stage.init_from exists: check a stage before the earlier one is trained"
     parser.add_argument("--ahead", action="store_true", help=ahead)
 
@@ -40,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Print the summary and return 0, or print all problems and return 1."""
     console = Console(highlight=False, soft_wrap=True)
-    cfg, recipe, found = examine(args)
+    cfg, recipe, found = examine(args, dp_size=args.nproc)
     if cfg is not None:
         found = [*found, *mark_problems(cfg)]
     if args.ahead and cfg is not None and cfg.stage.init_from is not None:
@@ -103,13 +110,13 @@ def part_rows(cfg: TrainConfig) -> list[tuple[str, str, str, str]]:
     rows = []
     for part in PARTS:
         size = cfg.model.num_parameters.get(part)
-        count = "" if size is None else f"{size:,}"
+        number = "" if size is None else f"{size:,}"
         if part in adapted:
-            rows.append((part, f"LoRA, rank {cfg.adapter.rank}", f"{adapted[part]:g}", f"{count} frozen"))
+            rows.append((part, f"LoRA, rank {cfg.adapter.rank}", f"{adapted[part]:g}", f"{number} frozen"))
         elif part in full:
-            rows.append((part, "in full", f"{full[part]:g}", count))
+            rows.append((part, "in full", f"{full[part]:g}", number))
         else:
-            rows.append((part, "frozen", "", count))
+            rows.append((part, "frozen", "", number))
     return rows
 
 

@@ -46,6 +46,7 @@ COMMANDS = {
         "vl3train.cli.verify_checkpoint", "read checkpoints whole and name each damaged file"
     ),
     "calibrate": Command("vl3train.cli.calibrate", "measure what tokens and patches cost on this machine"),
+    "finetune": Command("vl3train.cli.finetune", "from your records to a fine-tuned model, in one command"),
     "train": Command("vl3train.cli.train", "train one stage on all GPUs of this machine"),
     "evaluate": Command("vl3train.cli.evaluate", "compute loss and accuracy of a model on held-out samples"),
     "export": Command("vl3train.cli.export", "write a trained model as a Hugging Face folder"),
@@ -58,6 +59,7 @@ COMMANDS = {
 }
 
 EXAMPLES = """examples:
+  vl3train finetune my.jsonl --model VideoLLaMA3-2B
   vl3train shards my.jsonl --out data/mine --media-root media
   vl3train check stage=1 model=debug data=demo machine=cpu
   vl3train check stage=4 model=7b stage.init_from=runs/7b/3_multitask_finetuning machine.zero_stage=3

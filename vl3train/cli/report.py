@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vl3train.report.run_log import milestones, read_run, read_samples
+from vl3train.report.run_log import read_run, read_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,21 +44,11 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise ValueError("\n".join(problems))
 
-    from vl3train.report.figures import draw_accuracies, draw_losses
-    from vl3train.report.page import write_page
+    from vl3train.report.make import make_report
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    reached = milestones(runs)
-    figures = {"loss_curves": {dark: draw_losses(runs, dark=dark) for dark in (False, True)}}
-    if reached:
-        figures["accuracy"] = {dark: draw_accuracies(reached, dark=dark) for dark in (False, True)}
-    for name, of_theme in figures.items():
-        (out / f"{name}.png").write_bytes(of_theme[False])
-    write_page(out / "report.html", runs, reached, figures, samples)
-    written = ", ".join([*(f"{name}.png" for name in figures), "report.html"])
+    written = make_report(runs, Path(args.out), samples)
     print(
-        f"wrote {written} to {out}"
-        + ("" if reached else "; accuracy.png is not written, because no run was evaluated")
+        f"wrote {', '.join(written)} to {args.out}"
+        + ("" if "accuracy.png" in written else "; accuracy.png is not written, because no run was evaluated")
     )
     return 0

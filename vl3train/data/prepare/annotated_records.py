@@ -36,6 +36,8 @@ class AnnotatedRecords:
     """Renames columns, see ``read_annotations``."""
     chosen_only: bool = False
     """Of preference data, take the chosen answer."""
+    only: frozenset[str] | None = None
+    """Places of the records that are read. None: of all."""
 
     def read(self, ignored: Counter[str] | None = None) -> Iterator[tuple[str, Found]]:
         """Place and content of each record, or the reason why it is rejected; whether its media exist is checked.
@@ -45,7 +47,8 @@ class AnnotatedRecords:
         roots = MediaRoots(self.media_roots, source_folders(self.annotations))
         for path in self.annotations:
             for where, record in read_annotations(path, self.columns, self.annotations):
-                yield where, self._checked(where, record, roots, ignored)
+                if self.only is None or where in self.only:
+                    yield where, self._checked(where, record, roots, ignored)
 
     def _checked(self, where: str, record: Any, roots: MediaRoots, ignored: Counter[str] | None) -> Found:
         try:

@@ -1,0 +1,1 @@
+"""Tests of fine-tuning in one command."""
