@@ -29,10 +29,17 @@ from vl3train.model.weights.processor import build_processor
 __all__ = ["workplace"]
 
 CONFIGS = shipped_folder("configs")
+OF_FINETUNE = {"finetuning", "finetuning_full", "own", "one_cpu"}
+"""What `vl3train finetune` chooses, tried together and not with everything."""
 CHOICES = [
     choice
     for choice in itertools.product(*(group_choices(group) for group in ("stage", "model", "machine")))
-    if choice[:2] != ("1_encoder_adaptation", "own")  # an own model has no published parts to begin with
+    if not OF_FINETUNE.intersection(choice)
+]
+CHOICES += [
+    ("finetuning", "own", "one_cpu"),
+    ("finetuning", "2b", "one_gpu"),
+    ("finetuning_full", "7b", "one_gpu"),
 ]
 
 
