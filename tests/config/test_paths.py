@@ -42,6 +42,10 @@ def test_a_run_that_an_earlier_build_finished_is_finished(tmp_path):
     assert "max_bad_fraction" in before["data"]
     file.write_text(json.dumps(before))
     assert is_finished(cfg)
+    del before["run"]["best_figure"], before["optim"]["learning_rate"]  # it did not have these options
+    file.write_text(json.dumps(before))
+    assert is_finished(cfg)
+    assert not is_finished(config(tmp_path, patience=3, num_steps=7))
     before["data"]["max_bad_fraction"] = 0.5
     file.write_text(json.dumps(before))
     assert not is_finished(cfg)

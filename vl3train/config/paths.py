@@ -56,7 +56,8 @@ def is_finished(cfg: TrainConfig) -> bool:
         return False
     try:
         finished = by_present_names(json.loads(file.read_text(encoding="utf-8")))
-        as_written = _what_trains(finished)
+        defaults = what_trains(TrainConfig())  # of options that the build did not have which wrote the file
+        as_written = {name: {**defaults.get(name, {}), **of} for name, of in _what_trains(finished).items()}
     except (ValueError, AttributeError, KeyError, TypeError):
         way_out = f"delete {file}: the run then goes on from its newest checkpoint"
         raise ConfigError(
@@ -70,7 +71,7 @@ def mark_finished(cfg: TrainConfig) -> None:
     write_whole(Path(cfg.run.output_dir) / FINISHED, json.dumps(what_trains(cfg), indent=1))
 
 
-def what_trains(cfg: TrainConfig) -> dict[str, object]:
+def what_trains(cfg: TrainConfig) -> dict[str, Any]:
     """The options that decide what a run computes: all but those of NOT_TRAINING and of one launch."""
     return _what_trains(as_plain(cfg))
 
