@@ -47,7 +47,7 @@ machine=$([ "$gpus" -gt 0 ] && echo one_gpu || echo cpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 say "demo data and parts in $out/data"
-vl3train demo "$out/data" ${fast:+--samples-scale 0.05}
+vl3train demo "$out/data" ${fast:+--samples-scale 0.02}
 
 overrides=()
 if [ -n "$fast" ]; then overrides+=(run.num_steps=2); fi
