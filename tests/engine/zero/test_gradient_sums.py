@@ -123,53 +123,60 @@ def test_gate_and_up_of_frozen_layers_lie_together(tiny_model_dir, rank, tmp_pat
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("level", [Recompute.elementwise, Recompute.mlp, Recompute.layer], ids=str)
-def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch, level):
-    """Two steps of two micro-batches under ZeRO-1 in bfloat16, with and without sums of the layers' own; rate 0."""
+def sums_of_two_steps(tiny_model_dir, rank, level, own):
+    """Sums and gradient norm of two steps of two micro-batches under ZeRO-1 in bfloat16; rate 0."""
+    hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
+    packed = PackedModel(
+        hf_model, "reference", recompute_language=level, compile_layers=True, gemm_backend="quack"
+    )
+    if not own:
+        packed.weights_with_sums = list
+    engine = Zero(
+        packed,
+        torch.optim.SGD([{"name": "all", "params": list(packed.parameters()), "lr": 0.0}]),
+        machine=MachineConfig(),
+        optim=OptimConfig(max_grad_norm=0),
+        num_micro_batches=2,
+        rank=rank,
+    )
+    engine.train(True)
+    samples = random_samples(hf_model.config, count=4)
+    names = {parameter: name for name, parameter in hf_model.named_parameters()}
+    found = []
+    for _ in range(2):
+        for last, first in enumerate((0, 2)):
+            output = engine.forward(collate_samples(samples[first : first + 2]))
+            engine.backward(output.loss_sum / 40)
+            if not last:
+                engine.finish_micro_batch()
+        (group,), (totals,) = engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients
+        sums = {names[weight]: total.clone() for weight, total in zip(group, totals, strict=True)}
+        found.append((sums, engine.step(torch.zeros(0)).wait()))
+    return found
+
+
+def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch):
+    """With sums of the layers' own, at each level, and without; the graphs of the encoder are the same in all runs."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     )
-    found, added = {}, []
-    plain = gemm_accumulate.add_weight_grad_reference
+    added, plain = [], gemm_accumulate.add_weight_grad_reference
     monkeypatch.setattr(
         gemm_accumulate, "add_weight_grad_reference", lambda *args: added.append(1) or plain(*args)
     )
-    for own in (False, True):
-        torch._dynamo.reset()
-        hf_model = load_model(tiny_model_dir, dtype=torch.bfloat16)
-        packed = PackedModel(
-            hf_model, "reference", recompute_language=level, compile_layers=True, gemm_backend="quack"
-        )
-        if not own:
-            monkeypatch.setattr(packed, "weights_with_sums", list)
-        engine = Zero(
-            packed,
-            torch.optim.SGD([{"name": "all", "params": list(packed.parameters()), "lr": 0.0}]),
-            machine=MachineConfig(),
-            optim=OptimConfig(max_grad_norm=0),
-            num_micro_batches=2,
-            rank=rank,
-        )
-        engine.train(True)
-        samples = random_samples(hf_model.config, count=4)
-        names = {parameter: name for name, parameter in hf_model.named_parameters()}
-        found[own] = []
-        for _ in range(2):
-            for last, first in enumerate((0, 2)):
-                output = engine.forward(collate_samples(samples[first : first + 2]))
-                engine.backward(output.loss_sum / 40)
-                if not last:
-                    engine.finish_micro_batch()
-            (group,), (totals,) = engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_gradients
-            sums = {names[weight]: total.clone() for weight, total in zip(group, totals, strict=True)}
-            found[own].append((sums, engine.step(torch.zeros(0)).wait()))
-    repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
-    assert len(added) == 2 * 2 * 2 * repeated, "layers, micro-batches, steps"
-    for (expected, norm), (sums, own_norm) in zip(found[False], found[True], strict=True):
-        assert own_norm == pytest.approx(norm, rel=1e-3)
-        for name, total in sums.items():
-            # Without, each gradient of a micro-batch is rounded to bfloat16.
-            assert (total - expected[name]).norm() <= 4e-3 * expected[name].norm(), name
+    torch._dynamo.reset()
+    without = sums_of_two_steps(tiny_model_dir, rank, Recompute.elementwise, own=False)
+    assert not added
+    for level in (Recompute.elementwise, Recompute.mlp, Recompute.layer):
+        found = sums_of_two_steps(tiny_model_dir, rank, level, own=True)
+        repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
+        assert len(added) == 2 * 2 * 2 * repeated, "layers, micro-batches, steps"
+        added.clear()
+        for (expected, norm), (sums, own_norm) in zip(without, found, strict=True):
+            assert own_norm == pytest.approx(norm, rel=1e-3)
+            for name, total in sums.items():
+                # Without, each gradient of a micro-batch is rounded to bfloat16.
+                assert (total - expected[name]).norm() <= 4e-3 * expected[name].norm(), name
 
 
 def test_the_model_alone_adds_nothing_to_the_sums_of_an_engine(tiny_model_dir, rank, monkeypatch):
