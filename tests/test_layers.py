@@ -16,10 +16,11 @@ PACKAGE = Path(vl3train.__file__).parent
 MAY_IMPORT = {
     "contracts": set(),
     "config": {"contracts"},
-    "data": {"contracts", "config"},
+    "scoring": {"contracts"},
+    "data": {"contracts", "config", "scoring"},
     "model": {"contracts", "config"},
     "demo": {"contracts", "config", "data", "model"},
-    "engine": {"contracts", "config", "data", "model"},
+    "engine": {"contracts", "config", "scoring", "data", "model"},
     "inference": {"contracts", "config", "data", "model"},
     "report": {"contracts", "config", "data"},
     "preview": {"contracts", "config", "data", "model", "engine", "inference", "report"},

@@ -78,7 +78,7 @@ ALLOWED = {
         "recv",
     ): "from the process that started it, over a private socket",
     ("vl3train/engine/ranks.py", "all_gather_object"): "between the ranks of one job",
-    ("vl3train/engine/evaluate.py", "all_gather_object"): "between the ranks of one job",
+    ("vl3train/engine/held_out/losses.py", "all_gather_object"): "between the ranks of one job",
     ("benchmarks/gpu/process.py", "recv"): "from a process that the benchmark started",
 }
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 
 import pytest
+import torch
+from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.config.conftest import write_run_config
+from tests.data.shards_fixture import make_source
 from vl3train.cli.evaluate import main
 from vl3train.config.load import read_config
 from vl3train.config.problems import ConfigError
+from vl3train.engine.held_out import of_model
+from vl3train.inference.answer import Asker
+from vl3train.inference.requests import Request
+from vl3train.model.weights.hf_folder import save_weights
+from vl3train.scoring.predictions import read_predictions
 
 
 def test_what_a_run_started_from_need_not_be_there_and_other_mistakes_are_told(tmp_path):
@@ -17,7 +26,122 @@ def test_what_a_run_started_from_need_not_be_there_and_other_mistakes_are_told(t
     cfg, _ = read_config([*words, f"data.root={tmp_path / 'nowhere'}", f"run.output_dir={tmp_path}"])
     write_run_config(cfg, tmp_path)
     with pytest.raises(ConfigError) as caught:
-        main(Namespace(run=tmp_path, overrides=["step.max_tokens=0"], model=None, json=None))
+        main(Namespace(run=tmp_path, overrides=["step.max_tokens=0"], max_new_tokens=None))
     keys = [problem.key for problem in caught.value.problems]
     assert {"step.max_tokens", "data.root"} <= set(keys)
     assert "stage.init_from" not in keys
+
+
+@pytest.fixture(scope="module")
+def lively(tiny_model_dir, processor, tmp_path_factory):
+    """The tiny model with weights large enough that what it says depends on what it is shown."""
+    model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed_tokens" not in name:
+            parameter.data.normal_(std=0.25, generator=draw)
+    return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Held-out pictures, clips and text, scored by two metrics and a function of the user's own."""
+    root = tmp_path_factory.mktemp("questions")
+    make_source(root / "test", images=3, clips=2, texts=2, seed=4, per_shard=3)
+    (root / "mine.py").write_text(
+        "def length(prediction, reference, question):\n    return len(prediction)\n"
+    )
+    (root / "recipe.yaml").write_text(
+        "name: small\nabout: tests\nsources:\n"
+        "  - {name: test, held_out: test/shards, metrics: [exact, anls, 'mine.py:length']}\n"
+    )
+    return root / "recipe.yaml"
+
+
+def evaluation(lively, recipe, folder, **changed):
+    words = [f"data.recipe={recipe}", f"data.root={recipe.parent}", "data.num_workers=0", "machine=cpu"]
+    given = {
+        "run": lively,
+        "overrides": words,
+        "model": None,
+        "json": folder / "figures.json",
+        "metrics": None,
+        "max_new_tokens": 12,
+        "out": folder / "predictions.jsonl",
+    }
+    return Namespace(**{**given, **changed})
+
+
+def test_an_export_answers_as_generate_does(lively, recipe, tmp_path, capsys):
+    assert main(evaluation(lively, recipe, tmp_path)) == 0
+    predictions = read_predictions(tmp_path / "predictions.jsonl")
+    asker = Asker.load(lively, device="cpu", max_new_tokens=12)
+    media = recipe.parent / "test" / "media"
+    kinds = {"How many?": "image", "Describe.": "video"}
+    asked = set()
+    for one in predictions:
+        number = "".join(char for char in one.reference if char.isdigit())
+        kind = kinds.get(one.question, "text")
+        request = Request(
+            prompt=one.question,
+            images=(media / f"{number}.png",) if kind == "image" else (),
+            videos=(media / f"{number}.mp4",) if kind == "video" else (),
+        )
+        assert [one.prediction] == asker.answers([request])
+        assert one.scores["mine.py:length"] == len(one.prediction)
+        asked.add(kind)
+    assert len(predictions) == 7
+    assert asked == {"image", "video", "text"}
+    row = json.loads((tmp_path / "figures.json").read_text())["test"]
+    assert row["questions"] == row["samples"] == 7
+    assert row["mine.py:length"] == pytest.approx(sum(len(one.prediction) for one in predictions) / 7)
+    assert row["mine.py:length_low"] <= row["mine.py:length"] <= row["mine.py:length_high"]
+    assert "mine.py:length" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_was_stopped_goes_on(lively, recipe, tmp_path, monkeypatch):
+    """Answers of the same weights and settings are not generated anew, those of others are."""
+    generate, asked = of_model.generate_predictions, []
+
+    def stopped(*args, **options):
+        tell = options["tell"]
+
+        def tell_three(one):
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            asked.append(one)
+            tell(one)
+
+        return generate(*args, **{**options, "tell": tell_three})
+
+    monkeypatch.setattr(of_model, "generate_predictions", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(evaluation(lively, recipe, tmp_path))
+    (partial,) = tmp_path.glob("*.partial")
+    text = partial.read_text().replace(json.dumps(asked[0].prediction, ensure_ascii=False), '"kept"')
+    partial.write_text(text + '{"key": "cut short')
+    monkeypatch.setattr(of_model, "generate_predictions", generate)
+    assert main(evaluation(lively, recipe, tmp_path)) == 0
+    found = {one.place: one.prediction for one in read_predictions(tmp_path / "predictions.jsonl")}
+    assert len(found) == 7
+    assert found[asked[0].place] == "kept"
+    assert not list(tmp_path.glob("*.partial"))
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / partial.name).write_text(text)
+    assert main(evaluation(lively, recipe, other, max_new_tokens=5)) == 0
+    found = {one.place: one.prediction for one in read_predictions(other / "predictions.jsonl")}
+    assert found[asked[0].place] != "kept"
+
+
+def test_metrics_that_cannot_be_used_are_told_together_before_anything_runs(lively, recipe, tmp_path):
+    names = ["exakt", "mine.py:score", "gone.py:score"]
+    with pytest.raises(ValueError, match=r"did you mean exact\?\n.*no file mine.py\n.*no file gone.py"):
+        main(evaluation(lively, recipe, tmp_path, metrics=names))
+    bad = recipe.parent / "bad.yaml"
+    bad.write_text(recipe.read_text().replace("exact", "cidre").replace(":length", ":width"))
+    with pytest.raises(
+        (ConfigError, ValueError), match=r"(?s)did you mean cider\?.*defines no function width"
+    ):
+        main(evaluation(lively, bad, tmp_path))

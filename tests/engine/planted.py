@@ -174,7 +174,7 @@ def plant(what, where):
         client = import_module("vl3train.data.render.decode_client")
         client.serve = functools.partial(serve, what, where)
     elif where == "gather_evaluation":
-        module = import_module("vl3train.engine.evaluate")
+        module = import_module("vl3train.engine.held_out.losses")
         module.dist = types.SimpleNamespace(all_gather_object=act)
     elif where == "half_deleted":
         save = import_module("vl3train.engine.checkpoints.save")

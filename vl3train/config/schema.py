@@ -253,6 +253,9 @@ class RunConfig:
     evaluate_steps: int = 0
     """Also evaluate every this many steps. 0: not during the run."""
 
+    evaluate_max_new_tokens: int = 256
+    """Longest generated answer of an evaluation, in tokens; for sources whose recipe names metrics."""
+
     stop_after_steps: int | None = None
     """Save a checkpoint and stop after this many steps of this launch. The learning-rate schedule stays that of the
     whole run."""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vl3train.config.paths import shipped_folder
+from vl3train.scoring.metrics import metric_problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Source:
     """Samples the paper, or the data set's own page, gives."""
     origin: str | None = None
     """Where the data come from."""
+    metrics: tuple[str, ...] = ()
+    """How generated answers to the held-out samples are scored (docs/evaluation.md). Empty: none are generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,12 @@ def recipe_problems(recipe: Recipe, root: str | Path) -> list[str]:
         for source in recipe.sources
         if not 0 < source.weight < float("inf")
     ]
+    problems += [
+        f"{recipe.path}: source {source.name}: {problem}"
+        for source in recipe.sources
+        for name in source.metrics
+        if (problem := metric_problem(name, recipe.path.parent)) is not None
+    ]
     missing = [
         (source.name, folder, source.origin)
         for source in recipe.sources
@@ -156,6 +165,7 @@ def _read_source(entry: Any, number: int, root: Path, problems: list[str]) -> So
         "group": str,
         "published_samples": int,
         "origin": str,
+        "metrics": list,
     }
     assert {"name", *optional} == {field.name for field in fields(Source)}
     before = len(problems)
@@ -164,6 +174,10 @@ def _read_source(entry: Any, number: int, root: Path, problems: list[str]) -> So
         problems.append(f"{where}: shards is missing (or held_out, for a source that is only evaluated)")
     if len(problems) > before:
         return None
+    if not all(isinstance(name, str) for name in entry.get("metrics") or ()):
+        problems.append(f"{where}: metrics={entry['metrics']!r} must be a list of names")
+        return None
+    entry = {**entry, "metrics": tuple(entry.get("metrics") or ())}
     folders = {key: root / entry[key] for key in ("shards", "held_out") if entry.get(key)}
     return Source(**{**{key: value for key, value in entry.items() if value is not None}, **folders})
 

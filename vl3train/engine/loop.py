@@ -15,15 +15,15 @@ from vl3train.config.paths import mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch, TooManyFailed
-from vl3train.data.pipeline import StepBatches, evaluation_batches
+from vl3train.data.pipeline import StepBatches
 from vl3train.engine.bad_steps.go_back import go_back
 from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.checkpoints.keep import Keep
 from vl3train.engine.checkpoints.save import save_checkpoint
-from vl3train.engine.evaluate import evaluate, record_evaluation, table_rows
+from vl3train.engine.held_out.in_run import evaluate_run
 from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.collectives import shorten_timeouts
-from vl3train.engine.monitor.compile_log import Compiles, take_compiles
+from vl3train.engine.monitor.compile_log import Compiles, print_compiles, take_compiles
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.silence import watched
 from vl3train.engine.optim.build import rate_factor, set_rates
@@ -62,7 +62,7 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
 def run_steps(run: Run, stop: StopRequest) -> None:
     """Do every step from ``run.cursor`` on, with logs, checkpoints and evaluations where they are due."""
     cfg, rank = run.cfg, run.rank
-    print_compiles(run, "before the first step", take_compiles())
+    print_compiles(run.console, "before the first step", take_compiles())
     shorten_timeouts(cfg.run)
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
@@ -91,7 +91,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         run.failed_samples.count(step, step_batches.num_samples, result.num_failed_samples)
         done = step + 1
         if step > first_step:
-            print_compiles(run, f"step {done}", compiles, compiles.reasons)
+            print_compiles(run.console, f"step {done}", compiles, compiles.reasons)
         if done % cfg.run.log_steps == 0 or done == last_step or result.is_skipped:
             step_seconds = time.perf_counter() - started
             log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
@@ -182,12 +182,6 @@ def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:
     ]
 
 
-def print_compiles(run: Run, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
-    """Print what was compiled, if anything was: one line, then one for each graph break and each of ``reasons``."""
-    if compiles.seconds:
-        run.console.message("\n  ".join([f"{when}: {compiles}", *compiles.breaks, *reasons]))
-
-
 def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
     """Evaluate after the step that is done, and save it where it is the best; returns the newest checkpoint's step.
 
@@ -208,30 +202,6 @@ def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
             f"step {run.best.step}"
         )
     return saved_step
-
-
-def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]] | None:
-    """Evaluate the held-out samples; send each source's figures to console, evaluations.jsonl and tracker.
-
-    Returns the figures, on every rank; None without held-out samples.
-    """
-    if run.held_out is None:
-        return None
-    progress.phase("evaluation")
-    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
-    run.engine.train(False)
-    names = list(run.held_out.index.source_names)
-    figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
-    run.engine.train(True)
-    print_compiles(run, "held-out samples", take_compiles())
-    if not run.rank.is_first:
-        return figures
-    record_evaluation(
-        run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
-    )
-    run.console.table(f"held-out samples, stage {run.cfg.stage.number}, step {step}", table_rows(figures))
-    run.tracker.log({"held_out": figures}, step)
-    return figures
 
 
 def save_run(run: Run, saved_step: int, *, ends: bool) -> int:

@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "run.patience": AT_LEAST_1,
     "run.log_steps": AT_LEAST_1,
     "run.evaluate_steps": AT_LEAST_0,
+    "run.evaluate_max_new_tokens": AT_LEAST_1,
     "run.stop_after_steps": AT_LEAST_1,
     "run.max_hours": POSITIVE,
     "run.silence_seconds": POSITIVE,

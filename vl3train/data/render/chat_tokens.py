@@ -98,6 +98,10 @@ class ChatTokenizer:
         """Text of ids, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def words(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens and outer space: an answer."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     def _id(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)
         if number is None:

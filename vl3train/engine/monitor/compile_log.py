@@ -18,6 +18,8 @@ from torch._dynamo.utils import (
     get_compilation_metrics,
 )
 
+from vl3train.engine.monitor.console import Console
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiles:
@@ -45,6 +47,12 @@ class Compiles:
         """
         found = f", {self.on_disk} of them found on disk" if self.on_disk else ""
         return f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled in {self.seconds:.1f} s{found}"
+
+
+def print_compiles(console: Console, when: str, compiles: Compiles, reasons: Sequence[str] = ()) -> None:
+    """Print what was compiled, if anything was: one line, then one for each graph break and each of ``reasons``."""
+    if compiles.seconds:
+        console.message("\n  ".join([f"{when}: {compiles}", *compiles.breaks, *reasons]))
 
 
 def take_compiles() -> Compiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -72,8 +72,14 @@ class Generator:
         self._random = torch.Generator(self.device).manual_seed(sampling.seed)
         self._slots: Slots | None = None
 
-    def answers(self, batches: Iterable[Batch]) -> Iterator[Answer]:
-        """An answer to each prompt of the packs, in the order in which they end. ``batches`` lie on the host."""
+    def answers(
+        self, batches: Iterable[Batch], wanted: Callable[[Batch, Prompt], bool] = lambda batch, prompt: True
+    ) -> Iterator[Answer]:
+        """An answer to each prompt of the packs that is ``wanted``, in the order in which they end.
+
+        ``batches`` lie on the host. Raises ValueError for a prompt whose keys and values need more than
+        ``cache_bytes``.
+        """
         packs = iter(batches)
         waiting: deque[_Waiting] = deque()
         busy: dict[int, Answer] = {}
@@ -84,7 +90,7 @@ class Generator:
                 if (batch := next(packs, None)) is None:
                     more = False
                 else:
-                    yield from self._prefilled(batch, waiting)
+                    yield from self._prefilled(batch, wanted, waiting)
             self._fill(waiting, busy)
             if busy:
                 unread.append(self._step(busy))
@@ -94,9 +100,11 @@ class Generator:
             if not (busy or waiting or more or unread):
                 return
 
-    def _prefilled(self, batch: Batch, waiting: deque[_Waiting]) -> Iterator[Answer]:
-        """Run a pack's prompts; yield answers of one token, and let the others wait."""
-        prompts = find_prompts(batch)
+    def _prefilled(
+        self, batch: Batch, wanted: Callable[[Batch, Prompt], bool], waiting: deque[_Waiting]
+    ) -> Iterator[Answer]:
+        """Run a pack's prompts; yield answers that end with the first token, and let the others wait."""
+        prompts = [prompt for prompt in find_prompts(batch) if wanted(batch, prompt)]
         if not prompts:
             return
         moved = batch.to(self.device)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vl3train.engine.evaluate import record_evaluation, summarize
+from vl3train.engine.held_out.losses import record_evaluation, summarize
 
 
 def test_figures_are_of_samples_not_of_tokens():

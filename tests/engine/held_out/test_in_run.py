@@ -1,0 +1,74 @@
+"""Answers are generated in a run as they are after it, with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.engine.runs import run
+from vl3train.cli.evaluate import main as evaluate
+from vl3train.config.paths import shipped_folder
+from vl3train.engine.held_out.answers import question_of
+from vl3train.scoring.predictions import read_predictions
+
+
+def talkative(language_model, folder):
+    """The small demo's language model with other weights: as it is, it ends each answer at once."""
+    shutil.copytree(language_model, folder)
+    state = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(3)
+    for name, weight in state.items():
+        if weight.ndim > 1 and "embed" not in name:
+            weight.normal_(std=0.25, generator=draw)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(demo_words, demo_root, tmp_path):
+    recipe = yaml.safe_load((shipped_folder("data_recipes") / "demo_stage1.yaml").read_text())
+    scored = [source for source in recipe["sources"] if source.get("held_out")][:2]
+    for source in scored:
+        source["metrics"] = ["exact", "anls"]
+    recipe["sources"] = [*scored, next(source for source in recipe["sources"] if source["name"] == "when")]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = [*demo_words, "stage=1", "run.num_steps=2", f"data.recipe={tmp_path / 'recipe.yaml'}"]
+    words += [f"model.language_model_from={talkative(demo_root / 'parts/language_model', tmp_path / 'lm')}"]
+    folder = run([*words, "run.evaluate_max_new_tokens=6", f"run.output_dir={tmp_path / 'run'}"])
+
+    (line,) = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    found = read_predictions(folder / "predictions" / "step_000002.jsonl")
+    assert {one.source for one in found} == {source["name"] for source in scored}
+    for source in scored:
+        row = line["sources"][source["name"]]
+        mine = [one for one in found if one.source == source["name"]]
+        assert row["questions"] == row["samples"] == len(mine)
+        assert row["anls"] == sum(one.scores["anls"] for one in mine) / len(mine)
+        assert row["accuracy"] == row["exact"], (
+            "greedy decoding gives the answer where each token is the likeliest"
+        )
+        assert row["anls_low"] <= row["anls"] <= row["anls_high"]
+    assert any(one.prediction for one in found)
+
+    given = {"overrides": [], "model": None, "metrics": None, "max_new_tokens": None}
+    given |= {"out": tmp_path / "after.jsonl", "json": tmp_path / "figures.json"}
+    assert evaluate(Namespace(run=folder, **given)) == 0
+    assert read_predictions(tmp_path / "after.jsonl") == found
+    after = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: row.get("anls") for name, row in after.items()} == {
+        name: row.get("anls") for name, row in line["sources"].items()
+    }
+
+
+def test_the_question_is_the_last_users_words():
+    prompt = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|image_pad|><|image_pad|>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+        "<|im_start|>user\nTime 0.0s:<|video_pad|><|video_pad|>,Time 1.5s:<|video_pad|>\nAnd Time 2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert question_of(prompt) == "And Time 2?"

@@ -1,0 +1,83 @@
+"""The evaluation of a run: figures of each held-out source to console, evaluations.jsonl and tracker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vl3train.contracts.progress.record import progress
+from vl3train.data.pipeline import evaluation_batches
+from vl3train.data.recipe import load_recipe
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.engine.held_out.answers import answer_table, generate_predictions
+from vl3train.engine.held_out.losses import evaluate, record_evaluation, table_rows
+from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
+from vl3train.engine.run import Run
+from vl3train.model.generation.generate import Generator
+from vl3train.scoring.predictions import score_predictions, write_predictions
+
+
+def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]] | None:
+    """Evaluate the held-out samples; returns the figures of each source, on every rank, or None without samples.
+
+    Sources whose recipe names metrics get generated answers, too. These need whole weights: with ZeRO-3, where each
+    rank has a part of them, a message says how to get them later.
+    """
+    if run.held_out is None:
+        return None
+    progress.phase("evaluation")
+    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+    run.engine.train(False)
+    names = list(run.held_out.index.source_names)
+    figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
+    answers = answer_questions(run, names, step)
+    run.engine.train(True)
+    print_compiles(run.console, "held-out samples", take_compiles())
+    figures = {name: {**row, **answers.get(name, {})} for name, row in figures.items()}
+    if not run.rank.is_first:
+        return figures
+    record_evaluation(
+        run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
+    )
+    title = f"stage {run.cfg.stage.number}, step {step}"
+    run.console.table(f"held-out samples, {title}", table_rows(figures))
+    if answers:
+        run.console.table(f"generated answers, {title}", answer_table(answers))
+    run.tracker.log({"held_out": figures}, step)
+    return figures
+
+
+def answer_questions(run: Run, names: list[str], step: int) -> dict[str, dict[str, Any]]:
+    """Figures of generated answers of each source with metrics, on every rank; empty where there are none.
+
+    The first rank writes predictions/step_N.jsonl. Raises RunError on every rank where a metric fails.
+    """
+    recipe = load_recipe(run.cfg.data.recipe or run.cfg.stage.recipe, run.cfg.data.root)
+    metrics = {source.name: source.metrics for source in recipe.sources if source.metrics}
+    assert run.held_out is not None
+    if not metrics.keys() & set(names):
+        return {}
+    if run.cfg.machine.zero_stage == 3:
+        run.console.message(
+            f"no answers are generated in a run with machine.zero_stage=3; afterwards: vl3train evaluate {run.folder}"
+        )
+        return {}
+    progress.phase("generating answers")
+    tokenizer = ChatTokenizer.from_folder(run.folder / "processor")
+    generator = Generator(
+        run.packed, {tokenizer.im_end_id}, max_new_tokens=run.cfg.run.evaluate_max_new_tokens
+    )
+    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+    mine = generate_predictions(generator, batches, tokenizer, names, sources=metrics)
+    predictions = [one for part in run.rank.gather(mine) for one in part]
+    figures: dict[str, dict[str, Any]] = {}
+    problem = None
+    if run.rank.is_first:
+        try:
+            figures = score_predictions(predictions, metrics, recipe.path.parent)
+        except ValueError as error:
+            problem = str(error)
+        folder = run.folder / "predictions"
+        folder.mkdir(exist_ok=True)
+        write_predictions(folder / f"step_{step:06d}.jsonl", predictions)
+    run.rank.agree(problem)
+    return run.rank.gather(figures)[0]

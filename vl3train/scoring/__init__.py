@@ -1,0 +1,1 @@
+"""Scores generated answers: the field's metrics, their confidence intervals, and the file of predictions."""

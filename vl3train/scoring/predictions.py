@@ -1,0 +1,93 @@
+"""predictions.jsonl: a line for each question, with the recorded answer, the generated one and its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vl3train.contracts.files import write_whole
+from vl3train.scoring.intervals import mean_with_interval
+from vl3train.scoring.metrics import Scored, score
+
+
+@dataclass(slots=True, kw_only=True)
+class Prediction:
+    """A question that was answered."""
+
+    key: str  # of the sample: shard and member
+    answer_number: int  # which of the sample's recorded answers this is compared with; 0 is the first
+    source: str
+    question: str
+    reference: str  # the recorded answer
+    prediction: str
+    is_cut: bool  # the answer was longer than the most tokens allowed
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """What names the question, the same in each evaluation."""
+        return self.source, self.key, self.answer_number
+
+
+def score_predictions(
+    predictions: Sequence[Prediction], metrics: Mapping[str, Sequence[str]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Put the scores of each source's metrics into its predictions; figures of each source.
+
+    Args:
+        predictions: of one or several sources.
+        metrics: names of metrics of each source.
+        folder: where paths of the user's own metrics start: the recipe's.
+
+    Returns:
+        For each source its number of ``questions``, how many answers were ``cut``, and for each metric its mean, and
+        ``_low`` and ``_high``, the bounds of its 95 % confidence interval.
+
+    Raises:
+        ValueError: a metric of the user's own failed.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for source, names in metrics.items():
+        mine = [one for one in predictions if one.source == source]
+        if not mine:
+            continue
+        scored = [Scored(one.question, one.reference, one.prediction) for one in mine]
+        figures[source] = {"questions": len(mine), "cut": sum(one.is_cut for one in mine)}
+        for name in names:
+            scores = score(name, scored, folder)
+            for one, value in zip(mine, scores, strict=True):
+                one.scores[name] = value
+            mean, low, high = mean_with_interval(scores, [one.key for one in mine])
+            figures[source] |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return figures
+
+
+def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
+    """Write them in the order of their samples, in place of what the file held."""
+    ordered = sorted(predictions, key=lambda one: one.place)
+    write_whole(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in ordered))
+
+
+def read_predictions(file: Path) -> list[Prediction]:
+    """The predictions of a file; of one that a stop cut short, the whole lines.
+
+    Raises:
+        ValueError: a line that is not the last one is no prediction.
+    """
+    if not file.is_file():
+        return []
+    found = []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            found.append(Prediction(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):  # no newline after it: its writing was cut short
+                break
+            raise ValueError(f"{file}, line {number}: no prediction ({error}); move the file away") from error
+    return found
