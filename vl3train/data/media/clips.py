@@ -7,12 +7,16 @@ limits before anything is decoded, and a damaged file is rejected as a whole. Im
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
 import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.video.frame_choice import choose_frames
@@ -24,7 +28,7 @@ from vl3train.data.video.opening import (
     opened_clip,
     packets_of,
     refuse_too_long,
-    rewind,
+    seek_keyframe,
 )
 from vl3train.data.video.orientation import Upright
 from vl3train.data.video.timeline import FrameRule
@@ -85,12 +89,14 @@ def plan_clip(data: bytes, rule: FrameRule, limits: DecodeLimits, *, exact: bool
     Frames are counted by reading packets, for codecs where that is sound; else, and with ``exact``, by decoding.
     """
     with opened_clip(data, limits) as (container, stream):
-        packets = packets_of(container, stream)
-        first = next(chain.from_iterable(frames_of(packet) for packet in packets), None)
+        first = next(_all_frames(container, stream), None)
         if first is None:
             raise SampleError("clip has no frame")
         upright = Upright()(first)
-        rewind(container)
+    with opened_clip(data, limits) as (
+        container,
+        stream,
+    ):  # not every format can be sought to its first frame
         file_times = read_times(data, container, stream, exact)
     timeline = file_times.timeline
     refuse_too_long(timeline.times()[-1], limits)
@@ -107,10 +113,8 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
     """
     number_of = None if plan.pts is None else {stamp: number for number, stamp in enumerate(plan.pts)}
     wanted, number, turn = Counter(plan.picked), -1, Upright()
-    with opened_clip(data, DecodeLimits(plan.height * plan.width, float("inf"))) as (container, stream):
-        if plan.pts is not None and plan.window[0] > 0:
-            rewind(container, stream, plan.pts[plan.window[0]])
-        for frame in chain.from_iterable(frames_of(packet) for packet in packets_of(container, stream)):
+    with closing(_frames_from(data, plan, number_of)) as frames:
+        for frame in frames:
             before = number
             number = before + 1 if number_of is None else number_of.get(cast(int, frame.pts), -1)
             if number < 0 or (before >= plan.window[0] and number != before + 1):
@@ -128,3 +132,25 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
                 yield picture
     if wanted or number + 1 < plan.window[1]:
         raise FrameCountError(f"clip ends at frame {number}, {plan.window[1]} were counted")
+
+
+def _frames_from(
+    data: bytes, plan: ClipPlan, number_of: dict[int, int] | None
+) -> Generator[VideoFrame, None, None]:
+    """Frames in order of presentation, from a keyframe before the window where one is found, else from the first."""
+    limits, first = DecodeLimits(plan.height * plan.width, float("inf")), plan.window[0]
+    if plan.pts is not None and number_of is not None and first > 0:
+        with opened_clip(data, limits) as (container, stream):
+            if seek_keyframe(container, stream, plan.pts[first]):
+                found = _all_frames(container, stream)
+                frame = next(found, None)
+                if frame is not None and number_of.get(cast(int, frame.pts), first + 1) <= first:
+                    yield frame
+                    yield from found
+                    return
+    with opened_clip(data, limits) as (container, stream):
+        yield from _all_frames(container, stream)
+
+
+def _all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    return chain.from_iterable(frames_of(packet) for packet in packets_of(container, stream))

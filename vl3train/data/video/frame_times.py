@@ -19,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vl3train.contracts.records import SampleError
+from vl3train.data.video.mended_stamps import mended_stamps
 from vl3train.data.video.opening import TITLES, frames_of, from_library, packets_of
 from vl3train.data.video.timeline import Timeline
 from vl3train.data.video.whole_files import avi_chunks, matroska_is_whole
@@ -82,7 +83,12 @@ def read_times(data: bytes, container: InputContainer, stream: VideoStream, exac
         raise SampleError("clip has no frame")
     if _one_of(kind, "mp4") and num_whole < stream.frames:
         _refuse_unless_edited(data, stream.frames, num_packets, num_whole)
-    if tick is None or (presented := _in_order(shown, by_packet, _one_of(kind, "avi"))) is None:
+    presented = None
+    if tick is not None and not by_packet and not _one_of(kind, "avi"):
+        mended = mended_stamps([one.pts for one in shown], tick, rate, kind)
+        presented = mended and (mended, False)
+    presented = presented or _in_order(shown, by_packet, _one_of(kind, "avi"))
+    if tick is None or presented is None:
         if not rate:
             raise SampleError("clip does not say when its frames are shown, nor its frame rate")
         return FileTimes(Timeline(tuple(range(len(shown))), len(shown), 1 / rate, rate), False)

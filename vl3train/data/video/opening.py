@@ -24,6 +24,9 @@ from vl3train.contracts.records import SampleError
 CLIP_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mpegvideo"
 """No format that opens other files or addresses (hls, concat, dash)."""
 
+KEYFRAME_LISTS = ("mp4", "matroska", "avi")
+"""Formats whose files say where keyframes lie."""
+
 # Titles in Latin-1 are common. PyAV 18 has the argument; a later one reads such names without it.
 TITLES: dict[str, Any] = (
     {"metadata_errors": "replace"} if "metadata_errors" in (av.open.__doc__ or "") else {}
@@ -59,11 +62,15 @@ def opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputContai
         SampleError: it cannot be read, has no video, or is over the limits.
     """
     reading = f"clip of {len(data)} bytes cannot be read"
-    with from_library(reading):
-        container = av.open(io.BytesIO(data), "r", options={"format_whitelist": CLIP_FORMATS}, **TITLES)
+    container = _opened(data, reading)
     try:
         with from_library(reading):
-            stream = _watched(container)
+            index, moved = _watched(container)
+        if moved:  # not every format can be sought to its first frame
+            container.close()
+            container = _opened(data, reading)
+        with from_library(reading):
+            stream = cast(VideoStream, container.streams[index])
             codec = stream.codec_context
         if codec is None:
             raise SampleError(
@@ -81,6 +88,11 @@ def opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputContai
     finally:
         with from_library(reading):
             container.close()
+
+
+def _opened(data: bytes, reading: str) -> InputContainer:
+    with from_library(reading):
+        return av.open(io.BytesIO(data), "r", options={"format_whitelist": CLIP_FORMATS}, **TITLES)
 
 
 def refuse_too_long(seconds: float, limits: DecodeLimits) -> None:
@@ -107,14 +119,23 @@ def frames_of(packet: Packet) -> list[VideoFrame]:
         return cast(list[VideoFrame], packet.decode())
 
 
-def rewind(container: InputContainer, stream: VideoStream | None = None, stamp: int = 0) -> None:
-    """Go to the keyframe before a stamp of the stream, or to the beginning."""
+def seek_keyframe(container: InputContainer, stream: VideoStream, stamp: int) -> bool:
+    """Go to the keyframe before a stamp of the stream; False where the container has no list of keyframes.
+
+    Without one, FFmpeg lands somewhere near: in MPEG-TS behind the stamp, and on no keyframe.
+    """
     with from_library("clip cannot be read"):
+        if not any(kind in container.format.name for kind in KEYFRAME_LISTS):
+            return False
         container.seek(stamp, stream=stream)
+        return True
 
 
-def _watched(container: InputContainer) -> VideoStream:
-    """The first video that is more than one picture: a cover or a thumbnail may come before it."""
+def _watched(container: InputContainer) -> tuple[int, bool]:
+    """Number of the first video that is more than one picture: a cover or a thumbnail may come before it.
+
+    And whether packets were read to find it.
+    """
     videos = [
         stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
     ]
@@ -122,15 +143,14 @@ def _watched(container: InputContainer) -> VideoStream:
         covers = " but a cover picture: it is a sound file" if container.streams.video else ""
         raise SampleError(f"clip has no video stream{covers}")
     if len(videos) == 1:
-        return videos[0]
+        return videos[0].index, False
     known = [stream for stream in videos if stream.codec_context is not None] or videos
     counts = dict.fromkeys((stream.index for stream in known), 0)
     for packet in container.demux(known):
         counts[packet.stream.index] += packet.size > 0
         if counts[known[0].index] > 1:
             break
-    container.seek(0)
-    return next((stream for stream in known if counts[stream.index] > 1), known[0])
+    return next((stream for stream in known if counts[stream.index] > 1), known[0]).index, True
 
 
 def _tag(data: bytes) -> str:
