@@ -27,6 +27,7 @@ from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
 from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of, suggest
 from vl3train.config.input.rates import (
     drop_frozen,
+    leave_rate_of_adapters,
     frozen_as_zero,
     parts_by_stage,
     spread_one_rate,
@@ -141,6 +142,7 @@ def read_config(
         del base.model.learning_rates[part]
     if whole:
         drop_frozen(base)
+        user.problems += leave_rate_of_adapters(base, user.values[:in_file], user.values[in_file:])
         spread_one_rate(base, user.values[:in_file], user.values[in_file:])
     return (_as_objects(base, user.problems) if whole else None), user.problems
 

@@ -163,3 +163,26 @@ def test_one_rate_for_all_is_the_adapters_too(tmp_path: Path):
     assert adapter_rates(again) == {"vision_encoder": 3e-4}
     [problem] = [one for one in range_problems(read("optim.learning_rate=3"))]
     assert str(problem).startswith("optim.learning_rate=3.0: must be between 0 and 1")
+
+
+def test_a_written_rate_wins_over_the_adapters_rate_of_an_own_group(tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.yaml").write_text("kind: lora\nlearning_rate: 1e-4\n")
+    words = ["stage=2", "model=debug", "adapter=mine"]
+
+    def rates(*more: str) -> dict[str, float]:
+        cfg, found = read_config([*words, *more], config_dir=tmp_path)
+        assert found == []
+        assert cfg is not None
+        return adapter_rates(cfg)
+
+    assert rates() == {"language_model": 1e-4}
+    assert rates("stage.learning_rates.projector=1e-5") == {"language_model": 1e-4}
+    for owner in ("stage", "model"):
+        assert rates(f"{owner}.learning_rates.language_model=5e-5") == {"language_model": 5e-5}
+    both = ("stage.learning_rates.language_model=5e-5", "adapter.learning_rate=3e-4")
+    assert rates(*both) == {"language_model": 3e-4}
+    both_parts = "adapter.parts=[language_model, vision_encoder]"
+    [problem] = read_config([*words, both_parts, both[0]], config_dir=tmp_path)[1]
+    assert "you wrote another rate for language_model" in str(problem)
+    assert "the rates of vision_encoder too" in str(problem)

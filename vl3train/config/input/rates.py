@@ -34,6 +34,28 @@ def parts_by_stage(file: Values, command_line: Values) -> set[str]:
     return of_stage
 
 
+def leave_rate_of_adapters(base: DictConfig, file: Values, command_line: Values) -> list[Problem]:
+    """Take the adapters' rate away, where the user wrote the rates of their parts closer to the run.
+
+    Written in the same place, the adapters' rate wins: it says more exactly what is meant. All adapters have one rate,
+    so parts of them with a rate of their own are a problem.
+    """
+    rate, parts = base.adapter.learning_rate, set(base.adapter.parts)
+    places = (file, command_line)
+    own = _closest(places, lambda values: dict(values).get("adapter.learning_rate") is not None)
+    written = {
+        part for part in parts if _closest(places, lambda values, part=part: _writes_rate(part, values)) > own
+    } & base.stage.get("learning_rates", {}).keys()
+    if rate is None or not written:
+        return []
+    if written == parts:
+        base.adapter.learning_rate = None
+        return []
+    reason = f"you wrote another rate for {', '.join(sorted(written))}, and all adapters have this one"
+    way_out = f"write adapter.learning_rate, or the rates of {', '.join(sorted(parts - written))} too"
+    return [Problem("adapter.learning_rate", rate, reason, way_out)]
+
+
 def two_rates(command_line: Values) -> list[Problem]:
     """Parts for which the user wrote two different rates in the same line."""
     model = rates_of("model", command_line)
