@@ -6,14 +6,14 @@ inside a JPEG's, GIF's or WebP's compressed data: those show only when the pictu
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 
+import numpy as np
+
 PNG_START = b"\x89PNG\r\n\x1a\n"
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
-JPEG_RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 SOS, EOI, DRI = 0xDA, 0xD9, 0xDD
+RESTARTS = range(0xD0, 0xD8)
 JPEG_SEGMENTS = (0xC4, 0xCC, *range(0xDA, 0xE0), *range(0xE0, 0xF0), 0xFE)
 """Markers that may follow a scan: tables, the next scan, application data and comments (ITU-T T.81, B.1.1.3)."""
 
@@ -77,6 +77,7 @@ def _gif_palette(flags: int) -> int:
 def _jpeg(data: bytes) -> bool:
     """Whether segments follow each other up to the end mark, and scans hold only the markers that belong in them."""
     position, interval, scans = 2, 0, 0
+    places, kinds = _jpeg_markers(data)
     while True:
         marker = data[position + 1 : position + 2]
         if data[position : position + 1] != b"\xff" or not marker:
@@ -93,12 +94,23 @@ def _jpeg(data: bytes) -> bool:
             interval = int.from_bytes(data[position + 4 : position + 6], "big")
         position += 2 + max(2, length)
         if marker[0] == SOS:
-            following = JPEG_MARKER.search(data, position)
-            if following is None or not _restarts_in_order(data, position, following.start(), interval):
+            first = last = int(np.searchsorted(places, position))
+            while last < len(kinds) and kinds[last] in RESTARTS:
+                last += 1
+            if last == len(kinds) or not _restarts_in_order(kinds[first:last], interval):
                 return False
-            position, scans = following.start(), scans + 1
+            position, scans = int(places[last]), scans + 1
 
 
-def _restarts_in_order(data: bytes, start: int, end: int, interval: int) -> bool:
-    found = [marker.group()[1] & 7 for marker in JPEG_RESTART.finditer(data, start, end)]
+def _jpeg_markers(data: bytes) -> tuple[np.ndarray, list[int]]:
+    """Where a byte FF stands before another one than 00 (a byte of data) and FF (fill), in order, and that byte."""
+    values = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(values[:-1] == 0xFF)
+    kinds = values[places + 1]
+    marks = (kinds != 0) & (kinds != 0xFF)
+    return places[marks], kinds[marks].tolist()
+
+
+def _restarts_in_order(kinds: list[int], interval: int) -> bool:
+    found = [kind & 7 for kind in kinds]
     return not found or (interval > 0 and found == [number % 8 for number in range(len(found))])
