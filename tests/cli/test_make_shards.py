@@ -25,7 +25,7 @@ def records(tmp_path):
     rows = [{"q": f"question {i}", "a": f"answer {i}", "picture": f"{i}.jpg"} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(b"picture")
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
     return file
 
 
@@ -94,7 +94,7 @@ def test_every_broken_line_is_counted_and_missing_files_are_named(tmp_path, caps
         assert "hf:NAME" in err
 
 
-def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
+def test_files_that_are_cut_off_are_found_and_changed_data_where_all_is_decoded(tmp_path, capsys):
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
     whole, film = jpeg(1), clip(tmp_path)
     media = {
@@ -102,6 +102,8 @@ def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
         "b.jpg": whole[: len(whole) // 2],
         "c.mp4": film,
         "d.mp4": film[: len(film) // 2],
+        "e.jpg": whole[:1500] + b"\xff\x00" * 9 + whole[1518:],
+        "f.mp4": film[:-90] + b"\xff" * 60 + film[-30:],
     }
     records = []
     for name, data in media.items():
@@ -110,15 +112,17 @@ def test_damaged_pictures_are_found_where_asked(tmp_path, capsys):
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"conversations": turns}]))
     words = ["shards", str(file), "--media-root", str(tmp_path)]
-    assert main([*words, "--check"]) == 0  # the files are there
-    assert "5 records, 5 can be written" in capsys.readouterr().out
-    assert main([*words, "--check", "--decode"]) == 1
-    out = capsys.readouterr().out
-    assert "5 records, 3 can be written, 2 are rejected" in out
-    assert "records.jsonl:2: b.jpg: image of" in out
-    assert "records.jsonl:4: d.mp4: clip" in out
-    assert main([*words, "--out", str(tmp_path / "out"), "--decode", "--skip-rejected"]) == 0
-    assert "3 samples in 1 shards" in capsys.readouterr().out
+    found_now = ("records.jsonl:2: b.jpg: image of", "records.jsonl:4: d.mp4: clip")
+    for decode, num_used, found in (
+        ([], 5, found_now),
+        (["--decode"], 3, (*found_now, "jsonl:5: e.jpg: image of", "jsonl:6: f.mp4: clip")),
+    ):
+        assert main([*words, "--check", *decode]) == 1
+        out = capsys.readouterr().out
+        assert f"7 records, {num_used} can be written, {7 - num_used} are rejected" in out
+        assert [one for one in found if one not in out] == []
+        assert main([*words, "--out", str(tmp_path / f"out{num_used}"), *decode, "--skip-rejected"]) == 0
+        assert f"{num_used} samples in 1 shards" in capsys.readouterr().out
 
 
 def test_an_option_by_its_former_name_is_answered_with_its_present_one(capsys):

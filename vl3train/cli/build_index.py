@@ -94,7 +94,7 @@ def main(args: Namespace) -> int:
 
 def print_samples(console: Console, data: OpenData, split: str) -> None:
     """What an index holds of each source, and what is rejected."""
-    from vl3train.data.prepare.rejections import Rejection, describe_rejected
+    from vl3train.data.prepare.rejections import Rejection, describe_rejected, what_is_odd
 
     index, table = data.index, data.plan.table
     console.print(f"{split} samples, index {index.fingerprint}:")
@@ -106,7 +106,7 @@ def print_samples(console: Console, data: OpenData, split: str) -> None:
     for name, suffix, count in index.ignored_members:
         console.print(f"  {name}: {count:,} files of kind .{suffix} are ignored", markup=False)
     for name, remark, count in index.remarks:
-        console.print(f"  {name}: {count:,} samples with a picture that is {remark}", markup=False)
+        console.print(f"  {name}: {count:,} samples with {what_is_odd(remark)}", markup=False)
     too_large = [(index.key(row), "larger than a pack") for row in data.plan.oversized_samples]
     for what, listed in (("are rejected", index.rejected), ("do not fit into a pack", too_large)):
         if listed:

@@ -69,8 +69,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="also decode every picture and the beginning of every clip, so that damaged files are rejected now; "
-        "slower: one core checks about 200 pictures of 1024x768 a second, instead of 17000 records",
+        help="also decode every picture and clip whole; without it, damage inside compressed data, which leaves a file "
+        "whole, is found by `vl3train index --decode` or in the run; one core decodes about 200 pictures of "
+        "1024x768 a second, and checks 1000",
     )
     parser.add_argument(
         "--skip-rejected", action="store_true", help="write the good records although others are rejected"
@@ -181,17 +182,32 @@ def _records(args: Namespace) -> AnnotatedRecords:
     return AnnotatedRecords(tuple(args.annotations), roots, columns, args.chosen_only)
 
 
-def _media_check(args: Namespace) -> MediaCheck | None:
-    """How media are decoded: with the default limits of a run, in one process for each core."""
+def _media_check(args: Namespace) -> MediaCheck:
+    """How media are checked: with the default options of a run, in one process for each core."""
     from vl3train.config.data_options import DataConfig
+    from vl3train.contracts.records import RenderSettings
     from vl3train.data.media.clips import DecodeLimits
     from vl3train.data.prepare.check_media import MediaCheck
 
-    if not args.decode:
-        return None
     data = DataConfig()
+    settings = RenderSettings(
+        image_merge_size=1,
+        video_merge_size=2,
+        prune_frames=False,
+        fps=data.fps,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+        image_min_pixels=data.image_min_pixels,
+        image_max_pixels=data.image_max_pixels,
+        video_min_pixels=data.video_min_pixels,
+        video_max_pixels=data.video_max_pixels,
+        max_visual_tokens=data.max_visual_tokens,
+        tokenizer="",  # nothing is rendered
+    )
     limits = DecodeLimits(max_pixels=data.decode_max_pixels, max_seconds=data.decode_max_seconds)
-    return MediaCheck(limits, data.decode_seconds, num_workers=os.cpu_count() or 1)
+    return MediaCheck(
+        settings, limits, data.decode_seconds, num_workers=os.cpu_count() or 1, decode=args.decode
+    )
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -126,7 +126,7 @@ def test_all_problems_come_at_once_and_nothing_is_written(tmp_path, media):
 def test_bad_records_are_skipped_only_when_asked_and_are_listed(tmp_path, media):
     report = write(tmp_path, [answer(), *BAD, answer()], media, skip_rejected=True)
     assert report.num_written + len(report.rejected) == 7
-    lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [line["where"].rpartition(":")[2] for line in lines] == ["2", "3", "4", "5", "6"]
     assert all(line["reason"] for line in lines)
 

@@ -218,3 +218,23 @@ def test_both_readers_of_captions_accept_every_key_that_either_has_known():
         )
     both = dict.fromkeys(known_to_shards[::-1], "late") | {"caption": "first"}
     assert open_conversation(json.dumps(both).encode(), {"jpg": PNG}) == said(Image("jpg"), answer="first")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Which?", "answer": "Yes."},
+        {"instruction": "Which?", "input": "", "output": "Yes."},
+        {"query": "<image>Which?", "response": "Yes.", "images": ["elsewhere.png"]},
+        {"prompt": [{"role": "user", "content": "Which?"}], "completion": "Yes.", "caption": "no dialogue"},
+    ],
+)
+def test_a_question_with_its_answer_as_in_files_of_records(record):
+    found = open_conversation(json.dumps(record).encode(), {"jpg": PNG})
+    assert found == said(Image("jpg"), Text("Which?"))
+
+
+def test_preferences_in_a_shard_are_refused_as_in_files_of_records():
+    record = {"prompt": "Which?", "chosen": "Yes.", "rejected": "No."}
+    with pytest.raises(SampleError, match="preference data"):
+        open_conversation(json.dumps(record).encode(), {"jpg": PNG})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
 from vl3train.contracts.records import SampleError
+from vl3train.data.prepare.rejections import describe_ignored
 from vl3train.data.records.annotations import read_record
-from vl3train.data.records.conversation import Conversation, read_conversation
+from vl3train.data.records.conversation import EMPTY_ANSWER, Conversation, read_conversation
 from vl3train.data.records.shard_records import open_conversation
 
 
@@ -122,3 +124,15 @@ def test_a_record_without_any_words_of_the_assistant_is_refused(blank: str):
 def test_a_record_whose_answers_are_all_out_of_the_loss_is_refused():
     with pytest.raises(SampleError, match="loss, weight or train is 0 in every answer"):
         read_record(messages(("A.", {"loss": 0}), ("", {})), where="a")
+
+
+def test_records_with_an_empty_answer_among_others_are_counted():
+    counted: Counter[str] = Counter()
+    for answers in (
+        [("", {}), ("Yes.", {})],
+        [("Yes.", {}), (" ", {}), ("", {})],
+        [("", {"loss": False}), ("A", {})],
+    ):
+        read_record(messages(*answers), where="a", ignored=counted)
+    assert counted == {EMPTY_ANSWER: 2}
+    assert describe_ignored(counted) == ["2 with an answer without words, which is shown and not learned"]

@@ -1,4 +1,4 @@
-"""``shards --decode``, ``index``, ``index --decode`` and training say the same of a damaged medium."""
+"""``shards --check`` and ``--decode``, ``index`` and ``--decode``, and training say the same of a damaged medium."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def verdicts(tokenizer_dir):
         turns = (Turn("user", (content, Text("Is it?"))), Turn("assistant", (Text("Yes."),)))
         sample = (Conversation(turns).to_json(), {name: data}, SETTINGS, tokenizer, LIMITS)
         ways = {
-            "shards --decode": lambda: check_media({name: data}, LIMITS),
+            "shards --check": lambda: check_media(sample[0], sample[1], SETTINGS, LIMITS, decode=False),
+            "shards --decode": lambda: check_media(sample[0], sample[1], SETTINGS, LIMITS, decode=True),
             "index": lambda: measure_sample(*sample),
             "index --decode": lambda: measure_sample(*sample, decode=True),
             "training": lambda: render_sample(*sample, key="k", planned=None),
@@ -83,6 +84,7 @@ def test_a_damaged_picture_is_refused_by_all(verdicts, kind):
 def test_changed_compressed_data_is_found_by_all_that_decode(verdicts, kind):
     found = verdicts(picture(ONLY_DECODED[kind]))
     assert found.pop("index")
+    assert found.pop("shards --check")
     assert set(found.values()) == {False}
 
 

@@ -37,15 +37,17 @@ def shards(made, tmp_path):
 
 @pytest.fixture
 def build(tokenizer_dir):
-    def build(*shards, num_workers=0, index_dir=None, progress=None):
+    def build(*shards, num_workers=0, index_dir=None, progress=None, said=None):
         calls = []
-        build_indexes(
+        changed = build_indexes(
             [(folder.name, place_of(folder, index_dir=index_dir)) for folder in shards],
             tokenizer_dir=tokenizer_dir,
             num_workers=num_workers,
             decode_seconds=30.0,
             progress=progress or (lambda source, done, total: calls.append((done, total))),
         )
+        if said is not None:
+            said += changed
         return calls
 
     return build
@@ -199,11 +201,12 @@ def test_a_damaged_file_of_an_index_is_named_and_only_its_shard_measured_again(s
             if path != entry:  # the run reads the manifest
                 with pytest.raises(MissingIndexError, match=rf"{path.name} is damaged; run `vl3train index`"):
                     opened(shards)
-        if again:  # a decode server is started, which takes seconds: once for each file
-            with pytest.warns(UserWarning, match=rf"{path.name} is damaged; it is made again"):
-                calls = build(shards)
-        else:
-            calls = build(shards)
+        said: list[str] = []
+        calls = build(
+            shards, said=said
+        )  # a decode server is started, which takes seconds: once for each file
+        assert len(said) == bool(again)
+        assert all(line.endswith(f"{path.name} is damaged; it is made again") for line in said)
         assert (calls[-1] if calls else (0, 0)) == (again, again)
         assert opened(shards).fingerprint == expected
     assert opened(shards).rows == rows

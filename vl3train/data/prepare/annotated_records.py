@@ -14,7 +14,7 @@ from typing import Any
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.media.picture_lists import pack_pictures
-from vl3train.data.prepare.media_roots import MediaRoots
+from vl3train.data.prepare.media_roots import MediaRoots, shown
 from vl3train.data.records.annotations import read_record
 from vl3train.data.records.conversation import Conversation, Text
 from vl3train.data.records.media_files import STILL_SUFFIXES, MediaFile
@@ -69,14 +69,17 @@ def medium_bytes(medium: MediaFile) -> bytes:
     """What a shard holds of a medium: its file's bytes, or its pictures packed as one clip.
 
     Raises:
-        SampleError: its pictures have times or a rate that do not fit.
+        SampleError: its pictures have times or a rate that do not fit, or its file cannot be read.
     """
     if medium.pictures:
         pictures = [(picture.suffix or picture.kind, medium_bytes(picture)) for picture in medium.pictures]
         return pack_pictures(pictures, times=medium.times, fps=medium.fps)
     if medium.data is None:
         assert medium.location is not None, "AnnotatedRecords has found the file"
-        return medium.location.read_bytes()
+        try:
+            return medium.location.read_bytes()
+        except OSError as error:
+            raise SampleError(f"{error.strerror}: {shown(str(medium.location))}") from error
     return medium.data
 
 

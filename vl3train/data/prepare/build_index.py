@@ -47,7 +47,9 @@ def build_indexes(
     progress: Callable[[str, int, int], None],
     decode: bool = False,
 ) -> list[str]:
-    """Index folders of shards; what is there, whole and still fits is kept. Returns what changed in others, in words.
+    """Index folders of shards; what is there, whole and still fits is kept.
+
+    Returns in words what was damaged and is made anew, and what changed in shards that were indexed before.
 
     Args:
         sources: name and shards of each, all with the same settings and limits.
@@ -66,7 +68,7 @@ def build_indexes(
         decoding: _Decoding | None = None
         for name, place in sources:
             try:
-                todo = _shards_to_do(place, decode)
+                todo = _shards_to_do(place, decode, changed)
                 if todo and decoding is None:  # one server for all: it takes two seconds to start
                     server = decode_server(place.settings, tokenizer_dir, place.limits)
                     decoding = _Decoding(stack.enter_context(server), decode_seconds, decode)
@@ -85,10 +87,10 @@ def build_indexes(
     return changed
 
 
-def _shards_to_do(place: IndexPlace, decode: bool) -> list[Path] | None:
-    """Shards that have no rows that fit; None where the whole index is there."""
+def _shards_to_do(place: IndexPlace, decode: bool, damaged: list[str]) -> list[Path] | None:
+    """Shards that have no rows that fit; None where the whole index is there. ``damaged`` gets a line for each one."""
     shards = shard_files(place.shards)
-    todo = [shard for shard in shards if not is_current(place, shard, decode)]
+    todo = [shard for shard in shards if not is_current(place, shard, decode, damaged)]
     if not todo:
         try:
             read_manifest(place)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ from vl3train.data.shards.manifest import MANIFEST, IndexPlace, MissingIndexErro
 from vl3train.data.shards.remote import address_of
 
 
-def is_current(place: IndexPlace, shard: Path, decode: bool) -> bool:
-    """Whether the rows of a shard are there, whole, and still those of the shard."""
+def is_current(place: IndexPlace, shard: Path, decode: bool, damaged: list[str]) -> bool:
+    """Whether the rows of a shard are there, whole, and still those of the shard. What is damaged is added in words."""
     try:
         entry = read_sealed_json(_entry_path(place, shard))
         facts = entry.pop("facts")
@@ -37,7 +36,7 @@ def is_current(place: IndexPlace, shard: Path, decode: bool) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (DamagedFileError, MissingIndexError, OSError) as error:
-        warnings.warn(f"{str(error).partition(';')[0]}; it is made again", stacklevel=2)
+        damaged.append(f"{str(error).partition(';')[0]}; it is made again")
         return False
     return True
 

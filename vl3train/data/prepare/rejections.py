@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-REJECTED_FILE = "refused.jsonl"
-"""Beside written shards: place and reason of each rejected record. Existing folders bear the older word."""
+from vl3train.data.records.conversation import EMPTY_ANSWER
+
+REJECTED_FILE = "rejected.jsonl"
+"""Beside written shards: place and reason of each rejected record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,17 @@ def kind_of_reason(reason: str) -> str:
 
 
 def describe_remarks(remarks: Mapping[str, int]) -> list[str]:
-    """One line for each kind of picture that is read, but odd or not as it is meant; empty without any."""
-    return [f"{count} with a picture that is {remark}" for remark, count in sorted(remarks.items())]
+    """One line for each kind of record that is read, but odd or not as it may be meant; empty without any."""
+    return [f"{count} with {what_is_odd(remark)}" for remark, count in sorted(remarks.items())]
+
+
+def what_is_odd(remark: str) -> str:
+    """What a sample has by a remark on it: of pictures the index keeps only what they are.
+
+    >>> what_is_odd("transparent")
+    'a picture that is transparent'
+    """
+    return remark if remark == EMPTY_ANSWER else f"a picture that is {remark}"
 
 
 def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> list[str]:
@@ -58,12 +69,14 @@ def describe_rejected(rejected: Sequence[Rejection], *, examples: int = 3) -> li
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> list[str]:
-    """One line about keys of records that were not read, the commonest first; none where all were.
+    """A line about keys of records that were not read, the commonest first; one about empty answers; none without any.
 
     >>> describe_ignored({"source": 2, "turn.name": 5})
     ['not read: turn.name (5 records), source (2 records)']
     """
-    if not ignored:
-        return []
-    keys = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    return ["not read: " + ", ".join(f"{key} ({count} records)" for key, count in keys)]
+    keys = sorted(
+        (item for item in ignored.items() if item[0] != EMPTY_ANSWER), key=lambda item: (-item[1], item[0])
+    )
+    empty = {EMPTY_ANSWER: ignored[EMPTY_ANSWER]} if EMPTY_ANSWER in ignored else {}
+    listed = ", ".join(f"{key} ({count} records)" for key, count in keys)
+    return [*([f"not read: {listed}"] if keys else []), *describe_remarks(empty)]

@@ -53,7 +53,7 @@ def check_annotations(
 ) -> CheckReport:
     """Read every record as ``write_shards`` would, and write nothing.
 
-    With ``media_check`` media are decoded, too.
+    With ``media_check`` media are read and checked; without it, only whether their files are there.
 
     Raises:
         ValueError: there is no record; files are missing or of another kind, all of which are named.
@@ -98,7 +98,7 @@ def write_shards(
         max_samples: of one shard.
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
         skip_rejected: write the usable records where some are rejected; REJECTED_FILE lists those with the reasons.
-        media_check: decode the media of every record first; None: only whether their files are there.
+        media_check: check the media of every record first; None: only whether their files are there.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.

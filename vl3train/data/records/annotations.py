@@ -17,6 +17,7 @@ from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
 from vl3train.data.media.picture_lists import LIST_SUFFIX
 from vl3train.data.records.clip_times import CLIP_KEYS, TIMES_KEYS, clip_rate, clip_window, seconds
 from vl3train.data.records.conversation import (
+    EMPTY_ANSWER,
     Content,
     Conversation,
     Image,
@@ -25,6 +26,7 @@ from vl3train.data.records.conversation import (
     Turn,
     Video,
     half_character,
+    has_empty_answer,
     nothing_to_learn,
 )
 from vl3train.data.records.forms import ROLE_KEYS, ROLES, TEXT_KEYS, find_dialogue, text_of
@@ -56,7 +58,8 @@ def read_record(
 
     Args:
         chosen_only: of preference data, take the chosen answer.
-        ignored: counts each key that is not read, ``turn.KEY`` of a message and ``part.KEY`` of a part of it.
+        ignored: counts each key that is not read, ``turn.KEY`` of a message and ``part.KEY`` of a part of it; and
+            records with an answer without words under ``EMPTY_ANSWER``.
     """
     try:
         reader = _Reader(record, chosen_only)
@@ -71,6 +74,7 @@ def read_record(
         raise SampleError(f"{where}: {error}") from error.__cause__
     if ignored is not None:
         ignored.update(reader.unread())
+        ignored.update([EMPTY_ANSWER] * has_empty_answer(turns))
     return Conversation(tuple(turns)), tuple(reader.files)
 
 

@@ -171,6 +171,14 @@ def nothing_to_learn(turns: Sequence[Turn]) -> str | None:
     return "no supervised token: the assistant says nothing; write its answer, or leave the record out"
 
 
+EMPTY_ANSWER = "an answer without words, which is shown and not learned"
+
+
+def has_empty_answer(turns: Sequence[Turn]) -> bool:
+    """Whether an answer among others has no words although it is one to learn."""
+    return any(turn.role == "assistant" and turn.supervised and not has_words(turn) for turn in turns)
+
+
 def half_character(text: str) -> str | None:
     """Why no UTF-8 can be written of a text: JSON may hold half a character, where one was cut inside an emoji.
 

@@ -76,6 +76,20 @@ def find_dialogue(record: Mapping[str, Any], *, chosen_only: bool = False) -> Di
     return _with_system(record, found)
 
 
+def holds_dialogue(record: Mapping[str, Any]) -> bool:
+    """Whether a record has turns, or the keys for them: it is no picture's metadata with a caption.
+
+    >>> holds_dialogue({"question": "What?", "answer": "A cat."}), holds_dialogue({"caption": "A cat.", "url": "u"})
+    (True, False)
+    """
+    pairs = any(
+        not is_nothing(record.get(question)) and not is_nothing(record.get(reply))
+        for question, reply in PAIRS
+    )
+    chosen = not is_nothing(record.get("prompt")) and not is_nothing(record.get("chosen"))
+    return pairs or chosen or any(key in record for key in DIALOGUE_KEYS)
+
+
 def text_of(value: Any) -> str | None:
     """Text as it stands, a number or a truth value as Python writes it; None of anything else.
 

@@ -1,4 +1,4 @@
-"""The conversation of a sample in other people's shards: LLaVA or `messages` JSON, or a caption.
+"""The conversation of a sample in other people's shards: LLaVA, `messages` or question-and-answer JSON, or a caption.
 
 Taken are ``KEY.json`` as `vl3train shards` writes it; a record as `data.records.annotations` reads it, its files being
 the sample's own media in their order; one of CAPTION_KEYS in the JSON; and ``KEY.txt``. A caption is what the
@@ -16,7 +16,7 @@ from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
 from vl3train.data.records.annotations import holds_media, read_record
 from vl3train.data.records.conversation import Conversation, read_conversation, rename_parts, visual_items
-from vl3train.data.records.forms import DIALOGUE_KEYS
+from vl3train.data.records.forms import DIALOGUE_KEYS, PAIRS, holds_dialogue
 from vl3train.data.records.importers import CAPTION_KEYS
 from vl3train.data.records.media_files import is_media_key
 from vl3train.data.shards.tar_headers import CAPTION_PART, CLIP_SUFFIXES, IMAGE_SUFFIXES
@@ -44,7 +44,7 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
         raise SampleError(f"the .json member holds no object but a {type(record).__name__}")
     if "turns" in record:
         return read_conversation(record)
-    if any(key in record for key in DIALOGUE_KEYS):
+    if holds_dialogue(record):
         return _dialogue(record, media)
     if "pages" in record and not caption:
         raise SampleError(
@@ -55,7 +55,7 @@ def open_conversation(data: bytes, parts: Mapping[str, bytes]) -> Conversation:
     if found is None and not caption:
         raise SampleError(
             f"no conversation: the .json has {sorted(record)}, none of {[*DIALOGUE_KEYS, *CAPTION_KEYS]}, "
-            "and there is no .txt"
+            f"no question with its answer ({', '.join('/'.join(pair) for pair in PAIRS)}), and there is no .txt"
         )
     return _captioned(_decoded(caption) if caption else str(found), media)
 

@@ -38,9 +38,7 @@ MAILBOX_BYTES = 2**20
 class DecodeServer:
     """A running decode server, as the process that started it sees it. ``address`` is for everybody."""
 
-    def __init__(
-        self, settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
-    ) -> None:
+    def __init__(self, settings: RenderSettings, tokenizer_dir: Path | None, limits: DecodeLimits) -> None:
         # Nobody else can enter this folder, and connect.
         self.address = os.path.join(folder_of_sockets(), f"decode-{uuid.uuid4().hex[:8]}")
         processes = clean_processes()
@@ -71,9 +69,9 @@ def _end_server(ours: Connection, process: BaseProcess, address: str) -> None:
 
 @contextlib.contextmanager
 def decode_server(
-    settings: RenderSettings | None, tokenizer_dir: Path | None, limits: DecodeLimits
+    settings: RenderSettings, tokenizer_dir: Path | None, limits: DecodeLimits
 ) -> Iterator[str]:
-    """The address of a decode server that runs as long as the ``with`` block. Without settings it only checks media."""
+    """The address of a decode server that runs as long as the ``with`` block; without a tokenizer it only checks."""
     server = DecodeServer(settings, tokenizer_dir, limits)
     try:
         yield server.address
@@ -126,13 +124,13 @@ class Decoder:
             }
         )
 
-    def check(self, parts: Mapping[str, bytes]) -> list[str]:
+    def check(self, conversation: bytes, parts: Mapping[str, bytes], *, decode: bool) -> list[str]:
         """``visual_items.check_media`` in the decode process: its remarks.
 
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._request(parts, b"", check=True)
+        answer, _ = self._request(parts, conversation, check=True, decode=decode)
         return list(answer["remarks"])
 
     def store(self, conversation: bytes, parts: Mapping[str, bytes]) -> dict[str, bytes]:

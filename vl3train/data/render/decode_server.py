@@ -81,8 +81,8 @@ class Request:
     planned: SampleLengths | None = None  # to render by; None: measure it
     first_patch: int = 0  # where in the shared memory its patches go
     store: bool = False  # turn its clips into stored frames
-    decode: bool = False  # where it is measured: decode every image and clip whole
-    check: bool = False  # only decode its parts: they belong to no rendered sample
+    decode: bool = False  # where it is measured or checked: decode every image and clip whole
+    check: bool = False  # check its media, and render nothing
 
 
 def keep_freed_memory() -> None:
@@ -99,7 +99,7 @@ def keep_freed_memory() -> None:
 def serve(
     address: str,
     parent: Connection,
-    settings: RenderSettings | None,
+    settings: RenderSettings,
     tokenizer_dir: Path | None,
     limits: DecodeLimits,
 ) -> None:
@@ -130,7 +130,7 @@ def serve(
 
 def _decode(
     connected: socket.socket,
-    settings: RenderSettings | None,
+    settings: RenderSettings,
     tokenizer: ChatTokenizer | None,
     limits: DecodeLimits,
 ) -> None:
@@ -165,20 +165,20 @@ def _answer(
     request: Request,
     parts: Mapping[str, bytes],
     space: np.ndarray,
-    settings: RenderSettings | None,
+    settings: RenderSettings,
     tokenizer: ChatTokenizer | None,
     limits: DecodeLimits,
 ) -> tuple[dict[str, Any], bytes]:
     planned = request.planned
     try:
         if request.check:
-            return {"remarks": check_media(parts, limits)}, b""
-        assert settings is not None, "a server without settings only checks media"
-        assert tokenizer is not None, "as settings"
+            found = check_media(request.conversation, parts, settings, limits, decode=request.decode)
+            return {"remarks": found}, b""
         if request.store:
             members = store_sample(request.conversation, parts, settings, limits)
             names, sizes = list(members), [len(data) for data in members.values()]
             return {"names": names, "sizes": sizes}, b"".join(members.values())
+        assert tokenizer is not None, "a server without a tokenizer renders nothing"
         if planned is None:
             remarks: set[str] = set()
             lengths = measure_sample(

@@ -11,12 +11,22 @@ from vl3train.contracts.records import RenderedSample, RenderSettings, SampleErr
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import prune_mask, prune_to_count
-from vl3train.data.pictures.images import decode_picture
-from vl3train.data.pictures.whole_files import looks_whole
-from vl3train.data.records.conversation import Conversation, nothing_to_learn
+from vl3train.data.records.conversation import (
+    EMPTY_ANSWER,
+    Conversation,
+    has_empty_answer,
+    nothing_to_learn,
+)
 from vl3train.data.records.shard_records import open_conversation
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
-from vl3train.data.render.visual_items import Item, by_packets_else_exact, lay_out, patch_space, write_patches
+from vl3train.data.render.visual_items import (
+    Item,
+    by_packets_else_exact,
+    lay_out,
+    patch_space,
+    picture_remarks,
+    write_patches,
+)
 
 
 def measure_sample(
@@ -34,7 +44,7 @@ def measure_sample(
 
     Args:
         decode: decode every image and clip whole: damage inside compressed data is found now, not in the run.
-        remarks: what is odd or lost of its images is added here, as far as they are decoded, else by their headers.
+        remarks: what is odd or lost is added here; of images as far as they are decoded, else by their headers.
 
     Raises:
         SampleError: it cannot be rendered. Without ``decode`` damage inside an image's compressed data shows only in
@@ -43,6 +53,8 @@ def measure_sample(
     conversation = _opened(conversation_bytes, parts)
 
     noted: set[str] = set() if remarks is None else remarks
+    if has_empty_answer(conversation.turns):
+        noted.add(EMPTY_ANSWER)
 
     def measure(exact: bool) -> SampleLengths:
         items = lay_out(conversation, parts, settings, limits, exact)
@@ -50,9 +62,7 @@ def measure_sample(
         for item in items:
             pruned = settings.prune_frames and item.grid[0] > 1
             if item.header is not None:
-                whole = not decode and looks_whole(item.data)
-                found = item.header if whole else decode_picture(item.data, limits, item.header)
-                noted.update(found.remarks)
+                noted.update(picture_remarks(item, limits, decode))
             if pruned or (decode and item.clip is not None):
                 patches = patch_space([item])
                 write_patches(item, limits, patches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,9 +19,19 @@ from vl3train.data.media.stored_frames import STORED_SUFFIX, is_stored, pack_fra
 from vl3train.data.pictures.colours import Colours, colours_of
 from vl3train.data.pictures.images import ImageHeader, decode_image, decode_picture, image_header
 from vl3train.data.pictures.picture_clips import is_picture_clip, plan_pictures, read_pictures
-from vl3train.data.records.conversation import Conversation, Image, Stream, Video, rename_parts, visual_items
+from vl3train.data.pictures.whole_files import looks_whole
+from vl3train.data.records.conversation import (
+    Conversation,
+    Image,
+    Stream,
+    Turn,
+    Video,
+    read_conversation,
+    rename_parts,
+    visual_items,
+)
 from vl3train.data.records.shard_records import open_conversation
-from vl3train.data.shards.tar_headers import CLIP_SUFFIXES, CONVERSATION_PART
+from vl3train.data.shards.tar_headers import CONVERSATION_PART
 from vl3train.data.video.timeline import FrameRule
 
 Made = TypeVar("Made")
@@ -188,25 +199,49 @@ def store_sample(
     return by_packets_else_exact(store)
 
 
-def check_media(parts: Mapping[str, bytes], limits: DecodeLimits) -> list[str]:
-    """Decode images whole, and of clips the first frame; how many follow is read from their packets.
-
-    What is odd or lost of the images is returned, each kind once.
+def picture_remarks(item: Item, limits: DecodeLimits, decode: bool) -> tuple[str, ...]:
+    """What is odd or lost of an image: by its header where its file looks whole, else by decoding it.
 
     Raises:
-        SampleError: one of them is damaged or over the limits.
+        SampleError: it is damaged; inside its compressed data that shows only with ``decode``.
     """
-    every = FrameRule(fps=1.0, min_frames=1, max_frames=1)
+    assert item.header is not None, "a clip has none"
+    if looks_whole(item.data) and not decode:
+        return item.header.remarks
+    return decode_picture(item.data, limits, item.header).remarks
+
+
+def check_media(
+    conversation_bytes: bytes,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    limits: DecodeLimits,
+    *,
+    decode: bool,
+) -> list[str]:
+    """Check the media of a sample as ``samples.measure_sample`` does; nothing is rendered.
+
+    Without ``decode``, an image is decoded where its file does not look whole, and of a clip the first frame; how many
+    follow is read from its packets. What is odd or lost of the images is returned, each kind once.
+
+    Raises:
+        SampleError: one of them is damaged or over the limits; its part is named.
+    """
     remarks: set[str] = set()
-    for name, data in parts.items():
+
+    def check(content: Image | Video | Stream, exact: bool) -> None:
+        alone = Conversation((Turn("user", (content,)),))
+        (item,) = lay_out(alone, parts, settings, limits, exact)
+        if item.clip is None:
+            remarks.update(picture_remarks(item, limits, decode))
+        elif decode:
+            for _ in _frames(item, limits):
+                pass
+
+    for content in visual_items(read_conversation(conversation_bytes)):
         try:
-            if name.rpartition(".")[2] not in CLIP_SUFFIXES:
-                remarks.update(decode_picture(data, limits).remarks)
-            elif is_picture_clip(data):
-                for _ in read_pictures(data, plan_pictures(data, every, limits), limits):
-                    pass
-            else:
-                plan_clip(data, every, limits)
+            by_packets_else_exact(partial(check, content))
         except SampleError as error:
-            raise SampleError(f"{name}: {error}") from error
+            reason = str(error).removeprefix(f"{content.part}: ")
+            raise SampleError(f"{content.part}: {reason}") from error
     return sorted(remarks)
