@@ -39,6 +39,7 @@ answer = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
 # A clip: {{"type": "video", "video": "clip.mp4"}}, and processor_kwargs={{"fps": {fps:g}}} in the call above.
+# Without fps or num_frames, transformers takes every frame of a clip: thousands, and more memory than there is.
 # transformers decodes paths with torchcodec (pip install 'vl3train[video]', and FFmpeg's libraries).
 """
 

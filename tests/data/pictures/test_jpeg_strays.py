@@ -99,3 +99,18 @@ def test_most_scans_in_which_the_decoder_lost_its_place_are_refused_though_it_sa
             except SampleError:
                 refused += 1
     assert refused >= 0.65 * said
+
+
+def test_a_jpeg_in_cmyk_is_as_strict_though_pillow_decodes_it():
+    buffer = io.BytesIO()
+    Image.fromarray(drawn_picture(75, 110)).convert("CMYK").save(buffer, "JPEG", quality=90)
+    whole = buffer.getvalue()
+    assert decode_picture(whole, LIMITS).remarks == ()
+    strays = before_marker(whole, 0xD9, bytes(50))
+    picture = decode_picture(strays, LIMITS)
+    assert picture.remarks == (JPEG_WARNING,)
+    np.testing.assert_array_equal(picture.pixels, as_pillow_reads(whole))
+    damaged = whole[: len(whole) * 2 // 3] + b"\xff\xd9"
+    assert as_pillow_reads(damaged).shape == (75, 110, 3)  # without a word
+    with pytest.raises(SampleError, match="damaged"):
+        decode_picture(damaged, LIMITS)

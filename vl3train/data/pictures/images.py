@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -50,6 +51,7 @@ class ImageHeader:
     width: int
     turn: Image.Transpose | None  # after decoding
     jpeg: bool  # for simplejpeg
+    inked: bool  # a JPEG in CMYK: Pillow decodes it, and passes over damage on which libjpeg only warns
     remarks: tuple[str, ...]  # what may be lost, as far as the header says
     colours: Colours  # to decode with
 
@@ -74,6 +76,7 @@ def image_header(data: bytes, limits: DecodeLimits, colours: Colours = AS_TRANSF
             *((width, height) if turn in SIDEWAYS else (height, width)),
             turn=turn,
             jpeg=image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"),
+            inked=image.format in ("JPEG", "MPO") and image.mode == "CMYK",
             remarks=header_remarks(image, colours),
             colours=colours,
         )
@@ -106,6 +109,7 @@ def decode_picture(
         if header.turn is None:
             return found
         return Picture(np.asarray(Image.fromarray(found.pixels).transpose(header.turn)), found.remarks)
+    checked = _decode_jpeg(data, "CMYK") if header.inked else None
     with _opened_image(data, limits) as image:
         with _reading(data):
             image.load()
@@ -116,21 +120,21 @@ def decode_picture(
         raise SampleError(
             f"image of {header.width}x{header.height} by its header decodes to {shown}; save it anew"
         )
-    return Picture(pixels, remarks)
+    return Picture(pixels, (*remarks, *(checked.remarks if checked else ())))
 
 
-def _decode_jpeg(data: bytes) -> Picture | None:
+def _decode_jpeg(data: bytes, colourspace: str = "RGB") -> Picture | None:
     """None: for Pillow, as TurboJPEG's interface names six chroma layouts only."""
     reason = ""
     try:
-        return Picture(_turbo_jpeg(data), ())
+        return Picture(_turbo_jpeg(data, colourspace), ())
     except MemoryError:
         raise
     except Exception as error:  # it promises ValueError only, whatever it finds
         reason = str(error)
     if "subsampling" in reason:
         return None
-    pixels = decode_without_strays(data, _turbo_jpeg)
+    pixels = decode_without_strays(data, partial(_turbo_jpeg, colourspace=colourspace))
     if pixels is None:
         raise SampleError(
             f"image of {len(data)} bytes cannot be read: {reason}; it is damaged, fetch it again"
@@ -138,8 +142,8 @@ def _decode_jpeg(data: bytes) -> Picture | None:
     return Picture(pixels, (JPEG_WARNING,))
 
 
-def _turbo_jpeg(data: bytes) -> np.ndarray:
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
+def _turbo_jpeg(data: bytes, colourspace: str) -> np.ndarray:
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, colourspace)
     return pixels
 
 

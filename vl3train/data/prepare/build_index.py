@@ -63,7 +63,8 @@ def build_indexes(
         MissingIndexError: shards cannot be read, or an index cannot be written; every source with a problem is in the
             message, and the others are indexed.
     """
-    problems, changed = [], []
+    problems: list[str] = []
+    changed: list[str] = []
     with contextlib.ExitStack() as stack:
         decoding: _Decoding | None = None
         for name, place in sources:
