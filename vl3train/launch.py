@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, STOPPED, code_of_run
-from vl3train.contracts.progress.deaths import Ended, told_deaths
+from vl3train.contracts.progress.deaths import Ended, describe_deaths
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
                     rank: Ended(exit_code=failure.exitcode, when=failure.timestamp)
                     for rank, failure in error.failures.items()
                 }
-                print(*told_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
+                print(*describe_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
             return code
     return FINISHED
 

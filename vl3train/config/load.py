@@ -27,8 +27,8 @@ from vl3train.config.input.groups import GROUPS, group_choices, resolve_choice
 from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of, suggest
 from vl3train.config.input.rates import (
     drop_frozen,
-    leave_rate_of_adapters,
     frozen_as_zero,
+    leave_rate_of_adapters,
     parts_by_stage,
     spread_one_rate,
     two_rates,

@@ -143,10 +143,10 @@ def model_type(folder: Path) -> str:
     return str(config["model_type"])
 
 
-def means_a_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether ``name`` is a path on this machine, and not a name on the Hugging Face hub (``org/model``).
 
-    >>> means_a_path("google/siglip-so400m-patch14-384"), means_a_path("./parts/vision")
+    >>> is_path("google/siglip-so400m-patch14-384"), is_path("./parts/vision")
     (False, True)
     """
     path = Path(name).expanduser()

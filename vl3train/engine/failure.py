@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from vl3train.contracts.exit_codes import FAILED, INTERRUPTED
-from vl3train.contracts.progress.deaths import told_gone_ranks
+from vl3train.contracts.progress.deaths import describe_gone_ranks
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -36,7 +36,7 @@ def report_failure(error: BaseException, rank: Rank | None) -> int:
         print(f"\n{where}: interrupted (SIGINT); nothing was saved", file=sys.stderr)
         return INTERRUPTED
     traceback.print_exception(error)
-    print(f"\n{where}: the run ends with {summary(error)}", *told_gone_ranks(), sep="\n", file=sys.stderr)
+    print(f"\n{where}: the run ends with {summary(error)}", *describe_gone_ranks(), sep="\n", file=sys.stderr)
     return FAILED
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.contracts.progress.test_record import child_with_record
-from vl3train.contracts.progress.deaths import Ended, told_deaths
+from vl3train.contracts.progress.deaths import Ended, describe_deaths
 
 
 def test_a_killed_rank_is_told_before_one_that_lost_its_connection(tmp_path):
@@ -23,10 +23,10 @@ def test_a_killed_rank_is_told_before_one_that_lost_its_connection(tmp_path):
         2: Ended(exit_code=-15, when=101),  # by torchrun
         3: Ended(exit_code=-9, when=131),  # by torchrun, which waited 30 s
     }
-    (line,) = told_deaths(ended, tmp_path)
+    (line,) = describe_deaths(ended, tmp_path)
     assert line.startswith("rank 1 was killed by SIGKILL")
     assert "it was in forward of micro-batch 2, step 7; samples of the step: a/0/cat, a/0/dog" in line
-    assert told_deaths({0: Ended(exit_code=1, when=100), 2: ended[2]}, tmp_path) == [
+    assert describe_deaths({0: Ended(exit_code=1, when=100), 2: ended[2]}, tmp_path) == [
         "rank 0 ended with exit code 1 before it began"
     ]
 

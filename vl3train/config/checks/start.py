@@ -65,7 +65,7 @@ def _parts_problems(cfg: TrainConfig) -> list[Problem]:
         way_out = f"name a {kind} checkpoint in Hugging Face form: a folder, or a name on the hub"
         if name is None:
             found.append(Problem(key, None, "stage 1 has nothing to start from", way_out))
-        elif paths.means_a_path(name):
+        elif paths.is_path(name):
             if cfg.model.name == "debug":
                 way_out = f"make it with `vl3train demo {cfg.data.root}`"
             found += _folder_problems(key, name, known_types, way_out)
@@ -86,7 +86,7 @@ def _folder_problems(key: str, name: str, known_types: tuple[str, ...], way_out:
 
 
 def _tokenizer_problems(name: str | None) -> list[Problem]:
-    if name is None or not paths.means_a_path(name):
+    if name is None or not paths.is_path(name):
         return []
     folder = Path(name).expanduser()
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
@@ -103,7 +103,7 @@ def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
         return [Problem(key, None, f"stage {number} has nothing to start from", way_out)]
     folder = Path(init_from).expanduser()
     if not folder.is_dir():
-        if not paths.means_a_path(init_from):
+        if not paths.is_path(init_from):
             way_out = f"download it first: hf download {init_from} --local-dir FOLDER"
         return [Problem(key, init_from, "no such folder", way_out)]
     if folder.resolve() == Path(cfg.run.output_dir).expanduser().resolve():

@@ -23,7 +23,7 @@ class Ended:
     when: int  # seconds since 1970
 
 
-def told_deaths(ended: Mapping[int, Ended], folder: Path) -> list[str]:
+def describe_deaths(ended: Mapping[int, Ended], folder: Path) -> list[str]:
     """One line for each rank that died first; ``ended`` has all ranks of this node that did not end with 0.
 
     A signal comes before an exception: a rank that loses the connection to one that was killed raises, and may be seen
@@ -43,7 +43,7 @@ def told_deaths(ended: Mapping[int, Ended], folder: Path) -> list[str]:
     ]
 
 
-def told_gone_ranks() -> list[str]:
+def describe_gone_ranks() -> list[str]:
     """One line for each other rank of this node whose process has ended."""
     if progress.path is None:
         return []

@@ -38,7 +38,7 @@ TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 TAG = re.compile(f"({re.escape(IMAGE_TAG)}|{re.escape(VIDEO_TAG)})")
 
 MESSAGE_KEYS = (*ROLE_KEYS, *TEXT_KEYS, *LOSS_KEYS, "time")
-UNTOLD_KEYS = ("id",)
+MEANINGLESS_KEYS = ("id",)
 """Keys that are not read and say nothing of what is learned."""
 
 
@@ -96,7 +96,7 @@ class _Reader:
         self.left_over: set[str] = set()
         dialogue = find_dialogue(record, chosen_only=chosen_only)
         self.messages = dialogue.messages
-        self.waiting, self.keys = {}, {*dialogue.keys, "stream", *UNTOLD_KEYS}
+        self.waiting, self.keys = {}, {*dialogue.keys, "stream", *MEANINGLESS_KEYS}
         for kind in TAGS:
             self.waiting[kind], keys = find_media(record, kind)
             self.keys |= keys

@@ -45,7 +45,7 @@ class Patience:
         Raises OSError: that of the last try.
         """
         deadline, wait = time.monotonic() + seconds, FIRST_WAIT_SECONDS
-        told = False
+        reported = False
         while True:
             try:
                 with begun_anew_if_replaced(shard):
@@ -58,14 +58,14 @@ class Patience:
                     if waits:
                         self._in_vain |= {shard, shard.parent}
                     raise
-                if not told:
+                if not reported:
                     _say(f"{shard} cannot be read: {error}. It is tried again for {seconds:g} s")
-                told = True
+                reported = True
                 time.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
                 continue
             self._in_vain -= {shard, shard.parent}
-            if told:
+            if reported:
                 _say(f"{shard} can be read again")
             return result
 

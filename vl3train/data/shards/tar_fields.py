@@ -42,11 +42,11 @@ def parse_header(block: bytes) -> Header:
     """The header that a block of ``BLOCK`` bytes holds.
 
     Raises:
-        HeaderError: its checksum is another one. A wrong size alone is told in the header.
+        HeaderError: its checksum is another one. A wrong size alone is kept in the header.
     """
-    told = _number(block[148:156])
+    stored = _number(block[148:156])
     rest = block[:148] + b" " * 8 + block[156:]
-    if told != (total := sum(rest)) and told != total - 256 * sum(byte > 127 for byte in rest):
+    if stored != (total := sum(rest)) and stored != total - 256 * sum(byte > 127 for byte in rest):
         raise HeaderError("its checksum is wrong")
     name, prefix = _text(block[:100]), _text(block[345:500])
     if prefix and block[MAGIC_AT : MAGIC_AT + 8] != b"ustar  \0" and block[MAGIC_AT:].startswith(MAGIC):

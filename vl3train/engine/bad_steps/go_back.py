@@ -30,7 +30,7 @@ def go_back(run: Run) -> int:
     """
     bad = run.bad_steps
     first, end = bad.range_to_pass_over(run.cursor.step)
-    told = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end - 1}"
+    what = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end - 1}"
     look = (
         f"Look at {run.folder / 'bad_steps'} with `vl3train inspect --dump FILE`: where always the same samples are "
         "not finite, take them out; where losses or norms are only over their limits, lower the learning rates, or "
@@ -38,13 +38,13 @@ def go_back(run: Run) -> int:
     )
     if bad.passed_over and first < max(before := [end for _, end in bad.passed_over]):
         raise RunError(
-            f"{told}. That is the second time: the run has already gone back to before step {max(before)}, and its "
+            f"{what}. That is the second time: the run has already gone back to before step {max(before)}, and its "
             f"steps after that are no better. {look}"
         )
     checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
     if checkpoint is None:
         raise RunError(
-            f"{told}, and there is no checkpoint of step {first} or before to go back to. {look}. {way_out(run, first)}"
+            f"{what}, and there is no checkpoint of step {first} or before to go back to. {look}. {way_out(run, first)}"
         )
     stored = refuse_other_identity(checkpoint, run.identity)
     load_checkpoint(checkpoint, engine=run.engine, rank=run.rank)
@@ -58,7 +58,7 @@ def go_back(run: Run) -> int:
         run.console.go_back(run.cursor.step)
     run.rank.barrier()
     run.console.message(
-        f"{told}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
+        f"{what}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
     )
     return run.cursor.step
 

@@ -51,7 +51,7 @@ def weights_problems(cfg: TrainConfig, known: Set[str]) -> list[Problem]:
     found: list[Problem] = []
     described: list[Described] = []
     for key, name, kind in named:
-        if key in known or name is None or not paths.means_a_path(name):
+        if key in known or name is None or not paths.is_path(name):
             continue
         folder = paths.resolve_weights(name) if kind is Kind.whole else Path(name).expanduser()
         inspected = inspect_folder(folder, kind)
@@ -74,7 +74,7 @@ def _tokenizer_problems(cfg: TrainConfig, language: Described | None) -> list[Pr
     """What is wrong with the run's tokenizer, and where it does not belong to the language model."""
     source = paths.tokenizer_source(cfg)
     if isinstance(source, str):
-        if not paths.means_a_path(source):
+        if not paths.is_path(source):
             return []
         source = Path(source).expanduser()
     first = "model.language_model_from" if cfg.stage.number == 1 else "stage.init_from"
