@@ -80,7 +80,8 @@ def test_the_same_damage_has_the_same_reason():
             image_header(b"<html>404</html>", LIMITS)
         reasons.add(str(caught.value))
     assert reasons == {
-        "image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, or its header is damaged"
+        "image of 16 bytes cannot be read: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, or its header is damaged; "
+        "fetch it again, or save it again if a viewer shows it"
     }
 
 

@@ -22,6 +22,7 @@ from vl3train.contracts.records import SampleError
 from vl3train.data.video.frame_choice import choose_frames
 from vl3train.data.video.frame_times import read_times
 from vl3train.data.video.opening import (
+    WAY_OUT,
     DecodeLimits,
     frames_of,
     from_library,
@@ -91,7 +92,7 @@ def plan_clip(data: bytes, rule: FrameRule, limits: DecodeLimits, *, exact: bool
     with opened_clip(data, limits) as (container, stream):
         first = next(_all_frames(container, stream), None)
         if first is None:
-            raise SampleError("clip has no frame")
+            raise SampleError(f"clip has no frame; {WAY_OUT}")
         upright = Upright()(first)
     with opened_clip(data, limits) as (
         container,
@@ -118,7 +119,9 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
             before = number
             number = before + 1 if number_of is None else number_of.get(cast(int, frame.pts), -1)
             if number < 0 or (before >= plan.window[0] and number != before + 1):
-                raise FrameCountError(f"clip is damaged: after frame {before} comes frame {number}")
+                raise FrameCountError(
+                    f"clip is damaged: after frame {before} comes frame {number}; {WAY_OUT}"
+                )
             if number >= plan.window[1]:
                 break
             if number not in wanted:
@@ -127,11 +130,13 @@ def read_frames(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
             with from_library("clip cannot be decoded"):
                 picture: np.ndarray = upright.to_ndarray(format="rgb24")
             if picture.shape != (plan.height, plan.width, 3):
-                raise SampleError(f"clip changes its size at frame {number} to {picture.shape[1::-1]}")
+                raise SampleError(
+                    f"clip changes its size at frame {number} to {picture.shape[1::-1]}; cut it there"
+                )
             for _ in range(wanted.pop(number)):
                 yield picture
     if wanted or number + 1 < plan.window[1]:
-        raise FrameCountError(f"clip ends at frame {number}, {plan.window[1]} were counted")
+        raise FrameCountError(f"clip ends at frame {number}, {plan.window[1]} were counted; {WAY_OUT}")
 
 
 def _frames_from(

@@ -98,7 +98,7 @@ def read_picture_list(data: bytes) -> PictureList:
                     "a list of pictures; give the pictures themselves as a list or folder"
                 )
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise SampleError("a list of pictures is a zip without compression; this one is compressed")
+                raise SampleError("a list of pictures is a zip without compression; pack this one again")
             if members[0].file_size > MAX_HEADER_BYTES or len(members) - 1 > MOST_PICTURES:
                 raise SampleError(f"a list of more than {MOST_PICTURES} pictures; cut it into several clips")
             if sum(member.file_size for member in members) > len(data):  # members that share their bytes
@@ -107,17 +107,21 @@ def read_picture_list(data: bytes) -> PictureList:
     except SampleError:
         raise
     except Exception as error:  # whatever zipfile raises: it promises no single class
-        raise SampleError(f"list of pictures of {len(data)} bytes cannot be read: {error!r}") from error
+        raise SampleError(
+            f"list of pictures of {len(data)} bytes cannot be read: {error!r}; pack it again"
+        ) from error
     try:
         fields: Any = json.loads(header)
         times, end = fields["times"], fields["end"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SampleError(f"{HEADER_MEMBER} of a list of pictures is damaged: {error!r}") from error
+        raise SampleError(
+            f"{HEADER_MEMBER} of a list of pictures is damaged: {error!r}; pack it again"
+        ) from error
     reason = _wrong_times(times, len(pictures)) if pictures else "a list without pictures"
     if reason is None and (not _is_number(end) or not times[-1] <= end < math.inf):
         reason = f"end={end!r} is no time behind the last picture's, {times[-1]}"
     if reason:
-        raise SampleError(f"{HEADER_MEMBER} of a list of pictures is damaged: {reason}")
+        raise SampleError(f"{HEADER_MEMBER} of a list of pictures is damaged: {reason}; pack it again")
     return PictureList(tuple(pictures), tuple(map(float, times)), float(end))
 
 

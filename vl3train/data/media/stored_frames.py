@@ -72,7 +72,7 @@ def plan_stored(data: bytes, rule: FrameRule, limits: DecodeLimits) -> ClipPlan:
         raise SampleError(f"frames were stored with {'; '.join(differing)}; store them again from the clips")
     height, width, times = header["height"], header["width"], header["times"]
     if not times or height * width > limits.max_pixels:
-        raise SampleError(f"stored clip of {len(times)} frames of {width}x{height} pixels")
+        raise SampleError(f"stored clip of {len(times)} frames of {width}x{height} pixels; store it again")
     every = tuple(range(len(times)))
     return ClipPlan(height, width, tuple(times), every, (0, len(every)), None)
 
@@ -84,9 +84,9 @@ def read_stored(data: bytes, plan: ClipPlan) -> Iterator[np.ndarray]:
         try:
             frame: np.ndarray = simplejpeg.decode_jpeg(data[position : position + size], "RGB")
         except ValueError as error:
-            raise SampleError(f"stored frame {number} cannot be read: {error}") from error
+            raise SampleError(f"stored frame {number} cannot be read: {error}; store it again") from error
         if frame.shape != (plan.height, plan.width, 3):
-            raise SampleError(f"stored frame {number} is of size {frame.shape[1::-1]}")
+            raise SampleError(f"stored frame {number} is of size {frame.shape[1::-1]}; store it again")
         position += size
         yield frame
 
@@ -107,7 +107,9 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
             and end + 1 + sum(header["sizes"]) == len(data)
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SampleError(f"stored clip of {len(data)} bytes cannot be read: {error!r}") from error
+        raise SampleError(
+            f"stored clip of {len(data)} bytes cannot be read: {error!r}; store it again"
+        ) from error
     if not whole:
-        raise SampleError(f"stored clip of {len(data)} bytes is damaged or cut off")
+        raise SampleError(f"stored clip of {len(data)} bytes is damaged or cut off; store it again")
     return header, end + 1

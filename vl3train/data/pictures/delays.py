@@ -38,7 +38,7 @@ def frame_delays(data: bytes) -> tuple[float, ...]:
     else:
         delays = list(_webp_delays(data)) or [NO_DELAY]  # one picture has no such chunk
     if not delays:
-        raise SampleError("moving picture without a frame")
+        raise SampleError("moving picture without a frame; fetch it again")
     return tuple(INSTEAD if delay <= SHORTEST else delay for delay in delays)
 
 

@@ -28,4 +28,5 @@ def library_call(what: str, reason: Callable[[Exception], str] = str) -> Iterato
         raise SampleError(f"{what} cannot be read: there is not enough memory for it; {way_out}") from error
     except Exception as error:
         said = reason(error) or type(error).__name__  # some are raised without a word
-        raise SampleError(f"{what} cannot be read: {said}") from error
+        way_out = "" if "; " in said else "; fetch it again, or save it again if a viewer shows it"
+        raise SampleError(f"{what} cannot be read: {said}{way_out}") from error

@@ -203,7 +203,10 @@ class Decoder:
                 answer, content = self._exchange(parts, conversation, **more)
             except (EOFError, OSError):
                 self.close()
-                raise SampleError("the decode process died of it twice: a crash, or out of memory") from None
+                raise SampleError(
+                    "the decode process died of it twice: a crash, or out of memory; leave the sample out, "
+                    "or decode in fewer processes (data.num_workers)"
+                ) from None
         if "rejected" in answer:
             raise SampleError(answer["rejected"])
         if "bug" in answer:
@@ -221,7 +224,8 @@ class Decoder:
             os.kill(self._pid, signal.SIGKILL)
             self.close()
             raise SampleError(
-                f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended"
+                f"decoding took longer than data.decode_seconds={self._seconds:g} and was ended; raise that "
+                "limit, or make the media smaller"
             )
         answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
         return answer, self._mailbox.take({"": answer.pop("content")})[""]

@@ -82,7 +82,9 @@ def lay_out(
     """Sizes of all visual items. All images and frames of the sample share its budget of visual tokens."""
     contents = visual_items(conversation)
     if missing := sorted({content.part for content in contents} - set(parts)):
-        raise SampleError(f"the conversation needs {missing}; the sample has {sorted(parts)}")
+        raise SampleError(
+            f"the conversation needs {missing}; the sample has {sorted(parts)}; pack it with them"
+        )
     clips = [
         None if isinstance(content, Image) else _plan(content, parts[content.part], settings, limits, exact)
         for content in contents
@@ -129,7 +131,9 @@ def _plan(
         return plan
     count = sum(seconds <= content.until for seconds in plan.times)
     if not count:
-        raise SampleError(f"{content.part}: no frame comes before the last message, at {content.until} s")
+        raise SampleError(
+            f"{content.part}: no frame comes before the last message, at {content.until} s; correct its time"
+        )
     return dataclasses.replace(plan, times=plan.times[:count], picked=plan.picked[:count])
 
 

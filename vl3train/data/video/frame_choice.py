@@ -35,7 +35,7 @@ def choose_frames(timeline: Timeline, rule: FrameRule) -> FrameChoice:
     times = timeline.times()
     if (rule.start_seconds or 0.0) > max(timeline.seconds, times[-1] + 1.0):
         raise SampleError(
-            f"start_time={rule.start_seconds} lies behind the clip's end, {timeline.seconds:.2f} s"
+            f"start_time={rule.start_seconds} lies behind the clip's end, {timeline.seconds:.2f} s; correct it"
         )
     if rule.frame_sampling == "original":
         return choose_as_the_original(timeline, rule)

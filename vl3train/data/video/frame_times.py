@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from vl3train.contracts.records import SampleError
 from vl3train.data.video.mended_stamps import mended_stamps
-from vl3train.data.video.opening import TITLES, frames_of, from_library, packets_of
+from vl3train.data.video.opening import TITLES, WAY_OUT, frames_of, from_library, packets_of
 from vl3train.data.video.timeline import Timeline
 from vl3train.data.video.whole_files import avi_chunks, matroska_is_whole
 
@@ -80,7 +80,7 @@ def read_times(data: bytes, container: InputContainer, stream: VideoStream, exac
         elif packet.size and not packet.is_discard:
             shown.append(_Shown.of(packet))
     if not shown:
-        raise SampleError("clip has no frame")
+        raise SampleError(f"clip has no frame; {WAY_OUT}")
     if _one_of(kind, "mp4") and num_whole < stream.frames:
         _refuse_unless_edited(data, stream.frames, num_packets, num_whole)
     presented = None
@@ -90,7 +90,9 @@ def read_times(data: bytes, container: InputContainer, stream: VideoStream, exac
     presented = presented or _in_order(shown, by_packet, _one_of(kind, "avi"))
     if tick is None or presented is None:
         if not rate:
-            raise SampleError("clip does not say when its frames are shown, nor its frame rate")
+            raise SampleError(
+                "clip does not say when its frames are shown, nor its frame rate; encode it again with a rate"
+            )
         return FileTimes(Timeline(tuple(range(len(shown))), len(shown), 1 / rate, rate), False)
     stamps, by_stamp = presented
     end = max(_end(shown, stamps, rate, tick), stamps[-1])

@@ -33,6 +33,10 @@ TITLES: dict[str, Any] = (
 )
 
 
+WAY_OUT = "fetch it again, or encode it again if a player shows it"
+"""Of a file that FFmpeg cannot read."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """Limits on what a file's header says; a file beyond them is rejected."""
@@ -50,7 +54,7 @@ def from_library(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SampleError(
-            f"{what}: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+            f"{what}: {getattr(error, 'strerror', None) or error or type(error).__name__}; {WAY_OUT}"
         ) from error
 
 
@@ -74,7 +78,7 @@ def opened_clip(data: bytes, limits: DecodeLimits) -> Iterator[tuple[InputContai
             codec = stream.codec_context
         if codec is None:
             raise SampleError(
-                f"{reading}: this build of FFmpeg does not know the codec of its video{_tag(data)}"
+                f"{reading}: this build of FFmpeg does not know the codec of its video{_tag(data)}; encode it as H.264"
             )
         with from_library(reading):
             stream.thread_type = "NONE"  # one decoding process for each core is faster than threads in each
@@ -141,7 +145,7 @@ def _watched(container: InputContainer) -> tuple[int, bool]:
     ]
     if not videos:
         covers = " but a cover picture: it is a sound file" if container.streams.video else ""
-        raise SampleError(f"clip has no video stream{covers}")
+        raise SampleError(f"clip has no video stream{covers}; leave it out")
     if len(videos) == 1:
         return videos[0].index, False
     known = [stream for stream in videos if stream.codec_context is not None] or videos
