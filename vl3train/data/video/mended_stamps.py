@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -12,6 +12,9 @@ JOINED_FORMATS = {"mpegts", "mpeg", "ogg"}
 """Files of these formats can be put behind each other; then each part has its own clock (FFmpeg's TS_DISCONT)."""
 BACK_SECONDS, AHEAD_SECONDS = Fraction(1, 10), 10
 """A clock that jumps by more begins a new part: ffmpeg's rule (fftools/ffmpeg_demux.c: ts_discontinuity_detect)."""
+
+LARGEST = 2**62
+"""Ticks of a sound file; a damaged one may add up to more than 64 bits."""
 
 
 def mended_stamps(
@@ -47,11 +50,13 @@ def mended_stamps(
         mended.append(later + shift)
     if len(known) < 2 or not (joined or len(known) < len(stamps)):
         return None
-    filled = np.rint(np.interp(range(len(stamps)), numbers, mended)).astype(int).tolist()
-    first, last = numbers[0], numbers[-1]
+    base, first, last = mended[0], numbers[0], numbers[-1]
     start = Fraction(mended[1] - mended[0], numbers[1] - numbers[0])
-    filled[:first] = [round(mended[0] - start * (first - number)) for number in range(first)]
+    between = np.interp(range(len(stamps)), numbers, [float(one - base) for one in mended])
+    filled = [base + round(one) for one in between.tolist()]
+    filled[:first] = [base - round(start * (first - number)) for number in range(first)]
     filled[last + 1 :] = [
-        round(mended[-1] + gap * (number - last)) for number in range(last + 1, len(stamps))
+        mended[-1] + round(gap * (number - last)) for number in range(last + 1, len(stamps))
     ]
-    return tuple(filled)
+    rising = tuple(accumulate(filled, max))
+    return rising if rising[0] >= -LARGEST and rising[-1] <= LARGEST else None
