@@ -44,7 +44,7 @@ def leave_rate_of_adapters(base: DictConfig, file: Values, command_line: Values)
     places = (file, command_line)
     own = _closest(places, lambda values: dict(values).get("adapter.learning_rate") is not None)
     written = {
-        part for part in parts if _closest(places, lambda values, part=part: _writes_rate(part, values)) > own
+        part for part in parts if _closest(places, partial(_writes_rate, part)) > own
     } & base.stage.get("learning_rates", {}).keys()
     if rate is None or not written:
         return []
