@@ -49,8 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="also decode every picture completely, so that a damaged one is rejected now and does not fail in the "
-        "run (clips are always decoded); slower: one core takes about 150 pictures of 1024x768 a second, not 1000",
+        help="also decode every picture and clip whole: damage inside compressed data, which leaves a file whole, is "
+        "found now and does not fail in the run (a stage that prunes frames decodes its clips in any case); slower: "
+        "one core takes about 150 pictures of 1024x768 a second, not 1000",
     )
 
 
