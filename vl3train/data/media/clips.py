@@ -94,11 +94,10 @@ def plan_clip(data: bytes, rule: FrameRule, limits: DecodeLimits, *, exact: bool
         if first is None:
             raise SampleError(f"clip has no frame; {WAY_OUT}")
         upright = Upright()(first)
-    with opened_clip(data, limits) as (
-        container,
-        stream,
-    ):  # not every format can be sought to its first frame
-        file_times = read_times(data, container, stream, exact)
+        file_times = read_times(data, container, stream, exact) if seek_keyframe(container) else None
+    if file_times is None:  # opened anew, which takes as long as decoding two frames
+        with opened_clip(data, limits) as (container, stream):
+            file_times = read_times(data, container, stream, exact)
     timeline = file_times.timeline
     refuse_too_long(timeline.times()[-1], limits)
     choice = choose_frames(timeline, rule)

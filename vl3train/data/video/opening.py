@@ -123,14 +123,20 @@ def frames_of(packet: Packet) -> list[VideoFrame]:
         return cast(list[VideoFrame], packet.decode())
 
 
-def seek_keyframe(container: InputContainer, stream: VideoStream, stamp: int) -> bool:
-    """Go to the keyframe before a stamp of the stream; False where the container has no list of keyframes.
+def seek_keyframe(
+    container: InputContainer, stream: VideoStream | None = None, stamp: int | None = None
+) -> bool:
+    """Go to the keyframe before a stamp of the stream, or to the beginning; False where that cannot be trusted.
 
-    Without one, FFmpeg lands somewhere near: in MPEG-TS behind the stamp, and on no keyframe.
+    Without a list of keyframes FFmpeg lands somewhere near: in MPEG-TS behind the stamp and on no keyframe, and not at
+    the first frame of a clip whose clock begins before 0 or whose first frame has no stamp.
     """
     with from_library("clip cannot be read"):
         if not any(kind in container.format.name for kind in KEYFRAME_LISTS):
             return False
+        if stamp is None:
+            begins = container.start_time or 0
+            stamp = begins - 10 * av.time_base if begins < 0 else 0
         container.seek(stamp, stream=stream)
         return True
 
