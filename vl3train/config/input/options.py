@@ -12,7 +12,7 @@ from typing import Any
 from vl3train.config.input.other_words import by_other_words, like_other_words
 from vl3train.config.schema import TrainConfig
 
-SECTIONS = {section.name: section.default_factory for section in fields(TrainConfig)}
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(TrainConfig)}
 OPTIONS: dict[str, Any] = {
     f"{name}.{option}": hint
     for name, cls in SECTIONS.items()
