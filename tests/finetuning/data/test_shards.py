@@ -47,7 +47,7 @@ def test_several_files_of_other_forms_are_read_together(tmp_path: Path):
     )
     pq.write_table(table, tmp_path / "more.parquet")
     [records] = read_records([str(file), str(tmp_path / "more.parquet")], media_roots=[])
-    assert (len(records.items), records.rejected, dict(records.kinds)) == (7, [], {"image": 7})
+    assert (len(records.items), records.rejected) == (7, [])
     [first, *_, last] = records.items
     assert first.media == last.media
 
@@ -97,8 +97,9 @@ def test_every_mistake_of_the_files_is_told(tmp_path: Path, monkeypatch):
     file = make_records(tmp_path, 2)
     lines = [record("pictures/9.png", "a", "b"), {"image": 3}]
     bad = write_jsonl(tmp_path / "bad.jsonl", lines)  # type: ignore[arg-type]
-    split = split_records([str(file), str(bad)], [], "0")
-    assert len(split.rejected) == 2
+    write_jsonl(tmp_path / "more.jsonl", [{**record("pictures/0.png", "a", "b"), "note": "x"}])
+    split = split_records([str(file), str(bad), str(tmp_path / "more.jsonl")], [], "0")
+    assert (len(split.rejected), split.remarks) == (2, ("not read: note (1 records)",))
     with pytest.raises(ValueError, match=r"(?s)no.jsonl: no such file.*x.docx: no such file"):
         split_records([str(tmp_path / "no.jsonl"), str(tmp_path / "x.docx")], [], "5%")
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,6 @@ class Records:
     items: list[Item] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)  # samples by what they show: image, video, text
 
     def only(self, places: Sequence[str]) -> AnnotatedRecords:
         """The same source with the records at these places."""
@@ -66,7 +65,6 @@ def _read(files: Sequence[str], media_roots: Sequence[str]) -> tuple[Records, li
         for one in flat:
             named.update(f"\0{one.name}".encode(errors="surrogateescape"))
         records.items.append(Item(where, named.hexdigest(), ()))
-        records.kinds[" and ".join(sorted({medium.kind for medium in media})) or "text"] += 1
         shown.append(flat)
     if not records.items and not records.rejected:
         raise ValueError(f"no records in {', '.join(files)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vl3train.contracts.files import write_whole
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
-from vl3train.data.prepare.rejections import Rejection
+from vl3train.data.prepare.rejections import Rejection, describe_ignored
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.finetuning.data.samples import Records, read_records
 from vl3train.finetuning.data.split import choose_held_out, shared_media, wanted_samples
@@ -30,7 +30,6 @@ class Split:
     held_out: AnnotatedRecords | None
     num_training: int
     num_held_out: int
-    kinds: dict[str, int]
     digest: str  # of all that the shards are made from
     rejected: tuple[Rejection, ...]
     remarks: tuple[str, ...]
@@ -45,7 +44,8 @@ def split_records(files: Sequence[str], media_roots: Sequence[str], held_out: st
     """
     is_file = wanted_samples(held_out, 1) is None
     records, *others = read_records(files, *([[held_out]] if is_file else []), media_roots=media_roots)
-    items, remarks, problems = records.items, [], []
+    items, problems = records.items, []
+    remarks = describe_ignored(records.ignored)
     wanted = wanted_samples(held_out, len(items))
     rejected = list(records.rejected)
     other: Records | None = None
@@ -76,7 +76,6 @@ def split_records(files: Sequence[str], media_roots: Sequence[str], held_out: st
         held_out=Records(source).only([item.where for item in chosen]) if chosen else None,
         num_training=len(kept),
         num_held_out=len(chosen),
-        kinds=dict(records.kinds),
         digest=_digest([*((False, item) for item in kept), *((True, item) for item in chosen)]),
         rejected=tuple(rejected),
         remarks=tuple(remarks),
