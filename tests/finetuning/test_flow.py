@@ -88,7 +88,9 @@ def test_the_plan_counts_what_the_run_trains(tuned: Tuned):
 @pytest.mark.two_processes
 def test_given_again_it_is_finished_and_changes_no_data(tuned: Tuned, capsys):
     shards = {path: path.stat().st_mtime_ns for path in (tuned.folder / "data").rglob("*.tar")}
-    assert main([*tuned.words, "--dry-run"]) == 0
+    assert main([*tuned.words, "--dry-run", "run.max_hours=1"]) == 0, (
+        "an option of one launch is not the file's"
+    )
     assert main(["finetune", "--config", str(tuned.folder / "run.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("held out; there already, from the same records") == 2
@@ -133,6 +135,9 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(
     assert "1 records cannot be used" in told
     assert "77.png" in told
     assert not (tmp_path / "out").exists()
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    assert main([*words[:-3], str(tmp_path), "--media-root", str(tmp_path), "--skip-rejected"]) == 1
+    assert "recipe.yaml is a recipe that this command did not write" in capsys.readouterr().err
 
 
 def test_words_that_say_too_little_or_the_same_twice_are_told(tmp_path: Path, capsys):

@@ -13,14 +13,22 @@ import yaml
 
 from vl3train.config.input.user_input import UserInput
 from vl3train.config.load import read_config
-from vl3train.config.paths import is_finished, tokenizer_source
+from vl3train.config.paths import ONE_LAUNCH, is_finished, tokenizer_source
 from vl3train.config.problems import Problem
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.exit_codes import FINISHED, STOPPED
 from vl3train.contracts.files import write_whole
 from vl3train.data.prepare.rejections import Rejection, describe_rejected
-from vl3train.finetuning.data.shards import Split, made_from, make_data, recipe_text, split_records
+from vl3train.finetuning.data.shards import (
+    RECIPE_MARK,
+    Split,
+    is_somebodys,
+    made_from,
+    make_data,
+    recipe_text,
+    split_records,
+)
 from vl3train.finetuning.plan import (
     Machine,
     plan_lines,
@@ -55,7 +63,7 @@ class Prepared:
     cfg: TrainConfig
     out: Path
     run_file: Path
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # of this launch, besides run_file
     split: Split
     machine: Machine
     plan: tuple[str, ...]
@@ -99,17 +107,22 @@ def prepare(wish: Wish, tell: Tell) -> Prepared:
     if found or cfg is None or split is None or start is None:
         raise CannotFinetuneError(found)
     typed = {key.lstrip("~") for text in wish.overrides for key in _keys(text)}
-    options = shown_options(with_overrides(options, wish.overrides), cfg, typed)
+    once = tuple(
+        text for text in wish.overrides if {f"run.{name}" for name in ONE_LAUNCH}.intersection(_keys(text))
+    )
+    options = shown_options(
+        with_overrides(options, [text for text in wish.overrides if text not in once]), cfg, typed
+    )
     _make(cfg, split, out, tell)
     num_samples = _index(cfg, split, tell)
     options |= step_options(cfg, num_samples, typed)
-    cfg = _known_good(_read(options, (), machine.ranks))
+    cfg = _known_good(_read(options, once, machine.ranks))
     num_steps = _count_steps(cfg)
     options |= save_options(cfg, num_steps, split.held_out is not None, typed)
-    cfg = _known_good(_read(options, (), machine.ranks))
+    cfg = _known_good(_read(options, once, machine.ranks))
     has_begun = (out / "checkpoints" / "latest").is_file()
     write_run_file(out, run_text(options, said(wish), out), has_begun=has_begun)
-    return _prepared(cfg, (), out / RUN_FILE, split, start, machine)
+    return _prepared(cfg, once, out / RUN_FILE, split, start, machine)
 
 
 def prepare_file(run_file: Path, overrides: Sequence[str], tell: Tell) -> Prepared:
@@ -217,6 +230,11 @@ def _rejected_text(rejected: Sequence[Rejection], what: str) -> str:
 
 def _changed_data(split: Split, out: Path) -> list[object]:
     """Records that are other ones than those that a training has begun with."""
+    recipe = out / "recipe.yaml"
+    if recipe.is_file() and RECIPE_MARK not in recipe.read_text(encoding="utf-8", errors="replace"):
+        return [f"{recipe} is a recipe that this command did not write; give another --out"]
+    if is_somebodys(out / "data"):
+        return [f"{out / 'data'} has files that were not made from records; give another --out"]
     before = made_from(out / "data")
     if before in (None, split.digest) or not (out / "checkpoints" / "latest").is_file():
         return []

@@ -72,6 +72,11 @@ def test_both_sides_are_written_once_and_again_when_something_changed(tmp_path: 
         assert make_data(other, out, lambda *_: None)
     (out / "made_from.json").write_text("{")
     assert made_from(out) is None
+    assert make_data(split, out, lambda *_: None), "what a killed command left is made anew"
+    (out / "made_from.json").unlink()
+    with pytest.raises(FileExistsError, match="not made from records"):
+        make_data(split, out, lambda *_: None)
+    assert pictures_in(out / "train"), "nothing of somebody's is deleted"
     assert "held_out: data/held_out" in recipe_text("mine", split, ["my.jsonl"])
 
 

@@ -19,6 +19,7 @@ from vl3train.finetuning.data.split import choose_held_out, shared_media, wanted
 FORMAT = 1
 """Increased when the same records give other shards."""
 MADE_FROM = "made_from.json"
+RECIPE_MARK = "Made by vl3train finetune from"
 SAMPLES_PER_SHARD, BYTES_PER_SHARD = 1000, 1_000_000_000
 
 
@@ -102,13 +103,21 @@ def _stamp(name: str) -> tuple[str, int, int]:
 def make_data(split: Split, folder: Path, progress: Callable[[str, int], None]) -> bool:
     """Write ``folder/train`` and ``folder/held_out``, unless they were made from the same; whether they were written.
 
-    Data of other records are replaced: ``has_data_of_others`` says so before.
+    Data that this function made of other records are replaced.
+
+    Raises:
+        FileExistsError: the folder has something else.
     """
     if made_from(folder) == split.digest:
         return False
+    if is_somebodys(folder):
+        raise FileExistsError(f"{folder} has files that were not made from records; give another --out")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    write_whole(
+        folder / MADE_FROM, json.dumps({"digest": "incomplete"})
+    )  # it is ours also if we are killed now
     for name, records in (("train", split.training), ("held_out", split.held_out)):
         if records is not None:
             write_shards(
@@ -124,6 +133,13 @@ def make_data(split: Split, folder: Path, progress: Callable[[str, int], None]) 
     return True
 
 
+def is_somebodys(folder: Path) -> bool:
+    """Whether a folder has something that ``make_data`` did not write."""
+    if not folder.exists():
+        return False
+    return not folder.is_dir() or (not (folder / MADE_FROM).is_file() and any(folder.iterdir()))
+
+
 def made_from(folder: Path) -> str | None:
     """The digest of what the data in a folder were made from; None where none are complete."""
     try:
@@ -134,7 +150,7 @@ def made_from(folder: Path) -> str | None:
 
 def recipe_text(name: str, split: Split, files: Sequence[str]) -> str:
     """The recipe of one source, the folders beside it."""
-    about = json.dumps(f"Made by vl3train finetune from {', '.join(files)}.", ensure_ascii=False)
+    about = json.dumps(f"{RECIPE_MARK} {', '.join(files)}.", ensure_ascii=False)
     held_out = "\n    held_out: data/held_out" if split.held_out is not None else ""
     return (
         f"name: {json.dumps(name)}\nabout: {about}\nsources:\n  - name: {json.dumps(name)}\n"
