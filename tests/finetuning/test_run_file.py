@@ -9,9 +9,9 @@ import yaml
 
 from vl3train.config.load import read_config
 from vl3train.config.rules import adapter_rates, full_rates
-from vl3train.config.schema import ModelConfig
+from vl3train.config.schema import ModelConfig, RunConfig, TrainConfig
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
-from vl3train.finetuning.plan import samples_a_step
+from vl3train.finetuning.plan import samples_a_step, save_options
 from vl3train.finetuning.run_file import is_as_written, run_text, with_overrides, write_run_file
 from vl3train.finetuning.start_model import StartModel, costs_of, download, processor_options, size_of
 from vl3train.finetuning.wish import Wish, output_folder, run_options, said, shown_options, wish_problems
@@ -123,6 +123,17 @@ def test_a_small_set_gets_a_hundred_steps_where_ranks_allow_it(samples: int, ran
     at_most = samples_a_step(samples, 3, ranks)
     assert at_most >= ranks
     assert samples * 3 / at_most >= 100 or at_most == ranks
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "evaluate", "save"),
+    [(3, 108, 18, 18), (60, 300, 30, 30), (0.5, 7, 7, 7), (3, 60_000, 10_000, 500), (1, 1, 1, 1)],
+)
+def test_a_run_evaluates_twice_an_epoch_and_ten_times_at_most(epochs, steps, evaluate, save):
+    cfg = TrainConfig(run=RunConfig(num_epochs=epochs))
+    found = save_options(cfg, steps, True, {"run.best_figure"})
+    assert found == {"run.save_steps": save, "run.evaluate_steps": evaluate}
+    assert save_options(cfg, steps, False, set()) == {"run.save_steps": save}
 
 
 def test_the_published_sizes_are_known_and_costs_are_the_schemas():

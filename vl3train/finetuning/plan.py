@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from vl3train.preview.plan_figures import PlanFigures
 WANTED_STEPS, FEW_STEPS = 100, 50
 MOST_SAMPLES = 16
 """Of one step. Peers' recipes take 8 to 16: LLaMA-Factory 8, unsloth 8, ms-swift 16 (their examples of LoRA)."""
-EVALUATIONS_IN_EPOCH = 2
+EVALUATIONS_IN_EPOCH, MOST_EVALUATIONS = 2, 10
+MOST_UNSAVED_STEPS = 500
 CPU_UTILISATION = 0.3
 """Of the rate of a matrix product: 0.2 to 0.4 were seen with models of 1 to 135 million parameters on two cores."""
 
@@ -85,10 +87,11 @@ def step_options(cfg: TrainConfig, num_samples: int, typed: set[str]) -> dict[st
 
 
 def save_options(cfg: TrainConfig, num_steps: int, evaluates: bool, typed: set[str]) -> dict[str, Any]:
-    """When to evaluate and to save: EVALUATIONS_IN_EPOCH times an epoch; the checkpoint with the least loss is kept."""
-    times = max(1, round(EVALUATIONS_IN_EPOCH * cfg.run.num_epochs))
-    every = max(1, round(num_steps / times))
-    found: dict[str, Any] = {"run.save_steps": every}
+    """When to evaluate and to save: EVALUATIONS_IN_EPOCH times an epoch, MOST_EVALUATIONS times in all; the checkpoint
+    with the least loss is kept. A run that is killed loses MOST_UNSAVED_STEPS at most."""
+    times = min(MOST_EVALUATIONS, max(1, round(EVALUATIONS_IN_EPOCH * cfg.run.num_epochs)))
+    every = math.ceil(num_steps / times)
+    found: dict[str, Any] = {"run.save_steps": min(every, MOST_UNSAVED_STEPS)}
     if evaluates:
         found |= {"run.evaluate_steps": every, "run.best_figure": "loss"}
     return {key: value for key, value in found.items() if key not in typed}
