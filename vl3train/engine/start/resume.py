@@ -13,7 +13,7 @@ from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best, start_best
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
-from vl3train.engine.evaluate import read_evaluations
+from vl3train.engine.held_out.losses import read_evaluations
 from vl3train.engine.monitor.console import truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
