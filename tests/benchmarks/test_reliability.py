@@ -8,7 +8,7 @@ from importlib import import_module
 
 from benchmarks import reliability
 from benchmarks.kills.kills import chains
-from tests.engine.ends import ENDS, MORE_ENDS, RESUMED
+from tests.engine.ends import ENDS, LOADED, MORE_ENDS, RESUMED
 from tests.engine.planted import PLACES, WHATS
 
 ELSEWHERE = {"worker", "collate", "decode", "decode_server", "gather_evaluation", "half_deleted"}
@@ -36,7 +36,7 @@ def test_all_places_exist():
     planted = [kill.place for chain in chains(0) for kill in chain if kill.place]
     wheres = {
         where
-        for what, where in (one.split("@") for one, _, _ in (*ENDS, *MORE_ENDS, *RESUMED))
+        for what, where in (one.split("@") for one, _, _ in (*ENDS, *MORE_ENDS, *RESUMED, LOADED))
         if what in WHATS
     }
     assert wheres | set(planted) <= PLACES.keys() | ELSEWHERE
@@ -54,3 +54,14 @@ def test_the_figures_count_what_came_out_well(capsys, monkeypatch, tmp_path):
     assert {line["figure"]: line["value"] for line in kept} == {"kills_tried": 2, "kills_survived": 1}
     assert {"unit", "better", "machine", "versions", "command", "commit", "date"} <= kept[0].keys()
     assert "all: no" in capsys.readouterr().out
+
+
+def test_after_its_time_nothing_begins_and_what_was_done_counts(tmp_path):
+    line = {"kill": "all", "tried": True, "problem": None}
+
+    def done(*, time_is_up):
+        return reliability.once(tmp_path, "kills", 0, lambda _: [line], time_is_up=time_is_up)
+
+    assert done(time_is_up=True) == []
+    assert done(time_is_up=False) == [line]
+    assert done(time_is_up=True) == [line]
