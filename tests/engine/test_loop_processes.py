@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tests.engine.jobs import kill_job, start_job
+from tests.engine.jobs import start_job
+from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import figures, run
 
 
@@ -17,26 +18,23 @@ from tests.engine.runs import figures, run
 def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_killed(
     warm_python, demo_words, tmp_path
 ):
+    """All its processes at once, in the moment before its second checkpoint gets its name."""
     words = [*demo_words, "run.evaluate_at_end=false"]
     stage1 = run([*words, "stage=1", f"run.output_dir={tmp_path / 'stage1'}", "run.num_steps=1"])
     words += ["stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000001/weights'}"]
     words += ["run.num_steps=9", "data.num_workers=1"]
     straight = [*words, f"run.output_dir={tmp_path / 'straight'}"]
     process, _ = start_job(warm_python, "vl3train.train", straight)
-    assert process.wait(timeout=240) == 0
+    assert process.wait(timeout=400) == 0
     killed = [*words, f"run.output_dir={tmp_path / 'killed'}"]
-    process, job = start_job(warm_python, "vl3train.train", killed)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    kill_job(job)
-    process.wait()
+    at = {PLANTED_AT: str(tmp_path / "mark")}
+    planted = ["kill_all@rename", "0", *killed]
+    process, _ = start_job(warm_python, "tests.engine.planted", planted, environment=at)
+    process.wait(timeout=400)
+    assert (tmp_path / "killed/checkpoints/step_00000004.partial").exists(), "all of it, but for its name"
     assert len(figures(tmp_path / "killed")) < 9, "it was killed before it was done"
     process, _ = start_job(warm_python, "vl3train.train", killed)
-    assert process.wait(timeout=240) == 0
+    assert process.wait(timeout=400) == 0
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
 
 
@@ -54,7 +52,7 @@ def test_asked_to_stop_under_torchrun_it_saves(demo_words, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=400)
     assert process.returncode == 1, "torchrun has one code for all ends but the good one"
     done = len(figures(tmp_path))
     assert f"stopped on request after step {done}; give the same command again to resume" in told
