@@ -115,8 +115,8 @@ PLACES = {
     "rename": ("engine.checkpoints.save", "sync_tree", 1),
     "latest": ("engine.checkpoints.save", "write_whole", 1),
     "delete_old": ("engine.checkpoints.save", "delete_old", 1),
-    "evaluation": ("engine.loop", "evaluate", 0),
-    "record_evaluation": ("engine.loop", "record_evaluation", 0),
+    "evaluation": ("engine.held_out.in_run", "evaluate", 0),
+    "record_evaluation": ("engine.held_out.in_run", "record_evaluation", 0),
     "mark_finished": ("engine.loop", "mark_finished", 0),
 }
 """Places in the code that a rank runs. ``plant`` has others."""
