@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl3train.config.paths import means_a_path, resolve_weights
+from vl3train.config.paths import is_path, resolve_weights
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.model.weights.headers.described import encoder_tensors, language_tensors
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
@@ -57,7 +57,7 @@ def download(name: str, tell: Any) -> Path:
     Raises:
         ValueError: it is a path and no folder, or it cannot be had; the message has the command that downloads it.
     """
-    if means_a_path(name):
+    if is_path(name):
         raise ValueError(
             f"--model {name}: there is no such folder; name one, or a model of the hub as ORG/NAME"
         )
