@@ -70,6 +70,7 @@ DOORS = {
         "data/media/resampling.py",
         "data/media/resampling_kernels.py",
     },
+    "bitsandbytes": {"model/kernels/nf4.py"},
     "flash_attn": {"model/attention/flash_attn_4.py"},
     "triton": {
         "model/kernels/triton_add.py",

@@ -84,3 +84,17 @@ def tower_shapes(hf_config: Any) -> tuple[TowerShape, TowerShape]:
         vocab_size=text.vocab_size,
     )
     return encoder, language_model
+
+
+NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
+"""Values of a weight in 4 bits that share a scale, and scales that share a scale of theirs: model/kernels/nf4.py."""
+
+
+def nf4_bytes(num_values: int) -> int:
+    """Bytes of a weight in 4 bits.
+
+    >>> round(8 * nf4_bytes(2**20) / 2**20, 3)
+    4.127
+    """
+    blocks = -(-num_values // NF4_BLOCK)
+    return num_values // 2 + -(-blocks // 4) * 4 + 4 * (-(-blocks // NF4_SCALE_BLOCK) + 1)

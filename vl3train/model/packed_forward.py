@@ -171,6 +171,10 @@ class PackedModel(nn.Module):
     def _embed(self, batch: Batch, visual_NH: Tensor) -> Tensor:
         """(T, H) token embeddings with the visual tokens in their places."""
         embeds_TH = self.model.model.language_model.embed_tokens(batch.input_ids)
+        if torch.is_grad_enabled() and not embeds_TH.requires_grad and self.training:
+            # Where only adapters train: without it the first layer alone would see rows that need no gradient. It would
+            # be compiled apart, and its adapters could not be fused (model/layers/lora_dispatch.py).
+            embeds_TH = embeds_TH.requires_grad_()
         if batch.placeholder_positions.shape[0] == 0:
             # Zero, but a path for the gradient: encoder and projector get zero gradients, and the layers of a frozen
             # language model run their backward pass, as on the ranks that have images (ZeRO-3 waits for all ranks).

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vl3train.config.schema import PARTS
+from vl3train.model.layers.nf4_linear import sizes_in_4_bits
 
 PART_PREFIXES: dict[str, tuple[str, ...]] = {
     "vision_encoder": ("model.vision_model",),
@@ -55,13 +56,22 @@ def set_trainable(hf_model: nn.Module, trainable: Collection[str]) -> None:
         parameter.requires_grad_(part_of(name) in trainable)
 
 
+REPLACED = ".original_module."
+"""In names of weights of which peft trains a copy: they are kept, and the model does not use them."""
+
+
 def count_parameters(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Numbers of trainable and of all parameters of each part; a tied head counts once."""
+    """Numbers of trainable and of all parameters of each part; a tied head counts once, and what peft replaced not."""
     counts = dict.fromkeys(PART_PREFIXES, (0, 0))
     for name, parameter in hf_model.named_parameters():
+        if REPLACED in name:
+            continue
         trainable, total = counts[part_of(name)]
         size = parameter.numel()
         counts[part_of(name)] = (trainable + size * parameter.requires_grad, total + size)
+    for name, size in sizes_in_4_bits(hf_model):
+        trainable, total = counts[part_of(name)]
+        counts[part_of(name)] = trainable, total + size
     return counts
 
 

@@ -119,12 +119,12 @@ def test_no_large_rows_are_kept_that_are_recomputed(tiny_model, batch_of, mixed,
 
 def test_the_fake_op_has_the_shape_of_the_real_one():
     weights, b = [torch.randn(6, 4), torch.randn(2, 4)], [torch.randn(6, 3), torch.randn(2, 5)]
-    found = extend_with_b(weights, b, None)
+    found = extend_with_b(weights, b, 4, None)
     expected = torch.zeros(8, 12)
     expected[:6, :4], expected[6:, :4], expected[:6, 4:7], expected[6:, 7:] = *weights, *b
     assert torch.equal(found, expected)
     torch.library.opcheck(
-        extend_with_b, (weights, b, weights[0]), test_utils=("test_schema", "test_faketensor")
+        extend_with_b, (weights, b, 4, weights[0]), test_utils=("test_schema", "test_faketensor")
     )
 
 

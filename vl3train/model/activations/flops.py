@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from vl3train.contracts.records import Batch
+from vl3train.model.layers.nf4_linear import Nf4Linear, is_frozen
 from vl3train.model.packed_forward import head_dims
-from vl3train.model.trainable import part_of
+from vl3train.model.trainable import REPLACED, part_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +45,21 @@ class FlopRates:
 def flop_rates(hf_model: Any) -> FlopRates:
     """Rates of the model as it trains: call it after set_trainable and add_adapters.
 
-    An adapter's two products count like any other. Where only adapters of the language model train, the count has one
-    input gradient of a layer too many.
+    An adapter's two products count like any other. Where only adapters of the language model train, its first layer's
+    input gets a gradient too: all layers are then one compiled graph (model/packed_forward.py).
     """
-    trains = {"vision_encoder": False, "projector": False, "language_model": False}
+    learning = {"vision_encoder": False, "projector": False, "language_model": False}
     for name, parameter in hf_model.named_parameters():
-        trains[part_of(name)] |= parameter.requires_grad
-    vision_backward = trains["vision_encoder"]
-    projector_backward = vision_backward or trains["projector"]
-    language_backward = projector_backward or trains["language_model"]
+        learning[part_of(name)] |= parameter.requires_grad
+    vision_backward = learning["vision_encoder"]
+    projector_backward = vision_backward or learning["projector"]
+    language_backward = projector_backward or learning["language_model"]
 
     last = len(hf_model.model.language_model.layers) - 1
     read_by_loss = re.compile(rf"lm_head|language_model\.layers\.{last}\.(self_attn\.o_proj|mlp)\.")
     rows = dict.fromkeys(("patch", "visual_token", "token", "supervised_token"), 0)
     for name, module in hf_model.named_modules():
-        if ".original_module." in name or not isinstance(module, nn.Linear | nn.Conv2d):
+        if REPLACED in name or not isinstance(module, nn.Linear | nn.Conv2d | Nf4Linear):
             continue  # peft keeps the frozen original of a part it trains a copy of
         if isinstance(module, nn.Conv2d):  # the patch embedding: a product over one patch, of pixels
             kernel = module.kernel_size[0] * module.kernel_size[1]
@@ -74,7 +75,7 @@ def flop_rates(hf_model: Any) -> FlopRates:
             else:
                 row = "supervised_token" if read_by_loss.search(f"{name}.") else "token"
                 input_gradient = language_backward
-        rows[row] += 2 * work * (1 + input_gradient + module.weight.requires_grad)
+        rows[row] += 2 * work * (1 + input_gradient + (not is_frozen(module)))
 
     vision, text = hf_model.config.vision_config, hf_model.config.text_config
     _, text_dim = head_dims(hf_model)

@@ -15,6 +15,7 @@ from torch import nn
 from vl3train.config.choices import Recompute
 from vl3train.contracts.records import Batch
 from vl3train.model.activations.last_layer import last_positions
+from vl3train.model.layers.nf4_linear import Nf4Linear, is_frozen
 from vl3train.model.trainable import part_of
 
 NOTHING_RECOMPUTED = (Recompute.nothing, Recompute.elementwise)
@@ -191,6 +192,6 @@ def _products(module: nn.Module, *, trained: bool = False) -> int:
     linears = (
         part
         for part in module.modules()
-        if isinstance(part, nn.Linear) and (part.weight.requires_grad or not trained)
+        if isinstance(part, nn.Linear | Nf4Linear) and not (trained and is_frozen(part))
     )
     return sum(2 * linear.in_features * linear.out_features for linear in linears)

@@ -139,7 +139,9 @@ def _attention(
     plain = mode.fused and _plain(rows, norm, *linears)
     centred = type(norm) is nn.LayerNorm
     of_norm = (norm.weight, norm.bias, norm.eps) if centred else (norm.weight, None, norm.variance_epsilon)
-    parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
+    parameters: tuple[Any, ...] = ()
+    if plain:  # else a linear layer may have another weight, as one in 4 bits
+        parameters = *(linear.weight for linear in linears), *(linear.bias for linear in linears)
     if plain and rope.cos_sin is not None and segments.backend in SERVED:
         of_attention = (
             segments.cu_seqlens,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vl3train.model.attention.backends import Segments
 from vl3train.model.kernels.gemm_ops import linear_add
 from vl3train.model.layers.lora_halves import AdaptedNormAttention, AdaptedSwigluMlp
+from vl3train.model.layers.nf4_linear import Nf4Linear, Nf4Product
 
 RANK_MULTIPLE = 8
 """Ranks must be multiples of this: the kernels need rows that begin at multiples of 16 bytes."""
@@ -22,7 +23,7 @@ RANK_MULTIPLE = 8
 class Adapter(NamedTuple):
     """One linear layer with its adapter."""
 
-    weight: Tensor  # (out, in), frozen
+    weight: Tensor  # (out, in), frozen; or the bytes of one in 4 bits (model/kernels/nf4.py)
     bias: Tensor | None  # (out,), frozen
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
@@ -32,19 +33,21 @@ class Adapter(NamedTuple):
 def adapter_of(module: Any) -> Adapter | None:
     """The adapter of a lora.Linear of peft; None unless it is exactly one plain adapter, active and not merged."""
     name = "default"
-    if not hasattr(module, "lora_A") or type(module.base_layer) is not nn.Linear:
+    if not hasattr(module, "lora_A") or type(module.base_layer) not in (nn.Linear, Nf4Linear):
         return None
     if module.merged or module.disable_adapters or list(module.active_adapters) != [name]:
         return None
     if len(module.lora_variant) or type(module.lora_dropout[name]) is not nn.Identity:
         return None
     base, a, b = module.base_layer, module.lora_A[name], module.lora_B[name]
-    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    in_4_bits = type(base) is Nf4Linear
+    weight = base.packed if in_4_bits else base.weight
+    frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     if not frozen or b.bias is not None or len(a.weight) % RANK_MULTIPLE:
         return None
-    if not a.weight.dtype == b.weight.dtype == base.weight.dtype:
+    if a.weight.dtype != b.weight.dtype or not (in_4_bits or b.weight.dtype == weight.dtype):
         return None  # peft computes such an adapter in its own dtype
-    return Adapter(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
+    return Adapter(weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
 def adapters_of(rows: Tensor, *modules: nn.Module) -> list[Adapter] | None:
@@ -60,7 +63,10 @@ def adapted_add(rows: Tensor, linear: nn.Module, added: Tensor) -> Tensor:
     """F.linear with its adapter, plus ``added`` (R, out). Differentiable in all but the frozen weight."""
     weight, bias, a, b, scaling = _parts(rows, [linear])
     inner = rows @ a[0].t() * scaling
-    return linear_add(rows, weight[0], bias[0], torch.addmm(added, inner, b[0].t()))
+    added = torch.addmm(added, inner, b[0].t())
+    if weight[0].dtype is torch.uint8:
+        return Nf4Product.apply(rows, weight[0], bias[0], len(b[0]), added)
+    return linear_add(rows, weight[0], bias[0], added)
 
 
 def adapted_mlp(rows: Tensor, norm: Any, linears: Sequence[nn.Module], level: str) -> Tensor:
