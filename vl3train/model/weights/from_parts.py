@@ -12,12 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, Qwen2Config, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
+from vl3train.config.paths import encoder_folder, model_type
 from vl3train.contracts.shapes import ENCODER
 from vl3train.contracts.tokens import PATCH_SIZE
 from vl3train.model.weights.headers.faults import read_object, refuse
 from vl3train.model.weights.headers.files import read_stored
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
-from vl3train.model.weights.headers.names import PROJECTOR_PREFIX, from_original, from_qwen2, from_siglip
+from vl3train.model.weights.headers.names import PROJECTOR_PREFIX, encoder_names, from_original, from_qwen2
 from vl3train.model.weights.headers.vocabulary import PLACEHOLDERS, read_vocabulary
 
 VISION_FIELDS = (
@@ -58,10 +59,13 @@ def init_from_parts(
 ) -> VideoLlama3ForConditionalGeneration:
     """A VideoLLaMA3 with exactly the weights of a SigLIP and a Qwen2 or Qwen2.5 checkpoint (folders or hub names).
 
+    In place of a SigLIP it may be a VideoLLaMA3's folder or run: its encoder is taken.
+
     The projector is drawn with ``seed``: normal with standard deviation ``initializer_range``, biases zero. Raises
     ValueError, naming the keys, when a source has an unknown key or lacks a needed one.
     """
-    vision_folder, language_folder = _folder_of(vision_encoder_from), _folder_of(language_model_from)
+    vision_folder = _folder_of(str(encoder_folder(vision_encoder_from)))
+    language_folder = _folder_of(language_model_from)
     refuse(vision_encoder_from, inspect_folder(vision_folder, Kind.encoder).faults)
     refuse(language_model_from, inspect_folder(language_folder, Kind.language_model).faults)
     config: Any = VideoLlama3Config(
@@ -73,7 +77,7 @@ def init_from_parts(
     # On both levels: transformers before 5.17 leaves the head untied, hence random, when only one says so.
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
     config.text_config.use_cache = False
-    weights = {**_siglip_weights(vision_folder), **_qwen2_weights(language_folder)}
+    weights = {**_encoder_weights(vision_folder), **_qwen2_weights(language_folder)}
     generator = torch.Generator().manual_seed(seed)
     vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
     for layer, inputs in (("readout.0", vision_size), ("readout.2", text_size)):
@@ -162,13 +166,14 @@ def _text_config(folder: Path) -> dict[str, Any]:
 
 def _vision_config(folder: Path) -> dict[str, Any]:
     described: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    vision = described.vision_config if described.model_type == "siglip" else described
+    vision = described if described.model_type == "siglip_vision_model" else described.vision_config
     return {key: getattr(vision, key) for key in VISION_FIELDS}
 
 
-def _siglip_weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights, of a SiglipVisionModel or a SiglipModel, whose keys have one more prefix."""
-    named = ((from_siglip(name), tensor) for name, tensor in _read_weights(folder))
+def _encoder_weights(folder: Path) -> dict[str, Tensor]:
+    """The encoder's weights."""
+    rename = encoder_names(model_type(folder))
+    named = ((rename(name), tensor) for name, tensor in _read_weights(folder))
     return {name: tensor for name, tensor in named if name is not None}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from vl3train.contracts.shapes import ENCODER, TowerShape
 from vl3train.contracts.tokens import PATCH_SIZE
 from vl3train.model.weights.headers.faults import Fault
-from vl3train.model.weights.headers.names import as_it_is, from_original, from_qwen2, from_siglip
+from vl3train.model.weights.headers.names import as_it_is, encoder_names, from_original, from_qwen2
 
 QWEN2 = {
     "vocab_size": 151_936,
@@ -89,9 +89,10 @@ def _describe_original(config: Mapping[str, Any]) -> Described:
 
 
 def describe_encoder(config: Mapping[str, Any]) -> Described:
-    """Of a SigLIP, whole or only its encoder."""
-    found = Described(from_siglip)
-    vision = _section(config, "vision_config", found.faults) if config["model_type"] == "siglip" else config
+    """Of a SigLIP, whole or only its encoder, or of a VideoLLaMA3."""
+    found = Described(encoder_names(config["model_type"]))
+    alone = config["model_type"] == "siglip_vision_model"
+    vision = config if alone else _section(config, "vision_config", found.faults)
     found.encoder = _encoder(vision, found.faults)
     _refuse_quantized(config, found.faults)
     return found

@@ -25,13 +25,13 @@ class Kind(Enum):
     """What a folder is to hold."""
 
     whole = "a whole VideoLLaMA3"
-    encoder = "a SigLIP"
+    encoder = "a SigLIP or VideoLLaMA3"
     language_model = "a Qwen2 or Qwen2.5"
 
 
 READ: dict[Kind, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Described]]] = {
     Kind.whole: (("video_llama_3", "videollama3_qwen2"), describe_whole),
-    Kind.encoder: (("siglip", "siglip_vision_model"), describe_encoder),
+    Kind.encoder: (("siglip", "siglip_vision_model", "video_llama_3"), describe_encoder),
     Kind.language_model: (("qwen2",), describe_language_model),
 }
 """The ``model_type`` of each kind, and who reads its config.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 PROJECTOR_PREFIX = "model.projector."
 
@@ -28,6 +29,20 @@ def from_siglip(name: str) -> str | None:
     """
     name = name.removeprefix("vision_model.")
     return None if SIGLIP_DROPPED.match(name) else f"model.vision_model.{name}"
+
+
+def only_encoder(name: str) -> str | None:
+    """The name of an encoder's weight in Hugging Face form (model_type video_llama_3), None for all others.
+
+    >>> only_encoder("model.vision_model.post_layernorm.bias"), only_encoder("lm_head.weight")
+    ('model.vision_model.post_layernorm.bias', None)
+    """
+    return name if name.startswith("model.vision_model.") else None
+
+
+def encoder_names(model_type: str) -> Callable[[str], str | None]:
+    """How the encoder's weights are called here, by what the checkpoint is."""
+    return only_encoder if model_type == "video_llama_3" else from_siglip
 
 
 def from_qwen2(name: str) -> str | None:

@@ -44,7 +44,7 @@ def weights_problems(cfg: TrainConfig, known: Set[str]) -> list[Problem]:
         return []
     if start_problems(cfg) and not known & START_KEYS:
         return []  # the rules stopped at a number they divide by, before they looked at the folders
-    if cfg.stage.number == 1:
+    if paths.starts_from_parts(cfg):
         named = [(f"model.{option}", getattr(cfg.model, option), kind) for option, kind in PARTS.items()]
     else:
         named = [("stage.init_from", cfg.stage.init_from, Kind.whole)]
@@ -53,7 +53,11 @@ def weights_problems(cfg: TrainConfig, known: Set[str]) -> list[Problem]:
     for key, name, kind in named:
         if key in known or name is None or not paths.is_path(name):
             continue
-        folder = paths.resolve_weights(name) if kind is Kind.whole else Path(name).expanduser()
+        folder = {
+            Kind.whole: paths.resolve_weights,
+            Kind.encoder: paths.encoder_folder,
+            Kind.language_model: lambda name: Path(name).expanduser(),
+        }[kind](name)
         inspected = inspect_folder(folder, kind)
         found += _problems(key, name, folder, inspected.faults)
         if inspected.described is not None:
@@ -77,9 +81,10 @@ def _tokenizer_problems(cfg: TrainConfig, language: Described | None) -> list[Pr
         if not paths.is_path(source):
             return []
         source = Path(source).expanduser()
-    first = "model.language_model_from" if cfg.stage.number == 1 else "stage.init_from"
+    in_parts = paths.starts_from_parts(cfg)
+    first = "model.language_model_from" if in_parts else "stage.init_from"
     key = first if cfg.model.tokenizer_from is None else "model.tokenizer_from"
-    name = cfg.model.tokenizer_from or (cfg.stage.init_from if cfg.stage.number > 1 else str(source))
+    name = cfg.model.tokenizer_from or (str(source) if in_parts else cfg.stage.init_from)
     if not source.is_dir():
         return []
     vocabulary, faults = read_vocabulary(source)
@@ -122,7 +127,7 @@ def _size_problems(cfg: TrainConfig, described: list[Described]) -> list[Problem
     shapes = [one.language_model for one in described]
     fits = [name for name, shape in LANGUAGE_MODELS.items() if shape in shapes]
     way_out = f"choose model={fits[0]}" if fits and fits[0] != cfg.model.name else "choose model=own"
-    key = "stage.init_from" if cfg.stage.number > 1 else "model.name"
-    value = cfg.stage.init_from if cfg.stage.number > 1 else cfg.model.name
+    whole = not paths.starts_from_parts(cfg)
+    key, value = ("stage.init_from", cfg.stage.init_from) if whole else ("model.name", cfg.model.name)
     what = "the model to start from has another size: " + "; ".join(wrong)
     return [Problem(key, value, what, way_out)]

@@ -65,14 +65,15 @@ def start_template(cfg: TrainConfig) -> tuple[OwnTemplate, str] | None:
 
     None also where the run starts from a name on the hub, or from a folder that is not there yet.
     """
-    name = cfg.model.language_model_from if cfg.stage.number == 1 else cfg.stage.init_from
+    in_parts = paths.starts_from_parts(cfg)
+    name = cfg.model.language_model_from if in_parts else cfg.stage.init_from
     if name is None or not Path(name).expanduser().is_dir():
         return None
     try:
-        folder = Path(name).expanduser() if cfg.stage.number == 1 else paths.resolve_weights(name)
+        folder = Path(name).expanduser() if in_parts else paths.resolve_weights(name)
     except (FileNotFoundError, ValueError):
         return None  # `vl3train check --ahead` of a run without a checkpoint yet
-    own = own_template(folder, pictures=cfg.stage.number > 1)
+    own = own_template(folder, pictures=not in_parts)
     if own is None:
         return None
     return own, (
