@@ -61,8 +61,23 @@ def test_adapters_are_shown(with_data: Path, capsys: pytest.CaptureFixture[str])
         main(["check", "stage=2", "stage.init_from=checkpoint", "data.recipe=mine.yaml", "adapter=lora"]) == 0
     )
     words = " ".join(capsys.readouterr().out.split())
-    assert "language_model │ LoRA, rank 64 │ 1e-05" in words
+    assert "language_model │ LoRA, rank 64 │ 0.0001 │ 1,543,714,304 frozen" in words
+    assert "vision_encoder │ frozen │" in words
+    assert (
+        "adapters LoRA on language_model (rank 64, alpha 128, 73,859,072 parameters): all linear layers, dropout 0"
+        in words
+    )
     assert "starts from the checkpoint checkpoint" in words
+
+
+def test_a_pattern_that_no_layer_has_is_a_problem_with_near_ones(
+    with_data: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["stage=2", "stage.init_from=checkpoint", "data.recipe=mine.yaml", "adapter=lora"]
+    assert main(["check", *words, "adapter.target_modules=['.*layers.99.*q_prj']"]) == 1
+    assert "is no linear layer of language_model; near ones are q_proj" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_five_planted_mistakes_are_five_numbered_problems(

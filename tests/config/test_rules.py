@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from tests.config.conftest import write_config_json, write_run_config
 from vl3train.config.checks.ranges import RANGES
 from vl3train.config.checks.start import starts_from
 from vl3train.config.load import read_config
-from vl3train.config.paths import resolve_weights
-from vl3train.config.rules import adapter_rates, effective_learning_rates, full_rates, problems
+from vl3train.config.paths import resolve_start, resolve_weights
+from vl3train.config.rules import effective_learning_rates, problems
 from vl3train.config.schema import TrainConfig
 
 
@@ -144,7 +146,13 @@ def test_what_zero_3_and_adapters_cannot_do(workplace: Path):
     assert keys(*zero_3, "machine.recompute_language=mlp") == ["machine.recompute_language"]
     assert keys(*zero_3, "machine.recompute_language=mlp", "machine.memory=auto") == []  # it is not read then
     assert keys(*zero_3, "machine.compile_layers=true") == ["machine.compile_layers"]
-    compiled = ("stage=3", "stage.init_from=x", "adapter=lora", "machine.compile_layers=true")
+    compiled = (
+        "stage=3",
+        "stage.init_from=x",
+        "adapter=lora",
+        "machine.compile_layers=true",
+        "adapter.dropout=0.05",
+    )
     assert "machine.compile_layers" in keys(*compiled)
     assert "machine.compile_layers" not in keys(*compiled, "adapter.dropout=0")
 
@@ -195,24 +203,69 @@ def test_a_stage_is_not_skipped_by_mistake(workplace: Path):
     )
 
 
-def test_adapters_alone_are_no_start(workplace: Path):
+def test_a_run_with_adapters_is_a_start_with_its_base(workplace: Path):
     run = make_run(workplace / "runs" / "lora", "stage=1")
     weights = resolve_weights(run)
-    weights.rename(weights.with_name("adapter"))
-    assert "holds adapters only" in only_problem("stage=2", f"stage.init_from={run}")
+    adapter = weights.with_name("adapter")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    weights.rename(run / "base")
+    assert resolve_start(run) == (run / "base", adapter)
+    assert keys("stage=2", f"stage.init_from={run}") == []
+    assert "its adapters merged in float32" in starts_from(config("stage=2", f"stage.init_from={run}"))
+    assert keys("stage=2", f"stage.init_from={adapter}") == []
+    alone = Path(shutil.copytree(adapter, workplace / "alone"))
+    assert "weights of elsewhere, which is no folder here" in only_problem(
+        "stage=2", f"stage.init_from={alone}"
+    )
+    (run / "base").rename(run / "moved")
+    assert f"{run / 'base'} is missing" in only_problem("stage=2", f"stage.init_from={run}")
+
+
+LORA = ("stage=2", "stage.init_from=checkpoint", "adapter=lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("adapter.parts=[projector,language_model]", "adapter.parts"),
+        ("adapter.parts=[]", "adapter.parts"),
+        ("adapter.parts=[vision_encoder] stage.learning_rates.language_model=1e-5", "adapter.parts"),
+        ("adapter.rank=0", "adapter.rank"),
+        ("adapter.part_ranks={vision_encoder: 8}", "adapter.part_ranks.vision_encoder"),
+        ("adapter.part_ranks={language_model: 0}", "adapter.part_ranks.language_model"),
+        ("adapter.part_alphas={language_model: -1}", "adapter.part_alphas.language_model"),
+        ("adapter.target_modules=[qproj]", "adapter.target_modules"),
+        ("adapter.target_modules=[fc1]", "adapter.target_modules"),
+        ("adapter.target_modules=['(']", "adapter.target_modules"),
+        ("adapter.target_modules=[]", "adapter.target_modules"),
+        ("adapter.modules_to_save=[language_model]", "adapter.modules_to_save"),
+        ("adapter.init=pissa adapter.use_dora=true", "adapter.init"),
+        ("adapter.init=pissa machine.zero_stage=3", "adapter.init"),
+        ("adapter.use_dora=true machine.zero_stage=3", "adapter.use_dora"),
+        ("adapter.base_4bit=nf4 machine.zero_stage=3", "adapter.base_4bit"),
+        ("adapter.base_4bit=nf4 adapter.use_dora=true", "adapter.base_4bit"),
+        ("adapter.base_4bit_parts=[projector] adapter.base_4bit=nf4", "adapter.base_4bit_parts"),
+        (
+            "adapter.base_4bit=nf4 adapter.base_4bit_parts=[vision_encoder] adapter.modules_to_save=[vision_encoder]",
+            "adapter.base_4bit_parts",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be(workplace: Path, words: str, key: str):
+    assert keys(*LORA, *re.split(" (?=[a-z_]+[.])", words)) == [key]
 
 
 def test_adapters(workplace: Path):
-    start = ("stage=2", "stage.init_from=checkpoint", "adapter=lora")
-    assert keys(*start) == []
-    assert keys(*start, "adapter.parts=[projector,language_model]") == ["adapter.parts"]
-    assert keys(*start, "adapter.parts=[vision_encoder]") == ["adapter.parts"]  # beside a full language model
-    assert keys(*start, "adapter.rank=0") == ["adapter.rank"]
-    assert keys("stage=1", "adapter=lora") == ["adapter.learning_rate"]
-    assert keys("stage=1", "adapter=lora", "adapter.learning_rate=1e-4") == []
-    cfg = config(*start, "adapter.learning_rate=1e-4")
-    assert adapter_rates(cfg) == {"language_model": 1e-4}
-    assert full_rates(cfg) == {"vision_encoder": 2e-6, "projector": 1e-5}
+    assert keys(*LORA) == []
+    assert keys("stage=1", "adapter=lora") == []
+    assert keys("stage=1", "adapter=lora", "adapter.learning_rate=null") == ["adapter.learning_rate"]
+    assert "did you mean q_proj?" in only_problem(*LORA, "adapter.target_modules=[qproj]")
+    assert keys(*LORA, "adapter.target_modules=[q_proj, '.*mlp.*']") == []
+    assert (
+        keys(*LORA, "adapter.base_4bit=nf4", "adapter.init=pissa", "adapter.part_ranks={language_model: 8}")
+        == []
+    )
 
 
 def test_the_models_rate_replaces_the_stages_and_trains_no_other_part(workplace: Path):

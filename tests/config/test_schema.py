@@ -17,8 +17,10 @@ from vl3train.config.input.options import OPTIONS, SECTIONS
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 
-# rules.rate_problems checks the rate of each part, checks/budgets.py the costs. Parameters are counted, not chosen.
+# rules.rate_problems checks the rate of each part, checks/budgets.py the costs, checks/adapters.py ranks and alphas.
+# Parameters are counted, not chosen.
 DICTS = {"stage.learning_rates", "model.learning_rates", "model.num_parameters", "model.costs"}
+DICTS |= {"adapter.part_ranks", "adapter.part_alphas"}
 
 
 def silent(source: str) -> list[str]:

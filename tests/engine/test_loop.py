@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.conftest import made_once
 from tests.engine.runs import figures, run, weights
 from vl3train.config.problems import ConfigError
 from vl3train.engine import loop
+from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.engine.memory import host as memory_host
 from vl3train.engine.ranks import OneRankError, RunError
 
@@ -233,6 +234,7 @@ def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_p
     words += [
         "adapter=lora",
         "adapter.rank=4",
+        "adapter.modules_to_save=[projector]",
         f"machine.zero_stage={zero_stage}",
         "run.evaluate_at_end=false",
     ]
@@ -254,4 +256,100 @@ def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_p
     assert any("language_model" in name for name in moved)
     assert any("projector" in name for name in moved), (
         "parts beside the adapters train in full and are saved too"
+    )
+    assert not any("vision_model" in name for name in moved), "nobody named it"
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_adapters_on_4_bit_weights_resume_bitwise_and_the_next_stage_starts_from_them(
+    stage1, demo_words, tmp_path, init, capsys
+):
+    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+    words += ["adapter=lora", "adapter.rank=8", f"adapter.init={init}", "adapter.base_4bit=nf4"]
+    words += [
+        "machine.dtype=bfloat16",
+        "run.evaluate_at_end=false",
+        "run.num_steps=3",
+        "optim.warmup_fraction=0",
+    ]
+    straight = run([*words, f"run.output_dir={tmp_path / 'straight'}"])
+    stopped = [*words, f"run.output_dir={tmp_path / 'stopped'}"]
+    run([*stopped, "run.stop_after_steps=2"])
+    assert figures(run(stopped)) == figures(straight)
+    checkpoint = straight / "checkpoints" / "step_00000003"
+    held = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert held < (straight / "base" / "model.safetensors").stat().st_size, "no base, whole or in 4 bits"
+    for damaged in (
+        1,
+        2,
+    ):  # other weights than those it was trained on: told by the manifest, and by the digest
+        base = load_file(tmp_path / "stopped" / "base" / "model.safetensors")
+        base["model.language_model.layers.0.mlp.up_proj.weight"][0] += 1
+        save_file(base, tmp_path / "stopped" / "base" / "model.safetensors", metadata={"format": "pt"})
+        if damaged == 2:
+            write_manifest(tmp_path / "stopped" / "base")
+        with pytest.raises(
+            RunError, match="base is damaged" if damaged == 1 else "base_4bit: the checkpoint has"
+        ):
+            run([*stopped, "run.num_steps=4"])
+    capsys.readouterr()
+    start = [
+        *demo_words,
+        "stage=4",
+        f"stage.init_from={straight}",
+        "run.num_steps=1",
+        "run.evaluate_at_end=false",
+    ]
+    after = run([*start, f"run.output_dir={tmp_path / 'after'}"])
+    assert "starts from the adapters in" in capsys.readouterr().out
+    assert (
+        weights(after).keys()
+        == load_file(stage1 / "checkpoints/step_00000004/weights/model.safetensors").keys()
+    )
+
+
+def test_a_start_is_the_base_with_its_adapters_merged(stage1, demo_words, tmp_path):
+    """Told apart from the base alone by what both answer."""
+    words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
+    words += ["adapter=lora", "adapter.rank=4", "adapter.learning_rate=0.1", "run.evaluate_at_end=false"]
+    lora = run([*words, f"run.output_dir={tmp_path / 'lora'}", "run.num_steps=2", "optim.warmup_fraction=0"])
+    start = [
+        *demo_words,
+        "stage=4",
+        f"stage.init_from={lora}",
+        "run.evaluate_at_end=false",
+        "run.num_steps=1",
+    ]
+    rate = "stage.learning_rates={projector: 1e-20}"  # what it saves is then what it started from
+    found = weights(run([*start, "model.learning_rates={}", rate, f"run.output_dir={tmp_path / 'next'}"]))
+    base = VideoLlama3ForConditionalGeneration.from_pretrained(lora / "base")
+    adapter = lora / "checkpoints" / "step_00000002" / "adapter"
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7)
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunError, match=r"adapter/adapter_model\.safetensors is not what was written"):
+        run([*start, f"run.output_dir={tmp_path / 'damaged'}"])
+    with pytest.raises(RunError, match=r"can start from these weights: stage\.init_from=.*step_00000002\)"):
+        run([*words, f"run.output_dir={lora}", "run.num_steps=3", "adapter.alpha=5"])
+
+
+def test_stage_2_of_a_larger_model_starts_with_the_encoder_that_a_smaller_one_trained(
+    stage1, demo_root, demo_words, tmp_path
+):
+    """The paper's 7B: no stage 1 of its own."""
+    words = [*demo_words, "stage=2", f"model.vision_encoder_from={stage1}", "run.evaluate_at_end=false"]
+    words += ["run.num_steps=1", "model.learning_rates={}", "stage.learning_rates={projector: 1e-20}"]
+    found = weights(run([*words, f"run.output_dir={tmp_path / 'out'}"]))
+    tuned = weights(stage1)
+    language = load_file(demo_root / "parts" / "language_model" / "model.safetensors")
+    assert found.keys() == tuned.keys()
+    for name, tensor in found.items():
+        if "vision_model" in name:
+            assert torch.equal(tensor, tuned[name]), name
+        elif "language_model" in name:
+            assert torch.equal(tensor, language[name.replace("model.language_model", "model")]), name
+    assert not torch.equal(
+        found["model.projector.readout.0.weight"], tuned["model.projector.readout.0.weight"]
     )

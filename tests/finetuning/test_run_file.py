@@ -15,6 +15,7 @@ from vl3train.finetuning.plan import samples_a_step, save_options
 from vl3train.finetuning.run_file import is_as_written, run_text, with_overrides, write_run_file
 from vl3train.finetuning.start_model import StartModel, costs_of, download, processor_options, size_of
 from vl3train.finetuning.wish import Wish, output_folder, run_options, said, shown_options, wish_problems
+from vl3train.model.adapter_targets import alpha_of
 
 WISH = Wish(records=("my.jsonl",), model="model", out="out")
 START = StartModel(folder=Path("/model"), size="2b", options={}, shapes={})
@@ -30,7 +31,7 @@ def read(wish: Wish, tmp_path: Path, *overrides: str):
     typed, found = read_config(overrides, config_file=tmp_path / "first.yaml")
     assert found == []
     assert typed is not None
-    options = shown_options(with_overrides(options, overrides), typed, set())
+    options = shown_options(with_overrides(options, overrides), typed)
     (tmp_path / "run.yaml").write_text(run_text(options, said(wish), tmp_path))
     cfg, found = read_config([], config_file=tmp_path / "run.yaml")
     assert found == []
@@ -43,7 +44,7 @@ def test_the_file_is_the_command(tmp_path: Path):
     cfg = read(WISH, tmp_path, "step.max_tokens=512", "run.num_epochs=7", "machine.attention=reference")
     assert (cfg.step.max_tokens, cfg.run.num_epochs, cfg.machine.attention.value) == (512, 7, "reference")
     assert (cfg.adapter.kind.value, adapter_rates(cfg)) == ("lora", {"language_model": 1e-4})
-    assert cfg.adapter.alpha == 2 * cfg.adapter.rank
+    assert alpha_of(cfg.adapter, "language_model") == 2 * cfg.adapter.rank
     assert cfg.finetune.held_out == "5%"
     nested = {
         "stage": "finetuning",

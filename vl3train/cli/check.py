@@ -20,13 +20,15 @@ from rich.text import Text
 
 from vl3train.cli.arguments import count
 from vl3train.config.checks.start import starts_from
-from vl3train.config.choices import AdapterKind, Memory
+from vl3train.config.choices import AdapterInit, AdapterKind, Base4Bit, Memory
 from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError, Problem, counted, show
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import PARTS, TrainConfig
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.data.recipe import Recipe
+from vl3train.model.adapter_targets import adapter_sizes, alpha_of
 from vl3train.model.weights.headers.template import start_template
 from vl3train.preview.check_config import examine
 
@@ -112,12 +114,29 @@ def part_rows(cfg: TrainConfig) -> list[tuple[str, str, str, str]]:
         size = cfg.model.num_parameters.get(part)
         number = "" if size is None else f"{size:,}"
         if part in adapted:
-            rows.append((part, f"LoRA, rank {cfg.adapter.rank}", f"{adapted[part]:g}", f"{number} frozen"))
+            rank = cfg.adapter.part_ranks.get(part, cfg.adapter.rank)
+            held = " on 4 bits" if in_4_bits(cfg, part) else ""
+            rows.append((part, f"LoRA, rank {rank}{held}", f"{adapted[part]:g}", f"{number} frozen"))
         elif part in full:
             rows.append((part, "in full", f"{full[part]:g}", number))
         else:
-            rows.append((part, "frozen", "", number))
+            rows.append((part, "frozen, in 4 bits" if in_4_bits(cfg, part) else "frozen", "", number))
     return rows
+
+
+def sizes_of_adapters(cfg: TrainConfig) -> dict[str, int]:
+    """Parameters of the adapters of each part; empty without adapters, or for a model of unknown shapes."""
+    shape = LANGUAGE_MODELS.get(cfg.model.name)
+    if cfg.adapter.kind is AdapterKind.none or shape is None:
+        return {}
+    return adapter_sizes(cfg.adapter, {"language_model": shape, "vision_encoder": ENCODER})
+
+
+def in_4_bits(cfg: TrainConfig, part: str) -> bool:
+    """Whether the linear layers of a part are held in 4 bits."""
+    adapter = cfg.adapter
+    on = adapter.kind is AdapterKind.lora and adapter.base_4bit is Base4Bit.nf4
+    return on and part in adapter.base_4bit_parts
 
 
 def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
@@ -172,8 +191,18 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
     ]
     if cfg.adapter.kind is AdapterKind.lora:
         adapter = cfg.adapter
-        text = f"rank {adapter.rank}, alpha {adapter.alpha}, dropout {adapter.dropout:g}"
-        facts.insert(1, ("adapters", f"LoRA on {', '.join(adapter.parts)}: {text}"))
+        sizes = sizes_of_adapters(cfg)
+        kinds = ["rsLoRA"] * adapter.use_rslora + ["DoRA"] * adapter.use_dora or ["LoRA"]
+        each = [
+            f"{part} (rank {adapter.part_ranks.get(part, adapter.rank)}, alpha {alpha_of(adapter, part):g}"
+            f"{', ' + counted(sizes[part], 'parameter') if part in sizes else ''})"
+            for part in adapter.parts
+        ]
+        where = "all linear layers" if adapter.target_modules is None else ", ".join(adapter.target_modules)
+        first = "" if adapter.init is AdapterInit.default else f", first weights {show(adapter.init)}"
+        beside = ", ".join([*full_rates(cfg), *(set(adapter.modules_to_save) - set(PARTS))]) or "nothing"
+        text = f"{' and '.join(kinds)} on {', '.join(each)}: {where}, dropout {adapter.dropout:g}{first}"
+        facts.insert(1, ("adapters", f"{text}; in full beside them: {beside}"))
     return facts
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vl3train.model.weights.export import Exported
+    from vl3train.model.weights.export import Merged
 
 NOTABLE_LOSS = 0.01
 """Share of the adapters' change: above it the command warns."""
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapters = parser.add_mutually_exclusive_group()
     adapters.add_argument(
         "--merge-adapter",
+        "--merge",
         action="store_true",
         help="refuse a source that has no adapters (adapters are always merged)",
     )
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
     print(
         f"wrote {out}: {made.num_parameters:,} parameters, {made.dtype}, {made.num_bytes / 2**20:.1f} MiB\n"
         f"from {made.weights}\n"
-        + (merged_text(made) if made.adapter else "")
+        + (merged_text(made.merged, made.adapter, made.dtype) if made.merged and made.adapter else "")
         + (f"{remark}\n" if remark else "")
         + "loaded back with from_pretrained: no missing or unexpected key, every tensor and the logits equal\n"
         + SNIPPET.format(folder=out, fps=made.fps)
@@ -113,12 +114,16 @@ def frames_by_the_original(source: Path) -> bool:
     return False
 
 
-def merged_text(made: Exported) -> str:
+def merged_text(merged: Merged, adapter: Path, dtype: object) -> str:
     """What became of the adapters."""
-    text = f"with the adapters of {made.adapter}, merged in float32: logits as of weights and adapters kept apart\n"
-    if made.change_lost < NOTABLE_LOSS:
-        return f"{text}{made.dtype} keeps their change up to {made.change_lost:.2g} of it\n"
+    rounded = "onto the weights rounded to 4 bits that they were trained on, " if merged.in_4_bits else ""
+    text = (
+        f"with the adapters of {adapter}, merged in float32 {rounded}and compared with adapters kept apart:\n"
+        f"the logits differ by {merged.difference:.2g} at most, of up to {merged.largest:.3g}\n"
+    )
+    if merged.change_lost < NOTABLE_LOSS:
+        return f"{text}{dtype} keeps their change up to {merged.change_lost:.2g} of it\n"
     return (
-        f"{text}WARNING: {made.dtype} loses {made.change_lost:.0%} of their change (norm of what is lost over norm of "
+        f"{text}WARNING: {dtype} loses {merged.change_lost:.0%} of their change (norm of what is lost over norm of "
         "the change).\nTo keep it, export with --dtype float32, or with --adapter-only for peft\n"
     )

@@ -100,6 +100,22 @@ class AdapterKind(Enum):
     lora = "lora"
 
 
+class AdapterInit(Enum):
+    """First weights of adapters, in peft's words (``init_lora_weights``)."""
+
+    default = "default"
+    gaussian = "gaussian"
+    pissa = "pissa"
+    pissa_niter_16 = "pissa_niter_16"
+
+
+class Base4Bit(Enum):
+    """How the frozen weights under adapters are held."""
+
+    none = "none"
+    nf4 = "nf4"
+
+
 class Grey16(Enum):
     """Grey of more than 8 bits. ``clip``: white over 255, as transformers; ``scale``: by the picture's own depth."""
 

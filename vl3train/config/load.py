@@ -28,9 +28,9 @@ from vl3train.config.input.options import OPTIONS, RENAMED, choices_of, kind_of,
 from vl3train.config.input.rates import (
     drop_frozen,
     frozen_as_zero,
-    leave_rate_of_adapters,
     parts_by_stage,
     spread_one_rate,
+    train_adapters_only,
     two_rates,
 )
 from vl3train.config.input.resolvers import file_problems, resolver_problems
@@ -142,7 +142,7 @@ def read_config(
         del base.model.learning_rates[part]
     if whole:
         drop_frozen(base)
-        user.problems += leave_rate_of_adapters(base, user.values[:in_file], user.values[in_file:])
+        train_adapters_only(base, user.values[:in_file], user.values[in_file:])
         spread_one_rate(base, user.values[:in_file], user.values[in_file:])
     return (_as_objects(base, user.problems) if whole else None), user.problems
 

@@ -79,7 +79,12 @@ def what_trains(cfg: TrainConfig) -> dict[str, Any]:
 def _what_trains(options: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: section for name, section in options.items() if name not in NOT_TRAINING}
     run = {name: value for name, value in kept["run"].items() if name not in ONE_LAUNCH}
-    return {**kept, "run": run}
+    return {**kept, "run": run, "adapter": what_adapts(kept["adapter"])}
+
+
+def what_adapts(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of adapters that count: none of them does where there are no adapters."""
+    return dict(adapter) if adapter["kind"] != "none" else {"kind": "none"}
 
 
 def latest_checkpoint(run_folder: Path) -> Path:
@@ -97,22 +102,96 @@ def resolve_weights(init_from: str | Path) -> Path:
     """The Hugging Face folder (config.json and weights) that ``init_from`` means.
 
     ``init_from`` is a run's output folder (its latest checkpoint is taken), one of its checkpoints, or a
-    Hugging Face folder. Raises FileNotFoundError that says what is missing, ValueError for another model.
+    Hugging Face folder. Of adapters it is the folder of the weights that they are on. Raises FileNotFoundError that
+    says what is missing, ValueError for another model.
+    """
+    return resolve_start(init_from)[0]
+
+
+def resolve_start(init_from: str | Path) -> tuple[Path, Path | None]:
+    """What ``resolve_weights`` finds, and the folder of the adapters that belong on these weights, or None.
+
+    A run with adapters keeps the weights that they are on in ``base``, and only adapters in each checkpoint. Adapters
+    alone, as ``vl3train export --adapter-only`` writes them, name the folder of their weights.
     """
     folder = Path(init_from).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if is_run_folder(folder):
         folder = latest_checkpoint(folder)
+    adapter = None
     if (folder / "weights").is_dir():
         folder = folder / "weights"
-    adapters = (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file()
-    if adapters and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds adapters only; `vl3train export` merges them into a whole model")
+    elif (folder / "adapter" / "adapter_config.json").is_file():
+        adapter, folder = folder / "adapter", _base_of(folder)
+    elif (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        adapter, folder = folder, _named_base(folder)
     found = model_type(folder)
     if found not in MODEL_TYPES:
         raise ValueError(f"{folder} holds a {found} model, not {MODEL_TYPES[0]}")
-    return folder
+    return folder, adapter
+
+
+def _base_of(checkpoint: Path) -> Path:
+    """The weights that the adapters of a checkpoint are on."""
+    inside = checkpoint / "base"  # as `vl3train convert` writes a LoRA checkpoint of the original
+    base = inside if inside.is_dir() else checkpoint.parent.parent / "base"
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"{base} is missing: it holds the weights that the adapters in {checkpoint / 'adapter'} belong to"
+        )
+    return base
+
+
+def _named_base(adapter: Path) -> Path:
+    """The weights that adapters alone say they are on."""
+    if not (base := adapter.parent.parent.parent / "base").is_dir() or adapter.name != "adapter":
+        try:
+            named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            base = Path(str(named["base_model_name_or_path"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{adapter / 'adapter_config.json'} names no weights: {error!r}") from error
+    if not base.is_dir():
+        raise FileNotFoundError(
+            f"{adapter} holds adapters only, for the weights of {base}, which is no folder here; "
+            "put it there, or name it in base_model_name_or_path of adapter_config.json"
+        )
+    return base
+
+
+def encoder_folder(vision_encoder_from: str) -> Path:
+    """The Hugging Face folder whose encoder ``model.vision_encoder_from`` means: a SigLIP, or a whole VideoLLaMA3.
+
+    A VideoLLaMA3 may also be named by the folder of its run, or by a checkpoint. Raises FileNotFoundError or ValueError
+    for a folder that holds neither.
+    """
+    folder = Path(vision_encoder_from).expanduser()
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return folder
+    weights, adapter = resolve_start(folder)
+    if adapter is not None:
+        raise ValueError(f"{folder} holds adapters; `vl3train export` merges them; name what it writes")
+    return weights
+
+
+def is_tuned_encoder(vision_encoder_from: str | None) -> bool:
+    """Whether this is the encoder of a VideoLLaMA3 on this machine: images of any size were taught to it already."""
+    if vision_encoder_from is None or not Path(vision_encoder_from).expanduser().is_dir():
+        return False
+    try:
+        return model_type(encoder_folder(vision_encoder_from)) == MODEL_TYPES[0]
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def starts_from_parts(cfg: TrainConfig) -> bool:
+    """Whether the run puts its model together: in stage 1, and in a later one with the encoder of another VideoLLaMA3.
+
+    The paper's 7B has the tuned encoder of the 2B (arXiv:2501.13106, section 4.1).
+    """
+    return cfg.stage.number == 1 or (
+        cfg.stage.init_from is None and is_tuned_encoder(cfg.model.vision_encoder_from)
+    )
 
 
 def tokenizer_source(cfg: TrainConfig) -> str | Path:

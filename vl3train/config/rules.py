@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vl3train.config.checks.adapters import adapter_problems
 from vl3train.config.checks.budgets import budget_problems, cost_problems
-from vl3train.config.checks.machine import adapter_problems, machine_problems
+from vl3train.config.checks.machine import machine_problems
 from vl3train.config.checks.ranges import range_problems
 from vl3train.config.checks.start import start_problems
 from vl3train.config.checks.tracking import tracking_problems
@@ -56,8 +57,16 @@ def adapter_rates(cfg: TrainConfig) -> dict[str, float]:
 
 def full_rates(cfg: TrainConfig) -> dict[str, float]:
     """Peak learning rate of each part whose full weights are trained."""
-    with_adapters = adapter_rates(cfg)
-    return {part: rate for part, rate in effective_learning_rates(cfg).items() if part not in with_adapters}
+    rates = effective_learning_rates(cfg)
+    if cfg.adapter.kind is AdapterKind.none:
+        return rates
+    own = cfg.adapter.learning_rate
+    rates |= {
+        part: own
+        for part in PARTS
+        if part in cfg.adapter.modules_to_save and part not in rates and own is not None
+    }
+    return {part: rates[part] for part in PARTS if part in rates and part not in cfg.adapter.parts}
 
 
 def rate_problems(cfg: TrainConfig) -> list[Problem]:

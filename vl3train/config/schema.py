@@ -1,7 +1,7 @@
 """Every option: type, default and meaning. Defaults are written here only; YAML says what differs.
 
-The section ``data`` is in config/data_options.py, ``optim`` in config/optim_options.py, ``finetune`` in
-config/finetune_options.py.
+The section ``data`` is in config/data_options.py, ``optim`` and ``adapter`` in config/optim_options.py,
+``finetune`` in config/finetune_options.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from vl3train.config.choices import (
-    AdapterKind,
     Attention,
     BestFigure,
     Device,
@@ -24,7 +23,7 @@ from vl3train.config.choices import (
 )
 from vl3train.config.data_options import DataConfig
 from vl3train.config.finetune_options import FinetuneConfig
-from vl3train.config.optim_options import OptimConfig
+from vl3train.config.optim_options import AdapterConfig, OptimConfig
 
 PARTS = ("vision_encoder", "projector", "language_model")
 """Parts of the model that a stage may train, each with its own learning rate."""
@@ -58,8 +57,8 @@ class StageConfig:
 
     init_from: str | None = None
     """Folder to start from: the output folder of the stage before, or any video_llama_3 checkpoint in Hugging Face
-    form. Required in stages 2 to 4. Not allowed in stage 1, which starts from model.vision_encoder_from and
-    model.language_model_from."""
+    form. Required in stages 2 to 4, unless model.vision_encoder_from is a VideoLLaMA3. Not allowed in stage 1, which
+    starts from model.vision_encoder_from and model.language_model_from."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +69,9 @@ class ModelConfig:
     """Size: debug, 2b or 7b."""
 
     vision_encoder_from: str | None = None
-    """Stage 1: SigLIP checkpoint in Hugging Face form (folder or hub name)."""
+    """Stage 1: SigLIP checkpoint in Hugging Face form (folder or hub name), or a VideoLLaMA3 (folder or run), whose
+    encoder is taken. With a VideoLLaMA3 a later stage may start so too, without stage.init_from: the paper's 7B has the
+    tuned encoder of the 2B."""
 
     language_model_from: str | None = None
     """Stage 1: Qwen2 or Qwen2.5 checkpoint in Hugging Face form (folder or hub name)."""
@@ -165,29 +166,6 @@ class MachineConfig:
 
     loss_chunk_tokens: int = 2048
     """Supervised tokens whose logits are in memory at one time."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AdapterConfig:
-    """Low-rank adapters (LoRA) in place of full weights."""
-
-    kind: AdapterKind = AdapterKind.none
-    """none trains the parts in full; lora adds adapters to ``parts`` and freezes their full weights."""
-
-    parts: list[str] = field(default_factory=lambda: ["language_model"])
-    """Parts that get adapters: language_model, vision_encoder. Other parts of the stage are trained in full."""
-
-    rank: int = 64
-    """Rank of each adapter."""
-
-    alpha: int = 16
-    """The adapter's output is scaled by alpha / rank."""
-
-    dropout: float = 0.05
-    """Dropout on the adapter's input."""
-
-    learning_rate: float | None = None
-    """Learning rate of the adapters. Unset: the stage's rate of the part they are on."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -111,7 +111,7 @@ def prepare(wish: Wish, tell: Tell) -> Prepared:
         text for text in wish.overrides if {f"run.{name}" for name in ONE_LAUNCH}.intersection(_keys(text))
     )
     options = shown_options(
-        with_overrides(options, [text for text in wish.overrides if text not in once]), cfg, typed
+        with_overrides(options, [text for text in wish.overrides if text not in once]), cfg
     )
     _make(cfg, split, out, tell)
     num_samples = _index(cfg, split, tell)

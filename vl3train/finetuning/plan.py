@@ -107,7 +107,8 @@ def trained_parameters(cfg: TrainConfig, shapes: Mapping[str, tuple[int, ...]]) 
         trained = total if part in full else 0
         if part in adapted:
             layers = [shape for name, shape in sizes.items() if re.fullmatch(LAYERS[part], name)]
-            trained = cfg.adapter.rank * sum(rows + columns for rows, columns in layers)
+            rank = cfg.adapter.part_ranks.get(part, cfg.adapter.rank)
+            trained = rank * sum(rows + columns for rows, columns in layers)
         found[part] = (trained, total)
     return found
 

@@ -135,7 +135,7 @@ RATES = ("optim.learning_rate", "stage.learning_rates", "adapter.learning_rate",
 """Options, or their dicts, that decide the rates."""
 
 
-def shown_options(options: Mapping[str, Any], cfg: TrainConfig, typed: set[str]) -> dict[str, Any]:
+def shown_options(options: Mapping[str, Any], cfg: TrainConfig) -> dict[str, Any]:
     """Options with what a person looks for first in run.yaml, as ``cfg`` has it: epochs, rank, and the rates.
 
     Rates that were written in several places are put into one: in one file a part's own rate would win over one for
@@ -150,9 +150,6 @@ def shown_options(options: Mapping[str, Any], cfg: TrainConfig, typed: set[str])
         found["stage.learning_rates"] = rates
     if cfg.adapter.kind is not AdapterKind.none:
         found["adapter.rank"] = cfg.adapter.rank
-        if cfg.adapter.alpha is not None and "adapter.alpha" not in typed:
-            # Unset it is the published recipes' 16, a quarter of the rank; peers and arXiv:2405.09673 take twice.
-            found["adapter.alpha"] = 2 * cfg.adapter.rank
     return found
 
 

@@ -6,15 +6,18 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vl3train.config.load import load_config, read_config
 from vl3train.config.paths import tokenizer_source
-from vl3train.config.problems import ConfigError, Problem
+from vl3train.config.problems import ConfigError, Problem, show
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.data.recipe import Recipe, load_recipe, recipe_problems
+from vl3train.model.adapter_targets import layers_of, target_pattern
 from vl3train.model.weights.headers.start import weights_problems
 
 if TYPE_CHECKING:
@@ -45,7 +48,21 @@ def examine(
     recipe, in_recipe = check_recipe(cfg)
     found = [*found, *problems(cfg)]
     in_weights = weights_problems(cfg, {problem.key for problem in found})
-    return cfg, recipe, [*found, *in_weights, *in_recipe]
+    in_adapters = [] if {problem.key.partition(".")[0] for problem in found} & {"adapter"} else targets(cfg)
+    return cfg, recipe, [*found, *in_adapters, *in_weights, *in_recipe]
+
+
+def targets(cfg: TrainConfig) -> list[Problem]:
+    """Patterns of adapter.target_modules that match no layer; a model of unknown sizes passes for a deep one."""
+    shape = LANGUAGE_MODELS.get(cfg.model.name)
+    deep = [replace(tower, num_layers=999) for tower in (LANGUAGE_MODELS["2b"], ENCODER)]
+    language, encoder = (shape, ENCODER) if shape is not None else deep
+    names = [name for tower in (language, encoder) for name, *_ in layers_of(tower)]
+    try:
+        target_pattern(names, cfg.adapter)
+    except ValueError as error:
+        return [Problem("adapter.target_modules", show(cfg.adapter.target_modules), str(error), "")]
+    return []
 
 
 def check_recipe(cfg: TrainConfig) -> tuple[Recipe | None, list[Problem]]:

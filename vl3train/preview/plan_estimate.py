@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vl3train.config.choices import Dtype, Memory, Recompute
-from vl3train.config.rules import full_rates
+from vl3train.config.choices import AdapterKind, Dtype, Memory, Recompute
+from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.gpus import Gpu
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
@@ -14,6 +14,7 @@ from vl3train.engine.optim.build import master_bytes, state_bytes
 from vl3train.engine.optim.offload_schedule import SCATTERED
 from vl3train.model.activations.budget import ActivationBudget, level_scale
 from vl3train.model.activations.work import PackSize, RecomputeRates, TowerWork
+from vl3train.model.adapter_targets import adapter_sizes, saved_in_4_bits
 from vl3train.preview.plan_figures import PlanFigures
 
 UTILISATION = 0.47
@@ -48,7 +49,7 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
     # The backward pass goes through the language model even when it is frozen: parts before it are trained.
     passes = (
         2 + ("language_model" in trained),
-        3 if "vision_encoder" in trained else 1,
+        3 if "vision_encoder" in trained else 2 if "vision_encoder" in adapter_rates(cfg) else 1,
     )
     kiloflops = passes[0] * figures.language_work + passes[1] * figures.encoder_work
     ranks = cfg.machine.dp_size
@@ -99,7 +100,16 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     machine, ranks = cfg.machine, cfg.machine.dp_size
     width = 2 if machine.dtype is Dtype.bfloat16 else 4
     parameters = sum(cfg.model.num_parameters.values())
-    trained = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
+    towers = {"language_model": shape, "vision_encoder": ENCODER}
+    full = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
+    trained, frozen_bytes = full, 0
+    if cfg.adapter.kind is AdapterKind.lora:
+        head = shape.vocab_size * shape.hidden_size
+        full += head * len({"lm_head", "embed_tokens"} & set(cfg.adapter.modules_to_save))
+        trained = full + sum(adapter_sizes(cfg.adapter, towers).values())
+        # peft trains copies of what trains in full beside adapters, and keeps the originals.
+        parameters += trained
+        frozen_bytes = -saved_in_4_bits(cfg.adapter, towers, width)
     tokens, patches = cfg.step.max_tokens, cfg.step.max_patches
 
     states = 0 if machine.offload_optimizer else state_bytes(cfg.optim)
@@ -110,7 +120,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     inner = tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size) * width
     encoder_inner = patches * (10 * ENCODER.hidden_size + 2 * ENCODER.intermediate_size) * width
     parts = {
-        "weights": split(parameters * width, 3),
+        "weights": split(parameters * width + frozen_bytes, 3),
         "gradients": split(trained * 4, 2),
         "masters and AdamW": split(trained * (master_bytes(cfg.optim, machine) + states), 1),
         "activations": float(max(inner, encoder_inner)),  # of one layer at work

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.config.conftest import write_run_config
 from vl3train.config.checks.ranges import range_problems
@@ -76,11 +77,12 @@ def test_two_rates_for_one_part_are_told():
 
 def test_adapters_take_the_rate_that_was_written_for_their_part_or_for_themselves():
     part = "stage.learning_rates.language_model=7e-5"
-    assert adapter_rates(read("adapter=lora")) == {"language_model": 1e-3}
+    assert adapter_rates(read("adapter=lora")) == {"language_model": 1e-4}
     assert adapter_rates(read("adapter=lora", part)) == {"language_model": 7e-5}
     own = read("adapter=lora", part, "adapter.learning_rate=8e-5", "stage.learning_rates.projector=9e-5")
     assert adapter_rates(own) == {"language_model": 8e-5}
-    assert full_rates(own) == {"vision_encoder": 2e-3, "projector": 9e-5}
+    both = "adapter.parts=[language_model,vision_encoder]"
+    assert adapter_rates(read("adapter=lora", both, part)) == {"language_model": 7e-5, "vision_encoder": 1e-4}
 
 
 @pytest.mark.parametrize("word", ["0", "null", "0.0"])
@@ -183,6 +185,40 @@ def test_a_written_rate_wins_over_the_adapters_rate_of_an_own_group(tmp_path: Pa
     both = ("stage.learning_rates.language_model=5e-5", "adapter.learning_rate=3e-4")
     assert rates(*both) == {"language_model": 3e-4}
     both_parts = "adapter.parts=[language_model, vision_encoder]"
-    [problem] = read_config([*words, both_parts, both[0]], config_dir=tmp_path)[1]
-    assert "you wrote another rate for language_model" in str(problem)
-    assert "the rates of vision_encoder too" in str(problem)
+    assert rates(both_parts, both[0]) == {"language_model": 5e-5, "vision_encoder": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        ([], {}),
+        (["stage.learning_rates.projector=9e-5"], {"projector": 9e-5}),
+        (["adapter.modules_to_save=[projector]"], {"projector": 2e-3}),
+        (
+            ["adapter.modules_to_save=[projector,vision_encoder]", "~model.learning_rates.vision_encoder"],
+            {"projector": 2e-3, "vision_encoder": 2e-6},
+        ),
+        (["stage.learning_rates={vision_encoder: 1e-6}"], {"vision_encoder": 1e-6}),
+    ],
+)
+def test_beside_adapters_only_what_is_named_trains(words: list[str], full: dict[str, float], tmp_path: Path):
+    cfg = read("adapter=lora", *words)
+    assert full_rates(cfg) == full
+    again, found = read_config([], config_file=write_run_config(cfg, tmp_path))
+    assert found == []
+    assert again is not None
+    assert (full_rates(again), adapter_rates(again)) == (full, adapter_rates(cfg))
+
+
+def test_a_config_of_an_earlier_run_with_adapters_keeps_its_meaning(tmp_path: Path):
+    """It wrote the stage's rates of all parts, and trained those without adapters in full."""
+    saved = write_run_config(read(), tmp_path)
+    before = {"kind": "lora", "parts": ["language_model"], "rank": 64, "alpha": 16, "learning_rate": None}
+    whole = yaml.safe_load(saved.read_text())
+    saved.write_text(yaml.safe_dump({**whole, "adapter": before}))
+    cfg, found = read_config([], config_file=saved)
+    assert found == []
+    assert cfg is not None
+    assert full_rates(cfg) == {"vision_encoder": 2e-3, "projector": 2e-3}
+    assert adapter_rates(cfg) == {"language_model": 1e-3}
+    assert cfg.adapter.alpha == 16

@@ -1,9 +1,8 @@
-"""Number formats, memory options, kernels and adapters that cannot go together."""
+"""Number formats, memory options and kernels that cannot go together."""
 
 from __future__ import annotations
 
 from vl3train.config.choices import (
-    AdapterKind,
     Attention,
     Device,
     Dtype,
@@ -14,8 +13,6 @@ from vl3train.config.choices import (
 )
 from vl3train.config.problems import Problem, show
 from vl3train.config.schema import TrainConfig
-
-ADAPTER_PARTS = ("language_model", "vision_encoder")
 
 
 def machine_problems(cfg: TrainConfig) -> list[Problem]:
@@ -130,31 +127,4 @@ def _attention_problems(cfg: TrainConfig) -> list[Problem]:
         what = "computes in 16 bits only, and machine.dtype=float32"
         way_out = "use machine.attention=reference or machine.dtype=bfloat16"
         found.append(Problem("machine.attention", shown, what, way_out))
-    return found
-
-
-def adapter_problems(cfg: TrainConfig) -> list[Problem]:
-    """Adapters on parts that cannot have them, or without a learning rate."""
-    if cfg.adapter.kind is AdapterKind.none:
-        return []
-    found = []
-    if not cfg.adapter.parts:
-        way_out = f"name one of {', '.join(ADAPTER_PARTS)}, or set adapter=none"
-        found.append(Problem("adapter.parts", "[]", "no part gets an adapter", way_out))
-    if "language_model" in cfg.stage.learning_rates and "language_model" not in cfg.adapter.parts:
-        # peft would keep a second copy of the whole language model
-        what = "the language model cannot be trained in full while another part has adapters"
-        way_out = "add language_model, or freeze it with ~stage.learning_rates.language_model"
-        found.append(Problem("adapter.parts", show(cfg.adapter.parts), what, way_out))
-    if cfg.machine.compile_layers and cfg.adapter.dropout > 0:
-        what = "torch 2.11 cannot compile dropout in recomputed layers (seen with the 7B on an H100)"
-        way_out = "set adapter.dropout=0, or machine.compile_layers=false"
-        found.append(Problem("machine.compile_layers", True, what, way_out))
-    for part in cfg.adapter.parts:
-        if part not in ADAPTER_PARTS:
-            way_out = f"adapters can be on {', '.join(ADAPTER_PARTS)}; the projector is trained in full"
-            found.append(Problem("adapter.parts", part, "this part cannot have adapters", way_out))
-        elif cfg.adapter.learning_rate is None and part not in cfg.stage.learning_rates:
-            what = f"unset, and stage {cfg.stage.number} gives {part} no rate that its adapters could use"
-            found.append(Problem("adapter.learning_rate", None, what, "set it; 1e-4 is a common choice"))
     return found

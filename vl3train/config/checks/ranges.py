@@ -69,7 +69,7 @@ RANGES: dict[str, Range] = {
     "machine.zero_stage": Range("must be 0, 1, 2 or 3", lambda v: v in (0, 1, 2, 3)),
     "machine.loss_chunk_tokens": AT_LEAST_1,
     "adapter.rank": AT_LEAST_1,
-    "adapter.alpha": AT_LEAST_1,
+    "adapter.alpha": POSITIVE,
     "adapter.dropout": BELOW_1,
     "adapter.learning_rate": POSITIVE,
     "finetune.predictions": AT_LEAST_0,

@@ -12,7 +12,7 @@ from vl3train.config.problems import Problem
 from vl3train.config.schema import TrainConfig
 
 PART_MODEL_TYPES = {
-    "vision_encoder_from": ("siglip", "siglip_vision_model"),
+    "vision_encoder_from": ("siglip", "siglip_vision_model", "video_llama_3"),
     "language_model_from": ("qwen2",),
 }
 """The ``model_type`` that model/weights/from_parts.py accepts for each part."""
@@ -20,7 +20,7 @@ PART_MODEL_TYPES = {
 
 def starts_from(cfg: TrainConfig) -> str:
     """Where the run's weights come from, in words."""
-    if cfg.stage.number == 1:
+    if paths.starts_from_parts(cfg):
         return (
             f"vision encoder {cfg.model.vision_encoder_from}, "
             f"language model {cfg.model.language_model_from}, "
@@ -34,7 +34,9 @@ def starts_from(cfg: TrainConfig) -> str:
         return f"the checkpoint {folder}"
     if not (folder / "checkpoints" / "latest").is_file():
         return f"{folder}, which has no complete checkpoint yet"
-    return f"{run_stage(folder) or 'the run'} in {folder}, {paths.latest_checkpoint(folder).name}"
+    _, adapter = paths.resolve_start(folder)
+    merged = ", its adapters merged in float32" if adapter is not None else ""
+    return f"{run_stage(folder) or 'the run'} in {folder}, {paths.latest_checkpoint(folder).name}{merged}"
 
 
 def run_stage(run_folder: Path) -> str | None:
@@ -45,7 +47,7 @@ def run_stage(run_folder: Path) -> str | None:
 
 def start_problems(cfg: TrainConfig) -> list[Problem]:
     """Every reason why the run has no weights or no tokenizer to start from."""
-    if cfg.stage.number == 1:
+    if paths.starts_from_parts(cfg):
         return _parts_problems(cfg)
     found = _init_from_problems(cfg)
     tokenizer = cfg.model.tokenizer_from
@@ -61,8 +63,11 @@ def _parts_problems(cfg: TrainConfig) -> list[Problem]:
         )
     for option, known_types in PART_MODEL_TYPES.items():
         key, name = f"model.{option}", getattr(cfg.model, option)
-        kind = "SigLIP" if option == "vision_encoder_from" else "Qwen2 or Qwen2.5"
+        is_encoder = option == "vision_encoder_from"
+        kind = "SigLIP" if is_encoder else "Qwen2 or Qwen2.5"
         way_out = f"name a {kind} checkpoint in Hugging Face form: a folder, or a name on the hub"
+        if is_encoder:
+            way_out += "; or the run or folder of a VideoLLaMA3, whose encoder is then taken"
         if name is None:
             found.append(Problem(key, None, "stage 1 has nothing to start from", way_out))
         elif paths.is_path(name):
@@ -77,7 +82,9 @@ def _folder_problems(key: str, name: str, known_types: tuple[str, ...], way_out:
     if not folder.is_dir():
         return [Problem(key, name, "no such folder", way_out)]
     try:
-        found_type = paths.model_type(folder)
+        found_type = paths.model_type(
+            paths.encoder_folder(name) if "video_llama_3" in known_types else folder
+        )
     except (FileNotFoundError, ValueError) as error:
         return [Problem(key, name, str(error), way_out)]
     if found_type not in known_types:

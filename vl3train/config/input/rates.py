@@ -34,28 +34,6 @@ def parts_by_stage(file: Values, command_line: Values) -> set[str]:
     return of_stage
 
 
-def leave_rate_of_adapters(base: DictConfig, file: Values, command_line: Values) -> list[Problem]:
-    """Take the adapters' rate away, where the user wrote the rates of their parts closer to the run.
-
-    Written in the same place, the adapters' rate wins: it says more exactly what is meant. All adapters have one rate,
-    so parts of them with a rate of their own are a problem.
-    """
-    rate, parts = base.adapter.learning_rate, set(base.adapter.parts)
-    places = (file, command_line)
-    own = _closest(places, lambda values: dict(values).get("adapter.learning_rate") is not None)
-    written = {
-        part for part in parts if _closest(places, partial(_writes_rate, part)) > own
-    } & base.stage.get("learning_rates", {}).keys()
-    if rate is None or not written:
-        return []
-    if written == parts:
-        base.adapter.learning_rate = None
-        return []
-    reason = f"you wrote another rate for {', '.join(sorted(written))}, and all adapters have this one"
-    way_out = f"write adapter.learning_rate, or the rates of {', '.join(sorted(parts - written))} too"
-    return [Problem("adapter.learning_rate", rate, reason, way_out)]
-
-
 def two_rates(command_line: Values) -> list[Problem]:
     """Parts for which the user wrote two different rates in the same line."""
     model = rates_of("model", command_line)
@@ -82,6 +60,36 @@ def rates_of(owner: str, values: Values) -> dict[str, Any]:
         elif key.startswith(f"~{owner}.learning_rates."):
             rates.pop(key.rpartition(".")[2], None)
     return rates
+
+
+def train_adapters_only(base: DictConfig, file: Values, command_line: Values) -> None:
+    """With adapters, take out of ``base`` the stage's rates of parts that the user did not name.
+
+    A part is named by a rate that the user wrote for it as the stage's, or in adapter.modules_to_save. ``base`` is the
+    composed config, which changes in place: stage.learning_rates then holds what trains in full beside adapters. A rate
+    that the user wrote for a part with adapters, as the stage's or the model's, is theirs. Then adapter.learning_rate is null, and stage.learning_rates
+    has a rate for each part with adapters. Written in the same place, adapter.learning_rate wins.
+    """
+    if base.adapter.kind is AdapterKind.none or "learning_rates" not in base.stage:
+        return
+    adapted, rates, own = set(base.adapter.parts), base.stage.learning_rates, base.adapter.learning_rate
+    by_part: set[str] = set()
+    named = set(base.adapter.modules_to_save or []) - adapted
+    for values in (file, command_line):
+        by_part |= adapted & {*rates_of("stage", values), *rates_of("model", values)}
+        named |= rates_of("stage", values).keys() - adapted
+        if any(key == "adapter.learning_rate" and rate is not None for key, rate in values):
+            by_part = set()
+    by_part &= rates.keys()  # a part that is frozen has none
+    if own is None:
+        named |= adapted  # the stage's rates are theirs
+    for part in [part for part in rates if part not in named | by_part]:
+        del rates[part]
+    if by_part and own is not None:
+        for part in adapted - by_part:
+            rates[part] = own
+            base.model.learning_rates.pop(part, None)
+        base.adapter.learning_rate = None
 
 
 def frozen_as_zero(key: str, value: Any) -> Any:

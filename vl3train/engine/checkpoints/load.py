@@ -9,9 +9,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from vl3train.config.paths import what_adapts
 from vl3train.engine.checkpoints.random_state import load_random_state
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.zero.engine import Zero
+
+ADAPTERS_CHANGED = (
+    "  adapter: since that run, adapter=lora was changed to train adapters only, at a rate of 1e-4, with alpha = 2 x "
+    "rank. A new run trains as that one did with adapter.modules_to_save=[projector,vision_encoder] adapter.alpha=16 "
+    "adapter.dropout=0.05 adapter.learning_rate=null"
+)
 
 
 def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
@@ -28,8 +35,14 @@ def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
         raise OneRankError(
             f"rank {rank.index}: {folder} is not read, because a file of it holds {held}, and reading that could "
             "run code. This program wrote no such file. If you know where it comes from, start a new run from its "
-            f"weights (stage.init_from={folder / 'weights'}); they are safetensors"
+            f"weights (stage.init_from={start_of(folder)}); they are safetensors"
         ) from error
+
+
+def start_of(checkpoint: Path) -> Path:
+    """What another run can name as its start: the weights, or the checkpoint of adapters, which are then merged."""
+    weights = checkpoint / "weights"
+    return weights if weights.is_dir() else checkpoint
 
 
 def refuse_other_identity(
@@ -42,7 +55,8 @@ def refuse_other_identity(
     Raises RunError that lists every difference.
     """
     resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
-    saved, now = _flat(resume["identity"]), _flat(json.loads(json.dumps(identity)))
+    stored = {**resume["identity"], "adapter": what_adapts(resume["identity"]["adapter"])}
+    saved, now = _flat(stored), _flat(json.loads(json.dumps(identity)))
     differences = [
         f"  {key}: the checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())
@@ -51,8 +65,12 @@ def refuse_other_identity(
     if differences:
         if saved.get("plan.index") != now.get("plan.index"):
             differences += [f"  data: {line}" for line in data_changes()]
-        weights = folder / "weights"  # a LoRA run has none, and stage 1 does not start from a whole model
-        as_start = weights.is_dir() and identity["stage"] > 1
+        if stored["adapter"]["kind"] == "lora" and "modules_to_save" not in stored["adapter"]:
+            differences.append(ADAPTERS_CHANGED)
+        weights, as_start = (
+            start_of(folder),
+            identity["stage"] > 1,
+        )  # stage 1 does not start from a whole model
         raise RunError(
             f"{folder} cannot be resumed, because this run differs from it:\n"
             + "\n".join(differences)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vl3train.config.choices import AdapterKind, Dtype, Memory, Recompute
+from vl3train.config.choices import AdapterKind, Base4Bit, Dtype, Memory, Recompute
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch
 from vl3train.engine.ranks import OneRankError, Rank
@@ -55,6 +55,8 @@ def ways_out(cfg: TrainConfig, *, in_a_step: bool) -> list[str]:
         found.append("more GPUs, or machine.zero_stage=3 on these: weights are partitioned too")
     if cfg.adapter.kind is AdapterKind.none:
         found.append("adapter=lora: only adapters have gradients and optimizer state")
+    elif cfg.adapter.base_4bit is Base4Bit.none and machine.zero_stage < 3:
+        found.append("adapter.base_4bit=nf4: frozen weights take about a quarter of the bytes")
     if in_a_step:
         found.append(
             f"step.max_tokens below {cfg.step.max_tokens}, step.max_patches below {cfg.step.max_patches}"

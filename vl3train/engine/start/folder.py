@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vl3train.config.paths import tokenizer_source
+from vl3train.config.paths import resolve_start, tokenizer_source
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
@@ -42,7 +42,7 @@ def open_folder(cfg: TrainConfig, rank: Rank) -> OutputFolder:
     processor_dir = write_processor(cfg, folder, rank)
     if checkpoint is None and rank.is_first:
         write_config(cfg, folder)  # before the long steps: it marks the folder as that of a run
-        remarks = [*remarks, *keep_template(cfg, folder)]
+        remarks = [*remarks, *keep_template(cfg, folder), *merged_start(cfg)]
     return OutputFolder(path=folder, checkpoint=checkpoint, remarks=remarks, processor_dir=processor_dir)
 
 
@@ -121,6 +121,17 @@ def keep_template(cfg: TrainConfig, folder: Path) -> list[str]:
     own, remark = found
     write_whole(folder / KEPT, own.text)
     return [remark]
+
+
+def merged_start(cfg: TrainConfig) -> list[str]:
+    """Says that the weights to start from are adapters and what they are on."""
+    if cfg.stage.init_from is None or not Path(cfg.stage.init_from).expanduser().is_dir():
+        return []
+    weights, adapter = resolve_start(cfg.stage.init_from)
+    if adapter is None:
+        return []
+    dtype = cfg.machine.dtype.value
+    return [f"starts from the adapters in {adapter}, merged in float32 into {weights}, and cast to {dtype}"]
 
 
 def load_processor(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from vl3train.config.choices import AdapterKind, Dtype
-from vl3train.config.paths import resolve_weights
+from vl3train.config.choices import AdapterInit, AdapterKind, Base4Bit, Dtype
+from vl3train.config.paths import encoder_folder, is_tuned_encoder, resolve_start, starts_from_parts
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import TrainConfig
 from vl3train.engine.checkpoints.find import refuse_damaged
@@ -21,7 +22,8 @@ from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.start.folder import OutputFolder, load_processor
 from vl3train.engine.start.kernels import Kernels, choose_kernels
-from vl3train.model.adapters import add_adapters, save_adapter
+from vl3train.model.adapters import add_adapters, base_state, load_merged, save_adapter, take_base
+from vl3train.model.layers.nf4_linear import digest_in_4_bits, hold_in_4_bits
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 from vl3train.model.weights.from_parts import init_from_parts, load_model
@@ -38,6 +40,7 @@ class RunModel:
 
     hf_model: Any  # VideoLlama3ForConditionalGeneration of transformers
     peft_model: Any | None  # the same model with its adapters, as peft holds it
+    base_digest: str | None  # of the weights under the adapters, where they are held in 4 bits
     packed: PackedModel
     counts: dict[str, tuple[int, int]]  # trained and all parameters of each part
     rates: dict[str, float]  # peak learning rate of each part that trains
@@ -72,12 +75,9 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
     full, low_rank = full_rates(cfg), adapter_rates(cfg)
     rates = {**full, **low_rank}
     set_trainable(hf_model, full)
-    peft_model = None
+    peft_model = base_digest = None
     if cfg.adapter.kind is AdapterKind.lora:
-        hf_model.name_or_path = str(
-            keep_base(hf_model, folder, rank).resolve()
-        )  # adapters name it as their base
-        peft_model = add_adapters(hf_model, cfg.adapter)
+        peft_model, base_digest = start_adapters(cfg, hf_model, folder, rank)
     counts = count_parameters(hf_model)
     groups = parameter_groups(hf_model, rates, cfg.optim.weight_decay)
     hf_model.to(rank.device)
@@ -97,6 +97,7 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
     return RunModel(
         hf_model=hf_model,
         peft_model=peft_model,
+        base_digest=base_digest,
         packed=packed,
         counts=counts,
         rates=rates,
@@ -110,12 +111,22 @@ def refuse_damaged_start(cfg: TrainConfig, folder: OutputFolder, rank: Rank) -> 
     if folder.checkpoint is not None:
         way_out = "copy it again from where it was; the adapters were trained on exactly these weights"
         refuse_damaged(folder.path / "base", rank, way_out=way_out)
+    elif starts_from_parts(cfg):
+        if is_tuned_encoder(encoder := cfg.model.vision_encoder_from):
+            weights = encoder_folder(str(encoder))
+            refuse_damaged(weights.parent, rank, way_out="copy it again", below=f"{weights.name}/")
     elif cfg.stage.init_from is not None:
-        weights = resolve_weights(cfg.stage.init_from)
+        weights, adapter = resolve_start(cfg.stage.init_from)
         way_out = (
             "copy it again, or name an older checkpoint (vl3train verify-checkpoint tells which are whole)"
         )
-        refuse_damaged(weights.parent, rank, way_out=way_out, below=f"{weights.name}/")
+        if adapter is None:
+            refuse_damaged(weights.parent, rank, way_out=way_out, below=f"{weights.name}/")
+        else:
+            refuse_damaged(
+                weights, rank, way_out="copy it again; the adapters were trained on exactly these weights"
+            )
+            refuse_damaged(adapter.parent, rank, way_out=way_out, below=f"{adapter.name}/")
 
 
 def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) -> Any:
@@ -134,7 +145,10 @@ def _load(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path, dtype:
         stored = checkpoint / "weights"
         return load_model(stored if stored.exists() else Path(cfg.run.output_dir) / "base", dtype=dtype)
     if cfg.stage.init_from is not None:
-        return load_model(resolve_weights(cfg.stage.init_from), dtype=dtype, tokenizer_from=processor_dir)
+        weights, adapter = resolve_start(cfg.stage.init_from)
+        if adapter is not None:
+            return load_merged(weights, adapter, dtype)
+        return load_model(weights, dtype=dtype, tokenizer_from=processor_dir)
     assert cfg.model.vision_encoder_from is not None, "config rules refuse this"
     assert cfg.model.language_model_from is not None, "config rules refuse this"
     processor = load_processor(processor_dir)
@@ -147,6 +161,55 @@ def _load(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path, dtype:
         seed=cfg.run.seed,
         dtype=dtype,
     )
+
+
+def start_adapters(
+    cfg: TrainConfig, hf_model: Any, folder: OutputFolder, rank: Rank
+) -> tuple[Any, str | None]:
+    """Keep the base, add adapters, put the base into 4 bits. All ranks call it.
+
+    Checkpoints hold adapters only; ``<output_dir>/base`` holds what they are on, once. PiSSA takes the principal parts
+    out of the weights first, so its base is what is left, and every rank takes that from the folder.
+
+    Returns the PeftModel, and a digest of the weights in 4 bits: a run that goes on must have the same.
+
+    Raises RunError on every rank where the model has no such modules.
+    """
+    adapter, is_new = cfg.adapter, folder.checkpoint is None
+    in_4_bits = adapter.base_4bit is Base4Bit.nf4
+    if in_4_bits and rank.device.type == "cuda" and find_spec("bitsandbytes") is None:
+        raise RunError("adapter.base_4bit=nf4 needs bitsandbytes on a GPU: pip install 'vl3train[qlora]'")
+    base = folder.path / "base"
+    hf_model.name_or_path = str(base.resolve())  # adapters name it as their base
+    changes_base = is_new and adapter.init in (AdapterInit.pissa, AdapterInit.pissa_niter_16)
+    problem = peft_model = None
+    if not changes_base:
+        keep_base(hf_model, folder, rank)
+    try:
+        peft_model = add_adapters(hf_model, adapter, is_new=is_new)
+    except ValueError as error:
+        problem = str(error)
+    rank.agree(problem)
+    if changes_base:
+        keep_base(hf_model, folder, rank)
+        if not rank.is_first:
+            take_base(hf_model, base)
+    digest = None
+    if in_4_bits:
+        hold_in_4_bits(hf_model, adapter.base_4bit_parts, rank.device)
+        digest = digest_in_4_bits(hf_model)
+        different = len(set(rank.gather(digest))) > 1
+        rank.agree("the ranks' weights in 4 bits differ: are their GPUs of one kind?" if different else None)
+    return peft_model, digest
+
+
+def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> None:
+    """Write the weights that adapters are on to ``<output_dir>/base``, once."""
+    base = folder.path / "base"
+    if rank.is_first and not base.exists():
+        save_weights(hf_model, load_processor(folder.processor_dir), base, state_dict=base_state(hf_model))
+        write_manifest(base)
+    rank.barrier()
 
 
 def refuse_other_tokens(hf_config: Any, processor_dir: Path) -> None:
@@ -166,19 +229,6 @@ def refuse_other_tokens(hf_config: Any, processor_dir: Path) -> None:
     if vocabulary is not None:
         faults = vocabulary_faults(vocabulary, text.vocab_size, ids)
     refuse("the tokenizer", faults)
-
-
-def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> Path:
-    """Write the model that adapters are trained on to ``<output_dir>/base``, once, and return that folder.
-
-    Checkpoints hold adapters only.
-    """
-    base = folder.path / "base"
-    if rank.is_first and not base.exists():
-        save_weights(hf_model, load_processor(folder.processor_dir), base)
-        write_manifest(base)
-    rank.barrier()
-    return base
 
 
 def refuse_other_size(cfg: TrainConfig, counts: dict[str, tuple[int, int]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vl3train.config.paths import FINISHED
+from vl3train.config.paths import FINISHED, what_adapts
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
@@ -45,6 +45,8 @@ def resume(
     cannot resume it.
     """
     identity = run_identity(cfg, data.train, model.counts, rank)
+    if model.base_digest is not None:
+        identity["base_4bit"] = model.base_digest
     cursor = Cursor()
     evaluations = rank.gather(read_evaluations(folder.path / "evaluations.jsonl") if rank.is_first else [])[0]
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
@@ -104,7 +106,7 @@ def run_identity(
         "stage": cfg.stage.number,
         "plan": data.plan.describe(),
         "model": {part: {"trained": trained, "total": total} for part, (trained, total) in counts.items()},
-        "adapter": as_plain(cfg.adapter),
+        "adapter": what_adapts(as_plain(cfg.adapter)),
         "machine": {
             "machine.dp_size": rank.dp_size,
             "machine.zero_stage": cfg.machine.zero_stage,

@@ -239,10 +239,12 @@ class Zero:
     def full_state_dict(self, module: torch.nn.Module) -> dict[str, Tensor]:
         """Whole weights of ``module`` on rank 0's CPU; empty on other ranks. Tied weights appear once.
 
-        Every rank must call this: under ZeRO-3 it gathers.
+        Without frozen ones where checkpoints leave them out. Every rank must call this: under ZeRO-3 it gathers.
         """
         state = {}
         for name, parameter in module.named_parameters():
+            if not (self.save_frozen or parameter.requires_grad):
+                continue
             whole = self.full_parameters(name, parameter)
             if whole is not None:
                 state[name] = whole

@@ -18,6 +18,18 @@ from vl3train.model.weights.processor import keep_arguments_free, trained_fps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """How well adapters went into the weights."""
+
+    difference: (
+        float  # the largest, of the logits of merged weights and those of weights and adapters apart, float32
+    )
+    largest: float  # of these logits, by absolute value
+    change_lost: float  # share of the adapters' change that the written dtype could not keep
+    in_4_bits: bool  # the weights were rounded to the 4 bits that the adapters were trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """What was written, and from what."""
 
@@ -27,7 +39,7 @@ class Exported:
     weights: Path  # folder of the weights it was made from
     adapter: Path | None  # folder of the adapters that were merged into them
     fps: float  # frames that training took from a second of a clip
-    change_lost: float  # share of the adapters' change that the dtype could not keep; 0 without adapters
+    merged: Merged | None  # None without adapters
 
 
 def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adapter: bool) -> Exported:
@@ -63,9 +75,9 @@ def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adap
     model = _load(weights, stored if adapter is None else torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     refuse_full_disk(out, num_parameters * written.itemsize)
-    lost = 0.0
+    merged = None
     if adapter is not None:
-        model, lost = merge_checked(model, adapter, processor, written)
+        model, merged = merge_checked(model, adapter, processor, written)
     with whole_folder(out) as partial:
         with disk_errors(out):
             write_folder(model, processor, partial, dtype=written)
@@ -87,7 +99,7 @@ def export_model(source: str | Path, out: Path, *, dtype: str | None, needs_adap
         weights=weights,
         adapter=adapter,
         fps=trained_fps(processor),
-        change_lost=lost,
+        merged=merged,
     )
 
 
@@ -112,7 +124,7 @@ def export_adapter(source: str | Path, out: Path) -> tuple[Path, Path]:
     return adapter, weights
 
 
-def merge_checked(base: Any, adapter: Path, processor: Any, dtype: torch.dtype) -> tuple[Any, float]:
+def merge_checked(base: Any, adapter: Path, processor: Any, dtype: torch.dtype) -> tuple[Any, Merged]:
     """Merge adapters into float32 weights, and compare the logits with those of base plus adapter kept apart.
 
     Args:
@@ -122,18 +134,19 @@ def merge_checked(base: Any, adapter: Path, processor: Any, dtype: torch.dtype) 
         dtype: of the weights that will be written.
 
     Returns:
-        The merged model in float32, and the share of the adapters' change that ``dtype`` cannot keep.
+        The merged model in float32, and how well that went.
 
     Raises:
         WrongExport: the merged model answers otherwise.
     """
-    from vl3train.model.adapters import change_lost, load_adapter, merge_adapter
+    from vl3train.model.adapters import BASE_FORM, load_adapter, merge_adapter, round_base
 
     inputs = probe(processor)
+    round_base(base, adapter)
     without = logits_of(base, inputs)
     apart = load_adapter(base, adapter, is_trainable=False)
-    expected, lost = logits_of(apart, inputs), change_lost(apart, dtype)
-    merged = merge_adapter(apart)
+    expected = logits_of(apart, inputs)
+    merged, lost = merge_adapter(apart, dtype)
     # The two sums round differently, by 1e-6 of the logits, more in deep models. A change that got lost is as large
     # as itself.
     allowed = 0.01 * (expected - without).abs().max() + 1e-4 * expected.abs().max()
@@ -143,7 +156,12 @@ def merge_checked(base: Any, adapter: Path, processor: Any, dtype: torch.dtype) 
             f"the logits of the merged model differ by {difference:.3g} from those of {adapter} on its weights, more "
             f"than rounding does ({allowed:.3g}); nothing was written. --adapter-only writes the adapters unmerged"
         )
-    return merged, lost
+    return merged, Merged(
+        difference=float(difference),
+        largest=float(expected.abs().max()),
+        change_lost=lost,
+        in_4_bits=(adapter / BASE_FORM).is_file(),
+    )
 
 
 def compare_logits(model: Any, loaded: Any, processor: Any) -> None:

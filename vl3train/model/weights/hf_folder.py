@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vl3train.config.paths import MODEL_TYPES, is_run_folder, latest_checkpoint, model_type, resolve_weights
+from vl3train.config.paths import MODEL_TYPES, model_type, resolve_start
 from vl3train.contracts.files import whole_folder
 from vl3train.contracts.tokens import END_OF_TEXT, IM_END
 from vl3train.model.weights.headers.faults import refuse
@@ -157,28 +157,15 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
     Raises:
         FileNotFoundError, ValueError: Something is missing or damaged, or is another model; the message says what.
     """
-    if is_run_folder(checkpoint := Path(folder).expanduser()):
-        checkpoint = latest_checkpoint(checkpoint)
-    adapter = checkpoint / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
-        weights = resolve_weights(checkpoint)
-        if (found := model_type(weights)) != MODEL_TYPES[0]:
-            raise ValueError(
-                f"{weights} holds a {found} model; a stage can start from it, but only what that stage trains "
-                "can be exported or asked"
-            )
-        refuse(weights, inspect_folder(weights, Kind.whole).faults)
-        return weights, None
-    base = checkpoint / "base"  # as `vl3train convert` writes a LoRA checkpoint of the original
-    if not base.is_dir():
-        base = checkpoint.parent.parent / "base"
-    if not base.is_dir():
-        raise FileNotFoundError(
-            f"{base} is missing: it holds the weights that the adapters in {adapter} belong to"
+    weights, adapter = resolve_start(folder)
+    if (found := model_type(weights)) != MODEL_TYPES[0]:
+        raise ValueError(
+            f"{weights} holds a {found} model; a stage can start from it, but only what that stage trains "
+            "can be exported or asked"
         )
-    weights = resolve_weights(base)
     refuse(weights, inspect_folder(weights, Kind.whole).faults)
-    refuse(adapter, adapter_faults(adapter))
+    if adapter is not None:
+        refuse(adapter, adapter_faults(adapter))
     return weights, adapter
 
 
@@ -201,7 +188,8 @@ def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tup
         str(weights), dtype=dtype if dtype is not None else "auto"
     )
     if adapter is not None:
-        from vl3train.model.adapters import load_adapter
+        from vl3train.model.adapters import load_adapter, round_base
 
+        round_base(model, adapter)
         model = load_adapter(model, adapter, is_trainable=False).get_base_model()
     return model.eval(), AutoProcessor.from_pretrained(str(weights), trust_remote_code=False)
