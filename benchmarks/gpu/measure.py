@@ -6,6 +6,7 @@ import ctypes
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -38,6 +39,7 @@ class Work:
 
     def __init__(self, row: Row, rates: FlopRates, rank: int) -> None:
         self.row, self.rank, self.rates = row, rank, rates
+        self.clip_id = mix_of(row.model).video_pad_id
         self.kernels: dict[str, str] = {}  # by what they make, where it is ours to choose
         num_steps = WARM_UP_STEPS + row.steps
         self.all_batches: list[Batch] = []  # of all steps and ranks
@@ -168,6 +170,21 @@ def measure(
     return found
 
 
+def measure_beside(
+    row: Row, device: torch.device, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Figures of Hugging Face's Trainer over the samples of the row's steps. Work is counted as for our own model."""
+    from benchmarks.gpu.trainer import measure_trainer
+
+    with torch.device("meta"):
+        counted = flop_rates(build_row_model(replace(row, base_4bit=False), torch.device("meta")))
+    work = Work(row, counted, 0)
+    seconds, losses = measure_trainer(row, work, WARM_UP_STEPS, device, tell)
+    timed = list(zip(seconds, work.steps, strict=True))[WARM_UP_STEPS:]
+    longest = max(of_step["longest"] for of_step in work.steps)
+    return {**rates_of(row, timed, device), "tokens_a_pack": longest, "loss": losses[-1], "losses": losses}
+
+
 def rates_of(row: Row, timed: list[tuple[float, dict[str, Any]]], device: torch.device) -> dict[str, Any]:
     """The figures: from the seconds and the work of each timed step, and from memory."""
     total = sum(took for took, _ in timed)
@@ -228,6 +245,8 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
             from benchmarks.gpu.command import measure_command
 
             return measure_command(row, device, tell)
+        if row.way == "trainer":
+            return measure_beside(row, device, tell)
         return measure(name, row, rank, device, tell)
 
     send(pipe, act)

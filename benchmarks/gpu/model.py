@@ -13,6 +13,7 @@ from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.model.adapters import add_adapters
+from vl3train.model.layers.nf4_linear import hold_in_4_bits
 from vl3train.model.trainable import set_trainable
 from vl3train.model.weights.from_parts import assert_rope_float32
 
@@ -102,5 +103,7 @@ def build_row_model(row: Row, device: torch.device) -> Any:
     hf_model = build_model(row.model, device)
     set_trainable(hf_model, row.trains)
     if row.lora:
-        add_adapters(hf_model, AdapterConfig(kind=AdapterKind.lora, dropout=row.lora_dropout))
+        add_adapters(hf_model, AdapterConfig(kind=AdapterKind.lora, rank=row.rank, dropout=row.lora_dropout))
+    if row.base_4bit:
+        hold_in_4_bits(hf_model, ["language_model"], device)
     return hf_model

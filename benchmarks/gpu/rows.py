@@ -7,10 +7,10 @@ from typing import Any
 
 from vl3train.config.schema import PARTS
 
-WAYS = ("engine", "plain_loop", "padded", "packed_stock", "command")
+WAYS = ("engine", "plain_loop", "padded", "packed_stock", "command", "trainer")
 """engine: vl3train's train_step under DeepSpeed. plain_loop: the same under a loop of plain PyTorch. padded:
 transformers' forward on padded rows. packed_stock: the same forward on one packed row with position_ids. command:
-the whole training loop, from shards on disk."""
+the whole training loop, from shards on disk. trainer: peft and Hugging Face's Trainer (gpu/trainer.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Row:
     fill: bool = False  # packs to the last token, with a text
     lora: bool = False
     lora_dropout: float = 0.0
+    rank: int = 64  # of the adapters
+    base_4bit: bool = False  # the language model's frozen weights in NF4
     state_dtype: str = "float32"  # of AdamW's moments
     master_dtype: str = "float32"  # of what it updates
     offload_optimizer: bool = False  # AdamW's moments, between updates
