@@ -67,8 +67,9 @@ def train_adapters_only(base: DictConfig, file: Values, command_line: Values) ->
 
     A part is named by a rate that the user wrote for it as the stage's, or in adapter.modules_to_save. ``base`` is the
     composed config, which changes in place: stage.learning_rates then holds what trains in full beside adapters. A rate
-    that the user wrote for a part with adapters, as the stage's or the model's, is theirs. Then adapter.learning_rate is null, and stage.learning_rates
-    has a rate for each part with adapters. Written in the same place, adapter.learning_rate wins.
+    that the user wrote for a part with adapters, as the stage's or the model's, is theirs. Then adapter.learning_rate
+    is null, and stage.learning_rates has a rate for each part with adapters. Written in the same place,
+    adapter.learning_rate wins.
     """
     if base.adapter.kind is AdapterKind.none or "learning_rates" not in base.stage:
         return
