@@ -91,6 +91,12 @@ def test_the_rates_are_those_that_were_asked_for(settings, overrides, rates, tmp
     assert {**full_rates(cfg), **adapter_rates(cfg)} == rates
 
 
+def test_qlora_holds_the_base_in_four_bits(tmp_path: Path):
+    wish = Wish(records=("a.jsonl",), model="m", out=str(tmp_path), qlora=True)
+    assert read(wish, tmp_path).adapter.base_4bit.value == "nf4"
+    assert said(wish)[-1] == "--qlora"
+
+
 def test_a_file_that_a_person_changed_is_not_replaced(tmp_path: Path):
     first, second = ({"stage": "finetuning", "run.num_epochs": epochs} for epochs in (3.0, 4.0))
     write_run_file(tmp_path, run_text(first, ["a.jsonl"], tmp_path), has_begun=False)

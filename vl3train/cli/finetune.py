@@ -51,7 +51,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=positive, help="learning rate of all that trains (default: 1e-4 of adapters)"
     )
-    parser.add_argument("--full", action="store_true", help="train all weights, without adapters")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--full", action="store_true", help="train all weights, without adapters")
+    how.add_argument(
+        "--qlora", action="store_true", help="adapters on weights of 4 bits: less GPU memory, slower"
+    )
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -89,6 +93,7 @@ def main(args: Namespace) -> int:
             media_roots=tuple(args.media_root),
             held_out=args.held_out,
             full=args.full,
+            qlora=args.qlora,
             parts=tuple(args.parts),
             epochs=args.epochs,
             rate=args.lr,
@@ -121,6 +126,7 @@ def check_words(args: Namespace, records: list[str]) -> None:
         "--epochs": args.epochs,
         "--lr": args.lr,
         "--full": args.full,
+        "--qlora": args.qlora,
         "--parts": args.parts,
         "--skip-rejected": args.skip_rejected,
     }

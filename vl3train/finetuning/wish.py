@@ -30,6 +30,7 @@ class Wish:
     media_roots: tuple[str, ...] = ()
     held_out: str | None = None
     full: bool = False
+    qlora: bool = False
     parts: tuple[str, ...] = ()
     epochs: float | None = None
     rate: float | None = None
@@ -71,6 +72,8 @@ def run_options(wish: Wish, start: StartModel, *, on_gpu: bool) -> dict[str, Any
     if wish.skip_rejected:
         options["finetune.skip_rejected"] = True
     options |= {"data.root": str(out), "data.recipe": str(out / "recipe.yaml"), "run.output_dir": str(out)}
+    if wish.qlora:
+        options["adapter.base_4bit"] = "nf4"
     if on_gpu:
         options["machine.memory"] = "auto"
     if wish.parts:
@@ -127,6 +130,7 @@ def said(wish: Wish) -> list[str]:
     for name, number in (("--epochs", wish.epochs), ("--lr", wish.rate)):
         words += [name, f"{number:g}"] if number is not None else []
     words += ["--full"] if wish.full else []
+    words += ["--qlora"] if wish.qlora else []
     words += ["--parts", *wish.parts] if wish.parts else []
     return [*words, *(["--skip-rejected"] if wish.skip_rejected else []), *wish.overrides]
 
