@@ -19,16 +19,13 @@ from vl3train.engine.zero.state_files import StateFiles
 
 
 def test_another_plan_is_refused_with_every_difference(tmp_path):
-    folder = make(
-        tmp_path, 1, identity={"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
-    )
-    same = refuse_other_identity(
-        folder, {"plan": {"seed": 0, "index": "abc"}, "stage": 2, "model": {"projector": 7}}
-    )
-    assert same["step"] == 1
+    rest = {"stage": 2, "adapter": {"kind": "none"}}
+    identity = {"plan": {"seed": 0, "index": "abc"}, "model": {"projector": 7}, **rest}
+    folder = make(tmp_path, 1, identity=identity)
+    assert refuse_other_identity(folder, identity)["step"] == 1
     with pytest.raises(RunError, match="cannot be resumed") as caught:
         refuse_other_identity(
-            folder, {"plan": {"seed": 1, "index": "abc"}, "stage": 2, "model": {"projector": 8}}
+            folder, {"plan": {"seed": 1, "index": "abc"}, "model": {"projector": 8}, **rest}
         )
     text = str(caught.value)
     assert "plan.seed: the checkpoint has 0, this run has 1" in text

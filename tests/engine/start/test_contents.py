@@ -40,7 +40,7 @@ def test_what_changed_is_said_at_a_resume_and_at_a_fresh_start(words, tmp_path, 
 
     data = opened()
     assert data.changed == ()
-    identity = {"stage": 2, "plan": data.plan.describe()}
+    identity = {"stage": 2, "adapter": {"kind": "none"}, "plan": data.plan.describe()}
     checkpoint = make(folder, 1, identity)
     keep_contents(folder, run_data(data))
     written = (folder / CONTENTS).stat().st_mtime_ns

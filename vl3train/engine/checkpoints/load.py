@@ -67,15 +67,17 @@ def refuse_other_identity(
             differences += [f"  data: {line}" for line in data_changes()]
         if stored["adapter"]["kind"] == "lora" and "modules_to_save" not in stored["adapter"]:
             differences.append(ADAPTERS_CHANGED)
-        weights, as_start = (
-            start_of(folder),
-            identity["stage"] > 1,
-        )  # stage 1 does not start from a whole model
+        holds_weights = any((folder / name).is_dir() for name in ("weights", "adapter"))
+        as_start = holds_weights and identity["stage"] > 1  # stage 1 does not start from a whole model
         raise RunError(
             f"{folder} cannot be resumed, because this run differs from it:\n"
             + "\n".join(differences)
             + "\nEither go back to the old settings, or start a new run with another run.output_dir"
-            + (f" (it can start from these weights: stage.init_from={weights})." if as_start else ".")
+            + (
+                f" (it can start from these weights: stage.init_from={start_of(folder)})."
+                if as_start
+                else "."
+            )
         )
     return resume
 

@@ -183,8 +183,8 @@ def test_a_config_that_is_none_is_a_fault(one: Path, text: str):
 
 def test_another_kind_is_said_and_its_broken_files_too(one: Path):
     cut(one / "model.safetensors", lambda size: 5)
-    found = faults(one, Kind.encoder)
-    assert found[0] == "holds a video_llama_3 model, not a SigLIP (model_type siglip or siglip_vision_model)"
+    found = faults(one, Kind.language_model)
+    assert found[0] == "holds a video_llama_3 model, not a Qwen2 or Qwen2.5 (model_type qwen2)"
     assert len(found) == 2
 
 
