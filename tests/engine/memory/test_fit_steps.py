@@ -116,7 +116,7 @@ def steps(engine, batch, number, num_micro_batches=3):
         )
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.6])  # little and much is kept
 def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_chunks, share):
     """Its first layer backward keeps all and recomputes nothing, later ones recompute: with moments in all that it had
     freed, a pack of 131 072 tokens ran out of memory."""
