@@ -1,0 +1,279 @@
+"""The rows of benchmarks/generate.py: what is asked, and how both sides answer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.data.drawn_media import encode_jpeg, noise
+from benchmarks.data.drawn_shards import WORDS, write_tokenizer
+from benchmarks.figures import Figures
+from benchmarks.gpu.model import build_model
+from vl3train.cli.evaluate import checked
+from vl3train.config.schema import TrainConfig
+from vl3train.data.pipeline import evaluation_batches, open_data
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
+from vl3train.data.prepare.write_shards import write_shards
+from vl3train.demo.parts import PartSizes
+from vl3train.inference.answer import Asker, pad_left
+from vl3train.inference.requests import Request
+from vl3train.model.attention.backends import choose_attention
+from vl3train.model.generation.generate import Generator
+from vl3train.model.packed_forward import PackedModel, head_dims
+from vl3train.model.weights.processor import build_processor
+
+DRAWN = 64
+"""Different pictures or clips; questions beyond that ask about them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison."""
+
+    figure: str
+    kind: str  # image or video
+    size: str  # of the model
+    num_questions: int
+    side: int  # pixels of a picture or frame
+    num_frames: int
+    answer_tokens: int
+    aim: float
+
+
+WORK = {
+    "images": Row(
+        figure="generate_ratio_images",
+        kind="image", size="2b", num_questions=512, side=560, num_frames=1, answer_tokens=32, aim=4,
+    ),
+    "clips": Row(
+        figure="generate_ratio_clips",
+        kind="video", size="2b", num_questions=128, side=224, num_frames=180, answer_tokens=32, aim=3,
+    ),
+    "cpu": Row(
+        figure="generate_ratio_cpu",
+        kind="image", size="debug", num_questions=256, side=140, num_frames=1, answer_tokens=32, aim=3,
+    ),
+}  # fmt: skip
+
+
+def draw(folder: Path, row: Row) -> list[Request]:
+    """The media as files and as shards below ``folder``; the questions about the files."""
+    media = folder / "media"
+    media.mkdir()
+    drawn = min(DRAWN if row.kind == "image" else 8, row.num_questions)
+    suffix = ".jpg" if row.kind == "image" else ".mp4"
+    for number in range(drawn):
+        path = media / f"{number}{suffix}"
+        if row.kind == "image":
+            path.write_bytes(encode_jpeg(noise(row.side, row.side, number)))
+        else:
+            write_clip(path, row, number)
+    rng = np.random.default_rng(0)
+    records, requests = [], []
+    for number in range(row.num_questions):
+        name, prompt = f"{number % drawn}{suffix}", " ".join(rng.choice(WORDS, 20))
+        turns = [{"from": "human", "value": f"<{row.kind}>\n{prompt}"}, {"from": "gpt", "value": WORDS[0]}]
+        records.append({row.kind: name, "conversations": turns})
+        files = {"images": (media / name,)} if row.kind == "image" else {"videos": (media / name,)}
+        requests.append(Request(prompt=prompt, **files))
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_shards(
+        AnnotatedRecords((str(folder / "records.jsonl"),), (media,)),
+        folder / "shards",
+        max_samples=32,
+        max_bytes=10**9,
+        skip_rejected=False,
+        progress=lambda what, count: None,
+    )
+    (folder / "recipe.yaml").write_text(
+        "name: drawn\nabout: Drawn.\nsources:\n  - {name: drawn, held_out: shards}\n"
+    )
+    return requests
+
+
+def write_clip(path: Path, row: Row, seed: int) -> None:
+    """``num_frames`` seconds at ten frames a second: a picture that drifts."""
+    scene = noise(row.side, 2 * row.side, seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = row.side, row.side, "yuv420p"
+        for number in range(10 * row.num_frames):
+            left = number % row.side
+            frame = np.ascontiguousarray(scene[:, left : left + row.side])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_model(row: Row, folder: Path, device: torch.device) -> tuple[Any, Any]:
+    """Model and processor; the tokenizer lies in ``folder``."""
+    write_tokenizer(folder)
+    processor = build_processor(folder)
+    if row.size == "debug":
+        from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+        sizes = PartSizes()
+        config = VideoLlama3Config(**debug_config(sizes, len(processor.tokenizer)))
+        torch.manual_seed(0)
+        model: Any = VideoLlama3ForConditionalGeneration(config)
+    else:
+        model = build_model(row.size, device)
+    model.config.image_token_id = processor.image_token_id
+    model.config.video_token_id = processor.video_token_id
+    model.generation_config.eos_token_id = None
+    model.config.text_config.use_cache = True
+    return model.to(device).eval(), processor
+
+
+def debug_config(sizes: PartSizes, vocabulary: int) -> dict[str, Any]:
+    """The debug model's shapes."""
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": vocabulary,
+        "hidden_size": sizes.text_hidden,
+        "intermediate_size": 4 * sizes.text_hidden,
+        "num_hidden_layers": sizes.text_layers,
+        "num_attention_heads": sizes.text_hidden // sizes.head_dim,
+        "num_key_value_heads": max(1, sizes.text_hidden // sizes.head_dim // 2),
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "hidden_size": sizes.vision_hidden,
+        "intermediate_size": 4 * sizes.vision_hidden,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": 4,
+        "patch_size": 14,
+    }
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
+
+
+class Prepared(Dataset[dict[str, Any]]):
+    """transformers' inputs of each question; frames are decoded by vl3train's decoder, which is the faster one."""
+
+    def __init__(self, asker: Asker, requests: list[Request]) -> None:
+        self.asker, self.requests = asker, requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.asker.inputs(self.requests[number])
+
+
+def stock_answers(
+    model: Any, processor: Any, requests: list[Request], row: Row, batch_size: int, workers: int
+) -> list[list[int]]:
+    """Ids of each answer, by transformers' generate over batches."""
+    asker = Asker(
+        model=None,
+        processor=processor,
+        fps=1.0,
+        min_frames=1,
+        max_frames=180,
+        max_new_tokens=row.answer_tokens,
+        temperature=0.0,
+        frame_sampling="transformers",
+    )
+    loader = DataLoader(
+        Prepared(asker, requests),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=lambda many: pad_left(many, processor.tokenizer.pad_token_id),
+        multiprocessing_context="fork" if workers else None,
+    )
+    cuda = model.device.type == "cuda"
+    cache = {"cache_implementation": "static"} if cuda else {}
+    found: list[list[int]] = []
+    for inputs in loader:
+        placed = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        with torch.inference_mode():
+            ids = model.generate(**placed, max_new_tokens=row.answer_tokens, do_sample=False, **cache)
+        found += ids[:, inputs["input_ids"].shape[1] :].tolist()
+    return found
+
+
+def packed_answers(
+    packed: PackedModel, data: Any, cfg: TrainConfig, row: Row, most: int
+) -> Iterator[tuple[str, list[int]]]:
+    """Key and ids of the answers to the first ``most`` questions or a few more."""
+    generator = Generator(packed, (), max_new_tokens=row.answer_tokens)
+
+    def first() -> Iterator[Any]:
+        given = 0
+        for batch in evaluation_batches(data, cfg, rank=0, dp_size=1):
+            if given >= most:
+                return
+            given += len(batch.segment_keys)
+            yield batch
+
+    for answer in generator.answers(first()):
+        yield answer.key, answer.ids
+
+
+def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
+    """Run both sides of a row, add its figures."""
+    device = torch.device("cuda" if row.size != "debug" else "cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        requests = draw(folder, row)
+        model, processor = make_model(row, folder / "tokenizer", device)
+        words = ["stage=4", "model=2b", "stage.image_merge_size=1", f"data.num_workers={workers}"]
+        words += [f"data.recipe={folder / 'recipe.yaml'}", f"data.root={folder}", "machine=cpu"]
+        words += [f"data.plan_cache={folder / 'plans'}", f"run.output_dir={folder / 'run'}"]
+        cfg = checked(words, None)
+        data = open_data(cfg, tokenizer_dir=folder / "tokenizer", held_out=True, build=True)
+        attention = choose_attention("auto", device, head_dims(model), model.dtype).name
+        packed = PackedModel(model, attention).eval()
+        list(packed_answers(packed, data, cfg, row, 8))
+        started = time.perf_counter()
+        ours = dict(packed_answers(packed, data, cfg, row, len(requests)))
+        our_seconds = wait(device) - started
+        if len(ours) != len(requests):
+            raise RuntimeError(f"{len(ours)} answers to {len(requests)} questions")
+        best, best_batch, theirs = float("inf"), 0, []
+        stock_answers(model, processor, requests[:4], row, 4, workers)
+        batch_size = 8
+        while batch_size <= len(requests):
+            try:
+                started = time.perf_counter()
+                found = stock_answers(model, processor, requests, row, batch_size, workers)
+                seconds = wait(device) - started
+            except torch.OutOfMemoryError:
+                break
+            print(f"{name}: transformers, batches of {batch_size}: {seconds:.1f} s", flush=True)
+            if seconds < best:
+                best, best_batch, theirs = seconds, batch_size, found
+            elif seconds > 1.3 * best:
+                break
+            batch_size *= 2
+        in_order = [ours[key] for key in sorted(ours)]  # keys number the records
+        same = sum(one == other for one, other in zip(in_order, theirs, strict=True))
+        if model.dtype == torch.float32 and same != len(requests):
+            raise RuntimeError(f"only {same} of {len(requests)} answers are the same in float32")
+    note = (
+        f"{len(requests)} questions, {row.answer_tokens} tokens each: vl3train {our_seconds:.2f} s, transformers "
+        f"{best:.2f} s in batches of {best_batch}; {same} answers the same; {workers} loader workers"
+    )
+    figures.add(row.figure, best / our_seconds, "x", "higher", note, row.aim)
+    figures.add(
+        f"{row.figure}_questions_per_second", len(requests) / our_seconds, "questions/s", "higher", note
+    )
+
+
+def wait(device: torch.device) -> float:
+    """The time when the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
