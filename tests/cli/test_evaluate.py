@@ -6,8 +6,6 @@ import json
 from argparse import Namespace
 
 import pytest
-import torch
-from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.config.conftest import write_run_config
 from tests.data.shards_fixture import make_source
@@ -17,7 +15,6 @@ from vl3train.config.problems import ConfigError
 from vl3train.engine.held_out import of_model
 from vl3train.inference.answer import Asker
 from vl3train.inference.requests import Request
-from vl3train.model.weights.hf_folder import save_weights
 from vl3train.scoring.predictions import read_predictions
 
 
@@ -30,17 +27,6 @@ def test_what_a_run_started_from_need_not_be_there_and_other_mistakes_are_told(t
     keys = [problem.key for problem in caught.value.problems]
     assert {"step.max_tokens", "data.root"} <= set(keys)
     assert "stage.init_from" not in keys
-
-
-@pytest.fixture(scope="module")
-def lively(tiny_model_dir, processor, tmp_path_factory):
-    """The tiny model with weights large enough that what it says depends on what it is shown."""
-    model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
-    draw = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name:
-            parameter.data.normal_(std=0.25, generator=draw)
-    return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +44,10 @@ def recipe(tmp_path_factory):
     return root / "recipe.yaml"
 
 
-def evaluation(lively, recipe, folder, **changed):
+def evaluation(lively_model_dir, recipe, folder, **changed):
     words = [f"data.recipe={recipe}", f"data.root={recipe.parent}", "data.num_workers=0", "machine=cpu"]
     given = {
-        "run": lively,
+        "run": lively_model_dir,
         "overrides": words,
         "model": None,
         "json": folder / "figures.json",
@@ -72,10 +58,10 @@ def evaluation(lively, recipe, folder, **changed):
     return Namespace(**{**given, **changed})
 
 
-def test_an_export_answers_as_generate_does(lively, recipe, tmp_path, capsys):
-    assert main(evaluation(lively, recipe, tmp_path)) == 0
+def test_an_export_answers_as_generate_does(lively_model_dir, recipe, tmp_path, capsys):
+    assert main(evaluation(lively_model_dir, recipe, tmp_path)) == 0
     predictions = read_predictions(tmp_path / "predictions.jsonl")
-    asker = Asker.load(lively, device="cpu", max_new_tokens=12)
+    asker = Asker.load(lively_model_dir, device="cpu", max_new_tokens=12)
     media = recipe.parent / "test" / "media"
     kinds = {"How many?": "image", "Describe.": "video"}
     asked = set()
@@ -99,7 +85,7 @@ def test_an_export_answers_as_generate_does(lively, recipe, tmp_path, capsys):
     assert "mine.py:length" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_was_stopped_goes_on(lively, recipe, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_stopped_goes_on(lively_model_dir, recipe, tmp_path, monkeypatch):
     """Answers of the same weights and settings are not generated anew, those of others are."""
     generate, asked = of_model.generate_predictions, []
 
@@ -116,12 +102,12 @@ def test_an_evaluation_that_was_stopped_goes_on(lively, recipe, tmp_path, monkey
 
     monkeypatch.setattr(of_model, "generate_predictions", stopped)
     with pytest.raises(KeyboardInterrupt):
-        main(evaluation(lively, recipe, tmp_path))
+        main(evaluation(lively_model_dir, recipe, tmp_path))
     (partial,) = tmp_path.glob("*.partial")
     text = partial.read_text().replace(json.dumps(asked[0].prediction, ensure_ascii=False), '"kept"')
     partial.write_text(text + '{"key": "cut short')
     monkeypatch.setattr(of_model, "generate_predictions", generate)
-    assert main(evaluation(lively, recipe, tmp_path)) == 0
+    assert main(evaluation(lively_model_dir, recipe, tmp_path)) == 0
     found = {one.place: one.prediction for one in read_predictions(tmp_path / "predictions.jsonl")}
     assert len(found) == 7
     assert found[asked[0].place] == "kept"
@@ -130,18 +116,20 @@ def test_an_evaluation_that_was_stopped_goes_on(lively, recipe, tmp_path, monkey
     other = tmp_path / "other"
     other.mkdir()
     (other / partial.name).write_text(text)
-    assert main(evaluation(lively, recipe, other, max_new_tokens=5)) == 0
+    assert main(evaluation(lively_model_dir, recipe, other, max_new_tokens=5)) == 0
     found = {one.place: one.prediction for one in read_predictions(other / "predictions.jsonl")}
     assert found[asked[0].place] != "kept"
 
 
-def test_metrics_that_cannot_be_used_are_told_together_before_anything_runs(lively, recipe, tmp_path):
+def test_metrics_that_cannot_be_used_are_told_together_before_anything_runs(
+    lively_model_dir, recipe, tmp_path
+):
     names = ["exakt", "mine.py:score", "gone.py:score"]
     with pytest.raises(ValueError, match=r"did you mean exact\?\n.*no file mine.py\n.*no file gone.py"):
-        main(evaluation(lively, recipe, tmp_path, metrics=names))
+        main(evaluation(lively_model_dir, recipe, tmp_path, metrics=names))
     bad = recipe.parent / "bad.yaml"
     bad.write_text(recipe.read_text().replace("exact", "cidre").replace(":length", ":width"))
     with pytest.raises(
         (ConfigError, ValueError), match=r"(?s)did you mean cider\?.*defines no function width"
     ):
-        main(evaluation(lively, bad, tmp_path))
+        main(evaluation(lively_model_dir, bad, tmp_path))

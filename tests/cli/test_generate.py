@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
+from transformers import AutoProcessor
 
 from vl3train.cli.main import main
 from vl3train.contracts.tokens import IMAGE_PAD, VIDEO_PAD
 from vl3train.data.media.clips import DecodeLimits, decode_clip
 from vl3train.inference.answer import Asker
 from vl3train.inference.requests import Request
-from vl3train.model.weights.hf_folder import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +40,8 @@ def media(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_dir(tiny_model_dir, processor, tmp_path_factory):
-    """The tiny model with weights large enough that what it says depends on what it is shown."""
-    model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
-    draw = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name:
-            parameter.data.normal_(std=0.25, generator=draw)
-    return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")
-
-
-@pytest.fixture(scope="module")
-def asker(model_dir):
-    return Asker.load(model_dir, device="cpu", max_new_tokens=12)
+def asker(lively_model_dir):
+    return Asker.load(lively_model_dir, device="cpu", max_new_tokens=12)
 
 
 def requests_on(media):
@@ -122,8 +110,8 @@ def asker_fields(asker):
     return {name: getattr(asker, name) for name in Asker.__dataclass_fields__}
 
 
-def test_the_token_budget_is_shared_among_all_pictures(asker, model_dir, media, monkeypatch):
-    processor = AutoProcessor.from_pretrained(model_dir)
+def test_the_token_budget_is_shared_among_all_pictures(asker, lively_model_dir, media, monkeypatch):
+    processor = AutoProcessor.from_pretrained(lively_model_dir)
     processor.image_processor.max_visual_tokens = 40
     small = Asker(**{**asker_fields(asker), "processor": processor})
     request = Request(prompt="x", images=(media / "a.jpg", media / "b.png"), videos=(media / "short.mp4",))
@@ -144,7 +132,7 @@ def test_a_mixed_batch_answers_as_each_request_alone(asker, media):
     assert len(set(together)) == 4
 
 
-def test_the_command_line_prints_one_answer(asker, model_dir, media, capsys):
+def test_the_command_line_prints_one_answer(asker, lively_model_dir, media, capsys):
     words = [
         "--image",
         media / "a.jpg",
@@ -155,13 +143,15 @@ def test_the_command_line_prints_one_answer(asker, model_dir, media, capsys):
         "--device",
         "cpu",
     ]
-    assert main(["generate", "--model", str(model_dir), "--max-new-tokens", "12", *map(str, words)]) == 0
+    assert (
+        main(["generate", "--model", str(lively_model_dir), "--max-new-tokens", "12", *map(str, words)]) == 0
+    )
     images = (media / "a.jpg", media / "b.png")
     assert capsys.readouterr().out.strip() == asker.answers([Request(prompt="How many?", images=images)])[0]
 
 
-def test_an_empty_answer_is_said_to_be_one(model_dir, tmp_path, capsys):
-    folder = shutil.copytree(model_dir, tmp_path / "silent")
+def test_an_empty_answer_is_said_to_be_one(lively_model_dir, tmp_path, capsys):
+    folder = shutil.copytree(lively_model_dir, tmp_path / "silent")
     settings = json.loads((folder / "generation_config.json").read_text())
     settings["forced_eos_token_id"] = settings["eos_token_id"]  # so that the first token ends the answer
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -170,7 +160,7 @@ def test_an_empty_answer_is_said_to_be_one(model_dir, tmp_path, capsys):
     assert capsys.readouterr().out == "(empty answer)\n"
 
 
-def test_a_batch_file_is_answered_in_order(asker, model_dir, media, tmp_path):
+def test_a_batch_file_is_answered_in_order(asker, lively_model_dir, media, tmp_path):
     lines = [
         {"prompt": "How many?", "image": "a.jpg"},
         {"prompt": "Describe the video.", "video": ["short.mp4"], "system": "user system"},
@@ -179,7 +169,7 @@ def test_a_batch_file_is_answered_in_order(asker, model_dir, media, tmp_path):
     batch = tmp_path / "requests.jsonl"
     batch.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     out = tmp_path / "answers.jsonl"
-    words = ["generate", "--model", model_dir, "--batch", batch, "--out", out, "--media-root", media]
+    words = ["generate", "--model", lively_model_dir, "--batch", batch, "--out", out, "--media-root", media]
     words += ["--max-new-tokens", 12, "--batch-size", 2, "--device", "cpu"]
     assert main([str(word) for word in words]) == 0
     answers = [json.loads(line) for line in out.read_text().splitlines()]
@@ -191,7 +181,7 @@ def test_a_batch_file_is_answered_in_order(asker, model_dir, media, tmp_path):
     assert len(out.read_text().splitlines()) == 3
 
 
-def test_every_bad_line_is_told_at_once(model_dir, media, tmp_path, capsys):
+def test_every_bad_line_is_told_at_once(lively_model_dir, media, tmp_path, capsys):
     batch = tmp_path / "requests.jsonl"
     batch.write_text(
         '{"prompt": "fine"}\n'
@@ -202,7 +192,7 @@ def test_every_bad_line_is_told_at_once(model_dir, media, tmp_path, capsys):
         "[1]\n"
         '{"prompt": "x", "video": 7}\n'
     )
-    words = ["--model", model_dir, "--batch", batch, "--out", tmp_path / "out", "--media-root", media]
+    words = ["--model", lively_model_dir, "--batch", batch, "--out", tmp_path / "out", "--media-root", media]
     assert main(["generate", *map(str, words)]) == 1
     told = capsys.readouterr().err
     for text in (
@@ -219,14 +209,23 @@ def test_every_bad_line_is_told_at_once(model_dir, media, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_media_are_told_before_anything_is_answered(model_dir, media, tmp_path, capsys):
+def test_unreadable_media_are_told_before_anything_is_answered(lively_model_dir, media, tmp_path, capsys):
     good = io.BytesIO()
     Image.open(media / "a.jpg").save(good, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(good.getvalue()[:-200])
     (tmp_path / "no.mp4").write_bytes(b"no video at all")
     batch = tmp_path / "requests.jsonl"
     batch.write_text('{"prompt": "x", "image": "cut.jpg"}\n{"prompt": "y", "video": "no.mp4"}\n')
-    words = ["--model", model_dir, "--batch", batch, "--out", tmp_path / "out", "--media-root", tmp_path]
+    words = [
+        "--model",
+        lively_model_dir,
+        "--batch",
+        batch,
+        "--out",
+        tmp_path / "out",
+        "--media-root",
+        tmp_path,
+    ]
     assert main(["generate", *map(str, words)]) == 1
     told = capsys.readouterr().err
     assert "line 1:" in told
@@ -245,8 +244,8 @@ def test_unreadable_media_are_told_before_anything_is_answered(model_dir, media,
         (["--batch", "r.jsonl", "--prompt", "x"], "has its own prompts"),
     ],
 )
-def test_a_wrong_call_says_the_way_out(model_dir, capsys, words, told):
-    assert main(["generate", "--model", str(model_dir), *words]) == 1
+def test_a_wrong_call_says_the_way_out(lively_model_dir, capsys, words, told):
+    assert main(["generate", "--model", str(lively_model_dir), *words]) == 1
     assert told in capsys.readouterr().err
 
 
