@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,28 @@ import yaml
 
 from vl3train.config.input.user_input import UserInput
 from vl3train.config.load import read_config
-from vl3train.config.paths import ONE_LAUNCH, is_finished, tokenizer_source
+from vl3train.config.paths import ONE_LAUNCH, is_finished
 from vl3train.config.problems import Problem
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.exit_codes import FINISHED, STOPPED
-from vl3train.contracts.files import write_whole
-from vl3train.data.prepare.rejections import Rejection, describe_rejected
-from vl3train.finetuning.data.shards import (
-    RECIPE_MARK,
-    Split,
-    is_somebodys,
-    made_from,
-    make_data,
-    recipe_text,
-    split_records,
+from vl3train.finetuning.data.shards import Split
+from vl3train.finetuning.making import (
+    CannotFinetuneError,
+    Tell,
+    changed_data,
+    count_steps,
+    index_data,
+    make,
+    split_or_note,
+    split_problems,
+    tokenizer_folder,
 )
 from vl3train.finetuning.plan import (
     Machine,
     plan_lines,
     save_options,
     step_options,
-    steps_of,
     this_machine,
     trained_parameters,
 )
@@ -43,17 +42,8 @@ from vl3train.finetuning.start_model import StartModel, find_model
 from vl3train.finetuning.wish import Wish, output_folder, run_options, said, shown_options, wish_problems
 from vl3train.model.weights.headers.start import weights_problems
 
-Tell = Callable[[str], None]
 MADE_LATER = {"data.root", "data.recipe"}
 """Options that name what this command is about to write."""
-
-
-class CannotFinetuneError(ValueError):
-    """Everything that keeps a fine-tuning from starting; nothing was written."""
-
-    def __init__(self, found: Sequence[object]) -> None:
-        lines = [f"{number}. {one}" for number, one in enumerate(found, start=1)]
-        super().__init__("\n".join([f"{len(found)} problem{'s' * (len(found) > 1)}:", *lines]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +84,18 @@ def prepare(wish: Wish, tell: Tell) -> Prepared:
         options = {**run_options(wish, start, on_gpu=on_gpu), "step.global_packs": machine.ranks}
         cfg, in_config = _read(options, wish.overrides, machine.ranks)
         found += _all_problems(cfg, in_config)
+    else:
+        found += _problems_of_words(wish.overrides, machine.ranks)
     chosen = cfg.finetune if cfg is not None else None
-    split = _split(
+    split = split_or_note(
         chosen.records if chosen else wish.records,
         chosen.media_roots if chosen else wish.media_roots,
         chosen.held_out if chosen else wish.held_out or "5%",
         found,
     )
     if split is not None:
-        found += _split_problems(split, skip=chosen.skip_rejected if chosen else wish.skip_rejected)
-        found += _changed_data(split, out)
+        found += split_problems(split, skip=chosen.skip_rejected if chosen else wish.skip_rejected)
+        found += changed_data(split, out)
     if found or cfg is None or split is None or start is None:
         raise CannotFinetuneError(found)
     typed = {key.lstrip("~") for text in wish.overrides for key in _keys(text)}
@@ -113,11 +105,11 @@ def prepare(wish: Wish, tell: Tell) -> Prepared:
     options = shown_options(
         with_overrides(options, [text for text in wish.overrides if text not in once]), cfg
     )
-    _make(cfg, split, out, tell)
-    num_samples = _index(cfg, split, tell)
+    make(cfg, split, out, tell)
+    num_samples = index_data(cfg, split, tell)
     options |= step_options(cfg, num_samples, typed)
     cfg = _known_good(_read(options, once, machine.ranks))
-    num_steps = _count_steps(cfg)
+    num_steps = count_steps(cfg)
     options |= save_options(cfg, num_steps, split.held_out is not None, typed)
     cfg = _known_good(_read(options, once, machine.ranks))
     has_begun = (out / "checkpoints" / "latest").is_file()
@@ -141,16 +133,16 @@ def prepare_file(run_file: Path, overrides: Sequence[str], tell: Tell) -> Prepar
         way_out = "name the files of records in it, or train with `vl3train train --config`"
         found.append(Problem("finetune.records", "[]", f"{run_file} names no records", way_out))
         raise CannotFinetuneError(found)
-    split = _split(cfg.finetune.records, cfg.finetune.media_roots, cfg.finetune.held_out, found)
+    split = split_or_note(cfg.finetune.records, cfg.finetune.media_roots, cfg.finetune.held_out, found)
     if split is not None:
-        found += _split_problems(split, skip=cfg.finetune.skip_rejected)
-        found += _changed_data(split, out)
+        found += split_problems(split, skip=cfg.finetune.skip_rejected)
+        found += changed_data(split, out)
     if found or split is None:
         raise CannotFinetuneError(found)
     assert cfg.stage.init_from is not None, "config rules refuse this"
     start = find_model(cfg.stage.init_from, tell)
-    _make(cfg, split, out, tell)
-    _index(cfg, split, tell)
+    make(cfg, split, out, tell)
+    index_data(cfg, split, tell)
     return _prepared(cfg, tuple(overrides), run_file, split, start, machine)
 
 
@@ -183,6 +175,14 @@ def _read(
         return read_config(list(overrides), config_file=file, dp_size=ranks)
 
 
+def _problems_of_words(overrides: Sequence[str], ranks: int) -> list[object]:
+    """What is wrong with typed options alone, where a missing model keeps the whole config from being built."""
+    typed = {key.lstrip("~") for text in overrides for key in _keys(text)}
+    cfg, in_config = _read({"stage": "finetuning"}, overrides, ranks)
+    found = [*in_config, *(problems(cfg) if cfg is not None else [])]
+    return [one for one in found if one.key in typed or one.key.split("=")[0] in typed]
+
+
 def _known_good(read: tuple[TrainConfig | None, list[Problem]]) -> TrainConfig:
     cfg, found = read
     if cfg is None or found:
@@ -205,90 +205,6 @@ def _all_problems(cfg: TrainConfig | None, in_config: list[Problem]) -> list[obj
     return [*found, *weights_problems(cfg, {one.key for one in found})]
 
 
-def _split(
-    files: Sequence[str], media_roots: Sequence[str], held_out: str, found: list[object]
-) -> Split | None:
-    try:
-        return split_records(files, media_roots, held_out)
-    except ValueError as error:
-        found.append(error)
-        return None
-
-
-def _split_problems(split: Split, *, skip: bool) -> list[object]:
-    """Rejected records, unless the others shall be trained on, and a split without samples."""
-    found: list[object] = list(split.problems)
-    if split.rejected and not skip:
-        found.append(_rejected_text(split.rejected, "records"))
-    return found
-
-
-def _rejected_text(rejected: Sequence[Rejection], what: str) -> str:
-    lines = [f"{len(rejected)} {what} cannot be used (--skip-rejected trains on the others):"]
-    return "\n".join([*lines, *describe_rejected(rejected)])
-
-
-def _changed_data(split: Split, out: Path) -> list[object]:
-    """Records that are other ones than those that a training has begun with."""
-    recipe = out / "recipe.yaml"
-    if recipe.is_file() and RECIPE_MARK not in recipe.read_text(encoding="utf-8", errors="replace"):
-        return [f"{recipe} is a recipe that this command did not write; give another --out"]
-    if is_somebodys(out / "data"):
-        return [f"{out / 'data'} has files that were not made from records; give another --out"]
-    before = made_from(out / "data")
-    if before in (None, split.digest) or not (out / "checkpoints" / "latest").is_file():
-        return []
-    return [
-        f"{out} has a training of other records: files, media or --held-out changed since it began. Put back what "
-        "changed to go on with it, or give another --out"
-    ]
-
-
-def _make(cfg: TrainConfig, split: Split, out: Path, tell: Tell) -> None:
-    """Shards and recipe."""
-    out.mkdir(parents=True, exist_ok=True)
-    written = make_data(split, out / "data", lambda what, count: None)
-    write_whole(out / "recipe.yaml", recipe_text(out.name, split, cfg.finetune.records))
-    how = "made" if written else "there already, from the same records"
-    tell(f"data: {split.num_training:,} samples to train on, {split.num_held_out:,} held out; {how}")
-    if split.rejected:
-        tell(_rejected_text(split.rejected, "records"))
-    for line in split.remarks:
-        tell(f"data: {line}")
-
-
-def _index(cfg: TrainConfig, split: Split, tell: Tell) -> int:
-    """Measure every sample; how many can be trained on. Raises CannotFinetuneError for samples that cannot be used."""
-    from vl3train.data.pipeline import open_data
-
-    rejected: list[Rejection] = []
-    num_samples = 0
-    with _tokenizer(cfg) as folder:
-        for held_out in (False, True) if split.held_out is not None else (False,):
-            data = open_data(cfg, tokenizer_dir=folder, held_out=held_out, build=True)
-            rejected += [Rejection(*one) for one in data.index.rejected]
-            too_large = [data.index.key(row) for row in data.plan.oversized_samples]
-            why = (
-                f"larger than a pack (step.max_tokens={cfg.step.max_tokens}, step.max_patches={cfg.step.max_patches}); "
-                "raise them, or lower data.max_visual_tokens"
-            )
-            rejected += [Rejection(key, why) for key in too_large]
-            if not held_out:
-                num_samples = data.index.num_samples - len(too_large)
-    if rejected and not cfg.finetune.skip_rejected:
-        raise CannotFinetuneError([_rejected_text(rejected, "samples")])
-    if rejected:
-        tell(_rejected_text(rejected, "samples"))
-    return num_samples
-
-
-def _count_steps(cfg: TrainConfig) -> int:
-    from vl3train.data.pipeline import open_data
-
-    with _tokenizer(cfg) as folder:
-        return steps_of(cfg, open_data(cfg, tokenizer_dir=folder, held_out=False, build=False))
-
-
 def _prepared(
     cfg: TrainConfig,
     overrides: tuple[str, ...],
@@ -300,7 +216,7 @@ def _prepared(
     from vl3train.data.pipeline import open_data
     from vl3train.preview.plan_figures import plan_figures
 
-    with _tokenizer(cfg) as folder:
+    with tokenizer_folder(cfg) as folder:
         data = open_data(cfg, tokenizer_dir=folder, held_out=False, build=False)
         figures = plan_figures(cfg, data)
     counts = trained_parameters(cfg, start.shapes)
@@ -313,13 +229,3 @@ def _prepared(
         machine=machine,
         plan=tuple(plan_lines(cfg, figures, counts, machine, split.num_held_out)),
     )
-
-
-@contextmanager
-def _tokenizer(cfg: TrainConfig) -> Iterator[Path]:
-    """A folder with the tokenizer exactly as a run writes it: the index holds its checksum."""
-    from vl3train.model.weights.processor import build_processor
-
-    with tempfile.TemporaryDirectory() as folder:
-        build_processor(tokenizer_source(cfg)).save_pretrained(folder)
-        yield Path(folder)
