@@ -29,7 +29,7 @@ from benchmarks.gpu.rows import Row, quick, tiny
 from benchmarks.markdown import table_head, table_row
 from benchmarks.one_gpu import results_folder, setting
 
-TRAINS: dict[str, Any] = dict(lora=True, trains=(), steps=4)
+TRAINS: dict[str, Any] = dict(lora=True, trains=(), steps=3, packs_a_step=2)
 ROWS = {
     "qlora_7b": Row(**TRAINS, model="7b", base_4bit=True, max_tokens=8192, gpu_gib=23.0),
     "lora_7b": Row(**TRAINS, model="7b", max_tokens=16384, gpu_gib=39.0),
@@ -38,7 +38,7 @@ ROWS = {
 """23, 39 and 15 GiB: what cards of 24, 40 and 16 GB leave to a process."""
 
 ROWS_A_MICRO_BATCH = (1, 2, 4, 8)
-"""Of the Trainer, as many as fit."""
+"""Of the Trainer, until they do not fit or are slower than fewer."""
 
 COLUMNS = (
     "tokens/s",
@@ -112,6 +112,8 @@ def best_of_trainer(name: str, row: Row, tiny_model: bool) -> dict[str, Any]:
         tried[rows] = f"{found['tokens_a_second']:.0f} tokens/s"
         if found["tokens_a_second"] > best.get("tokens_a_second", 0):
             best = {**found, "rows_a_micro_batch": rows}
+        else:
+            break  # rows of like length are padded more the more there are
         if "stopped" in found:
             break
     return {**best, "tried": tried}

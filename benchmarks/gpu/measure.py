@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -246,6 +247,10 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
 
             return measure_command(row, device, tell)
         if row.way == "trainer":
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(
+                    name, None
+                )  # accelerate would take them for torchrun's and look for other ranks
             return measure_beside(row, device, tell)
         return measure(name, row, rank, device, tell)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -102,7 +103,7 @@ def test_a_longer_prompt_gets_a_longer_cache(model, conversations):
         expected = stock_answer(model, order[number], answer.prompt.length, 12, END_IDS)
         assert answer.ids == expected
     assert len(found) == 4
-    small = Generator(PackedModel(model, "reference"), (), max_new_tokens=12, cache_bytes=100_000)
+    small = Generator(PackedModel(model, "reference"), (), max_new_tokens=12, cache_bytes=50_000)
     with pytest.raises(ValueError, match=r"a prompt of 298 tokens needs .* GiB"):
         list(small.answers(packs_of(order, 4)))
 
@@ -162,3 +163,29 @@ def test_prompts_are_where_supervised_tokens_begin(batch_of, mixed):
         size = len(prompt.true_ids)
         assert list(prompt.true_ids) == labels[:size] == conversation.ids[prompt.length :][:size].tolist()
         assert len(labels) == size or labels[size] == IGNORE_INDEX
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("num_slots", [2, 32])
+def test_a_gpus_graphs_give_the_answers_of_the_cpu(model, conversations, num_slots):
+    """Slots are refilled between replays; prompts beyond one length of the cache take a graph of their own."""
+    torch.manual_seed(8)
+    order = [*conversations[:4], make_conversation([], text=300, answer=2), *conversations[4:]]
+
+    def answers(one, **sampling):
+        generator = Generator(
+            PackedModel(one, "reference"),
+            END_IDS,
+            max_new_tokens=12,
+            num_slots=num_slots,
+            sampling=Sampling(**sampling),
+        )
+        found = [answers_of(generator, packs_of(order, 3, 4, 2)) for _ in range(2)]
+        return [{place: answer.ids for place, answer in one.items()} for one in found]
+
+    on_gpu = deepcopy(model).cuda()
+    assert answers(on_gpu) == answers(model)
+    drawn = answers(on_gpu, temperature=2.0, seed=1)
+    assert drawn == answers(on_gpu, temperature=2.0, seed=1), "replays draw from the generator's seed"
+    assert drawn[0] != drawn[1], "and never the same numbers again"

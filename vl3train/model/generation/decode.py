@@ -15,7 +15,7 @@ from vl3train.contracts.shapes import tower_shapes
 from vl3train.model.generation.layer import layer_rows
 from vl3train.model.generation.sampling import Sampling, next_tokens
 
-ROWS_STEP = 256
+ROWS_STEP = {"cuda": 256, "cpu": 64}
 """Attention reads the cache up to the longest answer, rounded up to a multiple of this: on a GPU each length that
 occurs costs a CUDA graph."""
 
@@ -69,7 +69,8 @@ class Slots:
     @torch.no_grad()
     def step(self, longest: int) -> None:
         """The next token of every answer, into ``tokens_B``; ``longest`` is the most rows that a slot then has."""
-        num_rows = min(-(-longest // ROWS_STEP) * ROWS_STEP, self.num_rows)
+        rows_step = ROWS_STEP[self.device.type]
+        num_rows = min(-(-longest // rows_step) * rows_step, self.num_rows)
         if self.device.type != "cuda":
             return self._step(num_rows)
         if num_rows not in self._graphs:

@@ -15,7 +15,7 @@ from vl3train.model.generation.prefill import Prefilled, Prompt, find_prompts, p
 from vl3train.model.generation.sampling import GREEDY, Sampling, next_tokens
 from vl3train.model.packed_forward import PackedModel
 
-SLOTS = {"cuda": 256, "cpu": 32}
+SLOTS = {"cuda": 256, "cpu": 64}
 """Answers in progress at a time, where memory allows."""
 
 CACHE_SHARE = 0.5
@@ -138,7 +138,8 @@ class Generator:
             busy[free] = one.answer
 
     def _new_slots(self, longest: int) -> Slots:
-        rows = -(-longest // ROWS_STEP) * ROWS_STEP
+        rows_step = ROWS_STEP[self.device.type]
+        rows = -(-longest // rows_step) * rows_step
         hf_model = self.model.model
         fitting = self.cache_bytes // slot_bytes(hf_model, rows)
         if fitting < 1:

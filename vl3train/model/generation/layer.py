@@ -12,8 +12,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Rotated queries (R, H, D), rotated keys and values (R, Hkv, D) -> (R, H, D)."""
 
 
-def layer_rows(layer: Any, hidden_RH: Tensor, cos_RD: Tensor, sin_RD: Tensor, attend: Attend) -> Tensor:
-    """Qwen2DecoderLayer over R rows: (R, H) -> (R, H).
+def layer_rows(
+    layer: Any, hidden_RH: Tensor, cos_RD: Tensor, sin_RD: Tensor, attend: Attend, rows: Tensor | None = None
+) -> Tensor:
+    """Qwen2DecoderLayer over R rows: (R, H) -> (R, H), or (len(rows), H), those at ``rows``, where only they are read.
 
     It calls the modules themselves, so adapters and quantized weights take part. ``attend`` says which rows see which:
     in a prefill those before them in their segment, in a decoding step those in the cache.
@@ -23,5 +25,8 @@ def layer_rows(layer: Any, hidden_RH: Tensor, cos_RD: Tensor, sin_RD: Tensor, at
     linears = attention.q_proj, attention.k_proj, attention.v_proj
     q, k, v = (linear(normed).unflatten(-1, (-1, attention.head_dim)) for linear in linears)
     q, k = apply_rotary_pos_emb(q, k, cos_RD, sin_RD)
-    hidden_RH = hidden_RH + attention.o_proj(attend(q, k, v).flatten(-2))
+    attended = attend(q, k, v).flatten(-2)
+    if rows is not None:
+        hidden_RH, attended = hidden_RH[rows], attended[rows]
+    hidden_RH = hidden_RH + attention.o_proj(attended)
     return hidden_RH + layer.mlp(layer.post_attention_layernorm(hidden_RH))

@@ -84,6 +84,8 @@ def prefill(model: PackedModel, batch: Batch, prompts: list[Prompt]) -> Prefille
             kept.append(torch.stack((k, v)))
             return attend(q, k, v, segments, causal=True, scale=scale)
 
-        hidden = layer_rows(layer, hidden, cos_1TD.squeeze(0), sin_1TD.squeeze(0), causal)
-    states = language_model.norm(hidden.index_select(0, batch.supervised_positions))
+        last = layer is language_model.layers[-1]
+        rows = batch.supervised_positions if last else None
+        hidden = layer_rows(layer, hidden, cos_1TD.squeeze(0), sin_1TD.squeeze(0), causal, rows)
+    states = language_model.norm(hidden)
     return Prefilled(prompts, states, torch.stack(kept))
