@@ -92,6 +92,33 @@ def test_answers_are_those_of_transformers(model, conversations, num_slots):
     assert len({len(answer.ids) for answer in found.values()}) > 3, "the answers are of many lengths"
 
 
+def test_answers_grow_while_others_come_and_may_be_cut(model, conversations):
+    """Packs that are not there yet hold nothing up, and an answer that is cut leaves its slot to the next."""
+    first, second = packs_of(conversations[:4], 2, 2)
+    grown = []
+
+    def packs():
+        yield first
+        for count in range(3, 6):  # the first answer goes on meanwhile
+            yield None
+            assert sum(key == "0" for key, _ in grown) == count
+        yield second
+
+    def goes_on(answer):
+        grown.append((answer.key, tuple(answer.ids)))
+        return answer.key != "1" or len(answer.ids) < 2
+
+    generator = Generator(PackedModel(model, "reference"), (), max_new_tokens=6, num_slots=2, goes_on=goes_on)
+    found = answers_of(generator, packs())
+    for (number, _), answer in found.items():
+        expected = stock_answer(model, conversations[number], answer.prompt.length, 6, {-1})
+        assert answer.ids == expected[: 2 if number == 1 else 6]
+        assert not answer.ended
+        steps = [ids for key, ids in grown if key == str(number)]
+        assert steps == [tuple(answer.ids[:count]) for count in range(1, len(answer.ids) + 1)]
+    assert sorted(found) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+
+
 def test_a_longer_prompt_gets_a_longer_cache(model, conversations):
     """It waits until the answers in progress have ended; those after it wait with it."""
     torch.manual_seed(8)

@@ -32,7 +32,7 @@ class Answer:
     source: int  # number of its source in the recipe
     prompt: Prompt
     ids: list[int] = field(default_factory=list)  # without the end token
-    ended: bool = False  # False in a whole answer: it was cut at max_new_tokens
+    ended: bool = False  # False in a whole answer: it was cut
 
 
 class Generator:
@@ -47,6 +47,7 @@ class Generator:
         num_slots: int | None = None,
         cache_bytes: int | None = None,
         sampling: Sampling = GREEDY,
+        goes_on: Callable[[Answer], bool] = lambda answer: True,
     ) -> None:
         """A generator for ``model``, which is in evaluation mode with its weights whole on its device.
 
@@ -57,6 +58,7 @@ class Generator:
             num_slots: answers in progress at a time; None: ``SLOTS``. Fewer where ``cache_bytes`` hold fewer.
             cache_bytes: memory for keys and values; None: ``CACHE_SHARE`` of what is free on a GPU, 2 GiB on a CPU.
             sampling: greedy by default.
+            goes_on: called after each token of an answer, which lies at the end of its ``ids``; False cuts it there.
 
         Raises:
             ValueError: ``max_new_tokens`` or ``num_slots`` is below 1.
@@ -65,7 +67,7 @@ class Generator:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model, self.end_ids = model, frozenset(end_ids)
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.max_new_tokens, self.sampling, self.goes_on = max_new_tokens, sampling, goes_on
         self.device = next(model.parameters()).device
         self.num_slots = num_slots if num_slots is not None else SLOTS[self.device.type]
         self.cache_bytes = cache_bytes if cache_bytes is not None else _cache_bytes(self.device)
@@ -73,12 +75,14 @@ class Generator:
         self._slots: Slots | None = None
 
     def answers(
-        self, batches: Iterable[Batch], wanted: Callable[[Batch, Prompt], bool] = lambda batch, prompt: True
+        self,
+        batches: Iterable[Batch | None],
+        wanted: Callable[[Batch, Prompt], bool] = lambda batch, prompt: True,
     ) -> Iterator[Answer]:
         """An answer to each prompt of the packs that is ``wanted``, in the order in which they end.
 
-        ``batches`` lie on the host. Raises ValueError for a prompt whose keys and values need more than
-        ``cache_bytes``.
+        ``batches`` lie on the host; a None among them says that there is none at the moment, so that the answers in
+        progress go on. Raises ValueError for a prompt whose keys and values need more than ``cache_bytes``.
         """
         packs = iter(batches)
         waiting: deque[_Waiting] = deque()
@@ -87,8 +91,11 @@ class Generator:
         more = True
         while True:
             while more and not waiting and (self._slots is None or len(busy) < self._slots.num_slots):
-                if (batch := next(packs, None)) is None:
+                batch = next(packs, _END)
+                if isinstance(batch, _End):
                     more = False
+                elif batch is None:
+                    break
                 else:
                     yield from self._prefilled(batch, wanted, waiting)
             self._fill(waiting, busy)
@@ -182,7 +189,14 @@ class Generator:
             answer.ended = True
             return True
         answer.ids.append(token)
-        return len(answer.ids) >= self.max_new_tokens
+        return not self.goes_on(answer) or len(answer.ids) >= self.max_new_tokens
+
+
+class _End:
+    """No pack comes any more."""
+
+
+_END = _End()
 
 
 @dataclass(frozen=True, slots=True)
