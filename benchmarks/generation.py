@@ -19,13 +19,13 @@ from benchmarks.data.drawn_media import encode_jpeg, noise
 from benchmarks.data.drawn_shards import WORDS, write_tokenizer
 from benchmarks.figures import Figures
 from benchmarks.gpu.model import build_model
+from benchmarks.stock_inputs import StockInputs, pad_left
 from vl3train.cli.evaluate import checked
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import evaluation_batches, open_data
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.demo.parts import PartSizes
-from vl3train.inference.answer import Asker, pad_left
 from vl3train.inference.requests import Request
 from vl3train.model.attention.backends import choose_attention
 from vl3train.model.generation.generate import Generator
@@ -163,32 +163,22 @@ def debug_config(sizes: PartSizes, vocabulary: int) -> dict[str, Any]:
 class Prepared(Dataset[dict[str, Any]]):
     """transformers' inputs of each question; frames are decoded by vl3train's decoder, which is the faster one."""
 
-    def __init__(self, asker: Asker, requests: list[Request]) -> None:
-        self.asker, self.requests = asker, requests
+    def __init__(self, stock: StockInputs, requests: list[Request]) -> None:
+        self.stock, self.requests = stock, requests
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.asker.inputs(self.requests[number])
+        return self.stock.inputs(self.requests[number])
 
 
 def stock_answers(
     model: Any, processor: Any, requests: list[Request], row: Row, batch_size: int, workers: int
 ) -> list[list[int]]:
     """Ids of each answer, by transformers' generate over batches."""
-    asker = Asker(
-        model=None,
-        processor=processor,
-        fps=1.0,
-        min_frames=1,
-        max_frames=180,
-        max_new_tokens=row.answer_tokens,
-        temperature=0.0,
-        frame_sampling="transformers",
-    )
     loader = DataLoader(
-        Prepared(asker, requests),
+        Prepared(StockInputs(processor=processor), requests),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=lambda many: pad_left(many, processor.tokenizer.pad_token_id),

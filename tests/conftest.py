@@ -176,3 +176,19 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, processor) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lively_model_dir(tiny_model_dir: Path, processor, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """The tiny model with weights large enough that what it says depends on what it is shown."""
+    import torch
+    from transformers import VideoLlama3ForConditionalGeneration
+
+    from vl3train.model.weights.hf_folder import save_weights
+
+    model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed_tokens" not in name:
+            parameter.data.normal_(std=0.25, generator=draw)
+    return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")

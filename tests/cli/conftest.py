@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,19 +77,3 @@ def workplace(bare_workplace: Path) -> Path:
     """The working directory of tests/config, with a whole checkpoint of the 2B."""
     sparse_checkpoint(bare_workplace / "checkpoint")
     return bare_workplace
-
-
-@pytest.fixture(scope="session")
-def lively_model_dir(tiny_model_dir: Path, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights large enough that what it says depends on what it is shown."""
-    import torch
-    from transformers import VideoLlama3ForConditionalGeneration
-
-    from vl3train.model.weights.hf_folder import save_weights
-
-    model = VideoLlama3ForConditionalGeneration.from_pretrained(tiny_model_dir)
-    draw = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name:
-            parameter.data.normal_(std=0.25, generator=draw)
-    return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")

@@ -62,7 +62,7 @@ def main(args: Namespace) -> int:
         cfg = checked(overrides, args.run / "config.yaml")
         tokenizer_dir = args.run / "processor"
     else:
-        from vl3train.inference.exported_config import exported_words
+        from vl3train.inference.rendering import exported_words
         from vl3train.model.weights.hf_folder import locate_trained
 
         tokenizer_dir, _ = locate_trained(args.run)

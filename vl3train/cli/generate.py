@@ -46,9 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of relative paths in --batch (default .)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=4, help="requests answered together (default %(default)s)"
-    )
-    parser.add_argument(
         "--max-new-tokens", type=int, default=256, help="longest answer (default %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
@@ -58,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frame-sampling",
         choices=[one.value for one in FrameSampling],
-        default=FrameSampling.transformers.value,
-        help="the training's data.frame_sampling; a model's folder does not say it (default: %(default)s)",
+        help="the training's data.frame_sampling; an export does not say it (default: a run's own, else transformers)",
     )
     parser.add_argument("--max-frames", type=int, help="most frames of a video (default: as in training)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -89,9 +85,10 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise ValueError("\n".join(problems))
     if args.batch is None:
-        print(asker.answers([requests[0][1]])[0] or "(empty answer)")
+        (answer,) = asker.answers([requests[0][1]], lambda piece: print(piece, end="", flush=True))
+        print("" if answer else "(empty answer)")
         return 0
-    for done in write_answers(asker, [request for _, request in requests], Path(args.out), args.batch_size):
+    for done in write_answers(asker, [request for _, request in requests], Path(args.out)):
         print(f"{done} of {len(requests)} answered", file=sys.stderr)
     return 0
 
@@ -108,8 +105,6 @@ def requests_of(args: argparse.Namespace) -> list[tuple[str, Request]]:
             )
         if args.out is None:
             raise ValueError("--batch needs --out FILE for the answers")
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size={args.batch_size}: it must be 1 or more")
         return read_requests(Path(args.batch), Path(args.media_root))
     if args.prompt is None:
         raise ValueError("give --prompt, or --batch FILE with many requests")

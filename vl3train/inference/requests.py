@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.tokens import RESERVED_TOKENS
+from vl3train.data.records.conversation import Content, Image, Text, Turn, Video
+from vl3train.inference.questions import Question
 
 REQUEST_KEYS = ("prompt", "image", "video", "system")
 
@@ -94,3 +96,17 @@ def as_line(request: Request) -> dict[str, Any]:
     if request.system is not None:
         line["system"] = request.system
     return line
+
+
+def as_question(request: Request) -> Question:
+    """The request with the bytes of its files. Raises OSError for a file that cannot be read."""
+    turns = [] if request.system is None else [Turn("system", (Text(request.system),))]
+    content: list[Content] = []
+    parts: dict[str, bytes] = {}
+    for kind, paths in ((Image, request.images), (Video, request.videos)):
+        for path in paths:
+            name = str(path) if str(path) not in parts else f"{path} ({len(parts)})"  # shown twice
+            parts[name] = path.read_bytes()
+            content.append(kind(name))
+    turns.append(Turn("user", (*content, Text(request.prompt))))
+    return Question(tuple(turns), parts)

@@ -16,6 +16,7 @@ from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, join
 from vl3train.model.attention.backends import choose_attention
+from vl3train.model.generation.ends import end_ids
 from vl3train.model.generation.generate import Generator
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.weights.hf_folder import load_trained, locate_trained
@@ -152,16 +153,10 @@ def answer_all(
 
     generator = Generator(
         packed,
-        {tokenizer.im_end_id, *_end_ids(packed)},
+        {tokenizer.im_end_id, *end_ids(packed.model)},
         max_new_tokens=cfg.run.evaluate_max_new_tokens,
     )
     batches = evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size)
     places = {one.place for one in known}
     mine = generate_predictions(generator, batches, tokenizer, names, sources=chosen, known=places, tell=tell)
     return [*known, *mine]
-
-
-def _end_ids(packed: PackedModel) -> list[int]:
-    """End tokens that the model's own generation settings name, as published ones name <|endoftext|> too."""
-    named = packed.model.generation_config.eos_token_id
-    return [] if named is None else [named] if isinstance(named, int) else list(named)
