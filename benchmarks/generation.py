@@ -134,7 +134,7 @@ def make_model(row: Row, folder: Path, device: torch.device) -> tuple[Any, Any]:
     model.config.image_token_id = processor.image_token_id
     model.config.video_token_id = processor.video_token_id
     model.generation_config.eos_token_id = None
-    model.config.text_config.use_cache = True
+    model.generation_config.use_cache = True
     return model.to(device).eval(), processor
 
 
@@ -174,9 +174,9 @@ class Prepared(Dataset[dict[str, Any]]):
 
 
 def stock_answers(
-    model: Any, processor: Any, requests: list[Request], row: Row, batch_size: int, workers: int
+    model: Any, processor: Any, requests: list[Request], row: Row, batch_size: int, cache: str, workers: int
 ) -> list[list[int]]:
-    """Ids of each answer, by transformers' generate over batches."""
+    """Ids of each answer, by transformers' generate over batches; ``cache`` is dynamic or static."""
     loader = DataLoader(
         Prepared(StockInputs(processor=processor), requests),
         batch_size=batch_size,
@@ -184,8 +184,6 @@ def stock_answers(
         collate_fn=lambda many: pad_left(many, processor.tokenizer.pad_token_id),
         multiprocessing_context="fork" if workers else None,
     )
-    cuda = model.device.type == "cuda"
-    cache = {"cache_implementation": "static"} if cuda else {}
     found: list[list[int]] = []
     for inputs in loader:
         placed = {
@@ -193,9 +191,31 @@ def stock_answers(
             for name, value in inputs.items()
         }
         with torch.inference_mode():
-            ids = model.generate(**placed, max_new_tokens=row.answer_tokens, do_sample=False, **cache)
+            ids = model.generate(
+                **placed, max_new_tokens=row.answer_tokens, do_sample=False, cache_implementation=cache
+            )
         found += ids[:, inputs["input_ids"].shape[1] :].tolist()
     return found
+
+
+def stock_runs(
+    model: Any, processor: Any, requests: list[Request], row: Row, cache: str, workers: int
+) -> Iterator[tuple[list[list[int]], float, int]]:
+    """Answers, seconds and batch size, for batch sizes that double while that helps and memory is there."""
+    before, batch_size = float("inf"), row.first_batch
+    while batch_size <= len(requests):
+        try:
+            # Untimed: with a static cache transformers compiles a step for each batch size on a GPU.
+            stock_answers(model, processor, requests[:batch_size], row, batch_size, cache, workers=0)
+            started = time.perf_counter()
+            found = stock_answers(model, processor, requests, row, batch_size, cache, workers)
+            seconds = wait(model.device) - started
+        except torch.OutOfMemoryError:
+            return
+        yield found, seconds, batch_size
+        if seconds > 0.97 * before:
+            return
+        before, batch_size = seconds, 2 * batch_size
 
 
 def packed_answers(
@@ -236,30 +256,23 @@ def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
         our_seconds = wait(device) - started
         if len(ours) != len(requests):
             raise RuntimeError(f"{len(ours)} answers to {len(requests)} questions")
-        best, best_batch, theirs = float("inf"), 0, []
-        batch_size = row.first_batch
-        while batch_size <= len(requests):
-            try:
-                # Untimed: on a GPU transformers compiles a step for each batch size.
-                stock_answers(model, processor, requests[:batch_size], row, batch_size, 0)
-                started = time.perf_counter()
-                found = stock_answers(model, processor, requests, row, batch_size, workers)
-                seconds = wait(device) - started
-            except torch.OutOfMemoryError:
-                break
-            print(f"{name}: transformers, batches of {batch_size}: {seconds:.1f} s", flush=True)
-            if seconds < best:
-                best, best_batch, theirs = seconds, batch_size, found
-            elif seconds > 1.1 * best:
-                break
-            batch_size *= 2
+        print(f"{name}: vl3train: {our_seconds:.1f} s", flush=True)
+        best, best_way, theirs = float("inf"), "", []
+        for cache in ("dynamic", "static") if device.type == "cuda" else ("dynamic",):
+            for found, seconds, batch_size in stock_runs(model, processor, requests, row, cache, workers):
+                print(
+                    f"{name}: transformers, {cache} cache, batches of {batch_size}: {seconds:.1f} s",
+                    flush=True,
+                )
+                if seconds < best:
+                    best, best_way, theirs = seconds, f"in batches of {batch_size}, {cache} cache", found
         in_order = [ours[key] for key in sorted(ours)]  # keys number the records
         same = sum(one == other for one, other in zip(in_order, theirs, strict=True))
         if model.dtype == torch.float32 and same != len(requests):
             raise RuntimeError(f"only {same} of {len(requests)} answers are the same in float32")
     note = (
         f"{len(requests)} questions, {row.answer_tokens} tokens each: vl3train {our_seconds:.2f} s, transformers "
-        f"{best:.2f} s in batches of {best_batch}; {same} answers the same; {workers} loader workers"
+        f"{best:.2f} s {best_way}; {same} answers the same; {workers} loader workers"
     )
     figures.add(row.figure, best / our_seconds, "x", "higher", note, row.aim)
     figures.add(

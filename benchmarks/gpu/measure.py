@@ -247,9 +247,9 @@ def child(name: str, row: Row, rank: int, tiny: bool, pipe: Any) -> None:
 
             return measure_command(row, device, tell)
         if row.way == "trainer":
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 os.environ.pop(
-                    name, None
+                    variable, None
                 )  # accelerate would take them for torchrun's and look for other ranks
             return measure_beside(row, device, tell)
         return measure(name, row, rank, device, tell)

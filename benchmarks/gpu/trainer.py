@@ -37,7 +37,8 @@ def measure_trainer(
 
     model = trainer_model(row, device)
     steps = [[sample for pack in step["packs"] for sample in pack] for step in work.steps]
-    in_a_step = max(math.ceil(len(samples) / row.stock_rows) for samples in steps)
+    counts = [len(samples) for samples in steps]
+    in_a_step = min(math.ceil(max(counts) / row.stock_rows), min(counts))  # every micro-batch has a sample
     micro_batches = [part for samples in steps for part in chunks(samples, in_a_step)]
     times: list[float] = []
     losses: list[float] = []
@@ -132,10 +133,29 @@ def put_into_bitsandbytes(layers: nn.Module, device: torch.device) -> None:
 
 
 def chunks(samples: list[RenderedSample], number: int) -> list[list[RenderedSample]]:
-    """``number`` micro-batches of like sizes, of samples of like length."""
+    """``number`` micro-batches of samples of like length; the largest has as few tokens, padding included, as it may.
+
+    Raises ValueError for fewer samples than micro-batches.
+    """
+    if number > len(samples):
+        raise ValueError(f"{len(samples)} samples do not make {number} micro-batches")
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
-    bounds = [round(i * len(ordered) / number) for i in range(number + 1)]
-    return [ordered[low:high] for low, high in pairwise(bounds)]
+    lengths = [len(sample.input_ids) for sample in ordered]
+    # least[n][i]: padded tokens of the largest of n micro-batches of the first i samples; start[n][i]: its last one's.
+    least = [[math.inf] * (len(ordered) + 1) for _ in range(number + 1)]
+    start = [[0] * (len(ordered) + 1) for _ in range(number + 1)]
+    least[0][0] = 0
+    for n in range(1, number + 1):
+        for i in range(n, len(ordered) + 1):
+            for j in range(n - 1, i):
+                largest = max(least[n - 1][j], (i - j) * lengths[i - 1])
+                if largest < least[n][i]:
+                    least[n][i], start[n][i] = largest, j
+    found, end = [], len(ordered)
+    for n in range(number, 0, -1):
+        found.append(ordered[start[n][end] : end])
+        end = start[n][end]
+    return found[::-1]
 
 
 def shifted_back(inputs: dict[str, Any]) -> dict[str, Any]:

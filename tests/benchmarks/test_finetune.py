@@ -42,7 +42,10 @@ def test_a_steps_samples_become_as_many_micro_batches_in_every_step():
 
     samples = [Sample(length) for length in (5, 1, 9, 3, 7)]
     parts = chunks(samples, 2)
-    assert [[len(one.input_ids) for one in part] for part in parts] == [[1, 3], [5, 7, 9]]
+    assert [[len(one.input_ids) for one in part] for part in parts] == [[1, 3, 5], [7, 9]]
+    assert [len(part) for part in chunks(samples, 5)] == [1] * 5
+    with pytest.raises(ValueError, match="5 samples do not make 6"):
+        chunks(samples, 6)
 
 
 def test_lines_have_the_names_of_the_figures():
