@@ -63,7 +63,9 @@ DOORS = {
     "webdataset": {"data/prepare/write_shards.py"},
     "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py", "engine/zero/state_files.py"},
     "peft": {"model/adapters.py"},
-    "wandb": {"engine/monitor/wandb_tracker.py"},
+    "wandb": {"engine/tracking/wandb_tracker.py"},
+    "tensorboard": {"engine/tracking/tensorboard_tracker.py"},
+    "torch.utils.tensorboard": {"engine/tracking/tensorboard_tracker.py"},
     "numba": {
         "data/plan/balance.py",
         "data/plan/cut.py",

@@ -18,7 +18,7 @@ from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import Rank, join, leave
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
-from vl3train.model.trainable import set_trainable
+from vl3train.model.trainable import parameter_groups, set_trainable
 from vl3train.model.weights.from_parts import load_model
 
 
@@ -31,18 +31,20 @@ def gradient(
     dtype: Dtype = Dtype.float32,
     max_grad_norm: float = 0.0,
     trainable: tuple[str, ...] = ("vision_encoder", "projector", "language_model"),
-) -> tuple[dict[str, torch.Tensor], float]:
-    """The change of every weight after one SGD step at rate 1, negated, and the gradient norm that was reported."""
+) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
+    """The change of every weight after one SGD step at rate 1, negated, and the gradient norms that were reported."""
     torch.manual_seed(0)
     hf_model = load_model(model_dir, dtype=torch.float32 if dtype is Dtype.float32 else torch.bfloat16)
     set_trainable(hf_model, trainable)
     before = {name: p.detach().clone().double() for name, p in hf_model.named_parameters()}
     packed = PackedModel(hf_model, "reference")
-    parameters = [p for p in packed.parameters() if p.requires_grad]
+    groups = parameter_groups(hf_model, dict.fromkeys(trainable, 1.0), weight_decay=0.1)  # two for each part
+    for group in groups:
+        group["weight_decay"] = 0.0
     machine = MachineConfig(zero_stage=zero_stage, dtype=dtype)
     engine = Zero(
         packed,
-        torch.optim.SGD(parameters, lr=1.0),
+        torch.optim.SGD(groups, lr=1.0),
         machine=machine,
         optim=OptimConfig(max_grad_norm=max_grad_norm),
         num_micro_batches=accumulation,
@@ -60,9 +62,10 @@ def gradient(
         engine.backward(output.loss_sum / total)
         if position < len(mine) - 1:
             engine.finish_micro_batch()
-    (norm,) = engine.step(torch.zeros(0)).wait()
+    norm, *part_norms = engine.step(torch.zeros(0)).wait()
     after = engine.full_state_dict(hf_model)
-    return {name: before[name] - after[name].double() for name in after}, norm
+    changes = {name: before[name] - after[name].double() for name in after}
+    return changes, norm, dict(zip(engine.parts, part_norms, strict=True))
 
 
 def main() -> None:

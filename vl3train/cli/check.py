@@ -20,17 +20,19 @@ from rich.text import Text
 
 from vl3train.cli.arguments import count
 from vl3train.config.checks.start import starts_from
-from vl3train.config.choices import AdapterInit, AdapterKind, Base4Bit, Memory
+from vl3train.config.choices import AdapterInit, AdapterKind, Base4Bit, Memory, Tracker
 from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError, Problem, counted, show
 from vl3train.config.rules import adapter_rates, full_rates
-from vl3train.config.schema import PARTS, TrainConfig
+from vl3train.config.schema import PARTS, TrackingConfig, TrainConfig
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.data.recipe import Recipe
 from vl3train.model.adapter_targets import adapter_sizes, alpha_of
 from vl3train.model.weights.headers.template import start_template
 from vl3train.preview.check_config import examine
+
+TRACKERS = {Tracker.wandb: "W&B", Tracker.tensorboard: "TensorBoard"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,6 +46,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     ahead = "do not require that stage.init_from exists: check a stage before the earlier one is trained"
     parser.add_argument("--ahead", action="store_true", help=ahead)
+
+
+def also_to(tracking: TrackingConfig) -> str:
+    """Where figures and samples also go.
+
+    >>> also_to(TrackingConfig(kind=Tracker.wandb))
+    ', W&B (with 8 held-out samples of each source)'
+    """
+    if tracking.kind is Tracker.none:
+        return ""
+    samples = f" (with {counted(tracking.table_rows, 'held-out sample')} of each source)"
+    return f", {TRACKERS[tracking.kind]}{samples if tracking.table_rows else ''}"
 
 
 def main(args: Namespace) -> int:
@@ -186,7 +200,7 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
             f"attention {show(machine.attention)}, {recompute}, "
             f"layers {'compiled' if machine.compile_layers else 'not compiled'}",
         ),
-        ("figures", "console and metrics.jsonl" + (", W&B" if show(cfg.tracking.kind) == "wandb" else "")),
+        ("figures", f"console and metrics.jsonl{also_to(cfg.tracking)}"),
         ("output", run.output_dir),
     ]
     if cfg.adapter.kind is AdapterKind.lora:

@@ -143,6 +143,7 @@ class Tracker(Enum):
 
     none = "none"
     wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 class WandbMode(Enum):

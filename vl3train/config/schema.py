@@ -173,7 +173,7 @@ class TrackingConfig:
     """Where metrics go, besides the console and metrics.jsonl."""
 
     kind: Tracker = Tracker.none
-    """none or wandb."""
+    """none, wandb or tensorboard."""
 
     project: str = "vl3train"
     """W&B project."""
@@ -182,7 +182,11 @@ class TrackingConfig:
     """W&B team or user."""
 
     mode: WandbMode = WandbMode.auto
-    """online, offline, or auto: online when W&B has a key, else offline."""
+    """Of W&B: online, offline, or auto: online when it has a key, else offline."""
+
+    table_rows: int = 8
+    """Held-out samples of each source whose pictures and generated answers the tracker shows after each evaluation. 0:
+    none. With machine.zero_stage=3 none are generated."""
 
 
 @dataclass(kw_only=True, slots=True)

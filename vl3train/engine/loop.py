@@ -104,9 +104,9 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
             saved_step = evaluate_after(run, saved_step, when="step")
         if result.stop_requested:
-            run.console.message(
-                f"stopped on request after step {done}; give the same command again to resume"
-            )
+            told = f"stopped on request after step {done}; give the same command again to resume"
+            run.console.message(told)
+            run.tracker.alert("run stopped", told, is_bad=False)
             break
         if run.best.is_over:
             break
@@ -116,10 +116,13 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         evaluate_after(run, saved_step, when="end")
     if run.is_finished and rank.is_first:
         mark_finished(cfg)
-    run.console.message(
+    told = (
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
         f"the newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
     )
+    run.console.message(told)
+    if run.is_finished:
+        run.tracker.alert("run finished", told, is_bad=False)
 
 
 def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatches]]:
@@ -148,6 +151,7 @@ def log_step(
         "epoch": step_batches.cursor.epoch,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "part_grad_norms": result.part_norms,
         **({"skipped": True} if result.is_skipped else {}),
         "learning_rates": rates,
         "source_losses": {run.source_names[i]: loss for i, loss in result.source_losses.items()},

@@ -16,8 +16,8 @@ from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
-from vl3train.engine.monitor.wandb_tracker import Tracker
 from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.tracking.tracker import Tracker
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
 

@@ -20,6 +20,7 @@ class StepResult:
 
     loss: float  # mean over every supervised token of the global batch
     grad_norm: float  # before clipping
+    part_norms: dict[str, float]  # the same of each part that trains
     source_losses: dict[int, float]  # mean over the supervised tokens of each source
     num_failed_samples: int
     stop_requested: bool  # a rank was asked to stop (SIGTERM)
@@ -82,12 +83,14 @@ def train_step(
 
     progress.phase("optimizer")
     # One wait for the device, here.
-    *sums, grad_norm, is_skipped = engine.step(totals, is_bad).wait()
+    read = engine.step(totals, is_bad).wait()
+    sums, (grad_norm, *part_norms, is_skipped) = read[: len(totals)], read[len(totals) :]
     engine.end_step(is_skipped=bool(is_skipped))
     losses, counts = sums[2 : 2 + num_sources], sums[2 + num_sources :]
     return StepResult(
         loss=sum(losses) / max(num_supervised_tokens, 1),
         grad_norm=grad_norm,
+        part_norms=dict(zip(engine.parts, part_norms, strict=True)),
         source_losses={
             source: loss / count
             for source, (loss, count) in enumerate(zip(losses, counts, strict=True))

@@ -56,7 +56,9 @@ def engine_of(
     packed = PackedModel(model, attention, compile_layers=compile_layers)
     engine = Zero(
         packed,
-        torch.optim.SGD([p for p in packed.parameters() if p.requires_grad], lr=1.0),
+        torch.optim.SGD(
+            [{"name": "all", "params": [p for p in packed.parameters() if p.requires_grad]}], lr=1.0
+        ),
         machine=MachineConfig(zero_stage=zero_stage, dtype=dtype),
         optim=OptimConfig(max_grad_norm=0.0),
         num_micro_batches=num_micro_batches,

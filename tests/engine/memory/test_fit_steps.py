@@ -41,7 +41,7 @@ def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage
     states = 8 * sum(parameter.numel() for parameter in parameters)
     engine = Zero(
         packed,
-        torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+        torch.optim.AdamW([{"name": "all", "params": parameters}], lr=1e-3, fused=True),
         machine=MachineConfig(zero_stage=zero_stage, dtype=dtype),
         optim=optim,
         num_micro_batches=1,

@@ -14,7 +14,7 @@ from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.optim_options import OptimConfig
-from vl3train.config.schema import MachineConfig
+from vl3train.config.schema import PARTS, MachineConfig
 from vl3train.engine import step as step_module
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import join
@@ -23,6 +23,7 @@ from vl3train.engine.zero import engine as zero_engine
 from vl3train.engine.zero.transfer import Reading
 from vl3train.engine.zero.zero1_bf16 import drop_masters
 from vl3train.model.packed_forward import PackedModel
+from vl3train.model.trainable import part_of
 from vl3train.model.weights.from_parts import load_model
 
 
@@ -41,13 +42,23 @@ def engine_of(model_dir, rank, *, num_micro_batches):
     model = PackedModel(load_model(model_dir, dtype=torch.bfloat16), "reference")
     engine = zero_engine.Zero(
         model,
-        build_optimizer([{"params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device),
+        build_optimizer(
+            [{"name": "all", "params": list(model.parameters()), "lr": 1e-3}], OptimConfig(), rank.device
+        ),
         machine=MachineConfig(),
         optim=OptimConfig(),
         num_micro_batches=num_micro_batches,
         rank=rank,
     )
     return engine, model
+
+
+def norms_of_parts(gradient):
+    """The norm of each part of a whole gradient."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for name, change in gradient.items():
+        found[part_of(name)] += float(change.square().sum())
+    return {part: square**0.5 for part, square in found.items()}
 
 
 def assert_same(found, wanted):
@@ -61,9 +72,10 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, zero_stage, accumulation):
-    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=accumulation)
+    found, norm, part_norms = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=accumulation)
     assert_same(found, whole[0])
     assert norm == pytest.approx(whole[1], rel=1e-4)
+    assert part_norms == pytest.approx(norms_of_parts(whole[0]), rel=1e-4)
 
 
 def in_two_processes(python, module, *arguments):
@@ -78,18 +90,23 @@ def test_two_ranks_any_accumulation_same_gradient(warm_python, tiny_model_dir, w
     results = torch.load(out)
     half = [results.pop(("bfloat16", m)) for m in (1, 2)]
     assert set(results) == {(stage, m) for stage in (0, 1, 2, 3) for m in (1, 2)}
-    for found, norm in half:  # ZeRO-1 in bfloat16 sums its gradients in our own lines (engine/zero/engine.py)
+    norms = norms_of_parts(whole[0])
+    for found, norm, part_norms in half:  # ZeRO-1 in bfloat16 sums its gradients in our own lines
         assert norm == pytest.approx(whole[1], rel=0.03)
+        assert part_norms == pytest.approx(norms, rel=0.03)
         assert found.keys() == whole[0].keys()
-    for found, norm in results.values():
+    for found, norm, part_norms in results.values():
         assert_same(found, whole[0])
         assert norm == pytest.approx(whole[1], rel=1e-4)
+        assert part_norms == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_clipping_scales_the_update_down_to_the_limit(tiny_model_dir, rank, whole, zero_stage):
     limit = whole[1] / 10
-    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, max_grad_norm=limit)
+    found, norm, _ = gradient(
+        tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, max_grad_norm=limit
+    )
     assert norm == pytest.approx(whole[1], rel=1e-4), "the norm that is reported is the one before clipping"
     clipped = torch.stack([g.norm() for g in found.values()]).norm().item()
     assert clipped == pytest.approx(limit, rel=1e-3)
@@ -97,8 +114,11 @@ def test_clipping_scales_the_update_down_to_the_limit(tiny_model_dir, rank, whol
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bfloat16_keeps_float32_masters_and_sums(tiny_model_dir, rank, whole, zero_stage):
-    found, norm = gradient(tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, dtype=Dtype.bfloat16)
+    found, norm, part_norms = gradient(
+        tiny_model_dir, rank, zero_stage=zero_stage, accumulation=2, dtype=Dtype.bfloat16
+    )
     assert norm == pytest.approx(whole[1], rel=0.03)
+    assert part_norms == pytest.approx(norms_of_parts(whole[0]), rel=0.03)
     assert found.keys() == whole[0].keys()
 
 
@@ -106,7 +126,7 @@ def test_clipping_works_in_bfloat16_under_zero_1_where_the_norm_is_taken_in_our_
     tiny_model_dir, rank, whole
 ):
     limit = whole[1] / 4
-    found, norm = gradient(
+    found, norm, _ = gradient(
         tiny_model_dir, rank, zero_stage=1, accumulation=2, dtype=Dtype.bfloat16, max_grad_norm=limit
     )
     assert norm == pytest.approx(whole[1], rel=0.03)
@@ -159,7 +179,7 @@ def test_each_rank_saves_its_own_share_of_masters_that_are_not_float32(warm_pyth
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_frozen_parts_do_not_change_by_a_bit(tiny_model_dir, rank, zero_stage):
-    found, _ = gradient(
+    found, *_ = gradient(
         tiny_model_dir, rank, zero_stage=zero_stage, accumulation=1, trainable=("vision_encoder", "projector")
     )
     for name, change in found.items():

@@ -50,7 +50,10 @@ class Trained:
         packed.without_gradient = torch.nn.Parameter(torch.zeros(3, device=self.rank.device))
         optim = OptimConfig(**options)
         parameters = list(packed.parameters())
-        groups = [{"params": parameters[:9], "lr": 1e-3}, {"params": parameters[9:], "lr": 2e-3}]
+        groups = [
+            {"name": "first", "params": parameters[:9], "lr": 1e-3},
+            {"name": "others", "params": parameters[9:], "lr": 2e-3},
+        ]
         self.engine = Zero(
             packed,
             build_optimizer(groups, optim, self.rank.device, offload_optimizer=machine.offload_optimizer),

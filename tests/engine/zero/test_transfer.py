@@ -29,7 +29,7 @@ class Watched:
     """An engine that only notes what it is asked for."""
 
     def __init__(self, rank):
-        self.rank, self.acts = rank, []
+        self.rank, self.acts, self.parts = rank, [], []
 
     def forward(self, batch, *, first, last):
         self.acts.append(("forward", batch, first, last))

@@ -77,6 +77,7 @@ RANGES: dict[str, Range] = {
     "run.num_epochs": POSITIVE,
     "run.num_steps": AT_LEAST_1,
     "run.save_steps": AT_LEAST_1,
+    "tracking.table_rows": AT_LEAST_0,
     "run.keep_checkpoints": AT_LEAST_1,
     "run.keep_every_steps": AT_LEAST_0,
     "run.patience": AT_LEAST_1,

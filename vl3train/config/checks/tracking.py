@@ -1,9 +1,10 @@
-"""Where W&B's key is, and what keeps a run from being tracked. Imports no wandb."""
+"""Where W&B's key is, and what keeps a run from being tracked. Imports no wandb, no TensorBoard."""
 
 from __future__ import annotations
 
 import netrc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -13,9 +14,12 @@ from vl3train.config.schema import TrainConfig
 
 
 def tracking_problems(cfg: TrainConfig) -> list[Problem]:
-    """A W&B run that is to be online and has no key, or a netrc file that cannot be read."""
-    mode = cfg.tracking.mode
-    if cfg.tracking.kind is Tracker.none or mode is WandbMode.offline:
+    """A W&B run that is to be online and has no key, a netrc file that cannot be read, TensorBoard not installed."""
+    mode, kind = cfg.tracking.mode, cfg.tracking.kind
+    if kind is Tracker.tensorboard and find_spec("tensorboard") is None:
+        way_out = "pip install 'vl3train[tensorboard]'"
+        return [Problem("tracking.kind", kind, "the package tensorboard is not installed", way_out)]
+    if kind is not Tracker.wandb or mode is WandbMode.offline:
         return []
     if mode is WandbMode.auto and os.environ.get("WANDB_MODE"):
         return []  # no key is looked for

@@ -139,6 +139,7 @@ OTHER_WORDS: dict[str, tuple[str, ...]] = {
     "ddp_timeout": ("run.collective_timeout_seconds",),
     "report_to": ("tracking.kind",),
     "wandb": ("tracking.kind",),
+    "tensorboard": ("tracking.kind",),
     "wandb_project": ("tracking.project",),
     "wandb_entity": ("tracking.entity",),
     "wandb_mode": ("tracking.mode",),

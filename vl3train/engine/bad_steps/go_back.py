@@ -57,9 +57,9 @@ def go_back(run: Run) -> int:
         drop_later(checkpoint)
         run.console.go_back(run.cursor.step)
     run.rank.barrier()
-    run.console.message(
-        f"{what}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
-    )
+    told = f"{what}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
+    run.console.message(told)
+    run.tracker.alert("run goes back", told, is_bad=True)
     return run.cursor.step
 
 

@@ -44,16 +44,19 @@ def report_skipped(run: Run, step_batches: StepBatches, result: StepResult, limi
         kept = f"its samples and their losses are in {path} (vl3train inspect --dump {path})"
     except OSError as error:
         kept = f"its samples could not be written to {path}: {error.strerror or error}"
-    run.console.message(f"step {step} is skipped and changes nothing: {bad.reason}; {suspects(bad)}{kept}")
+    told = f"step {step} is skipped and changes nothing: {bad.reason}; {suspects(bad)}{kept}"
+    run.console.message(told)
+    run.tracker.alert("step skipped", told, is_bad=True)
 
 
 def why(result: StepResult, limits: Limits) -> str:
     """The reason in words.
 
-    >>> bad = dict(source_losses={}, num_failed_samples=0, stop_requested=False, is_skipped=True, token_losses=[])
-    >>> why(StepResult(loss=math.nan, grad_norm=1.0, **bad), Limits())
+    >>> one = dict(num_failed_samples=0, stop_requested=False, is_skipped=True, token_losses=[])
+    >>> one |= dict(part_norms={}, source_losses={})
+    >>> why(StepResult(loss=math.nan, grad_norm=1.0, **one), Limits())
     'loss nan'
-    >>> why(StepResult(loss=2.0, grad_norm=900.0, **bad), Limits(loss=4.0, grad_norm=25.0))
+    >>> why(StepResult(loss=2.0, grad_norm=900.0, **one), Limits(loss=4.0, grad_norm=25.0))
     'gradient norm 900 over its limit of 25'
     """
     found = []

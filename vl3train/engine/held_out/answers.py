@@ -28,6 +28,7 @@ def generate_predictions(
     source_names: Sequence[str],
     *,
     sources: Collection[str],
+    samples: Collection[tuple[int, str]] = (),
     known: Collection[tuple[str, str, int]] = (),
     tell: Callable[[Prediction], None] = lambda one: None,
 ) -> list[Prediction]:
@@ -39,6 +40,7 @@ def generate_predictions(
         tokenizer: of the model.
         source_names: of the recipe, by number.
         sources: names of those whose questions are answered.
+        samples: source number and key of others that are answered too; may grow with the packs.
         known: places of predictions that are there already; they are not answered.
         tell: gets each prediction when it is there.
     """
@@ -46,8 +48,9 @@ def generate_predictions(
     there = set(known)
 
     def wanted(batch: Batch, prompt: Prompt) -> bool:
-        source, key = source_names[batch.segment_sources[prompt.segment]], batch.segment_keys[prompt.segment]
-        if source not in sources or (source, key, prompt.answer) in there:
+        number, key = batch.segment_sources[prompt.segment], batch.segment_keys[prompt.segment]
+        source = source_names[number]
+        if (source not in sources and (number, key) not in samples) or (source, key, prompt.answer) in there:
             return False
         ids = batch.input_ids[prompt.start : prompt.start + prompt.length].tolist()
         questions[key, prompt.answer] = question_of(tokenizer.decode(ids))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.contracts.progress.record import progress
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import answer_table, generate_predictions
 from vl3train.engine.held_out.losses import evaluate, record_evaluation, table_rows
+from vl3train.engine.held_out.shown import ShownSamples
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.run import Run
+from vl3train.engine.tracking.tracker import ShownAnswer
 from vl3train.model.generation.generate import Generator
 from vl3train.scoring.predictions import score_predictions, write_predictions
 
@@ -29,7 +32,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
-    answers = answer_questions(run, names, step)
+    answers, shown = answer_questions(run, names, step)
     run.engine.train(True)
     print_compiles(run.console, "held-out samples", take_compiles())
     figures = {name: {**row, **answers.get(name, {})} for name, row in figures.items()}
@@ -43,31 +46,50 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     if answers:
         run.console.table(f"generated answers, {title}", answer_table(answers))
     run.tracker.log({"held_out": figures}, step)
+    if shown:
+        run.tracker.answers(shown, step)
     return figures
 
 
-def answer_questions(run: Run, names: list[str], step: int) -> dict[str, dict[str, Any]]:
-    """Figures of generated answers of each source with metrics, on every rank; empty where there are none.
+def answer_questions(
+    run: Run, names: list[str], step: int
+) -> tuple[dict[str, dict[str, Any]], list[ShownAnswer]]:
+    """Figures of generated answers of each source with metrics, on every rank, and on the first rank what a tracker
+    shows: answers to its first samples of each source, with metrics or without.
 
     The first rank writes predictions/step_N.jsonl. Raises RunError on every rank where a metric fails.
     """
     recipe = load_recipe(run.cfg.data.recipe or run.cfg.stage.recipe, run.cfg.data.root)
     metrics = {source.name: source.metrics for source in recipe.sources if source.metrics}
+    metrics = {name: metrics[name] for name in names if name in metrics}
     assert run.held_out is not None
-    if not metrics.keys() & set(names):
-        return {}
+    tracking = run.cfg.tracking
+    rows = 0 if tracking.kind is TrackerKind.none else tracking.table_rows
+    if not metrics and not rows:
+        return {}, []
     if run.cfg.machine.zero_stage == 3:
         run.console.message(
             f"no answers are generated in a run with machine.zero_stage=3; afterwards: vl3train evaluate {run.folder}"
         )
-        return {}
+        return {}, []
     progress.phase("generating answers")
+    most = {number: min(rows, size) for number, size in enumerate(run.held_out.index.sizes)}
+    shown = ShownSamples(most if run.rank.is_first else {})
     tokenizer = ChatTokenizer.from_folder(run.folder / "processor")
     generator = Generator(
         run.packed, {tokenizer.im_end_id}, max_new_tokens=run.cfg.run.evaluate_max_new_tokens
     )
-    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
-    mine = generate_predictions(generator, batches, tokenizer, names, sources=metrics)
+    mine = []
+    if metrics or run.rank.is_first:
+        batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+        mine = generate_predictions(
+            generator,
+            shown.watch(batches, to_the_end=bool(metrics)),
+            tokenizer,
+            names,
+            sources=metrics,
+            samples=shown.pictures,
+        )
     predictions = [one for part in run.rank.gather(mine) for one in part]
     figures: dict[str, dict[str, Any]] = {}
     problem = None
@@ -76,8 +98,10 @@ def answer_questions(run: Run, names: list[str], step: int) -> dict[str, dict[st
             figures = score_predictions(predictions, metrics, recipe.path.parent)
         except ValueError as error:
             problem = str(error)
-        folder = run.folder / "predictions"
-        folder.mkdir(exist_ok=True)
-        write_predictions(folder / f"step_{step:06d}.jsonl", predictions)
+        scored = [one for one in predictions if one.source in metrics]
+        if scored:
+            folder = run.folder / "predictions"
+            folder.mkdir(exist_ok=True)
+            write_predictions(folder / f"step_{step:06d}.jsonl", scored)
     run.rank.agree(problem)
-    return run.rank.gather(figures)[0]
+    return run.rank.gather(figures)[0], shown.rows(predictions, names)

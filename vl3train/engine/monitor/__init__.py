@@ -1,1 +1,1 @@
-"""What people see of a run: console, metrics, tracker."""
+"""What people see of a run: console and metrics."""

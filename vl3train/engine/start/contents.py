@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vl3train.data.loader import OpenData
-from vl3train.data.shards.contents import Contents, changes, contents_of, read_contents, write_contents
+from vl3train.data.shards.contents import (
+    DIGEST_CHARACTERS,
+    Contents,
+    Shard,
+    changes,
+    contents_of,
+    read_contents,
+    write_contents,
+)
 from vl3train.engine.start.data import RunData
 
 CONTENTS = "data_contents.json.gz"
@@ -45,6 +56,34 @@ def held_out_changes(folder: Path, data: RunData) -> list[str]:
         return []
     lines = changes(before[HELD_OUT], _contents(data.held_out))
     return [f"held-out samples differ from those of the steps before: {line}" for line in lines[:SHOWN_LINES]]
+
+
+def fingerprints(data: RunData) -> dict[str, Any]:
+    """Of each split: the index's fingerprint, and of each source its numbers and a digest of all its rows."""
+    splits = {TRAIN: data.train, **({HELD_OUT: data.held_out} if data.held_out is not None else {})}
+    return {
+        name: {
+            "fingerprint": split.plan.table.fingerprint,
+            "rendering": split.settings.fingerprint(),
+            "sources": {source: of_source(shards) for source, shards in _contents(split).sources.items()},
+        }
+        for name, split in splits.items()
+    }
+
+
+def of_source(shards: Mapping[str, Shard]) -> dict[str, Any]:
+    """What one source holds, in a few figures.
+
+    >>> of_source({"b.tar": (None, 2, 0, "ff"), "a.tar": (9, 3, 1, "00")})
+    {'shards': 2, 'samples': 5, 'rejected': 1, 'rows_sha256': '26426f9a2f3ac8ff'}
+    """
+    rows = "".join(f"{name} {shards[name][3]}\n" for name in sorted(shards))
+    return {
+        "shards": len(shards),
+        "samples": sum(shard[1] for shard in shards.values()),
+        "rejected": sum(shard[2] for shard in shards.values()),
+        "rows_sha256": hashlib.sha256(rows.encode()).hexdigest()[:DIGEST_CHARACTERS],
+    }
 
 
 def _contents(data: OpenData) -> Contents:

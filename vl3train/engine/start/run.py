@@ -9,23 +9,24 @@ import numpy as np
 import torch
 
 from vl3train.config.choices import Memory
-from vl3train.config.plain import as_plain
 from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
+from vl3train.data.recipe import find_recipe
 from vl3train.engine.memory.fit import fit_run
 from vl3train.engine.memory.warmup import warm_up_run
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import make_meter
-from vl3train.engine.monitor.wandb_tracker import Tracker
 from vl3train.engine.optim.build import optimizer_cost
 from vl3train.engine.ranks import Rank
 from vl3train.engine.run import Run
+from vl3train.engine.start.contents import CONTENTS, fingerprints
 from vl3train.engine.start.data import RunData, data_remarks, open_run_data
 from vl3train.engine.start.engine import start_engine
 from vl3train.engine.start.folder import OutputFolder, open_folder
 from vl3train.engine.start.model import RunModel, start_model
 from vl3train.engine.start.resume import ResumePoint, resume
+from vl3train.engine.tracking.tracker import NoTracker, start_tracker
 
 
 def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
@@ -56,7 +57,10 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
     if cfg.machine.memory is Memory.auto:
         fit_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console.message)
     console.start(first_step=point.cursor.step, total_steps=data.num_steps)
-    tracker = Tracker(cfg.tracking, folder.path, as_plain(cfg), step=point.cursor.step, enabled=rank.is_first)
+    tracker = start_tracker(cfg, folder.path, step=point.cursor.step, is_first=rank.is_first)
+    if not isinstance(tracker, NoTracker):
+        recipe = find_recipe(cfg.data.recipe or cfg.stage.recipe)
+        tracker.data([folder.path / CONTENTS, recipe], fingerprints(data))
 
     def write_weights(partial: Path) -> None:
         state = engine.full_state_dict(model.hf_model)

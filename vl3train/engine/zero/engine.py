@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.offload_schedule import OffloadSchedule
 from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
 from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.part_norms import PartNorms
 from vl3train.engine.zero.settings import deepspeed_config
 from vl3train.engine.zero.state_files import StateFiles
 from vl3train.engine.zero.transfer import Reading, Transfer
@@ -91,6 +92,7 @@ class Zero:
         if self.zero_stage < 3:
             model.lay_frozen_weights_together()
         self._sums: list[GradientSums] = []  # to which layers add gradients themselves
+        self._norms = PartNorms(optimizer.param_groups, rank.device)
         if isinstance(self.optimizer, BF16_Optimizer):
             self._sums = keep_float32_sums(
                 self.optimizer,
@@ -103,6 +105,8 @@ class Zero:
                 drop_masters(self.optimizer, offload_adamw.keep_low_bits)
             elif optim.master_dtype is MasterDtype.bfloat16:
                 drop_masters(self.optimizer)
+        elif self.zero_stage:
+            self._norms.watch(self.optimizer)
         self._transfer = Transfer(rank.device)
         self._totals = torch.empty(0)  # of the step in progress
         self._is_bad: IsBad | None = None  # of that step
@@ -172,20 +176,29 @@ class Zero:
     def step(self, totals: Tensor, is_bad: IsBad | None = None) -> Reading:
         """Clip and update once the last micro-batch is in.
 
-        Returns ``totals`` (n,), summed over ranks in place, after them the gradients' L2 norm before clipping, and
-        after it, where there is ``is_bad``, what that said, 1 or 0. Their copy to the host starts before the update.
-        Where it said 1, weights, masters and optimizer state stay as they are, bit for bit; call ``end_step`` then.
+        Returns ``totals`` (n,), summed over ranks in place, after them the gradients' L2 norm before clipping, then
+        that of each of ``parts``, and where there is ``is_bad``, what that said, 1 or 0. Their copy to the host starts
+        before the update. Where it said 1, weights, masters and optimizer state stay as they are, bit for bit; call
+        ``end_step`` then.
         """
         self.end_step(is_skipped=False)  # of the step before, where nothing could be skipped
         dist.all_reduce(totals)
         self._totals, self._is_bad, self._reading = totals, is_bad, None
         if self.zero_stage == 0:
             # DeepSpeed keeps no norm here. The last backward pass has already reduced the gradients.
-            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self._report(torch.nn.utils.get_total_norm(grads))
+            groups = [
+                [p.grad for p in group["params"] if p.grad is not None] for group in self._update.param_groups
+            ]
+            norms = [torch.nn.utils.get_total_norm(grads).to(self._totals.device) for grads in groups]
+            self._report(torch.stack(norms).norm(), norms)
         self.engine.step()
         # Where DeepSpeed itself found the gradients not to be finite, it has not come to the update.
         return self._reading or self._report(self.engine.get_global_grad_norm())
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that train, in the order of their norms."""
+        return self._norms.names
 
     def end_step(self, *, is_skipped: bool) -> None:
         """Tell the optimizer, once the host knows it, whether the last step was skipped."""
@@ -196,9 +209,9 @@ class Zero:
         if self._reading is None:  # DeepSpeed's stages 1 to 3 take the norm just before
             self._report(self.optimizer._global_grad_norm)
 
-    def _report(self, norm: float | Tensor) -> Reading:
+    def _report(self, norm: float | Tensor, of_groups: Sequence[Tensor] | None = None) -> Reading:
         norm = torch.as_tensor(norm, dtype=self._totals.dtype, device=self._totals.device)
-        values = [self._totals, norm.reshape(1)]
+        values = [self._totals, norm.reshape(1), self._norms.of_groups(of_groups)]
         if self._is_bad is not None:
             bad = self._is_bad(self._totals, norm).float()
             self._update.found_inf = bad  # type: ignore[attr-defined]

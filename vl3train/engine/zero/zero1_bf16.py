@@ -26,14 +26,14 @@ def keep_float32_sums(
     optimizer: BF16_Optimizer,
     *,
     clip: float,
-    on_norm: Callable[[Tensor], object],
+    on_norm: Callable[[Tensor, Sequence[Tensor]], object],
     summed_by_layers: Sequence[Sequence[Sequence[Tensor]]],
 ) -> list[tuple[Tensor, ...]]:
     """Replace how ``optimizer`` sums gradients over micro-batches and ranks, and how it steps.
 
     Sums are float32 from the first micro-batch to the update. ``clip`` is the largest L2 norm, 0 for any. ``on_norm``
-    gets the norm before clipping, a 0-d tensor, before the update is queued, and says with it whether the update may
-    change anything (Zero.step).
+    gets the norm before clipping, a 0-d tensor, and that of each group, before the update is queued, and says with it
+    whether the update may change anything (Zero.step).
 
     ``summed_by_layers`` are weights whose gradients layers can add themselves (model/kernels/gemm_accumulate.py): for
     each layer, for each matrix product, its weights. Returns for each layer the sums, one for each product, (out of all
@@ -67,7 +67,7 @@ class _Float32Sums:
         optimizer: BF16_Optimizer,
         *,
         clip: float,
-        on_norm: Callable[[Tensor], object],
+        on_norm: Callable[[Tensor, Sequence[Tensor]], object],
         sums_of_layers: list[Tensor],
         summed_by_layers: Sequence[Tensor],
     ) -> None:
@@ -119,9 +119,10 @@ class _Float32Sums:
         assert closure is None, "DeepSpeed passes none"
         optimizer = self.optimizer
         optimizer.overflow = False
-        norm = self._norm()
+        squares = self._squares()
+        norm = squares.sum().sqrt()
         optimizer._global_grad_norm = norm
-        self.on_norm(norm)
+        self.on_norm(norm, squares.sqrt().unbind())
         if self.clip > 0:
             # Of a norm that is NaN the factor would be too, and the padding that ends a buffer would keep it for ever.
             factor = (self.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
@@ -143,12 +144,12 @@ class _Float32Sums:
         if self.sums_of_layers:
             torch._foreach_zero_(self.sums_of_layers)
 
-    def _norm(self) -> Tensor:
-        """L2 norm of all ranks' sums, 0-d."""
-        square = torch.stack(torch._foreach_norm(self.own_sums)).square().sum()
+    def _squares(self) -> Tensor:
+        """Squared L2 norm of all ranks' sums of each group, (groups,)."""
+        squares = torch.stack(torch._foreach_norm(self.own_sums)).square()
         if self.num_ranks > 1:
-            dist.all_reduce(square, group=self.group)
-        return square.sqrt()
+            dist.all_reduce(squares, group=self.group)
+        return squares
 
 
 def _sums_of_layers(

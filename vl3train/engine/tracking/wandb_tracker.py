@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import wandb
+
 from vl3train.config.checks.tracking import wandb_mode
-from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.config.schema import TrackingConfig
 from vl3train.contracts.files import write_whole
+from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
 
 RUN_ID_FILE = "wandb_id.txt"
+DATA_DIR = "WANDB_DATA_DIR"
 
 
-class Tracker:
-    """One W&B run, or none: then every call does nothing."""
+class WandbTracker:
+    """One W&B run."""
 
     def __init__(
         self,
@@ -25,29 +29,25 @@ class Tracker:
         cfg_plain: Mapping[str, Any],
         *,
         step: int,
-        enabled: bool = True,
     ) -> None:
         """Begin a W&B run, or resume the one that this output folder began.
 
         Args:
-            tracking: What to track with. With ``kind=none`` wandb is not even imported.
+            tracking: What to track with.
             output_dir: Folder of the run; holds ``wandb_id.txt`` and W&B's own files.
             cfg_plain: The whole config as plain values (``config.plain.as_plain``).
-            step: The next step; 0 in a new run.
-            enabled: False on every rank but 0.
+            step: Steps that are done; 0 in a new run.
 
         A run that was killed and resumed logs some steps twice; W&B draws the later values.
 
         Raises ValueError where ``tracking.mode=auto`` looks for a key in a netrc file that cannot be read.
         """
-        self._run: Any | None = None
-        if tracking.kind is TrackerKind.none or not enabled:
-            return
-        import wandb
-
         folder = Path(output_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         mode = wandb_mode(tracking.mode)
+        # W&B copies tables and artifacts to the home folder, and an offline run needs them when it is uploaded.
+        self._sets_data_dir = DATA_DIR not in os.environ
+        os.environ.setdefault(DATA_DIR, str(folder / "wandb"))
         run_id, is_new = run_id_of(folder)
         run = wandb.init(
             project=tracking.project,
@@ -67,7 +67,7 @@ class Tracker:
         # Our own step is the axis: W&B's counter continues after the killed process's last line.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        begun = "begins" if is_new else f"resumes at step {step}"
+        begun = "begins" if is_new else f"resumes after step {step}"
         if mode == "offline":
             print(
                 f"W&B run {run_id} {begun}, offline. To upload it later:"
@@ -76,12 +76,40 @@ class Tracker:
             )
         else:
             print(f"W&B run {run_id} {begun}: {run.url}", flush=True)
-        self._run = run
+        self._run: Any | None = run
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
         """Log the figures of one step. Nested ones are named ``source_losses/captions``; None is left out."""
         if self._run is not None:
             self._run.log({**flat_figures(figures), "step": step})
+
+    def answers(self, rows: Sequence[ShownAnswer], step: int) -> None:
+        """A table, ``held_out_answers``: W&B keeps that of each evaluation."""
+        if self._run is None:
+            return
+        metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
+        table = wandb.Table(
+            columns=["source", "sample", "picture", "question", "expected", "answer", *metrics]
+        )
+        for row in rows:
+            picture = None if row.picture is None else wandb.Image(row.picture)
+            scores = [row.scores.get(name) for name in metrics]
+            table.add_data(row.source, row.key, picture, row.question, row.expected, row.answer, *scores)
+        self._run.log({"held_out_answers": table, "step": step})
+
+    def data(self, files: Sequence[Path], fingerprints: Mapping[str, Any]) -> None:
+        """An artifact of the type "dataset". Runs on the same data share one version of it."""
+        if self._run is None:
+            return
+        artifact = wandb.Artifact("data", type="dataset", metadata=dict(fingerprints))
+        for file in files:
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+
+    def alert(self, title: str, text: str, *, is_bad: bool) -> None:
+        """An alert; W&B sends one of a title a minute at most."""
+        if self._run is not None:
+            self._run.alert(title=title, text=text, level="WARN" if is_bad else "INFO")
 
     def finish(self, exit_code: int = 0) -> None:
         """End the W&B run; a code other than 0 marks it as failed. May be called twice.
@@ -89,11 +117,11 @@ class Tracker:
         Returns when W&B's own process has written everything and ended: the caller may then end at once.
         """
         if self._run is not None:
-            import wandb
-
             self._run.finish(exit_code=exit_code)
             self._run = None
             wandb.teardown(exit_code)
+            if self._sets_data_dir:
+                del os.environ[DATA_DIR]
 
 
 def run_id_of(folder: Path) -> tuple[str, bool]:
@@ -104,18 +132,3 @@ def run_id_of(folder: Path) -> tuple[str, bool]:
     new_id = secrets.token_hex(4)
     write_whole(file, new_id + "\n")
     return new_id, True
-
-
-def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested figures with their names joined.
-
-    >>> flat_figures({"loss": 2.0, "memory_gib": None, "source_losses": {"captions": 1.5}})
-    {'loss': 2.0, 'source_losses/captions': 1.5}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_figures(value, f"{prefix}{name}/"))
-        elif value is not None:
-            flat[prefix + name] = value
-    return flat

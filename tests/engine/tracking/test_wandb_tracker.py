@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+import numpy as np
+from PIL import Image
 
 from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrackingConfig, TrainConfig
-from vl3train.engine.monitor.wandb_tracker import Tracker, flat_figures
+from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
+from vl3train.engine.tracking.wandb_tracker import WandbTracker
 
 BLOCK_BYTES = 32768
 LAST_OF_RECORD = (1, 4)  # a whole record, or the end of one that spans blocks
@@ -64,13 +65,6 @@ def read_run(path: Path) -> tuple[str, dict, list[dict], dict[str, str], int | N
     return run_id, config, history, axes, exit_code
 
 
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
-
-
 def tracking(**more) -> TrackingConfig:
     return TrackingConfig(kind=TrackerKind.wandb, **more)
 
@@ -80,7 +74,7 @@ def launch(folder: Path, first: int, last: int, exit_code: int) -> None:
     cfg.stage.number, cfg.stage.name, cfg.stage.recipe = 3, "3_multitask_finetuning", "demo"
     cfg.stage.learning_rates = {"projector": 1e-5}
     cfg.run.output_dir = "run"
-    tracker = Tracker(tracking(), folder, as_plain(cfg), step=first)
+    tracker = WandbTracker(tracking(), folder, as_plain(cfg), step=first)
     for step in range(first, last):
         sources = {"captions": 1.0 / (step + 1), "clips": 2.0}
         tracker.log({"step": step, "loss": 3.0 - step, "source_losses": sources, "memory_gib": None}, step)
@@ -116,7 +110,7 @@ def test_an_offline_run_holds_config_history_and_source_losses_and_resumes_under
 
     printed = capsys.readouterr().out
     assert f"wandb sync {folder / 'wandb'}/offline-run-*-{run_id}" in printed
-    assert f"{run_id} resumes at step 2" in printed
+    assert f"{run_id} resumes after step 2" in printed
 
 
 def test_no_key_and_no_address_of_a_repository_is_in_what_wandb_writes(tmp_path, monkeypatch):
@@ -138,22 +132,42 @@ def test_no_key_and_no_address_of_a_repository_is_in_what_wandb_writes(tmp_path,
         assert b"s3cr3t" not in file.read_bytes(), file
 
 
-def test_without_a_tracker_wandb_is_not_imported(tmp_path):
-    script = (
-        "import sys\n"
-        "from vl3train.config.schema import TrackingConfig\n"
-        "from vl3train.engine.monitor.wandb_tracker import Tracker\n"
-        "tracker = Tracker(TrackingConfig(), sys.argv[1], {}, step=0)\n"
-        "tracker.log({'loss': 1.0}, 0); tracker.finish(0)\n"
-        "assert 'wandb' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=True)
-    assert not (tmp_path / "run").exists()
+def test_answers_data_and_alerts_are_in_what_wandb_writes(tmp_path):
+    tracker = WandbTracker(tracking(), tmp_path / "run", {}, step=0)
+    picture = np.zeros((28, 56, 3), np.uint8)
+    picture[:, 28:] = 200
+    asked = {"source": "count", "question": "How many?", "expected": "2"}
+    rows = [
+        ShownAnswer(**asked, key="a.tar/1", picture=picture, answer="3", scores={"exact_match": 0.0}),
+        ShownAnswer(**asked, key="a.tar/2", picture=None, answer="2", scores={}),
+    ]
+    tracker.answers(rows, 4)
+    (tmp_path / "contents.json").write_text("{}")
+    tracker.data([tmp_path / "contents.json"], {"train": {"fingerprint": "0123"}})
+    tracker.alert("step skipped", "step 4 is skipped", is_bad=True)
+    tracker.finish()
 
+    (log,) = (tmp_path / "run").rglob("*.wandb")
+    found = list(records(log))
+    artifacts = {
+        one.artifact.type: one.artifact for one in found if one.WhichOneof("record_type") == "artifact"
+    }
+    files = {one.path: Path(one.local_path) for kind in artifacts.values() for one in kind.manifest.contents}
+    assert all(tmp_path in file.parents for file in files.values()), "an offline run is whole in its folder"
 
-def test_other_ranks_track_nothing(tmp_path):
-    Tracker(tracking(), tmp_path / "run", {}, step=0, enabled=False).log({"loss": 1.0}, 0)
-    assert not (tmp_path / "run").exists()
+    content = json.loads(files["held_out_answers.table.json"].read_text())
+    assert content["columns"][:2] == ["source", "sample"]
+    assert content["columns"][-1] == "exact_match"
+    first, second = content["data"]
+    assert [first[0], *first[3:]] == ["count", "How many?", "2", "3", 0.0]
+    assert second[2] is None
+    assert second[-1] is None
+    assert np.array_equal(np.asarray(Image.open(files[first[2]["path"]])), picture)
+
+    (alert,) = [one.alert for one in found if one.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.level) == ("step skipped", "WARN")
+    assert json.loads(artifacts["dataset"].metadata)["train"] == {"fingerprint": "0123"}
+    assert files["contents.json"].read_text() == "{}"
 
 
 def test_nested_figures_are_flat_and_none_is_left_out():
