@@ -65,7 +65,7 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch, capsys):
                 commands += 1
     assert commands >= 3
     assert (workplace / "plan.png").is_file()
-    assert (workplace / "step-0.html").is_file()
+    assert (workplace / "step-1.html").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)

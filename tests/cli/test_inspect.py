@@ -31,12 +31,12 @@ def test_doctests():
 
 @pytest.fixture(scope="module")
 def shown(words, tmp_path_factory):
-    """Standard output and page of the command for step 1."""
+    """Standard output and page of the command for step 2."""
     import contextlib
 
     page, out = tmp_path_factory.mktemp("page") / "step.html", io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main(["inspect", "step=1", *words, "--samples", "50", "--out", str(page)]) == 0
+        assert main(["inspect", "step=2", *words, "--samples", "50", "--out", str(page)]) == 0
     return out.getvalue(), page
 
 
@@ -96,8 +96,9 @@ def test_patches_are_put_together_again_and_pruned_tokens_are_dark(merge):
 def test_a_wrong_step_is_refused(words, capsys):
     assert main(["inspect", *words]) == 1
     assert "add step=N" in capsys.readouterr().err
-    assert main(["inspect", "step=9999", *words]) == 1
-    assert "the run has" in capsys.readouterr().err
+    for step in (0, 9999):
+        assert main(["inspect", f"step={step}", *words]) == 1
+        assert "the first is step=1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page is not opened in a browser")
@@ -145,8 +146,16 @@ def test_a_step_that_the_run_skipped_is_shown_with_its_losses(shown, words, tmp_
     cfg = load_config([*words, f"run.output_dir={tmp_path}"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_plain(cfg)))
     numbers = {"loss": float("nan"), "grad_norm": 1.0, "most_loss": None, "most_grad_norm": None}
-    bad = BadStep(step=1, epoch=0, reason="loss nan", source_losses={}, samples=tuple(samples), **numbers)
-    dump = dump_path(tmp_path, 1)
+    bad = BadStep(
+        step=2,
+        epoch=0,
+        reason="loss nan",
+        part_grad_norms={},
+        source_losses={},
+        samples=tuple(samples),
+        **numbers,
+    )
+    dump = dump_path(tmp_path, 2)
     write_bad_step(dump, bad)
     page = tmp_path / "page.html"
     assert main(["inspect", "--dump", str(dump), "--samples", "1", "--out", str(page)]) == 0
@@ -158,8 +167,8 @@ def test_a_step_that_the_run_skipped_is_shown_with_its_losses(shown, words, tmp_
     assert keys[-1] in first, "the worst of its pack, although it is the last of it"
     assert '<p class="why">loss nan</p>' in page.read_text()
     main(
-        ["inspect", "step=1", "--config", str(tmp_path / "config.yaml"), "--samples", "1", "--out", str(page)]
+        ["inspect", "step=2", "--config", str(tmp_path / "config.yaml"), "--samples", "1", "--out", str(page)]
     )
     assert "the run skipped this step: loss nan" in capsys.readouterr().out, "found in the run's folder"
-    assert main(["inspect", "step=2", "--dump", str(dump)]) != 0
-    assert "is about step 1" in capsys.readouterr().err
+    assert main(["inspect", "step=3", "--dump", str(dump)]) != 0
+    assert "is about step 2" in capsys.readouterr().err

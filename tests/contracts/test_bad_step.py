@@ -19,6 +19,7 @@ BAD = BadStep(
     reason="loss nan",
     loss=math.inf,
     grad_norm=2.5,
+    part_grad_norms={"projector": math.inf},
     most_loss=None,
     most_grad_norm=7.0,
     source_losses={"captions": math.inf, "ocr": 1.0},
@@ -48,3 +49,13 @@ def test_another_file_is_named(tmp_path, text):
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"other\.json is not the file of a skipped step"):
         read_bad_step(path)
+
+
+def test_a_file_of_a_build_that_counted_from_0_is_about_the_same_step(tmp_path):
+    path = tmp_path / "step.json"
+    write_bad_step(path, BAD)
+    earlier = json.loads(path.read_text())
+    del earlier["part_grad_norms"]
+    path.write_text(json.dumps(earlier))
+    found = read_bad_step(path)
+    assert (found.step, found.part_grad_norms) == (BAD.step + 1, {})

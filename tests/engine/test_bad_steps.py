@@ -60,13 +60,13 @@ def test_a_step_that_is_not_finite_is_skipped_told_and_kept(words, tmp_path, mon
     assert saved(tmp_path, 3) == saved(tmp_path, 2)
     assert saved(tmp_path, 4) != saved(tmp_path, 3)
     lines = strict(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3], "a skipped step is always logged"
+    assert [line["step"] for line in lines] == [2, 3, 4], "a skipped step is always logged"
     assert [line.get("skipped", False) for line in lines] == [False, True, False]
     assert (lines[1]["loss"], lines[1]["loss_text"]) == (None, "nan")
-    strict_whole = (tmp_path / "bad_steps/step_00000002.json").read_text()
+    strict_whole = (tmp_path / "bad_steps/step_00000003.json").read_text()
     assert "NaN" not in strict_whole
-    bad = read_bad_step(tmp_path / "bad_steps/step_00000002.json")
-    assert (bad.step, bad.reason, bad.most_loss) == (2, "loss nan, gradient norm inf", None), (
+    bad = read_bad_step(tmp_path / "bad_steps/step_00000003.json")
+    assert (bad.step, bad.reason, bad.most_loss) == (3, "loss nan, gradient norm inf", None), (
         "DeepSpeed says inf"
     )
     [wrong] = bad.not_finite
@@ -76,7 +76,7 @@ def test_a_step_that_is_not_finite_is_skipped_told_and_kept(words, tmp_path, mon
     assert len(bad.samples) > 1
     told = "gradient norm inf; not finite: the loss of "
     said = capsys.readouterr().out
-    assert "step 2 is skipped and changes nothing: loss nan, " in said
+    assert "step 3 is skipped and changes nothing: loss nan, " in said
     assert told + wrong.key in said
     state = json.loads((tmp_path / "checkpoints/step_00000004/resume.json").read_text())["bad_steps"]
     assert len(state["limits"]["losses"]) == 3, "a skipped step is no part of the limits"
@@ -88,9 +88,9 @@ def test_a_spike_is_skipped_once_there_are_limits(words, tmp_path, monkeypatch):
     run([*words, f"run.output_dir={tmp_path}", "run.num_steps=6", "optim.spike_limit=30"])
     lines = strict(tmp_path / "metrics.jsonl")
     assert [line.get("skipped", False) for line in lines] == [False] * 4 + [True, False], (
-        "no limits at step 1"
+        "no limits at step 2"
     )
-    bad = read_bad_step(tmp_path / "bad_steps/step_00000004.json")
+    bad = read_bad_step(tmp_path / "bad_steps/step_00000005.json")
     assert bad.loss > bad.most_loss
     assert bad.reason.startswith("loss ")
     assert "over its limit of" in bad.reason
@@ -99,15 +99,15 @@ def test_a_spike_is_skipped_once_there_are_limits(words, tmp_path, monkeypatch):
 def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
     words, tmp_path, monkeypatch, capsys
 ):
-    """Steps 5 and 6 are bad: the run goes back to the checkpoint of step 3 and passes over 3 to 6."""
+    """Steps 6 and 7 are bad: the run goes back to the checkpoint of step 3 and passes over 4 to 7."""
     plant({5: NAN, 6: math.inf}, monkeypatch.setattr)
     words = [*words, "run.num_steps=9", "run.save_steps=3"]
     straight = run([*words, f"run.output_dir={tmp_path / 'straight'}"])
-    assert [line["step"] for line in strict(straight / "metrics.jsonl")] == [0, 1, 2, 7, 8]
-    assert [line["step"] for line in strict(straight / "metrics.replaced.jsonl")] == [3, 4, 5, 6]
+    assert [line["step"] for line in strict(straight / "metrics.jsonl")] == [1, 2, 3, 8, 9]
+    assert [line["step"] for line in strict(straight / "metrics.replaced.jsonl")] == [4, 5, 6, 7]
     state = json.loads((straight / "checkpoints/step_00000009/resume.json").read_text())["bad_steps"]
     assert state["passed_over"] == [[3, 7]]
-    assert "passes over steps 3 to 6" in capsys.readouterr().out
+    assert "passes over steps 4 to 7" in capsys.readouterr().out
     for stop_after in ([6], [2, 4], [7]):  # within the row; before it and within it; behind it
         stopped = [*words, f"run.output_dir={tmp_path / f'stopped{stop_after[0]}'}"]
         for steps in stop_after:
@@ -127,7 +127,7 @@ def test_a_second_row_at_the_same_place_ends_the_run_and_says_what_to_do(words, 
     words = [*words, f"run.output_dir={tmp_path}", "run.num_steps=12"]
     for _ in range(2):  # the same command again comes to the same end
         with pytest.raises(
-            RunError, match=r"skipped, the last of them step 7\. That is the second"
+            RunError, match=r"skipped, the last of them step 8\. That is the second"
         ) as caught:
             run(words)
         assert "vl3train inspect --dump" in str(caught.value)
@@ -144,7 +144,7 @@ def test_without_a_checkpoint_to_go_back_to_the_run_ends_and_says_the_way_out(wo
     with pytest.raises(RunError, match=r"Or give the same command with run\.save_steps=3: it starts"):
         run(words)
     done = run([*words, "run.save_steps=3"])
-    assert [line["step"] for line in strict(done / "metrics.jsonl")] == [0, 1, 2, 7]
+    assert [line["step"] for line in strict(done / "metrics.jsonl")] == [1, 2, 3, 8]
 
 
 @pytest.mark.two_processes
@@ -168,7 +168,7 @@ def test_bad_numbers_of_one_rank_are_those_of_all_and_the_right_samples_are_name
     ]
     assert saved(tmp_path, 3) == saved(tmp_path, 2)
     assert saved(tmp_path, 4) != saved(tmp_path, 3)
-    bad = read_bad_step(tmp_path / "bad_steps/step_00000002.json")
+    bad = read_bad_step(tmp_path / "bad_steps/step_00000003.json")
     assert {sample.rank for sample in bad.samples} == {0, 1}
     assert [sample.rank for sample in bad.not_finite] == [1]
 
@@ -183,12 +183,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_going_back_in_the_process_is_as_a_start_from_the_checkpoint(words, tmp_path, monkeypatch, kind):
-    """Step 3 is bad: back to the checkpoint of step 2, and past 2 and 3."""
+    """Step 4 is bad: back to the checkpoint of step 2, and past 3 and 4."""
     words = [*words, *KINDS[kind], "optim.max_skipped_steps=1", "run.num_steps=6"]
     back = tmp_path / "back"
     plant({3: NAN}, monkeypatch.setattr)
     run([*words, f"run.output_dir={back}", "run.keep_checkpoints=9"])
-    assert [line["step"] for line in strict(back / "metrics.jsonl")] == [0, 1, 4, 5]
+    assert [line["step"] for line in strict(back / "metrics.jsonl")] == [1, 2, 5, 6]
     monkeypatch.undo()
     anew = Path(shutil.copytree(back, tmp_path / "anew"))
     (anew / "finished.json").unlink()

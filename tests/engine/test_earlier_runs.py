@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from tests.engine.runs import EARLIER, EARLIER_WORDS, run
+from vl3train.contracts.bad_step import numbered_from_1
 from vl3train.engine.ranks import RunError
 from vl3train.report.page import runs_table
 from vl3train.report.run_log import read_run
@@ -43,10 +44,10 @@ def test_its_checkpoint_is_resumed_and_goes_on_as_the_run_that_was_never_stopped
     run(EARLIER_WORDS)
     assert "resumed after step 3 from run/checkpoints/step_00000003" in capsys.readouterr().out
     straight, resumed = lines(folder / "straight/metrics.jsonl"), lines(folder / "run/metrics.jsonl")
-    assert resumed[:3] == before
+    assert resumed[:3] == [numbered_from_1(line) for line in before]
     # The index of today rejects the two pictures that are cut off; before, they failed in each step that had them.
     # So the steps that follow have other samples, and only the counts of the first three can be compared.
-    assert [line["step"] for line in resumed] == [line["step"] for line in straight]
+    assert [line["step"] for line in resumed] == [line["step"] + 1 for line in straight] == [1, 2, 3, 4, 5, 6]
     assert [line["failed_samples"] for line in resumed[3:]] == [0, 0, 0]
     assert all("skipped_samples" not in line for line in resumed[3:])
     state = json.loads((folder / "run/checkpoints/step_00000006/resume.json").read_text())

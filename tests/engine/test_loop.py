@@ -116,7 +116,7 @@ def test_the_message_of_a_full_gpu_names_the_packs_and_what_makes_room(
         run(words)
     text = str(error.value)
     assert text.startswith(
-        "rank 0: out of memory while step 1 ran: CUDA out of memory. Tried to allocate 2 GiB.\n"
+        "rank 0: out of memory while step 2 ran: CUDA out of memory. Tried to allocate 2 GiB.\n"
     )
     assert text.count(" tokens and ") == 2, "of both packs"
     for way_out in (

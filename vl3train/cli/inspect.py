@@ -5,7 +5,7 @@ have an index: run `vl3train index` first. For a run that has started, --config 
 Of a step that the run skipped, because its loss or gradient norm was bad, it shows the samples with their losses.
 
 examples:
-  vl3train inspect step=0 stage=1 model=debug data=demo machine=cpu
+  vl3train inspect step=1 stage=1 model=debug data=demo machine=cpu
   vl3train inspect step=1200 --config runs/2b/3_multitask_finetuning/config.yaml --out step1200.html
   vl3train inspect --dump runs/2b/3_multitask_finetuning/bad_steps/step_00001200.json
 """
@@ -53,11 +53,11 @@ def main(args: Namespace) -> int:
         number = bad.step
         args.config = args.config or args.dump.absolute().parents[1] / "config.yaml"
     if number is None:
-        raise ValueError("which step? add step=N, counted from 0")
+        raise ValueError("which step? add step=N; the first is step=1")
     with opened(args) as (cfg, data):
         kept = dump_path(Path(cfg.run.output_dir), number)
-        if bad is None and kept.exists():
-            bad = read_bad_step(kept)
+        if bad is None and kept.exists() and (found := read_bad_step(kept)).step == number:
+            bad = found
         step = shown_step(cfg, data, number, args.samples, bad)
     out = args.out or Path(f"step-{number}.html")
     out.write_text(step_page(step), encoding="utf-8")

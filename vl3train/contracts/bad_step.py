@@ -39,11 +39,12 @@ class SampleLoss:
 class BadStep:
     """A step that was skipped, with the samples of all ranks: first those whose loss is not finite, then by loss."""
 
-    step: int
+    step: int  # 1 is the first
     epoch: int
     reason: str
     loss: float
     grad_norm: float
+    part_grad_norms: dict[str, float]
     most_loss: float | None  # the limits; None where there were none yet
     most_grad_norm: float | None
     source_losses: dict[str, float]
@@ -79,11 +80,28 @@ def read_bad_step(path: Path) -> BadStep:
     Raises ValueError for a file that cannot be read or holds something else.
     """
     try:
-        found = without_texts(json.loads(path.read_text(encoding="utf-8")))
+        found = numbered_from_1(without_texts(json.loads(path.read_text(encoding="utf-8"))))
         samples = tuple(SampleLoss(**sample) for sample in found.pop("samples"))
         return BadStep(**found, samples=samples)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the file of a skipped step: {error}") from error
+
+
+SINCE = "part_grad_norms"
+"""A key that every line of figures, and every file of a skipped step, has since steps are numbered from 1."""
+
+
+def numbered_from_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl, or what is kept of a skipped step: after its step N, N are done, as people count.
+
+    Builds before 2026-12 counted from 0, and wrote no norms of parts.
+
+    >>> numbered_from_1({"step": 0, "loss": 2.5})
+    {'step': 1, 'loss': 2.5, 'part_grad_norms': {}}
+    >>> numbered_from_1({"step": 7, "part_grad_norms": {"projector": 0.5}})["step"]
+    7
+    """
+    return entry if SINCE in entry else {**entry, "step": entry["step"] + 1, SINCE: {}}
 
 
 TEXT = "_text"

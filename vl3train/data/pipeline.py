@@ -205,7 +205,7 @@ def train_steps(
     failed_in_a_row = 0
     cursor = first
     while cursor.step < last_step:
-        progress.phase("planning", step=cursor.step)
+        progress.phase("planning", step=cursor.step + 1)
         packs = plan.step_packs(cursor)
         progress.phase(WAITING_FOR_DATA)
         mine = [next(loaded) for _ in range(num_micro_batches)]
@@ -217,10 +217,10 @@ def train_steps(
                 failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
                 if failed_in_a_row >= cfg.data.max_consecutive_failed:
                     raise TooManyFailed(
-                        f"step {cursor.step}: {failed_in_a_row} samples failed one after the other, the last of them "
-                        f"{key}; data.max_consecutive_failed={cfg.data.max_consecutive_failed} stops the run there. "
-                        f"{ledger_path} lists keys and reasons. Restore the files and resume the run, or raise the "
-                        "limit"
+                        f"step {cursor.step + 1}: {failed_in_a_row} samples failed one after the other, the last of "
+                        f"them {key}; data.max_consecutive_failed={cfg.data.max_consecutive_failed} stops the run "
+                        f"there. {ledger_path} lists keys and reasons. Restore the files and resume the run, or raise "
+                        "the limit"
                     )
         num_tokens, num_patches = (
             sum(pack.num_tokens for pack in packs),
@@ -267,4 +267,4 @@ def _on_cuda(cfg: TrainConfig) -> bool:
 
 
 def _ledger_lines(cursor: Cursor, entries: list[FailedEntry]) -> list[str]:
-    return [json.dumps({"step": cursor.step, **entry._asdict()}) for entry in entries]
+    return [json.dumps({"step": cursor.step + 1, **entry._asdict()}) for entry in entries]

@@ -75,7 +75,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         step = step_batches.cursor.step
         limits = run.bad_steps.spikes.limits()
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
-        with explain_oom(cfg, rank, f"step {step} ran", step_batches.batches):
+        with explain_oom(cfg, rank, f"step {step + 1} ran", step_batches.batches):
             result = train_step(
                 run.engine,
                 step_batches.batches,
@@ -87,9 +87,9 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         compiles = take_compiles()
         if result.is_skipped:
             report_skipped(run, step_batches, result, limits)
-        run.bad_steps.count(step, result)
-        run.failed_samples.count(step, step_batches.num_samples, result.num_failed_samples)
         done = step + 1
+        run.bad_steps.count(step, result)
+        run.failed_samples.count(done, step_batches.num_samples, result.num_failed_samples)
         if step > first_step:
             print_compiles(run.console, f"step {done}", compiles, compiles.reasons)
         if done % cfg.run.log_steps == 0 or done == last_step or result.is_skipped:
@@ -146,8 +146,9 @@ def log_step(
 ) -> None:
     """Send one step's figures to console, metrics.jsonl and tracker. Seconds are wall-clock, data wait included."""
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.rank.device.type == "cuda" else None
+    done = step_batches.cursor.step + 1
     figures: dict[str, Any] = {
-        "step": step_batches.cursor.step,
+        "step": done,
         "epoch": step_batches.cursor.epoch,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -174,7 +175,7 @@ def log_step(
         ),
     }
     run.console.metrics(figures)
-    run.tracker.log(figures, step_batches.cursor.step)
+    run.tracker.log(figures, done)
 
 
 def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:

@@ -31,7 +31,7 @@ class FailedSampleLimit:
     failed: int = 0
 
     def count(self, step: int, seen: int, failed: int) -> None:
-        """Add one step's samples; all ranks count the same numbers.
+        """Add the samples of ``step``, 1 for the first; all ranks count the same numbers.
 
         Raises RunError when more than ``max_fraction`` of the samples (of a thousand, while fewer were seen) failed.
         """

@@ -178,17 +178,17 @@ class ShownStep:
 def shown_step(
     cfg: TrainConfig, data: OpenData, step: int, most: int, bad: BadStep | None = None
 ) -> ShownStep:
-    """One step with the first ``most`` samples of each pack rendered.
+    """One step, 1 for the first, with the first ``most`` samples of each pack rendered.
 
     Of a step that the run skipped, ``bad`` has the losses: then the worst samples of each pack come first.
 
     Raises ValueError when the run has no such step.
     """
     num_steps = cfg.run.num_steps or data.plan.total_steps(cfg.run.num_epochs)
-    if step >= num_steps:
-        raise ValueError(f"step={step}: the run has {num_steps} steps, 0 to {num_steps - 1}")
+    if not 1 <= step <= num_steps:
+        raise ValueError(f"step={step}: the run has {counted(num_steps, 'step')}; the first is step=1")
     tokenizer = ChatTokenizer.from_folder(data.tokenizer_dir)
-    cursor = data.plan.cursor_at(step)
+    cursor = data.plan.cursor_at(step - 1)
     places = step_places(data.plan.step_packs(cursor), cfg.machine.dp_size)
     with decoding(data) as decoder:
         losses = {} if bad is None else losses_by_key(bad)
@@ -201,8 +201,8 @@ def shown_step(
         if losses:
             packs = [_with_losses(shown, losses) for shown in packs]
     facts = [
-        f"virtual epoch {cursor.epoch}, step {cursor.step_in_epoch} of its {data.plan.steps_in_epoch(cursor.epoch)}; "
-        f"plan {data.plan.fingerprint}",
+        f"virtual epoch {cursor.epoch}, step {cursor.step_in_epoch + 1} of its "
+        f"{data.plan.steps_in_epoch(cursor.epoch)}; plan {data.plan.fingerprint}",
         f"{sum(len(place.pack.samples) for place in places)} samples, "
         f"{sum(place.pack.num_tokens for place in places):,} tokens, "
         f"{sum(place.pack.num_supervised_tokens for place in places):,} of them supervised, on "

@@ -23,7 +23,7 @@ def draw_losses(runs: Sequence[RunLog], *, dark: bool) -> bytes:
     figure, panels = panels_of(len(runs), min(len(runs), COLUMNS), 2.7, colors)
     for i, (panel, run) in enumerate(zip(panels, runs, strict=True)):
         known = [line for line in run.steps if line["loss"] is not None]  # else its step was skipped
-        steps = [line["step"] + 1 for line in known]
+        steps = [line["step"] for line in known]
         losses = [line["loss"] for line in known]
         panel.plot(steps, losses, color=colors["line"], alpha=0.3, linewidth=0.9)
         panel.plot(steps, running_mean(losses), color=colors["line"], linewidth=1.9)

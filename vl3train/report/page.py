@@ -105,7 +105,7 @@ def runs_table(runs: Sequence[RunLog]) -> str:
         seconds = sum(line.get("step_seconds", 0.0) for line in run.steps)
         cells = [
             escape(run.name),
-            f"{run.steps[-1]['step'] + 1:,}",
+            f"{run.steps[-1]['step']:,}",
             f"{run.steps[0]['loss']:.3f}",
             f"{run.steps[-1]['loss']:.3f}",
             f"{seconds / 60:.1f} min",

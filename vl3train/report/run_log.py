@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vl3train.contracts.bad_step import numbered_from_1
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunLog:
@@ -36,6 +38,7 @@ def read_run(folder: Path, problems: list[str]) -> RunLog | None:
     if not steps:
         problems.append(f"{folder} holds no figures; is it the output folder of a run that has started?")
         return None
+    steps = [numbered_from_1(step) for step in steps]
     for step in steps:
         if "skipped_samples" in step:  # its name before 2026-12
             step["failed_samples"] = step.pop("skipped_samples")

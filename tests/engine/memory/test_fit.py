@@ -212,7 +212,7 @@ def test_a_run_with_auto_gives_the_losses_of_one_without(demo_words, tmp_path, m
     said = capsys.readouterr().out
     assert re.search(r"memory: tried encoder \d x layer, language model \d x layer: \d.* GiB, \d.* s", said)
     assert re.search(
-        r"memory: \d.* GiB on the worst pack \(step [01], [\d,]+ patches, [\d,]+ tokens\): encoder \d x elem",
+        r"memory: \d.* GiB on the worst pack \(step [12], [\d,]+ patches, [\d,]+ tokens\): encoder \d x elem",
         said,
     )
 

@@ -21,8 +21,9 @@ from vl3train.engine.monitor.console import Console
 console = Console(sys.argv[1], stage_name="stage 2", enabled=True)
 console.message("starts [not markup]")
 console.start(first_step=2, total_steps=6)
-for step in range(2, 6):
-    console.metrics({"step": step, "loss": 1.0, "tokens_per_second": 15300.0, "memory_gib": None})
+for step in range(3, 7):
+    figures = {"loss": 1.0, "tokens_per_second": 15300.0, "memory_gib": None}
+    console.metrics({"step": step, "part_grad_norms": {}, **figures})
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), 9)
 console.close()
@@ -30,7 +31,15 @@ console.close()
 
 
 def figures(step, **more):
-    return {"step": step, "epoch": 0, "loss": 1.5, "learning_rates": {"projector": 1e-3}, "fill": 0.9, **more}
+    return {
+        "step": step,
+        "part_grad_norms": {"projector": 0.5},
+        "epoch": 0,
+        "loss": 1.5,
+        "learning_rates": {"projector": 1e-3},
+        "fill": 0.9,
+        **more,
+    }
 
 
 def console_of(folder, out, *, enabled=True, first=0, total):
@@ -46,7 +55,7 @@ def test_examples():
 def test_every_call_writes_one_json_line_and_lines_are_thinned(tmp_path):
     out = io.StringIO()
     console = console_of(tmp_path / "run", out, total=50)
-    rows = [figures(step, source_losses={"captions": 0.5}) for step in range(50)]
+    rows = [figures(step, source_losses={"captions": 0.5}) for step in range(1, 51)]
     for row in rows:
         console.metrics(row)
     console.close()
@@ -64,7 +73,7 @@ def test_every_call_writes_one_json_line_and_lines_are_thinned(tmp_path):
 def test_a_rank_other_than_the_first_is_silent(tmp_path):
     out = io.StringIO()
     console = console_of(tmp_path / "run", out, enabled=False, total=5)
-    console.metrics(figures(0))
+    console.metrics(figures(1))
     console.message("hello")
     console.table("t", [{"source": "a"}])
     console.close()
@@ -95,7 +104,7 @@ def test_a_killed_process_loses_no_line(tmp_path):
     )
     assert ended.returncode == -9
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 3, 4, 5]
+    assert steps == [3, 4, 5, 6]
     assert "starts [not markup]" in ended.stdout
 
 
@@ -129,26 +138,37 @@ def test_a_terminal_gets_a_bar(tmp_path):
 @pytest.mark.parametrize("torn", ["", '{"step": 7, "lo'])
 def test_a_resumed_log_is_that_of_a_straight_run(tmp_path, torn):
     straight = console_of(tmp_path / "straight", io.StringIO(), total=10)
-    for step in range(10):
+    for step in range(1, 11):
         straight.metrics(figures(step))
     killed = console_of(tmp_path / "killed", io.StringIO(), total=10)
-    for step in range(7):
+    for step in range(1, 8):
         killed.metrics(figures(step, loss=1.5))
     path = tmp_path / "killed" / "metrics.jsonl"
     path.write_text(path.read_text() + torn)
     assert truncate_metrics(path, 4) == 3 + bool(torn)
     resumed = console_of(tmp_path / "killed", io.StringIO(), first=4, total=10)
-    for step in range(4, 10):
+    for step in range(5, 11):
         resumed.metrics(figures(step))
     assert path.read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
     replaced = [json.loads(line)["step"] for line in (path.parent / "metrics.replaced.jsonl").open()]
-    assert replaced == [4, 5, 6], "what was computed is kept beside it"
+    assert replaced == [5, 6, 7], "what was computed is kept beside it"
     assert len(list(path.parent.iterdir())) == 2
 
 
 def test_a_new_run_has_nothing_to_truncate(tmp_path):
     assert truncate_metrics(tmp_path / "metrics.jsonl", 0) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_a_build_that_counted_from_0_are_numbered_as_the_steps_that_follow(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(4)))
+    assert truncate_metrics(path, 3) == 1
+    console_of(tmp_path, io.StringIO(), first=3, total=5).metrics(figures(4))
+    assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
+    assert truncate_metrics(path, 3) == 1
+    replaced = [json.loads(line)["step"] for line in path.with_name("metrics.replaced.jsonl").open()]
+    assert replaced == [4, 4]
 
 
 def test_a_foreign_line_is_refused_and_the_file_left_alone(tmp_path):

@@ -49,7 +49,7 @@ def figures_of(folder, kind):
 def test_figures_are_those_of_metrics_jsonl_under_the_same_steps(tracked):
     folder, kind = tracked
     figures, lines = figures_of(folder, kind), lines_of(folder)
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     for name in ("loss", "grad_norm", "tokens_per_second"):
         assert figures[name] == pytest.approx({line["step"]: line[name] for line in lines})
     for line in lines:

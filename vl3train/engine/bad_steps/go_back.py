@@ -30,7 +30,7 @@ def go_back(run: Run) -> int:
     """
     bad = run.bad_steps
     first, end = bad.range_to_pass_over(run.cursor.step)
-    what = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end - 1}"
+    what = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end}"
     look = (
         f"Look at {run.folder / 'bad_steps'} with `vl3train inspect --dump FILE`: where always the same samples are "
         "not finite, take them out; where losses or norms are only over their limits, lower the learning rates, or "
@@ -38,8 +38,8 @@ def go_back(run: Run) -> int:
     )
     if bad.passed_over and first < max(before := [end for _, end in bad.passed_over]):
         raise RunError(
-            f"{what}. That is the second time: the run has already gone back to before step {max(before)}, and its "
-            f"steps after that are no better. {look}"
+            f"{what}. That is the second time: the run has already gone back and passed over the steps up to "
+            f"{max(before)}, and those after them are no better. {look}"
         )
     checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
     if checkpoint is None:
@@ -57,7 +57,7 @@ def go_back(run: Run) -> int:
         drop_later(checkpoint)
         run.console.go_back(run.cursor.step)
     run.rank.barrier()
-    told = f"{what}: the run goes back to {checkpoint} and passes over steps {first} to {end - 1}"
+    told = f"{what}: the run goes back to {checkpoint} and passes over steps {first + 1} to {end}"
     run.console.message(told)
     run.tracker.alert("run goes back", told, is_bad=True)
     return run.cursor.step

@@ -26,13 +26,14 @@ def report_skipped(run: Run, step_batches: StepBatches, result: StepResult, limi
     samples = [sample for of_rank in run.rank.gather(mine) for sample in of_rank]
     if not run.rank.is_first:
         return
-    step = step_batches.cursor.step
+    step = step_batches.cursor.step + 1
     bad = BadStep(
         step=step,
         epoch=step_batches.cursor.epoch,
         reason=why(result, limits),
         loss=result.loss,
         grad_norm=result.grad_norm,
+        part_grad_norms=result.part_norms,
         most_loss=None if limits == NO_LIMITS else limits.loss,
         most_grad_norm=None if limits == NO_LIMITS else limits.grad_norm,
         source_losses={run.source_names[i]: loss for i, loss in result.source_losses.items()},

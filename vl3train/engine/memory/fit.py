@@ -68,7 +68,7 @@ def fit_run(
         lambda patches, tokens: patches * sum(widths.vision) + tokens * sum(widths.language),
     )
     pack = worst.pack
-    name = f"the worst pack (step {worst.step}, {pack.num_patches:,} patches, {pack.num_tokens:,} tokens"
+    name = f"the worst pack (step {worst.step + 1}, {pack.num_patches:,} patches, {pack.num_tokens:,} tokens"
     if worst.steps_scanned < worst.steps_left:
         name += f"; {worst.steps_scanned:,} of {worst.steps_left:,} steps looked at"
     keys = [data.index.key(row) for row in pack.samples[:5]]

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.contracts.bad_step import with_texts
+from vl3train.contracts.bad_step import numbered_from_1, with_texts
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.progress.record import progress
@@ -83,7 +83,7 @@ class Console:
             self._print(f"{what}  {done}/{total} {unit}")
 
     def metrics(self, figures: Mapping[str, Any]) -> None:
-        """Show the figures of one step and append them to metrics.jsonl.
+        """Show the figures of one step, and append them to metrics.jsonl. Its ``step`` is 1 for the first.
 
         When this returns, the operating system has the line: a killed process loses none. Where the disk does not take
         it, the run goes on (contracts/line_log.py).
@@ -91,7 +91,7 @@ class Console:
         if not self._enabled:
             return
         self._log.append([json.dumps(with_texts(figures))])
-        done = int(figures["step"]) + 1
+        done = int(figures["step"])
         seconds_left = self._pace.seconds_left(done, self._total_steps)
         text = figures_text(figures, seconds_left)
         if self._bar is not None:
@@ -114,7 +114,7 @@ class Console:
         self._rich.print(table)
 
     def go_back(self, step: int) -> None:
-        """Go on at an earlier ``step``: its line of metrics.jsonl and those after it move to metrics.replaced.jsonl."""
+        """Go on where ``step`` steps are done: later lines of metrics.jsonl move to metrics.replaced.jsonl."""
         if self._enabled:
             self._log.append([])  # what still waits for the disk belongs before that
             truncate_metrics(self._path, step)
@@ -225,11 +225,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def truncate_metrics(path: str | Path, first_step: int) -> int:
-    """Move the lines of steps from ``first_step`` on, which a resumed run will write again, to a file beside it.
+def truncate_metrics(path: str | Path, done: int) -> int:
+    """Move the lines of steps after ``done``, which a resumed run will write again, to a file beside it.
 
     They are appended to ``metrics.replaced.jsonl``: figures of work that was done are not deleted. A last line that a
-    killed process did not finish is removed. The file is replaced as a whole.
+    killed process did not finish is removed. Lines of builds that counted from 0 are numbered as today. The file is
+    replaced as a whole.
 
     Returns:
         Number of lines moved or removed.
@@ -247,15 +248,16 @@ def truncate_metrics(path: str | Path, first_step: int) -> int:
         if number == len(lines) and not line.endswith("\n"):
             continue
         try:
-            step = json.loads(line)["step"]
+            entry = json.loads(line)
+            now = numbered_from_1(entry)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a line of figures ({error}); repair or move the file"
             ) from error
-        (kept if step < first_step else replaced).append(line)
+        (kept if now["step"] <= done else replaced).append(line if now is entry else json.dumps(now) + "\n")
     if replaced:
         with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(replaced)
-    if len(kept) < len(lines):
+    if kept != lines:
         write_whole(path, "".join(kept))
     return len(lines) - len(kept)
