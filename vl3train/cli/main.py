@@ -54,6 +54,8 @@ COMMANDS = {
         "vl3train.cli.convert", "turn the original code's checkpoints into Hugging Face form, and back"
     ),
     "generate": Command("vl3train.cli.generate", "ask a trained model about images, videos or text"),
+    "serve": Command("vl3train.cli.serve", "answer OpenAI's chat API with a trained model"),
+    "chat": Command("vl3train.cli.chat", "talk to one or two models in the browser, and see what they see"),
     "kernels": Command("vl3train.cli.kernels", "show this machine's kernels, and compare them with float64"),
     "report": Command("vl3train.cli.report", "make one page of runs: loss, accuracy, sample answers"),
 }

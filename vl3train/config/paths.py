@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +233,20 @@ def is_path(name: str) -> bool:
         return True
     # A relative path whose first folder is here: a mistyped path rather than a hub name.
     return len(path.parts) != 2 or Path(path.parts[0]).is_dir()
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its own, with the folders before it where two are alike.
+
+    >>> short_names([Path("/a/one"), Path("/a/two")]), short_names([Path("/a/x/step_5"), Path("/a/y/step_5")])
+    (['one', 'two'], ['x-step_5', 'y-step_5'])
+
+    Raises ValueError where a folder is given twice.
+    """
+    whole = [folder.expanduser().resolve() for folder in folders]
+    if twice := [str(folder) for number, folder in enumerate(whole) if folder in whole[:number]]:
+        raise ValueError(f"{', '.join(twice)}: given twice")
+    depth = 1
+    while len(set(names := ["-".join(folder.parts[-depth:]).lstrip("/") for folder in whole])) < len(whole):
+        depth += 1
+    return names

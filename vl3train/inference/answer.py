@@ -15,7 +15,7 @@ from vl3train.inference.rendering import Rendering, trained_rendering
 from vl3train.inference.requests import Request, as_line, as_question
 from vl3train.model.attention.backends import choose_attention
 from vl3train.model.generation.ends import end_ids
-from vl3train.model.generation.generate import SLOTS
+from vl3train.model.generation.generate import SLOTS, free_cache_bytes
 from vl3train.model.generation.sampling import Sampling
 from vl3train.model.packed_forward import PackedModel, head_dims
 
@@ -28,6 +28,7 @@ class Asker:
     rendering: Rendering
     max_new_tokens: int
     sampling: Sampling
+    cache_bytes: int  # memory for keys and values
     _by_slots: dict[int, Answering] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -38,6 +39,7 @@ class Asker:
         device: str | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
+        max_visual_tokens: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         frame_sampling: str | None = None,
@@ -49,6 +51,7 @@ class Asker:
             device: None takes cuda where there is a GPU, else the CPU.
             fps: frames sampled from each second of a clip; None takes the value of the training.
             max_frames: most frames of a clip; None takes the value of the training.
+            max_visual_tokens: of all pictures and frames of a question together; None takes the value of the training.
             max_new_tokens: most tokens of an answer.
             temperature: 0 is greedy.
             frame_sampling: "transformers" or "original"; None takes a run's own, and the first for an export, which
@@ -64,6 +67,7 @@ class Asker:
         sampling = Sampling(temperature=temperature)
         weights, _ = locate_trained(folder)
         given = {"fps": fps, "max_frames": max_frames, "frame_sampling": frame_sampling}
+        given["max_visual_tokens"] = max_visual_tokens
         words = [f"data.{name}={value}" for name, value in given.items() if value is not None]
         rendering = trained_rendering(Path(folder).expanduser(), weights, words)
         logging.disable_progress_bar()
@@ -77,6 +81,7 @@ class Asker:
             rendering=rendering,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            cache_bytes=free_cache_bytes(place),
         )
 
     def problems(self, request: Request) -> list[str]:
@@ -127,6 +132,7 @@ class Asker:
             {self.rendering.tokenizer.im_end_id, *end_ids(self.packed.model)},
             max_new_tokens=self.max_new_tokens,
             num_slots=num_slots,
+            cache_bytes=self.cache_bytes,
             sampling=sampling,
         )
 

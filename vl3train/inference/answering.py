@@ -53,6 +53,7 @@ class Answering:
         *,
         max_new_tokens: int,
         num_slots: int | None = None,
+        cache_bytes: int | None = None,
         sampling: Sampling = GREEDY,
     ) -> None:
         """``max_new_tokens`` is the most of any question; the other arguments are those of ``Generator``."""
@@ -64,6 +65,7 @@ class Answering:
             frozenset(end_ids),
             max_new_tokens=max_new_tokens,
             num_slots=num_slots,
+            cache_bytes=cache_bytes,
             sampling=sampling,
             goes_on=self._goes_on,
         )

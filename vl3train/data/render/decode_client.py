@@ -164,26 +164,39 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, content = self._request(parts, conversation, planned=planned, first_patch=first_patch)
-        ints = np.frombuffer(content, np.int64)
-        num_tokens, num_placed = planned.num_tokens, planned.num_visual_tokens
-        num_merged = sum(
-            t * h * w // merge**2 for (t, h, w), merge in zip(planned.grids, planned.merge_sizes, strict=True)
-        )
-        ids, labels, positions, keep = np.split(ints, np.cumsum([num_tokens, num_tokens, num_placed]))
-        if len(keep) != num_merged:
-            raise SampleError(f"the decode process answered {answer} for {planned}")
+        _, content = self._request(parts, conversation, planned=planned, first_patch=first_patch)
         start = first_patch * PATCH_VALUES
-        return RenderedSample(
+        return _sample(
+            content,
             key=key,
             source=source,
-            input_ids=ids,
-            labels=labels,
+            num_tokens=planned.num_tokens,
+            num_placed=planned.num_visual_tokens,
             patches=self._space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
             grids=np.array(planned.grids, np.int64).reshape(-1, 3),
             merge_sizes=np.array(planned.merge_sizes, np.int64),
-            keep_mask=keep.astype(bool),
-            placeholder_positions=positions,
+        )
+
+    def render_unplanned(
+        self, conversation: bytes, parts: Mapping[str, bytes], *, key: str
+    ) -> RenderedSample:
+        """``samples.render_sample`` in the decode process, of a sample that nobody has measured: a question.
+
+        Raises:
+            SampleError: as there; or it took too long, or the process died of it.
+        """
+        answer, content = self._request(parts, conversation, unplanned=True)
+        grids = np.array(answer["grids"], np.int64).reshape(-1, 3)
+        patches = np.frombuffer(content, np.uint8)[len(content) - int(grids.prod(1).sum()) * PATCH_VALUES :]
+        return _sample(
+            content[: len(content) - len(patches)],
+            key=key,
+            source=0,
+            num_tokens=answer["num_tokens"],
+            num_placed=answer["num_placed"],
+            patches=patches.reshape(-1, PATCH_VALUES),
+            grids=grids,
+            merge_sizes=np.array(answer["merge_sizes"], np.int64),
         )
 
     def close(self) -> None:
@@ -241,6 +254,33 @@ class Decoder:
             socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._mail.fileno()])
             self._connection = Connection(connected.detach())
         self._pid = int(self._connection.recv_bytes())
+
+
+def _sample(
+    numbers: bytes,
+    *,
+    num_tokens: int,
+    num_placed: int,
+    grids: np.ndarray,
+    merge_sizes: np.ndarray,
+    **more: Any,
+) -> RenderedSample:
+    """A sample from the ids, labels, places and masks that a decode process has laid end to end."""
+    ids, labels, positions, keep = np.split(
+        np.frombuffer(numbers, np.int64), np.cumsum([num_tokens, num_tokens, num_placed])
+    )
+    num_merged = int((grids.prod(1) // merge_sizes**2).sum())
+    if len(keep) != num_merged:
+        raise SampleError(f"the decode process answered {len(keep)} merged tokens for {num_merged}")
+    return RenderedSample(
+        input_ids=ids,
+        labels=labels,
+        placeholder_positions=positions,
+        keep_mask=keep.astype(bool),
+        grids=grids,
+        merge_sizes=merge_sizes,
+        **more,
+    )
 
 
 def _nameless_file(size: int) -> IO[bytes]:

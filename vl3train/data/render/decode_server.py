@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vl3train.contracts.records import RenderSettings, SampleError, SampleLengths
+from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import resize_and_patchify
@@ -79,6 +79,7 @@ class Request:
     sizes: dict[str, int]  # of its parts, one after the other in the mailbox
     seconds: float
     planned: SampleLengths | None = None  # to render by; None: measure it
+    unplanned: bool = False  # render it, whatever lengths it has
     first_patch: int = 0  # where in the shared memory its patches go
     store: bool = False  # turn its clips into stored frames
     decode: bool = False  # where it is measured or checked: decode every image and clip whole
@@ -179,6 +180,8 @@ def _answer(
             names, sizes = list(members), [len(data) for data in members.values()]
             return {"names": names, "sizes": sizes}, b"".join(members.values())
         assert tokenizer is not None, "a server without a tokenizer renders nothing"
+        if request.unplanned:
+            return _rendered_unplanned(request, parts, settings, tokenizer, limits)
         if planned is None:
             remarks: set[str] = set()
             lengths = measure_sample(
@@ -206,5 +209,27 @@ def _answer(
         return {"rejected": str(error)}, b""
     except Exception:
         return {"bug": traceback.format_exc()}, b""
+    return {}, _joined(sample)
+
+
+def _rendered_unplanned(
+    request: Request,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    tokenizer: ChatTokenizer,
+    limits: DecodeLimits,
+) -> tuple[dict[str, Any], bytes]:
+    """The sample's sizes; its numbers, and behind them its patches."""
+    sample = render_sample(request.conversation, parts, settings, tokenizer, limits, key="", planned=None)
+    sizes = {
+        "num_tokens": len(sample.input_ids),
+        "num_placed": len(sample.placeholder_positions),
+        "grids": sample.grids.tolist(),
+        "merge_sizes": sample.merge_sizes.tolist(),
+    }
+    return sizes, _joined(sample) + sample.patches.tobytes()
+
+
+def _joined(sample: RenderedSample) -> bytes:
     arrays = (sample.input_ids, sample.labels, sample.placeholder_positions, sample.keep_mask)
-    return {}, np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()
+    return np.concatenate([array.astype(np.int64) for array in arrays]).tobytes()

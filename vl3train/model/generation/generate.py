@@ -70,7 +70,7 @@ class Generator:
         self.max_new_tokens, self.sampling, self.goes_on = max_new_tokens, sampling, goes_on
         self.device = next(model.parameters()).device
         self.num_slots = num_slots if num_slots is not None else SLOTS[self.device.type]
-        self.cache_bytes = cache_bytes if cache_bytes is not None else _cache_bytes(self.device)
+        self.cache_bytes = cache_bytes if cache_bytes is not None else free_cache_bytes(self.device)
         self._random = torch.Generator(self.device).manual_seed(sampling.seed)
         self._slots: Slots | None = None
 
@@ -215,7 +215,8 @@ class _Step:
     event: torch.cuda.Event | None
 
 
-def _cache_bytes(device: torch.device) -> int:
+def free_cache_bytes(device: torch.device) -> int:
+    """What a cache may take of a device's memory now."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
