@@ -9,10 +9,11 @@ import pytest
 from vl3train.contracts.records import Pack
 from vl3train.preview.inspect_page import step_page
 from vl3train.preview.step_samples import Place, ShownPack, ShownSample, ShownStep, TextPiece
-from vl3train.report.figures import draw_accuracies, draw_losses
 from vl3train.report.html import figure_tag, table_of
-from vl3train.report.page import write_page
-from vl3train.report.run_log import Milestone, RunLog
+from vl3train.report.lineage import PlacedRun
+from vl3train.report.page import report_page
+from vl3train.report.run_log import RunLog
+from vl3train.scoring.predictions import Prediction, write_predictions
 
 PLANTED = [
     '"><i id=planted>',
@@ -62,22 +63,20 @@ def test_the_page_of_a_step(planted):
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_report(planted, tmp_path):
-    run = RunLog(name=planted, steps=[{"step": step, "loss": 1.0} for step in range(3)])
-    figures = {"samples": 40, "accuracy": 0.9, "chance": 0.5}
-    reached = [Milestone(name=planted, sources={planted: figures})]
-    drawn = {
-        "loss_curves": {dark: draw_losses([run], dark=dark) for dark in (False, True)},
-        "accuracy": {dark: draw_accuracies(reached, dark=dark) for dark in (False, True)},
-    }
-    answer = {
-        "source": planted,
-        "media": [],
-        "question": planted,
-        "prediction": planted,
-        "answer": f"{planted}.",
-    }
-    write_page(tmp_path / "report.html", [run], reached, drawn, [answer])
-    check((tmp_path / "report.html").read_text(), planted, 2 + 2 + 4)
+    """Names of runs, sources and metrics, questions and answers."""
+    row = {"samples": 40, "accuracy": 0.9, "chance": 0.5, "loss": 1.0}
+    row |= {planted: 0.5, f"{planted}_low": 0.4, f"{planted}_high": 0.6}
+    evaluations = [{"stage": 1, "step": 3, "when": "end", "sources": {planted: row}}]
+    steps = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    run = RunLog(name=planted, steps=steps, folder=tmp_path, evaluations=evaluations)
+    words = {"key": planted, "source": planted, "question": planted, "reference": planted}
+    answer = Prediction(**words, answer_number=0, prediction=f"{planted}.", is_cut=False)
+    (tmp_path / "predictions").mkdir()
+    write_predictions(tmp_path / "predictions" / "step_000003.jsonl", [answer])
+    sample = {**words, "media": [], "prediction": planted, "answer": f"{planted}."}
+    # The run's name: legend, two heads, the table of runs. The source: a row of accuracy, a row of scores with the
+    # metric. Of the step's answer: key, question, expected and answer. Of the sample: source, question, both answers.
+    check(report_page([PlacedRun(run, 0, None)], [sample]), planted, 1 + 2 + 1 + 1 + 2 + 4 + 4)
 
 
 @pytest.mark.parametrize("planted", PLANTED)

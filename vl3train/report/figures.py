@@ -1,100 +1,123 @@
-"""The figures of the report, as PNG, for light and for dark pages."""
+"""The figures of the report: small panels as PNG, each for light and for dark pages."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from vl3train.report.lineage import PlacedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from vl3train.report.run_log import Milestone, RunLog
+LIGHT = {"page": "#ffffff", "ink": "#24292f", "faint": "#d8dee4"}
+DARK = {"page": "#161b22", "ink": "#c9d1d9", "faint": "#30363d"}
+COLORS = ("#2f81f7", "#e36209", "#2da44e", "#bf3989", "#b08800", "#8250df", "#1b8a94", "#cf222e")
+"""Of the runs, in their order; they can be told apart on light and on dark pages."""
+INCHES = (3.7, 2.5)
+"""Small enough that the words of a panel can be read where it fills a phone's width."""
 
-LIGHT = {"page": "#ffffff", "ink": "#24292f", "faint": "#d8dee4", "line": "#1f6feb", "chance": "#bc4c00"}
-DARK = {"page": "#161b22", "ink": "#c9d1d9", "faint": "#30363d", "line": "#58a6ff", "chance": "#f0883e"}
-COLUMNS = 4
-
-
-def draw_losses(runs: Sequence[RunLog], *, dark: bool) -> bytes:
-    """Loss over steps, one panel for each run: a faint line of every step, and the running mean on top."""
-    colors = DARK if dark else LIGHT
-    figure, panels = panels_of(len(runs), min(len(runs), COLUMNS), 2.7, colors)
-    for i, (panel, run) in enumerate(zip(panels, runs, strict=True)):
-        known = [line for line in run.steps if line["loss"] is not None]  # else its step was skipped
-        steps = [line["step"] for line in known]
-        losses = [line["loss"] for line in known]
-        panel.plot(steps, losses, color=colors["line"], alpha=0.3, linewidth=0.9)
-        panel.plot(steps, running_mean(losses), color=colors["line"], linewidth=1.9)
-        panel.set_title(run.name, loc="left", fontweight="bold", parse_math=False)
-        panel.set_xlabel("step")
-        panel.set_ylim(bottom=0)
-        if i % COLUMNS == 0:
-            panel.set_ylabel("loss per supervised token")
-    return as_png(figure)
+Draw = Callable[[Any, str, PlacedRun], None]
+Panel = dict[bool, bytes]
+"""A figure for a light (False) and a dark (True) page."""
 
 
-def draw_accuracies(reached: Sequence[Milestone], *, dark: bool) -> bytes:
-    """Held-out accuracy over the milestones, one panel for each source, with chance as a dashed line."""
-    colors = DARK if dark else LIGHT
-    names = list(dict.fromkeys(name for milestone in reached for name in milestone.sources))
-    figure, panels = panels_of(len(names), min(len(names), COLUMNS), 2.2, colors)
-    ticks = [milestone.name.removeprefix("after ") for milestone in reached]
-    for i, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        known = [(at, m.sources[name]) for at, m in enumerate(reached) if name in m.sources]
-        places = [at for at, _ in known]
-        values = [100 * figures["accuracy"] for _, figures in known]
-        chance = 100 * known[-1][1]["chance"]
-        panel.axhline(chance, color=colors["chance"], linestyle="--", linewidth=1.3)
-        panel.plot(places, values, color=colors["line"], marker="o", markersize=4.5, linewidth=1.9)
-        panel.annotate(
-            f"{values[-1]:.0f} %",
-            (places[-1], values[-1]),
-            xytext=(0, 7 if values[-1] < 85 else -14),
-            textcoords="offset points",
-            ha="center",
-            fontweight="bold",
-            color=colors["ink"],
+def color_of(number: int) -> str:
+    """Of the run with this number."""
+    return COLORS[number % len(COLORS)]
+
+
+def loss_panel(placed: Sequence[PlacedRun]) -> Panel:
+    """Loss of the steps: a faint line of every step, and the running mean on top."""
+
+    def draw(axes: Axes, color: str, one: PlacedRun) -> None:
+        steps, losses = one.steps("loss")
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, running_mean(losses), color=color, linewidth=1.8)
+
+    return panel("training loss per supervised token", placed, draw, bottom=0)
+
+
+def step_panel(title: str, key: str, placed: Sequence[PlacedRun], *, factor: float = 1.0) -> Panel:
+    """The running mean of a figure of the step log."""
+
+    def draw(axes: Axes, color: str, one: PlacedRun) -> None:
+        steps, values = one.steps(key)
+        axes.plot(steps, running_mean([factor * value for value in values]), color=color, linewidth=1.6)
+
+    return panel(title, placed, draw, bottom=0)
+
+
+def failed_panel(placed: Sequence[PlacedRun]) -> Panel:
+    """Failed samples so far in each run."""
+
+    def draw(axes: Axes, color: str, one: PlacedRun) -> None:
+        steps, counts = one.steps("failed_samples")
+        axes.plot(steps, list(accumulate(counts)), color=color, linewidth=1.6, drawstyle="steps-post")
+
+    return panel("failed samples so far", placed, draw, bottom=0)
+
+
+def held_out_panel(
+    title: str, source: str, figure: str, placed: Sequence[PlacedRun], *, factor: float = 1.0
+) -> Panel:
+    """A held-out figure of one source at each evaluation, with its confidence interval where it has one."""
+
+    def draw(axes: Axes, color: str, one: PlacedRun) -> None:
+        known = [
+            (one.before + line["step"], line["sources"][source])
+            for line in one.run.evaluations
+            if line["sources"].get(source, {}).get(figure) is not None
+        ]
+        steps = [step for step, _ in known]
+        axes.plot(
+            steps,
+            [factor * row[figure] for _, row in known],
+            color=color,
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
         )
-        panel.set_title(name, loc="left", fontweight="bold", parse_math=False)
-        panel.set_ylim(-4, 106)
-        panel.set_xlim(-0.35, len(ticks) - 0.65)
-        panel.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right", parse_math=False)
-        panel.set_yticks([0, 25, 50, 75, 100])
-        if i % COLUMNS == 0:
-            panel.set_ylabel("accuracy, %")
-        if i == 0:
-            where = (len(ticks) - 0.7, chance)
-            panel.annotate(
-                "chance", where, xytext=(0, 3), textcoords="offset points", ha="right", color=colors["chance"]
-            )
-    return as_png(figure)
+        bounded = [(step, row) for step, row in known if f"{figure}_low" in row]
+        low, high = ([factor * row[f"{figure}_{end}"] for _, row in bounded] for end in ("low", "high"))
+        axes.fill_between([step for step, _ in bounded], low, high, color=color, alpha=0.15, linewidth=0)
+        if figure == "accuracy" and known:
+            axes.axhline(factor * known[-1][1]["chance"], color=color, linestyle="--", linewidth=1)
+
+    return panel(title, placed, draw, bottom=0)
 
 
-def panels_of(count: int, columns: int, height: float, colors: dict[str, str]) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, ``columns`` in a row, each ``height`` inches high."""
+def panel(title: str, placed: Sequence[PlacedRun], draw: Draw, *, bottom: float | None = None) -> Panel:
+    """One set of axes over steps, on which each run is drawn in its color."""
+    return {dark: _panel(title, placed, draw, bottom, DARK if dark else LIGHT) for dark in (False, True)}
+
+
+def _panel(
+    title: str, placed: Sequence[PlacedRun], draw: Draw, bottom: float | None, colors: dict[str, str]
+) -> bytes:
     from matplotlib.figure import Figure
 
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(2.75 * columns, 5), height * rows), layout="constrained")
+    figure = Figure(figsize=INCHES, layout="constrained")
+    axes = figure.subplots()
     figure.set_facecolor(colors["page"])
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    panels = list(grid.flat)
-    for spare in panels[count:]:
-        spare.set_visible(False)
-    for panel in panels:
-        panel.set_facecolor(colors["page"])
-        panel.tick_params(colors=colors["ink"], labelsize=8, length=0)
-        panel.grid(axis="y", color=colors["faint"], linewidth=0.7)
-        panel.set_axisbelow(True)
-        panel.spines[:].set_visible(False)
-        panel.spines["bottom"].set_visible(True)
-        panel.spines["bottom"].set_color(colors["faint"])
-        for text in (panel.title, panel._left_title, panel.xaxis.label, panel.yaxis.label):
-            text.set_color(colors["ink"])
-            text.set_fontsize(9)
-    return figure, panels[:count]
+    axes.set_facecolor(colors["page"])
+    axes.tick_params(colors=colors["ink"], labelsize=8, length=0)
+    axes.grid(axis="y", color=colors["faint"], linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.spines["bottom"].set_visible(True)
+    axes.spines["bottom"].set_color(colors["faint"])
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False, fontsize=9, color=colors["ink"])
+    axes.set_xlabel("step", fontsize=8, color=colors["ink"])
+    for number, one in enumerate(placed):
+        draw(axes, color_of(number), one)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=192, metadata={"Software": None})
+    return file.getvalue()
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
@@ -104,16 +127,9 @@ def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
     [0.0, 3.0, 4.0, 3.0]
     """
     reach = int(len(values) * share) // 2
+    sums = [0.0, *accumulate(values)]
     smooth = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        window = values[i - near : i + near + 1]
-        smooth.append(sum(window) / len(window))
+    for at in range(len(values)):
+        near = min(reach, at, len(values) - 1 - at)
+        smooth.append((sums[at + near + 1] - sums[at - near]) / (2 * near + 1))
     return smooth
-
-
-def as_png(figure: Figure) -> bytes:
-    """The figure as PNG; equal figures give equal bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
-    return file.getvalue()

@@ -38,7 +38,19 @@ th { color: var(--soft); font-weight: 600; font-size: 13px; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; }
 td.good { background: var(--good-back); color: var(--good); font-weight: 600; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 14px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); gap: 14px; }
+.panels + .card, .card + .panels { margin-top: 14px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-bottom: 12px; overflow-wrap: anywhere; }
+.legend .swatch { display: inline-block; width: 14px; height: 14px; border-radius: 4px; margin-right: 7px;
+  vertical-align: -2px; }
+.legend .from { color: var(--soft); }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)); gap: 14px; }
+.sample .steps { margin: 0; padding: 0; list-style: none; font-size: 13px; }
+.sample .steps li { border-top: 1px solid var(--line); padding: 4px 0; overflow-wrap: anywhere; }
+.sample .at { color: var(--soft); font-size: 12px; }
+.part { font-weight: 600; }
+summary { cursor: pointer; font-weight: 600; margin: 10px 0; }
+@media (max-width: 600px) { main { padding: 16px 12px 40px; } .card { padding: 10px; } th, td { padding: 6px 8px; } }
 .sample { display: flex; flex-direction: column; gap: 8px; }
 .sample .media { display: grid; gap: 4px; }
 .sample .media.several { grid-template-columns: 1fr 1fr; }

@@ -2,169 +2,137 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image
+from vl3train.report import figures
+from vl3train.report.cards import question_card, sample_card
+from vl3train.report.html import STYLE, figure_tag
+from vl3train.report.lineage import PlacedRun
+from vl3train.report.predictions import shown_questions
+from vl3train.report.tables import (
+    accuracy_table,
+    columns_of,
+    metrics_of,
+    runs_table,
+    score_table,
+    sources_of,
+)
 
-from vl3train.config.data_options import DataConfig
-from vl3train.data.media.clips import DecodeLimits, decode_clip
-from vl3train.data.pictures.images import IMAGE_FORMATS, decode_image
-from vl3train.report.html import STYLE, data_url, figure_tag, table_of, thumbnail
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vl3train.report.run_log import Milestone, RunLog
-
-FRAMES_SHOWN = 4
-
-
-def write_page(
-    file: Path,
-    runs: Sequence[RunLog],
-    reached: Sequence[Milestone],
-    figures: Mapping[str, Mapping[bool, bytes]],
-    samples: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the report.
+def report_page(placed: Sequence[PlacedRun], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The report of some runs as HTML.
 
     Args:
-        file: where to write it.
-        runs: logs, in the order of training.
-        reached: held-out figures at the start and after each run; may be empty.
-        figures: PNG of each figure for a light (False) and a dark (True) page.
+        placed: the runs, each with a name of its own.
         samples: answers beside the right ones, as ``run_log.read_samples`` returns them.
 
     Raises:
         SampleError: a picture or clip of ``samples`` cannot be read.
+        ValueError: a file of predictions is damaged.
     """
-    names = ", ".join(run.name for run in runs)
-    parts = ["<h1>VideoLLaMA3 training report</h1>", f"<p>{escape(names)}</p>"]
-    if reached:
-        parts += [
-            "<h2>Held-out accuracy, beside chance</h2>",
-            "<p>An answer is right when all its tokens are right. Chance is the accuracy of always giving the most"
-            " frequent answer. Green: above chance by more than two standard deviations of guessing.</p>",
-            f'<div class="card">{accuracy_table(reached)}</div>',
-            f'<div class="card" style="margin-top:14px">{figure_tag(figures["accuracy"], "accuracy")}</div>',
-        ]
-    parts += [
-        "<h2>Loss</h2>",
-        "<p>Sum of the loss over the supervised tokens of the global batch, divided by their number.</p>",
-        f'<div class="card">{figure_tag(figures["loss_curves"], "loss curves")}</div>',
-        "<h2>Runs</h2>",
-        f'<div class="card">{runs_table(runs)}</div>',
+    parts = [
+        "<h1>VideoLLaMA3 training report</h1>",
+        legend(placed),
+        *held_out_parts(placed),
+        "<h2>Training</h2>",
+        "<p>The loss of a step is the sum over the supervised tokens of its global batch, divided by their number.</p>",
+        panels(training_panels(placed)),
+        f'<div class="card">{runs_table([one.run for one in placed])}</div>',
+        *answer_parts(placed),
     ]
     if samples:
         cards = "".join(sample_card(sample) for sample in samples)
         parts += ["<h2>Sample answers</h2>", f'<div class="samples">{cards}</div>']
-    file.write_text(
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>VideoLLaMA3 training report</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n",
-        encoding="utf-8",
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
 
-def accuracy_table(reached: Sequence[Milestone]) -> str:
-    """A row for each source, a column for each milestone, then chance and the number of samples."""
-    from vl3train.report.run_log import clearly_above_chance
-
-    names = list(dict.fromkeys(name for milestone in reached for name in milestone.sources))
-    rows = []
-    for name in names:
-        cells = [escape(name)]
-        for milestone in reached:
-            found = milestone.sources.get(name)
-            cells.append("" if found is None else f"{found['accuracy']:.0%}")
-        last = next(m.sources[name] for m in reversed(reached) if name in m.sources)
-        cells += [f"{last['chance']:.0%}", f"{last['samples']:.0f}"]
-        row = [f"<td>{cell}</td>" for cell in cells]
-        for column, milestone in enumerate(reached, start=1):
-            if name in milestone.sources and clearly_above_chance(milestone.sources[name]):
-                row[column] = f'<td class="good">{cells[column]}</td>'
-        rows.append(f"<tr>{''.join(row)}</tr>")
-    heads = ["task", *(milestone.name for milestone in reached), "chance", "samples"]
-    return table_of(heads, rows)
+def legend(placed: Sequence[PlacedRun]) -> str:
+    """The colors of the runs, and where each started. Runs that started alike are drawn over each other."""
+    entries = []
+    for number, one in enumerate(placed):
+        start = "" if one.parent is None else f" from {escape(one.parent.name)}, step {one.before}"
+        entries.append(
+            f'<span><span class="swatch" style="background:{figures.color_of(number)}"></span>'
+            f'{escape(one.run.name)}<span class="from">{start}</span></span>'
+        )
+    return f'<div class="legend">{"".join(entries)}</div>'
 
 
-def runs_table(runs: Sequence[RunLog]) -> str:
-    """Length, speed and losses of each run; a cell is empty when the run did not log the figure."""
-
-    def mean(run: RunLog, key: str, form: str) -> str:
-        values = [line[key] for line in run.steps if line.get(key) is not None]
-        return form.format(sum(values) / len(values)) if values else ""
-
-    rows = []
-    for run in runs:
-        seconds = sum(line.get("step_seconds", 0.0) for line in run.steps)
-        cells = [
-            escape(run.name),
-            f"{run.steps[-1]['step']:,}",
-            f"{run.steps[0]['loss']:.3f}",
-            f"{run.steps[-1]['loss']:.3f}",
-            f"{seconds / 60:.1f} min",
-            mean(run, "tokens_per_second", "{:,.0f}"),
-            mean(run, "patches_per_second", "{:,.0f}"),
-            mean(run, "fill", "{:.0%}"),
-            mean(run, "data_wait_fraction", "{:.0%}"),
-            f"{sum(line.get('failed_samples', 0) for line in run.steps)}",
-        ]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = [
-        "run",
-        "steps",
-        "first loss",
-        "last loss",
-        "time",
-        "tokens/s",
-        "patches/s",
-        "fill",
-        "data wait",
-        "failed samples",
+def held_out_parts(placed: Sequence[PlacedRun]) -> list[str]:
+    """Losses, accuracies and scores of held-out samples; nothing where there was no evaluation."""
+    columns, sources, metrics = columns_of(placed), sources_of(placed), metrics_of(placed)
+    if not columns:
+        return []
+    draw = figures.held_out_panel
+    parts = [
+        "<h2>Held-out accuracy, beside chance</h2>",
+        "<p>An answer is right when all its tokens are the likeliest ones, given the right tokens before. Chance is the"
+        " accuracy of always giving the most frequent answer: the dashed line. Green: above chance by more than two"
+        " standard deviations of guessing.</p>",
+        f'<div class="card">{accuracy_table(columns, sources)}</div>',
+        panels(
+            [
+                (f"{name}: accuracy, %", draw(f"{name}: accuracy, %", name, "accuracy", placed, factor=100))
+                for name in sources
+            ]
+        ),
     ]
-    return table_of(heads, rows)
+    if metrics:
+        parts += [
+            "<h2>Scores of generated answers</h2>",
+            "<p>The mean and its 95 % confidence interval.</p>",
+            f'<div class="card">{score_table(columns, metrics)}</div>',
+            panels(
+                [
+                    (f"{name}: {metric}", draw(f"{name}: {metric}", name, metric, placed))
+                    for name, metric in metrics
+                ]
+            ),
+        ]
+    losses = [(f"{name}: loss", draw(f"{name}: loss", name, "loss", placed)) for name in sources]
+    return [*parts, "<h2>Held-out loss</h2>", panels(losses)]
 
 
-def sample_card(sample: Mapping[str, Any]) -> str:
-    """One answer, with the pictures of its question; for a clip, some of its frames in order."""
-    pictures = [picture for path in sample["media"] for picture in pictures_of(Path(path))]
-    images = "".join(f'<img alt="" src="{data_url(thumbnail(picture), "jpeg")}">' for picture in pictures)
-    several = " several" if len(pictures) > 1 else ""
-    right = str(sample["prediction"]).strip() == str(sample["answer"]).strip()
-    mark, kind = ("✓", "right") if right else ("✗", "wrong")
-    said = escape(str(sample["prediction"])) or "(nothing)"
-    wanted = "" if right else f" &middot; expected: {escape(str(sample['answer']))}"
-    return (
-        f'<div class="card sample"><div class="source">{escape(str(sample["source"]))}</div>'
-        + (f'<div class="media{several}">{images}</div>' if images else "")
-        + f'<div class="question">{escape(str(sample["question"]))}</div>'
-        f'<div class="prediction"><span class="{kind}">{mark} {said}</span>'
-        f"{wanted}</div></div>"
-    )
+def training_panels(placed: Sequence[PlacedRun]) -> list[tuple[str, figures.Panel]]:
+    """Loss, speed, wait for data and failed samples, as far as the runs have logged them."""
+    found = [("training loss", figures.loss_panel(placed))]
+    for title, key, factor in (
+        ("tokens a second", "tokens_per_second", 1.0),
+        ("time spent waiting for data, %", "data_wait_fraction", 100.0),
+    ):
+        if any(one.steps(key)[0] for one in placed):
+            found.append((title, figures.step_panel(title, key, placed, factor=factor)))
+    if any(sum(one.steps("failed_samples")[1]) for one in placed):
+        found.append(("failed samples", figures.failed_panel(placed)))
+    return found
 
 
-def pictures_of(path: Path) -> list[np.ndarray]:
-    """The picture, or some frames of the clip in order; each (height, width, 3) uint8."""
-    data = path.read_bytes()
-    limits = DecodeLimits(
-        max_pixels=DataConfig().decode_max_pixels, max_seconds=DataConfig().decode_max_seconds
-    )
-    if is_image(data):
-        return [decode_image(data, limits)]
-    clip = decode_clip(data, fps=1.0, min_frames=FRAMES_SHOWN, max_frames=FRAMES_SHOWN, limits=limits)
-    return list(clip.frames)
+def answer_parts(placed: Sequence[PlacedRun]) -> list[str]:
+    """What the runs answered to held-out questions step by step; nothing where they generated no answers."""
+    shown, num_right, num_wrong = shown_questions([one.run for one in placed])
+    if not shown:
+        return []
+    parts = ["<h2>Answers step by step</h2>"]
+    several = len({answer.run for one in shown for answer in one.answers}) > 1
+    for is_right, count, what in ((False, num_wrong, "wrong"), (True, num_right, "right")):
+        mine = [one for one in shown if one.last.is_right == is_right]
+        cards = "".join(question_card(one, several_runs=several) for one in mine)
+        if mine:
+            head = f"{what} at the end: {count} of {num_right + num_wrong}, {len(mine)} shown"
+            parts.append(
+                f'<details open><summary>{head}</summary><div class="samples">{cards}</div></details>'
+            )
+    return parts
 
 
-def is_image(data: bytes) -> bool:
-    """Whether the file header is that of a picture."""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS):
-            return True
-    except (OSError, Image.DecompressionBombError):
-        return False
+def panels(drawn: Sequence[tuple[str, figures.Panel]]) -> str:
+    """Figures beside each other, or below each other on a phone."""
+    cards = "".join(f'<div class="card">{figure_tag(panel, about)}</div>' for about, panel in drawn)
+    return f'<div class="panels">{cards}</div>'

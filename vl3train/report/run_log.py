@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vl3train.contracts.bad_step import numbered_from_1
 
 
@@ -15,21 +17,15 @@ class RunLog:
     """What one run logged: a line for each step, and its evaluations."""
 
     name: str
-    steps: list[dict[str, Any]]
+    steps: list[dict[str, Any]]  # a line's ``step`` is the number of steps that were done
+    folder: Path | None = None
+    init_from: Path | None = None  # what the run started from
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def evaluation(self, *, first: bool) -> dict[str, dict[str, float]] | None:
         """Figures of each source before the first step, or else the last figures after it."""
         found = [line for line in self.evaluations if (line["when"] == "start") == first]
         return found[-1]["sources"] if found else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Milestone:
-    """Held-out figures of each source at one moment of the training, such as after a stage."""
-
-    name: str
-    sources: dict[str, dict[str, float]]
 
 
 def read_run(folder: Path, problems: list[str]) -> RunLog | None:
@@ -46,8 +42,22 @@ def read_run(folder: Path, problems: list[str]) -> RunLog | None:
     if (folder / "evaluations.jsonl").exists():
         keys = ("stage", "step", "when", "sources")
         evaluations = read_lines(folder / "evaluations.jsonl", keys, problems)
-    name = f"stage {evaluations[0]['stage']}" if evaluations else folder.name
-    return RunLog(name=name, steps=steps, evaluations=evaluations)
+    return RunLog(
+        name=folder.resolve().name,
+        steps=steps,
+        folder=folder,
+        init_from=start_of(folder),
+        evaluations=evaluations,
+    )
+
+
+def start_of(folder: Path) -> Path | None:
+    """What a run started from, by its config; None where it was put together from parts, or says nothing."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    start = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("stage", {}).get("init_from")
+    return None if start is None else Path(str(start)).expanduser()
 
 
 def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:
@@ -91,17 +101,6 @@ def read_samples(answers: Path, expected: Path, problems: list[str]) -> list[dic
         about = {"media": media, "question": line["prompt"], "prediction": line["answer"]}
         samples.append({**wanted, **about})
     return samples
-
-
-def milestones(runs: list[RunLog]) -> list[Milestone]:
-    """Held-out figures before the first run and after each run, where there was an evaluation."""
-    found = []
-    if (sources := runs[0].evaluation(first=True)) is not None:
-        found.append(Milestone(name="before", sources=sources))
-    for run in runs:
-        if (sources := run.evaluation(first=False)) is not None:
-            found.append(Milestone(name=f"after {run.name}", sources=sources))
-    return found
 
 
 def clearly_above_chance(figures: dict[str, float]) -> bool:
