@@ -63,7 +63,7 @@ def add_serving_arguments(parser: ArgumentParser) -> None:
 def serve_models(folders: list[Path], args: Namespace, *, with_page: bool) -> None:
     """Serve until Ctrl-C.
 
-    Raises ValueError for options or models that cannot be used, OSError where the address is taken.
+    Raises ValueError or OSError for options or models that cannot be used, or an address that is taken.
     """
     try:
         import aiohttp  # noqa: F401

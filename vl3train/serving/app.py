@@ -21,7 +21,7 @@ from vl3train.serving.served_model import ServedModel
 
 
 def serve(askers: Mapping[str, Asker], options: ServingOptions, tell: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; answers in progress are cut then. Raises OSError where it cannot listen."""
+    """Serve until SIGINT or SIGTERM; answers in progress are cut then. Raises ValueError where it cannot listen."""
     asyncio.run(_serve(askers, options, tell))
 
 
@@ -53,7 +53,11 @@ async def running(
     await runner.setup()
     try:
         site = web.TCPSite(runner, options.host, options.port)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            reason = f"cannot listen on {options.host}, port {options.port}: {error.strerror}"
+            raise ValueError(f"{reason}; choose another --port or --host") from None
         host, port = runner.addresses[0][:2]
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
