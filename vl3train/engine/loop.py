@@ -221,7 +221,7 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
         run.cursor.step,
         engine=run.engine,
         write_weights=run.write_weights,
-        resume=run.resume_state(),
+        resume=run.resume_state() if run.rank.is_first else {},
         rank=run.rank,
         keep=Keep(
             last=run.cfg.run.keep_checkpoints,

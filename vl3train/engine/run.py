@@ -16,6 +16,7 @@ from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
+from vl3train.engine.monitor.metrics_file import metrics_digest
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.tracking.tracker import Tracker
 from vl3train.engine.zero.engine import Zero
@@ -85,11 +86,12 @@ class Run:
         return self.cursor.step == self.num_steps or self.best.is_over
 
     def resume_state(self) -> dict[str, Any]:
-        """Everything a resume needs beside the engine's own state. A missing key on load is an error."""
+        """Everything a resume needs beside the engine's own state. For the first rank, which writes it."""
         return {
             "cursor": dataclasses.asdict(self.cursor),
             "identity": self.identity,
             "failed_samples": self.failed_samples.state(),
             "bad_steps": self.bad_steps.state(),
+            "metrics": metrics_digest(self.folder),
             "config": as_plain(self.cfg),
         }

@@ -10,10 +10,8 @@ import pty
 import subprocess
 import sys
 
-import pytest
-
 import vl3train.engine.monitor.console as module
-from vl3train.engine.monitor.console import Console, figures_text, truncate_metrics
+from vl3train.engine.monitor.console import Console, figures_text
 
 SCRIPT = """
 import os, sys
@@ -133,50 +131,6 @@ def test_a_terminal_gets_a_bar(tmp_path):
     assert "15.3k tok/s" in text
     assert "━" in text
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
-
-
-@pytest.mark.parametrize("torn", ["", '{"step": 7, "lo'])
-def test_a_resumed_log_is_that_of_a_straight_run(tmp_path, torn):
-    straight = console_of(tmp_path / "straight", io.StringIO(), total=10)
-    for step in range(1, 11):
-        straight.metrics(figures(step))
-    killed = console_of(tmp_path / "killed", io.StringIO(), total=10)
-    for step in range(1, 8):
-        killed.metrics(figures(step, loss=1.5))
-    path = tmp_path / "killed" / "metrics.jsonl"
-    path.write_text(path.read_text() + torn)
-    assert truncate_metrics(path, 4) == 3 + bool(torn)
-    resumed = console_of(tmp_path / "killed", io.StringIO(), first=4, total=10)
-    for step in range(5, 11):
-        resumed.metrics(figures(step))
-    assert path.read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
-    replaced = [json.loads(line)["step"] for line in (path.parent / "metrics.replaced.jsonl").open()]
-    assert replaced == [5, 6, 7], "what was computed is kept beside it"
-    assert len(list(path.parent.iterdir())) == 2
-
-
-def test_a_new_run_has_nothing_to_truncate(tmp_path):
-    assert truncate_metrics(tmp_path / "metrics.jsonl", 0) == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_lines_of_a_build_that_counted_from_0_are_numbered_as_the_steps_that_follow(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(4)))
-    assert truncate_metrics(path, 3) == 1
-    console_of(tmp_path, io.StringIO(), first=3, total=5).metrics(figures(4))
-    assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
-    assert truncate_metrics(path, 3) == 1
-    replaced = [json.loads(line)["step"] for line in path.with_name("metrics.replaced.jsonl").open()]
-    assert replaced == [4, 4]
-
-
-def test_a_foreign_line_is_refused_and_the_file_left_alone(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\nhello\n{"step": 1}\n')
-    with pytest.raises(ValueError, match="line 2 is not a line of figures"):
-        truncate_metrics(path, 1)
-    assert path.read_text() == '{"step": 0}\nhello\n{"step": 1}\n'
 
 
 def test_seconds_of_compilation_stand_in_the_line_only_where_something_was_compiled():

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.contracts.bad_step import numbered_from_1, with_texts
-from vl3train.contracts.files import write_whole
+from vl3train.contracts.bad_step import with_texts
 from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.progress.record import progress
+from vl3train.engine.monitor.metrics_file import METRICS, truncate_metrics
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal at most one line is printed in this time, and always the first and the last step."""
@@ -45,7 +45,7 @@ class Console:
         self._enabled = enabled
         self._name = stage_name
         self._rich = RichConsole(file=out if out is not None else sys.stdout, highlight=False)
-        self._path = Path(output_dir) / "metrics.jsonl"
+        self._path = Path(output_dir) / METRICS
         self._log = LineLog(self._path, self.message)
         self._total_steps = 0
         self._pace = Pace()
@@ -223,41 +223,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def truncate_metrics(path: str | Path, done: int) -> int:
-    """Move the lines of steps after ``done``, which a resumed run will write again, to a file beside it.
-
-    They are appended to ``metrics.replaced.jsonl``: figures of work that was done are not deleted. A last line that a
-    killed process did not finish is removed. Lines of builds that counted from 0 are numbered as today. The file is
-    replaced as a whole.
-
-    Returns:
-        Number of lines moved or removed.
-
-    Raises:
-        ValueError: A line other than the last is not JSON: something else wrote to the file.
-    """
-    path = Path(path)
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept: list[str] = []
-    replaced: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            continue
-        try:
-            entry = json.loads(line)
-            now = numbered_from_1(entry)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a line of figures ({error}); repair or move the file"
-            ) from error
-        (kept if now["step"] <= done else replaced).append(line if now is entry else json.dumps(now) + "\n")
-    if replaced:
-        with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(replaced)
-    if kept != lines:
-        write_whole(path, "".join(kept))
-    return len(lines) - len(kept)

@@ -14,7 +14,7 @@ from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best, start_best
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.held_out.losses import read_evaluations
-from vl3train.engine.monitor.console import truncate_metrics
+from vl3train.engine.monitor.metrics_file import METRICS, changed_metrics, truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
 from vl3train.engine.start.contents import held_out_changes, keep_contents, train_changes
@@ -33,7 +33,7 @@ class ResumePoint:
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
     best: Best
-    remarks: list[str]  # what of the held-out samples changed since the checkpoint; on the first rank
+    remarks: list[str]  # what of figures and held-out samples changed since the checkpoint; on the first rank
 
 
 def resume(
@@ -51,6 +51,7 @@ def resume(
     evaluations = rank.gather(read_evaluations(folder.path / "evaluations.jsonl") if rank.is_first else [])[0]
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     bad_steps = BadSteps(cfg.optim)
+    remarks: list[str] = []
     if folder.checkpoint is not None:
         stored = refuse_other_identity(folder.checkpoint, identity, lambda: train_changes(folder.path, data))
         refuse_what_cannot_resume(cfg, stored, data.num_steps)
@@ -58,11 +59,14 @@ def resume(
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
         bad_steps.load(stored)
-    remarks: list[str] = []
+        if rank.is_first:
+            remarks = [
+                *changed_metrics(folder.path, stored.get("metrics")),
+                *held_out_changes(folder.path, data),
+            ]
     if rank.is_first:
-        remarks = held_out_changes(folder.path, data) if folder.checkpoint is not None else []
         keep_contents(folder.path, data)
-        truncate_metrics(folder.path / "metrics.jsonl", cursor.step)
+        truncate_metrics(folder.path / METRICS, cursor.step)
         write_config(cfg, folder.path)
         if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
             (folder.path / FINISHED).unlink(missing_ok=True)
