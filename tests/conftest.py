@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import gc
 import os
 import subprocess
@@ -64,23 +65,56 @@ gc.disable()  # Imports make a million objects that stay: looking through them t
 def pytest_collection_finish() -> None:
     """From now on garbage is collected, and what the imports made is not looked at."""
     gc.freeze()
+    # Tracing a layer makes so many objects that a collection for each 700 of them takes a twelfth of the time.
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each of pytest's workers begins with its share of the longest tests: one that began last would run alone.
+SLOW = (
+    "test_quickstart.py",
+    "model/layers/test_fused_layers.py",
+    "finetuning/test_flow.py",
+    "engine/test_loop.py",
+    "engine/test_failure.py",
+    "engine/test_silence.py",
+    "engine/test_stop.py",
+    "engine/test_loop_processes.py",
+    "engine/test_bad_steps.py",
+    "model/layers/test_lora_halves.py",
+    "model/test_compile_cache.py",
+    "engine/zero/test_gradient_sums.py",
+    "benchmarks/test_rows.py",
+    "engine/memory/test_fit_steps.py",
+    "model/layers/test_nf4_linear.py",
+    "engine/test_loop_compiled.py",
+)
+"""Files whose tests take the most, the longest first. Tests of one file share what they have made or compiled."""
 
-    Those are the tests that start processes, and the longest of all is in the last file, the quickstart. Workers first
-    get a part of the list each, and later take from the end of another's.
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``long`` stay out, unless --long or a -m asks for them, or their file is named.
+
+    Each of pytest's workers begins with its share of the slowest files: a test that began last would run alone. Workers
+    first get a part of the list each, and later take from the end of another's.
     """
+    if not (config.option.long or config.option.markexpr):
+        named = {str(Path(word.partition("::")[0]).resolve()) for word in config.args}
+        out = [one for one in items if one.get_closest_marker("long") and str(one.path) not in named]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [one for one in items if one not in out]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1:
         return
-    long = [item for item in reversed(items) if item.get_closest_marker("two_processes")]
-    others = [item for item in items if not item.get_closest_marker("two_processes")]
+    tests = Path(__file__).parent
+    slow = [[one for one in items if one.path == tests / name] for name in SLOW]
+    others = [one for one in items if str(one.path.relative_to(tests)) not in SLOW]
     ordered: list[pytest.Item] = []
     for worker in range(workers):
-        mine = long[worker::workers]
+        mine = [one for file in slow[worker::workers] for one in file]
         share = (len(items) - len(ordered)) // (workers - worker)
         num_others = max(0, share - len(mine))
         ordered += mine + others[:num_others]
@@ -192,3 +226,20 @@ def lively_model_dir(tiny_model_dir: Path, processor, tmp_path_factory: pytest.T
         if parameter.ndim > 1 and "embed_tokens" not in name:
             parameter.data.normal_(std=0.25, generator=draw)
     return save_weights(model, processor, tmp_path_factory.mktemp("lively") / "model")
+
+
+@pytest.fixture(scope="module")
+def nothing_compiled() -> None:
+    """For a file whose tests share graphs: what one has compiled, a later one finds where its graph is equal."""
+    import torch
+
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compile_on_cpu(monkeypatch: pytest.MonkeyPatch, nothing_compiled: None) -> None:
+    """Layers are traced and cut into forward and backward as on a GPU; only the kernels are torch's own."""
+    import torch
+
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

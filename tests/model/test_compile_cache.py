@@ -9,13 +9,17 @@ import torch
 
 from vl3train.config.choices import Recompute
 from vl3train.engine.monitor.compile_log import take_compiles
+from vl3train.model.attention.backends import make_segments
 from vl3train.model.compiling import compiled, sources_tag
+from vl3train.model.layers.layers import decoder_layer
+from vl3train.model.layers.tower import Tower, layer_runner, run_layers
 from vl3train.model.packed_forward import PackedModel
 
 
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # nothing here is about fast kernels
     yield
     torch._dynamo.reset()
 
@@ -27,15 +31,39 @@ def as_a_new_process():
     take_compiles()
 
 
-def test_layers_are_found_on_disk_and_give_the_same_gradients(tiny_model, batch_of, text_only, empty_cache):
+def a_layer(model, batch):
+    """One decoder layer: both halves with their own backward passes, and the ops within them."""
+    text = model.model.language_model
+    embedded_TH = text.embed_tokens(batch.input_ids)
+    cos_1TD, sin_1TD = text.rotary_emb(embedded_TH.unsqueeze(0), batch.position_ids.unsqueeze(0))
+    segments = make_segments(
+        batch.cu_seqlens, batch.segment_lengths, len(embedded_TH), "reference", compiled=True
+    )
+    tower = Tower(
+        layers=text.layers,
+        body=decoder_layer,
+        run_layer=layer_runner(compiled=True),
+        compiled=True,
+        gemm_backend="torch",
+    )
+    rope = cos_1TD.squeeze(0), sin_1TD.squeeze(0)
+    return run_layers(tower, embedded_TH, rope, segments, [Recompute.elementwise]).sum()
+
+
+def a_model(model, batch):
+    packed = PackedModel(model, "reference", recompute_language=Recompute.elementwise, compile_layers=True)
+    return packed.train()(batch).loss_sum
+
+
+@pytest.mark.parametrize("loss", [a_layer, pytest.param(a_model, marks=pytest.mark.long)])
+def test_layers_are_found_on_disk_and_give_the_same_gradients(
+    tiny_model, batch_of, text_only, empty_cache, loss
+):
     found = []
     for _ in range(2):
         as_a_new_process()
         model = tiny_model(layers=2)
-        packed = PackedModel(
-            model, "reference", recompute_language=Recompute.elementwise, compile_layers=True
-        ).train()
-        packed(batch_of(text_only)).loss_sum.backward()
+        loss(model, batch_of(text_only)).backward()
         found.append((take_compiles(), {name: p.grad for name, p in model.named_parameters()}))
     (first, expected), (second, gradients) = found
     assert first.on_disk == 0

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.conftest import kept_rows
 from vl3train.config.choices import Recompute
 from vl3train.contracts.tokens import IGNORE_INDEX
 from vl3train.model.activations.work import RecomputePlan
@@ -45,36 +43,6 @@ def test_packed_equals_alone(tiny_model, batch_of, mixed, stock_gradients, tied,
     assert output.loss_sum.dtype == output.token_losses.dtype == torch.float32
     assert not output.token_losses.requires_grad
     torch.testing.assert_close(output.token_losses.sum(), output.loss_sum.detach())
-
-
-@pytest.mark.parametrize("recompute", list(Recompute)[:4])
-def test_compiled_layers_give_the_same_gradients_and_keep_what_they_do_not_recompute(
-    tiny_model, batch_of, mixed, stock_gradients, recompute, monkeypatch
-):
-    """Traced and cut into forward and backward as on a GPU; only the kernels are torch's own. The compiler sees that a
-    product in the backward pass is that of the forward pass, and would keep it: so it is an op of its own.
-
-    Level offload, whose graphs are those of level layer, is held to it in activations/test_offload.py.
-    """
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny_model(layers=3)
-    _, stock = stock_gradients(model, mixed)
-    packed = PackedModel(
-        model, "reference", recompute_vision=recompute, recompute_language=recompute, compile_layers=True
-    ).train()
-    widths = {model.config.vision_config.intermediate_size, model.config.text_config.intermediate_size}
-    with kept_rows(model, widths) as kept:
-        packed(batch_of(mixed)).loss_sum.backward()
-    # Of three layers in each tower: what GELU takes, and gate and up.
-    assert len(kept) == (3 + 3 * 2 if recompute in (Recompute.nothing, Recompute.elementwise) else 0)
-    assert_same_gradients(gradients(model), stock)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6, (
-        "one for each tower and one for the last layer, none for another; pixels, last norm, scores of logits"
-    )
 
 
 def test_a_plan_is_for_one_forward_pass(tiny_model, batch_of, mixed):

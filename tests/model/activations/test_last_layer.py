@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -46,13 +45,8 @@ def test_few_tokens_and_nearly_all_take_the_whole_layer(supervised, few):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_packs_with_hardly_any_supervised_token_run_as_before(
-    tiny_model, batch_of, mixed, stock_gradients, compiled, monkeypatch
+    tiny_model, batch_of, mixed, stock_gradients, compiled, compile_on_cpu
 ):
-    """Compiled as in test_packed_forward.py: traced and cut as on a GPU, and run by torch's own kernels."""
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
     model = tiny_model()
     packed = PackedModel(model, "reference", compile_layers=compiled).train()
     for answers in (0, 1):  # supervised tokens: none, one

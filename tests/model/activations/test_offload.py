@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import functools
 import weakref
 
 import pytest
@@ -36,13 +35,8 @@ def nothing_arrived(passes):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
-    tiny_model, batch_of, mixed, monkeypatch, compiled
+    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, compiled
 ):
-    if compiled:
-        monkeypatch.setattr(
-            torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-        )
-        torch._dynamo.reset()
     model, batch = tiny_model(layers=3), batch_of(mixed)
     wanted = gradients(model, batch, Recompute.layer, compiled=compiled)
     inputs, passes = [], []

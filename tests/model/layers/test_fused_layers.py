@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import pytest
 import torch
@@ -12,135 +12,143 @@ from tests.model.conftest import kept_rows
 from vl3train.config.choices import Recompute
 from vl3train.model.kernels import gemm_ops as quack_ops
 from vl3train.model.kernels import ops
-from vl3train.model.kernels.gemm_ops import gelu_linear_backward_reference
-from vl3train.model.kernels.ops import gelu_backward_reference, norm_backward_reference
 from vl3train.model.layers import attention_half
 from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import part_of, set_trainable
+
+LAYERS = 3
+"""In each tower."""
+
+ALL = ("vision_encoder", "projector", "language_model")
+STAGE_1, LANGUAGE = ALL[:2], ALL[2:]
 
 
 class Adapted(nn.Linear):
     """No plain Linear, so to be called as a module, like one with an adapter."""
 
 
-@pytest.mark.parametrize(
-    ("trained", "recompute", "adapted", "norms", "gelus"),
-    [
-        # a layer has two norms; where the MLP of the encoder is called as a module, its norm goes with it
-        (["vision_encoder", "projector"], Recompute.mlp, False, 8, 2),
-        (["vision_encoder", "projector", "language_model"], Recompute.nothing, True, 6, 0),
-        (["language_model"], Recompute.nothing, False, 4, 0),
-        (["vision_encoder", "projector", "language_model"], Recompute.nothing, False, 8, 2),
-    ],
-    ids=["stage 1", "adapted", "frozen encoder", "nothing recomputed"],
-)
-@pytest.mark.parametrize("gemm_backend", ["torch", "quack"])
-def test_compiled_layers_take_them_and_give_the_same_gradients(
-    tiny_model,
-    batch_of,
-    mixed,
-    stock_gradients,
-    monkeypatch,
-    trained,
-    recompute,
-    adapted,
-    norms,
-    gelus,
-    gemm_backend,
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained at which level, and what a layer of both towers together then does."""
+
+    gemm: str
+    trained: tuple[str, ...]
+    level: Recompute
+    kept: int
+    """Matrices as wide as an MLP's intermediate that are kept for the backward pass."""
+    norms: int = 4
+    """Fused backward passes of norms. Where the encoder's MLP is called as a module, its norm goes with it."""
+    gelus: int = 1
+    adapted: bool = False
+    rope_in_product: bool = False
+    """quack's products turn the rows, where heads have a size that they can turn."""
+
+    def __str__(self) -> str:
+        how = "-adapted" * self.adapted + "-rope in the product" * self.rope_in_product
+        return f"{self.gemm}-{self.level.value}-{'+'.join(self.trained)}{how}"
+
+
+CASES = [
+    # torch keeps what GELU takes, and gate and up; quack gate and up in one, and what its products give beside.
+    Case("torch", ALL, Recompute.nothing, kept=3),
+    Case("torch", ALL, Recompute.elementwise, kept=3),
+    Case("torch", ALL, Recompute.mlp, kept=0),
+    Case("torch", ALL, Recompute.layer, kept=0),
+    Case("torch", STAGE_1, Recompute.mlp, kept=0),
+    Case("torch", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True),
+    Case("torch", LANGUAGE, Recompute.nothing, kept=2, norms=2, gelus=0),
+    Case("quack", ALL, Recompute.elementwise, kept=2),
+    Case("quack", ALL, Recompute.mlp, kept=0),
+    Case("quack", STAGE_1, Recompute.elementwise, kept=2),
+    Case("quack", ALL, Recompute.nothing, kept=4, rope_in_product=True),
+    Case("quack", STAGE_1, Recompute.mlp, kept=0, rope_in_product=True),
+    Case("quack", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True, rope_in_product=True),
+    Case("quack", LANGUAGE, Recompute.nothing, kept=2, norms=2, gelus=0, rope_in_product=True),
+]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The last argument of each call of each op, by the op's name: whether it recomputes, or sums for a bias."""
+    found = {}
+
+    def watch(place, name):
+        plain, calls = getattr(place, name), found.setdefault(name, [])
+
+        def run(*arguments):
+            if name != "rotate_reference" or arguments[3]:  # rotates back
+                calls.append(arguments[-1])
+            return plain(*arguments)
+
+        monkeypatch.setattr(place, name, run)
+
+    for name in ("norm_backward_reference", "gelu_backward_reference", "rotate_reference"):
+        watch(ops, name)
+    for name in ("gelu_linear_backward_reference", "swiglu_linear_backward_reference"):
+        watch(quack_ops, name)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiled_layers_give_the_same_gradients_and_keep_what_they_do_not_recompute(
+    tiny_model, batch_of, mixed, stock_gradients, compile_on_cpu, monkeypatch, ran, case
 ):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    model = tiny_model()
+    """The compiler sees that a product in the backward pass is that of the forward pass, and would keep it: so it is an
+    op of its own. Nothing is recomputed that was kept, or that only frozen weights would take.
+
+    Level offload, whose graphs are those of level layer, is held to it in activations/test_offload.py.
+    """
+    torch._dynamo.utils.clear_compilation_metrics()
+    model = tiny_model(layers=LAYERS)
     _, stock = stock_gradients(model, mixed)
-    set_trainable(model, trained)
-    if adapted:
+    set_trainable(model, case.trained)
+    if case.adapted:
         for layer in model.model.vision_model.encoder.layers:
             layer.self_attn.out_proj.__class__ = Adapted
-    packed = PackedModel(
-        model,
-        "reference",
-        recompute_vision=recompute,
-        recompute_language=recompute,
-        compile_layers=True,
-        gemm_backend=gemm_backend,
-    ).train()
-    if gemm_backend == "quack":
-        # The heads of the tiny model, so that products turn them.
-        monkeypatch.setattr(attention_half, "ROPE_HEAD_DIMS", (12, 16))
-    ran = []
-    gelu_ops = {"torch": (ops, gelu_backward_reference), "quack": (quack_ops, gelu_linear_backward_reference)}
-    for place, op in ((ops, norm_backward_reference), gelu_ops[gemm_backend]):
-        monkeypatch.setattr(place, op.__name__, lambda *args, op=op: ran.append(op) or op(*args))
-    packed(batch_of(mixed)).loss_sum.backward()
-    if recompute is Recompute.layer and not FUNCTIONS_ARE_REPEATED:
-        norms = gelus = 0
-    assert (ran.count(norm_backward_reference), len(ran) - ran.count(norm_backward_reference)) == (
-        norms,
-        gelus,
+    if case.rope_in_product:
+        monkeypatch.setattr(attention_half, "ROPE_HEAD_DIMS", (8, 12))
+    how = {"recompute_vision": case.level, "recompute_language": case.level, "gemm_backend": case.gemm}
+    packed = PackedModel(model, "reference", compile_layers=True, **how).train()
+    of_both = 2 * model.config.text_config.intermediate_size
+    widths = {of_both, of_both // 2, model.config.vision_config.intermediate_size}
+    with kept_rows(model, widths) as kept:
+        packed(batch_of(mixed)).loss_sum.backward()
+    assert len(kept) == LAYERS * case.kept
+    recompute, of_language = case.level is not Recompute.nothing, "language_model" in case.trained
+    repeated = FUNCTIONS_ARE_REPEATED or case.level is not Recompute.layer
+    # Back through the language model's layers, then the encoder's.
+    gelus = [recompute] * LAYERS * case.gelus
+    sums_of_biases = [of_language] * LAYERS + [True] * LAYERS * ("vision_encoder" in case.trained)
+    assert len(ran["norm_backward_reference"]) == LAYERS * case.norms * repeated
+    assert ran["rotate_reference"] == sums_of_biases * repeated
+    assert len(ran["gelu_backward_reference"]) == (
+        LAYERS * case.gelus * repeated if case.gemm == "torch" else 0
     )
-    expected = {name: grad for name, grad in stock.items() if part_of(name) in trained}
+    if case.gemm == "quack":
+        assert ran["gelu_linear_backward_reference"] == gelus
+        assert ran["swiglu_linear_backward_reference"] == [recompute and of_language] * LAYERS
+    expected = {name: grad for name, grad in stock.items() if part_of(name) in case.trained}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_near(found, expected)
+    metrics = torch._dynamo.utils.get_compilation_metrics()
+    of_layers = [one for one in metrics if one.co_name == "_run" and one.graph_op_count]
+    assert len(of_layers) <= 3, "one for each tower and one for the last layer, none for another"
+    assert not any(one.restart_reasons for one in metrics), "each is traced once"
+
+
+def assert_near(found, expected):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("level", [Recompute.nothing, Recompute.elementwise], ids=str)
-@pytest.mark.parametrize("frozen", [True, False])
-def test_nothing_is_recomputed_that_was_kept_or_that_only_frozen_weights_would_take(
-    tiny_model, batch_of, mixed, monkeypatch, frozen, level
-):
-    """What MLPs took once more, and the sums of biases: the gradients are held above."""
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    model = tiny_model()
-    if frozen:
-        set_trainable(model, ["vision_encoder", "projector"])
-    asked = {"swiglu": [], "gelu": [], "rope": []}
-
-    def watch(kind, place, name):
-        plain = getattr(place, name)
-
-        def act(*arguments):
-            if kind != "rope" or arguments[3]:  # rotates back
-                asked[kind].append(arguments[-1])
-            return plain(*arguments)
-
-        monkeypatch.setattr(place, name, act)
-
-    watch("swiglu", quack_ops, "swiglu_linear_backward_reference")
-    watch("gelu", quack_ops, "gelu_linear_backward_reference")
-    watch("rope", ops, "rotate_reference")
-    how = {
-        "recompute_vision": level,
-        "recompute_language": level,
-        "compile_layers": True,
-        "gemm_backend": "quack",
-    }
-    PackedModel(model, "reference", **how).train()(batch_of(mixed)).loss_sum.backward()
-    # Back through the language model's two layers, then the encoder's.
-    recompute = level is Recompute.elementwise
-    assert asked == {
-        "swiglu": [recompute and not frozen] * 2,
-        "gelu": [recompute] * 2,
-        "rope": [not frozen] * 2 + [True] * 2,
-    }
-
-
 def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
-    tiny_model, batch_of, mixed, monkeypatch
+    tiny_model, batch_of, mixed, compile_on_cpu
 ):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    model = tiny_model(layers=3)
+    torch._dynamo.reset()  # the file's graphs come near the limit of compiling.py
+    model = tiny_model(layers=LAYERS)
     for layer in (*model.model.vision_model.encoder.layers, *model.model.language_model.layers):
         layer.self_attn.q_proj.__class__ = Adapted
     packed = PackedModel(model, "reference", compile_layers=True).train()
@@ -153,36 +161,4 @@ def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     PackedModel(model, "reference").train()(batch_of(mixed[1:])).loss_sum.backward()
-    for name, parameter in model.named_parameters():
-        worst = (found[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp(min=1e-3)
-        assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
-
-
-def test_what_is_recomputed_is_not_kept(tiny_model, batch_of, mixed, monkeypatch):
-    """By products of quack; those of torch are in test_packed_forward.py."""
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
-    model, batch = tiny_model(), batch_of(mixed)
-    of_both = 2 * model.config.text_config.intermediate_size
-    widths = {of_both, of_both // 2, model.config.vision_config.intermediate_size}
-    intermediate = {}
-    for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
-        packed = PackedModel(
-            model,
-            "reference",
-            recompute_vision=level,
-            recompute_language=level,
-            compile_layers=True,
-            gemm_backend="quack",
-        ).train()
-        with kept_rows(model, widths) as kept:
-            packed(batch).loss_sum.backward()
-        intermediate[level] = len(kept)
-    # Of two layers in each tower: what GELU takes, gate and up in one, and what quack's products give beside.
-    assert intermediate == {
-        Recompute.nothing: 2 + 2 + 2 * 2,
-        Recompute.elementwise: 2 + 2,
-        Recompute.mlp: 0,
-    }
+    assert_near(found, {name: parameter.grad for name, parameter in model.named_parameters()})

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from tests.model.conftest import kept_rows
 from vl3train.config.choices import AdapterKind, Recompute
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters
@@ -42,79 +43,55 @@ def loss_and_gradients(model, batch, **how):
     return output.loss_sum.detach(), found
 
 
-@pytest.fixture(scope="module")
-def nothing_compiled():
-    """The encoder and the head are frozen alike in all tests: what is compiled for one serves the others."""
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def compile_on_cpu(monkeypatch, nothing_compiled):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-
-
+# The attention half, which rotates, does not know the level: each way to rotate is tried as the layer's only forward
+# pass and where the layer runs it again.
 @pytest.mark.parametrize(
-    ("level", "fused_rope"),
-    # The attention half, which rotates, does not know the level: a rope apart is tried as the layer's only forward pass
-    # and where the layer runs it again.
+    ("level", "rope_in_product", "kept"),
+    # Kept of a layer: gate and up in one, and what SwiGLU gives. Rows or weights beside B are never kept.
     [
-        *((level, True) for level in list(Recompute)[:4]),
-        *((level, False) for level in (Recompute.elementwise, Recompute.layer)),
+        (Recompute.nothing, True, 2),
+        (Recompute.elementwise, False, 1),
+        (Recompute.mlp, False, 0),
+        (Recompute.layer, True, 0),
+        (Recompute.layer, False, 0),
     ],
-    ids=lambda value: {True: "rope in the product", False: "rope apart"}.get(value, str(value)),
+    ids=["nothing", "elementwise, rope apart", "mlp, rope apart", "layer", "layer, rope apart"],
 )
-def test_loss_and_gradients_are_those_of_pefts_modules(
-    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, level, fused_rope
+def test_gradients_are_those_of_pefts_modules_and_no_large_rows_are_kept_that_are_recomputed(
+    tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, level, rope_in_product, kept
 ):
     model, _ = adapted_model(tiny_model, ["projector", "language_model"])
     batch = batch_of(mixed)
     loss, expected = loss_and_gradients(model, batch)
     assert sum("lora_" in name for name in expected) == 2 * 7 * 2
-    if fused_rope:
-        monkeypatch.setattr(lora_halves, "ROPE_HEAD_DIMS", (16,))
     ran = []
-    plain = quack_ops.swiglu_linear_backward_reference
-    monkeypatch.setattr(
-        quack_ops, "swiglu_linear_backward_reference", lambda *args: ran.append(args[1].shape) or plain(*args)
-    )
-    how = {"recompute_language": level, "compile_layers": True}
-    found_loss, found = loss_and_gradients(model, batch, gemm_backend="quack", **how)
+
+    def watch(place, name, seen):
+        plain = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: ran.append(seen(*args)) or plain(*args))
+
+    if rope_in_product:
+        monkeypatch.setattr(lora_halves, "ROPE_HEAD_DIMS", (8,))
+    watch(quack_ops, "linear_rotate_reference", lambda *_: "rope in the product")
+    watch(quack_ops, "swiglu_linear_backward_reference", lambda *args: args[1].shape)
     width, intermediate = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
+    # Rows or weights beside B: of down, of gate and up, of q, k, v.
+    beside_b = [width + number * RANK for number in (1, 2, 3)]
+    with kept_rows(model, {intermediate, 2 * intermediate, *beside_b}) as large:
+        how = {"recompute_language": level, "compile_layers": True, "gemm_backend": "quack"}
+        found_loss, found = loss_and_gradients(model, batch, **how)
+    assert len(large) == 2 * kept
     repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
-    assert ran == [(width + RANK, intermediate)] * 2 * repeated, (
-        "each layer's MLP, the adapter's rank beside the rows"
-    )
+    assert [one for one in ran if isinstance(one, torch.Size)] == (
+        [(width + RANK, intermediate)] * 2 * repeated
+    ), "each layer's MLP, the adapter's rank beside the rows"
+    forward_passes = 2 * (1 + (level is Recompute.layer)) * repeated
+    assert ran.count("rope in the product") == forward_passes * rope_in_product
     assert found_loss == pytest.approx(loss.item(), rel=1e-6)
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         worst = (found[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
-
-
-def test_no_large_rows_are_kept_that_are_recomputed(tiny_model, batch_of, mixed, compile_on_cpu):
-    model, _ = adapted_model(tiny_model, ["projector", "language_model"])
-    width, intermediate = model.config.text_config.hidden_size, model.config.text_config.intermediate_size
-    # Rows or weights beside B: of down, of gate and up, of q, k, v.
-    beside_b = [width + number * RANK for number in (1, 2, 3)]
-    widths = [(columns,) for columns in (intermediate, 2 * intermediate, *beside_b)]
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    counts = {}
-    for level in (Recompute.nothing, Recompute.elementwise, Recompute.mlp):
-        kept = {}
-
-        def keep(tensor, kept=kept):
-            if tensor.shape[1:] in widths and tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.shape
-            return tensor
-
-        how = {"recompute_language": level, "compile_layers": True, "gemm_backend": "quack"}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss_and_gradients(model, batch_of(mixed), **how)
-        counts[level] = len(kept)
-    # Of two layers: gate and up in one, and what SwiGLU gives.
-    assert counts == {Recompute.nothing: 2 + 2, Recompute.elementwise: 2, Recompute.mlp: 0}
 
 
 def test_the_fake_op_has_the_shape_of_the_real_one():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -73,12 +72,8 @@ def test_loss_and_gradients_are_those_of_the_dequantized_weights(tiny_model, bat
 
 @pytest.mark.parametrize("level", [Recompute.elementwise, Recompute.layer], ids=str)
 def test_compiled_layers_fuse_the_adapters_and_keep_no_whole_weight(
-    tiny_model, batch_of, mixed, monkeypatch, level
+    tiny_model, batch_of, mixed, compile_on_cpu, level
 ):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    )
-    torch._dynamo.reset()
     held, batch = adapted(tiny_model()), batch_of(mixed)
     weights = {tuple(one.shape) for one in held.model.language_model.layers.parameters() if one.dim() == 2}
     adapters = {tuple(p.shape) for p in held.parameters() if p.requires_grad}
