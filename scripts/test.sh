@@ -2,7 +2,9 @@
 # The whole test suite, in minutes: on the CPU in up to four processes, on a machine with a GPU in one. Arguments go to
 # pytest and replace both. Installs what it needs into the active environment, else into .venv.
 #
-#   bash scripts/test.sh [pytest's arguments]      bash scripts/test.sh tests/config -k rules
+#   bash scripts/test.sh [--long | pytest's arguments]      bash scripts/test.sh tests/config -k rules
+#
+#   --long    the tests marked long, too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,6 +26,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # Tests take from a second to a minute, so an idle worker takes tests of another (worksteal). With a GPU they run one
 # after the other: tests marked gpu measure its memory.
+long=()
+if [ "$*" = --long ]; then long=(--long); shift; fi
 if [ $# -eq 0 ] && nvidia-smi -L >/dev/null 2>&1; then set -- tests; fi
 if [ $# -eq 0 ]; then set -- tests -n logical --maxprocesses=4 --dist worksteal; fi
-exec python -m pytest "$@"
+exec python -m pytest ${long[@]+"${long[@]}"} "$@"

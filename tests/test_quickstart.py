@@ -16,11 +16,10 @@ ROOT = Path(__file__).parents[1]
 INSTALLED = Path(sys.executable).parent
 
 
-@pytest.fixture
-def warm_commands(warm_python, tmp_path):
+@pytest.fixture(scope="module")
+def warm_commands(warm_python, tmp_path_factory):
     """A folder for PATH, with ``python`` and ``vl3train`` that need not import everything anew."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("bin")
     for name, words in (("python", []), ("vl3train", ["-m", "vl3train.cli.main"])):
         (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join([*warm_python, *words])} "$@"\n')
         (folder / name).chmod(0o755)
@@ -38,15 +37,18 @@ def quickstart(out, commands):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.two_processes
-def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says_what_exists(
-    tmp_path, warm_commands
-):
-    out = tmp_path / "quickstart"
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, warm_commands):
+    """What the quickstart left."""
+    out = tmp_path_factory.mktemp("out") / "quickstart"
     # The warm ones have set up DeepSpeed for a CPU.
     first = quickstart(out, INSTALLED if torch.cuda.is_available() else warm_commands)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    return out
 
+
+@pytest.mark.two_processes
+def test_it_trains_four_stages_exports_answers_and_reports(out):
     stages = sorted(path.name[0] for path in (out / "runs").iterdir())
     assert stages == ["1", "2", "3", "4"]
     moments = []
@@ -65,10 +67,14 @@ def test_it_trains_four_stages_exports_answers_and_reports_and_a_second_run_says
     assert page.count("data:image/") > len(answers) // 2
     assert (out / "export" / "model.safetensors").exists()
 
+
+@pytest.mark.two_processes
+@pytest.mark.long
+def test_a_second_run_says_what_exists(out, warm_commands):
+    """With the installed vl3train; only the Python that checks and launches is a warm one."""
     before = {
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".tar")
     }
-    # Now with the installed vl3train; only the Python that checks and launches is a warm one.
     (warm_commands / "vl3train").unlink()
     second = quickstart(out, INSTALLED if torch.cuda.is_available() else warm_commands)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import vl3train
+from tests.conftest import SLOW
 
 PACKAGE = Path(vl3train.__file__).parent
 FILES = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))
@@ -165,3 +166,8 @@ def test_planted_faults_are_caught():
     planted = "def f(again): self.means = [wide for x in y]; firewall = wide = 1\n"
     assert former_words(planted, "engine/run.py") == {"again", "means", "firewall"}
     assert former_words(planted, "model/layers/layers.py") == {"again", "wide", "firewall"}
+
+
+def test_the_slow_files_that_workers_begin_with_are_there():
+    tests = Path(__file__).parent
+    assert [name for name in SLOW if not (tests / name).is_file()] == []

@@ -132,8 +132,13 @@ def test_the_message_of_a_full_gpu_names_the_packs_and_what_makes_room(
 
 @pytest.mark.parametrize(
     "optim",
-    [[], ["optim.state_dtype=bfloat16"], NO_MASTERS, ON_HOST, SPLIT],
-    ids=["float32 states", "bfloat16 states", "no masters", "states on the host", "split masters"],
+    [
+        pytest.param([], id="float32 states"),
+        pytest.param(["optim.state_dtype=bfloat16"], id="bfloat16 states", marks=pytest.mark.long),
+        pytest.param(NO_MASTERS, id="no masters and bfloat16 states"),
+        pytest.param(ON_HOST, id="states on the host", marks=pytest.mark.long),
+        pytest.param(SPLIT, id="split masters and states on the host"),
+    ],
 )
 def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path, optim):
     words = [

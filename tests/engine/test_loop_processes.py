@@ -39,12 +39,13 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
 
 
 @pytest.mark.two_processes
-def test_asked_to_stop_under_torchrun_it_saves(demo_words, tmp_path):
-    """Under torchrun itself, which sends SIGTERM to the processes of each rank, its loader's workers among them. All
-    start anew here."""
+@pytest.mark.parametrize("warm", [True, pytest.param(False, marks=pytest.mark.long)], ids=["warm", "anew"])
+def test_asked_to_stop_under_torchrun_it_saves(warm_python, demo_words, tmp_path, warm):
+    """Under torchrun itself, which sends SIGTERM to the processes of each rank, its loader's workers among them."""
+    python = warm_python if warm else [sys.executable]
     words = [*demo_words, "stage=1", f"run.output_dir={tmp_path}", "data.num_workers=1", "run.num_steps=200"]
     words += ["run.save_steps=1000", "run.evaluate_at_end=false", "step.global_packs=4"]
-    process, _ = start_job([sys.executable], "vl3train.train", words, stdout=subprocess.PIPE)
+    process, _ = start_job(python, "vl3train.train", words, stdout=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
