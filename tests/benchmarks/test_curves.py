@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 from benchmarks.curves.tables import Curve, curve_line, differences, kept_curves
@@ -13,6 +14,7 @@ from benchmarks.loss_curves import draw_all, visible_gpus
 from vl3train.config.choices import Dtype
 
 
+@pytest.mark.long
 def test_packs_and_transformers_draw_the_same_curve_in_float32(tmp_path):
     task = make_task(tmp_path, scale=0.02, part_steps=2)
     stock, packed = (Curve(packed=packed, dtype=Dtype.float32) for packed in (False, True))

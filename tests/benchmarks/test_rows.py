@@ -152,6 +152,7 @@ def test_packs_are_shared_equally_and_evenly():
 
 
 @pytest.mark.two_processes
+@pytest.mark.long
 def test_two_ranks_by_the_command_and_a_tiny_run_keeps_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["one_gpu", "--tiny", "--rows", "7b"])

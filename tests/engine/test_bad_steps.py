@@ -181,7 +181,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long) if kind == "no masters" else kind for kind in KINDS],
+)
 def test_going_back_in_the_process_is_as_a_start_from_the_checkpoint(words, tmp_path, monkeypatch, kind):
     """Step 4 is bad: back to the checkpoint of step 2, and past 3 and 4."""
     words = [*words, *KINDS[kind], "optim.max_skipped_steps=1", "run.num_steps=6"]
