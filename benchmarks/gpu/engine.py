@@ -141,6 +141,7 @@ class PlainEngine:
         if rank.dp_size > 1:
             raise ValueError("the plain loop is for one rank")
         self.rank, self.model, self.max_norm = rank, model, optim.max_grad_norm
+        self.parts: list[str] = []  # whose norms ``step`` reports
         self.transfer = Transfer(rank.device)
         self.weights: list[Tensor] = [weight for group in groups for weight in group["params"]]
         for group in groups:
