@@ -211,3 +211,22 @@ def test_columns_that_are_not_named_keep_their_names(tmp_path):
     assert ignored == {"note": 1}
     ((_, row),) = read_annotations(tmp_path / "a.csv", {**columns, "image": "ignore"})
     assert read_record(row, where="")[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "has"),
+    [
+        ([], "it is empty"),
+        (["a.bin", "b.foo"], "it has a.bin, b.foo. Name the file of records"),
+        (["in/it/c.xyz"], "it has in/. Name the file of records"),
+    ],
+)
+def test_a_folder_without_records_says_what_it_has(tmp_path, files, has):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    with pytest.raises(ValueError, match="is a folder without records: annotations") as error:
+        list(read_annotations(folder))
+    assert str(error.value).endswith(has)

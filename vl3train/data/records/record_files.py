@@ -28,6 +28,11 @@ KINDS_OF_SOURCES = (
     ".parquet, .arrow, a folder, or hf:NAME of a data set on the hub"
 )
 
+KINDS_IN_FOLDERS = (
+    "records: annotations (.jsonl, .json, .csv, .parquet, ...), a data set that `datasets` saved, or pictures and "
+    "clips with metadata.jsonl"
+)
+
 
 def source_problems(sources: Sequence[str]) -> list[str]:
     """Which of them name nothing that is read, each with the way out; data sets of the hub are not looked up."""
@@ -129,15 +134,30 @@ def _mapped(row: Any, columns: Mapping[str, str]) -> Any | SampleError:
 
 
 def _data_set(source: str) -> Iterator[tuple[str, Any | SampleError]]:
-    from datasets.exceptions import DatasetsError
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetsError
 
     if not source.startswith("hf:") and (listed := _metadata(Path(source))):
         yield from _with_media(read_text_file(str(listed)), listed.parent)
         return
     try:
         yield from _opened_data_set(source)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        if source.startswith("hf:"):
+            raise ValueError(f"{source} has no files of records that `datasets` reads") from error
+        raise ValueError(f"{source} is a folder without {KINDS_IN_FOLDERS}{_inside(Path(source))}") from error
     except (DatasetsError, ValueError, OSError, ImportError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
+
+
+def _inside(folder: Path) -> str:
+    """What a folder has instead, as the end of a sentence."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    if not names:
+        return "; it is empty"
+    return (
+        f"; it has {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}. Name the file of records"
+    )
 
 
 def _metadata(folder: Path) -> Path | None:
