@@ -29,17 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     was_asked_to_stop = pass_signals_on()
-    # torchrun calls each code but 0 a failure: "failed (exitcode: 75)" would be the last thing that a stopped run says.
-    torchruns_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    torchruns_log.addFilter(lambda record: f"(exitcode: {STOPPED})" not in record.getMessage())
     with tempfile.TemporaryDirectory(prefix="vl3train-") as folder:
         os.environ[CODES_FOLDER] = folder
+        hide_stops(Path(folder))
         try:
             # torchrun handles only what it must: at a signal it would count 30 s, and then kill.
             torchrun(["--signals-to-handle", "SIGQUIT", *words])
         except ChildFailedError as error:
-            codes = {int(file.read_text()) for file in Path(folder).glob("[0-9]*")}
-            code = code_of_run(codes, was_asked_to_stop=was_asked_to_stop())
+            code = code_of_run(codes_in(Path(folder)), was_asked_to_stop=was_asked_to_stop())
             if code == FAILED:
                 print(error, file=sys.stderr)  # torchrun's table: which rank failed first, and why
                 ended = {
@@ -49,6 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
                 print(*describe_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
             return code
     return FINISHED
+
+
+def codes_in(folder: Path) -> set[int]:
+    """The exit codes that the ranks of this node have left."""
+    return {int(file.read_text()) for file in folder.glob("[0-9]*")}
+
+
+def hide_stops(folder: Path) -> None:
+    """From now on keep torchrun's log from calling a stop a failure, and from saying that it ends the other ranks.
+
+    torchrun takes each code but 0 for a failure: "failed (exitcode: 75)" would be the last thing a stopped run says.
+    """
+
+    def says_something(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        ends_others = "closing signal" in text and STOPPED in codes_in(folder)
+        return not ends_others and f"(exitcode: {STOPPED})" not in text
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(says_something)
 
 
 def pass_signals_on() -> Callable[[], bool]:
