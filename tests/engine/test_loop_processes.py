@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -36,6 +37,28 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
     process, _ = start_job(warm_python, "vl3train.train", killed)
     assert process.wait(timeout=400) == 0
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
+
+
+@pytest.mark.two_processes
+def test_adapters_on_4_bits_train_alike_on_two_ranks_that_share_gradients_and_on_one(
+    warm_python, demo_words, tmp_path
+):
+    words = [*demo_words, "run.evaluate_at_end=false"]
+    stage1 = run([*words, "stage=1", f"run.output_dir={tmp_path / 'stage1'}", "run.num_steps=1"])
+    words += ["stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000001/weights'}", "run.num_steps=3"]
+    words += ["adapter=lora", "adapter.rank=8", "adapter.base_4bit=nf4", "machine.zero_stage=2"]
+    alone = run([*words, f"run.output_dir={tmp_path / 'alone'}"])
+    process, _ = start_job(warm_python, "vl3train.train", [*words, f"run.output_dir={tmp_path / 'two'}"])
+    assert process.wait(timeout=400) == 0
+    found, wanted = (
+        [
+            [json.loads(line)[name] for name in ("loss", "grad_norm")]
+            for line in (out / "metrics.jsonl").open()
+        ]
+        for out in (tmp_path / "two", alone)
+    )
+    assert len(found) == 3
+    assert found == [pytest.approx(line, rel=1e-4) for line in wanted]
 
 
 @pytest.mark.two_processes

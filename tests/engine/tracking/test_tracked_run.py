@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.bad_numbers import plant
 from tests.engine.runs import run
 from tests.engine.tracking.test_tensorboard_tracker import read, texts
 from tests.engine.tracking.test_wandb_tracker import read_run, records
@@ -101,3 +102,17 @@ def test_data_and_the_end_are_told(tracked):
     assert all(source["samples"] > 0 for source in told["train"]["sources"].values())
     assert len(alerts) == 1
     assert alerts[0].startswith("run finished")
+
+
+def test_skipped_steps_and_a_run_that_goes_back_are_told(demo_words, tmp_path, monkeypatch):
+    plant({2: math.nan}, monkeypatch.setattr)
+    words = [*demo_words, "stage=1", "tracking=tensorboard", "optim.max_skipped_steps=1", "run.num_steps=4"]
+    words += ["run.evaluate_at_end=false", "run.save_steps=1", "run.keep_checkpoints=9"]
+    folder = run([*words, f"run.output_dir={tmp_path / 'run'}"])
+    alerts = texts(read(folder), "alerts")
+    assert [alert.partition(":")[0] for alert in alerts] == [
+        "**WARNING** step skipped",
+        "**WARNING** run goes back",
+        "run finished",
+    ]
+    assert "step 3 is skipped and changes nothing: loss nan" in alerts[0]

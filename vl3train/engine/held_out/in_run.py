@@ -13,6 +13,7 @@ from vl3train.engine.held_out.answers import answer_table, generate_predictions
 from vl3train.engine.held_out.losses import evaluate, record_evaluation, table_rows
 from vl3train.engine.held_out.shown import ShownSamples
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
+from vl3train.engine.ranks import OneRankError
 from vl3train.engine.run import Run
 from vl3train.engine.tracking.tracker import ShownAnswer
 from vl3train.model.generation.generate import Generator
@@ -82,14 +83,21 @@ def answer_questions(
     mine = []
     if metrics or run.rank.is_first:
         batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
-        mine = generate_predictions(
-            generator,
-            shown.watch(batches, to_the_end=bool(metrics)),
-            tokenizer,
-            names,
-            sources=metrics,
-            samples=shown.pictures,
-        )
+        try:
+            mine = generate_predictions(
+                generator,
+                shown.watch(batches, to_the_end=bool(metrics)),
+                tokenizer,
+                names,
+                sources=metrics,
+                samples=shown.pictures,
+            )
+        except ValueError as error:  # no room for the keys and values of one answer
+            if metrics:
+                raise OneRankError(
+                    f"{error}; set run.evaluate_max_new_tokens lower, or name no metrics"
+                ) from error
+            run.console.message(f"the tracker gets no answers: {error}")
     predictions = [one for part in run.rank.gather(mine) for one in part]
     figures: dict[str, dict[str, Any]] = {}
     problem = None
