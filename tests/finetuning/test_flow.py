@@ -18,6 +18,7 @@ from tests.finetuning.records import make_records, record, write_jsonl
 from vl3train.cli.main import main
 from vl3train.finetuning import launching
 from vl3train.finetuning.api import Trained
+from vl3train.scoring.predictions import read_predictions
 
 DOCS = Path(__file__).parents[2] / "docs"
 SMALL = {"data.num_workers": 0, "adapter.rank": 4, "step.max_samples": 4, "finetune.predictions": 2}
@@ -67,9 +68,10 @@ def test_it_leaves_the_best_checkpoint_answers_and_a_report(tuned: Tuned):
     assert (out / best["checkpoint"] / "adapter").is_dir()
     evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert [line["when"] for line in evaluations][:1] == ["start"]
-    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert len(lines) == 2
-    assert all({"prompt", "image", "answer", "expected", "where"} == set(line) for line in lines)
+    found = read_predictions(out / "predictions.jsonl")
+    assert len(found) == 2
+    assert all(one.reference and set(one.scores) == {"exact"} for one in found)
+    assert len(list((out / "predictions_seen").iterdir())) == 2
     assert "report.html" in {file.name for file in (out / "report").iterdir()}
     assert f"vl3train generate --model {out / best['checkpoint']}" in tuned.printed
     assert (out / "export" / "config.json").is_file()

@@ -18,7 +18,7 @@ from vl3train.finetuning.wish import Wish, output_folder, run_options, said, sho
 from vl3train.model.adapter_targets import alpha_of
 
 WISH = Wish(records=("my.jsonl",), model="model", out="out")
-START = StartModel(folder=Path("/model"), size="2b", options={}, shapes={})
+START = StartModel(folder=Path("/model"), size="2b", options={}, sizes=None)
 
 
 TWO = {"projector": 2e-4, "language_model": 2e-4}

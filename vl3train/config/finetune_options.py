@@ -24,4 +24,5 @@ class FinetuneConfig:
     """Train although records or samples are rejected: on the others."""
 
     predictions: int = 100
-    """Most held-out samples that the trained model answers, for predictions.jsonl and the report. 0: none."""
+    """Most held-out samples that the trained model answers questions about, for predictions.jsonl and the report. 0:
+    none."""

@@ -35,7 +35,6 @@ from vl3train.finetuning.plan import (
     save_options,
     step_options,
     this_machine,
-    trained_parameters,
 )
 from vl3train.finetuning.run_file import RUN_FILE, run_text, with_overrides, write_run_file
 from vl3train.finetuning.start_model import StartModel, find_model
@@ -155,12 +154,12 @@ def run(prepared: Prepared, tell: Tell) -> int:
     if is_finished(cfg):
         tell(f"{out}: this run is finished; its answers and report are written again")
     else:
-        code = train(prepared.run_file, prepared.overrides, prepared.machine.ranks)
+        code = train([*prepared.overrides, "--config", str(prepared.run_file)], prepared.machine.ranks)
         if code == STOPPED:
             tell("stopped, and saved; the same command goes on from there")
         if code != FINISHED:
             return code
-    write_results(cfg, out, prepared.split.held_out, tell)
+    write_results(cfg, out, tell, is_held_out=prepared.split.held_out is not None)
     for line in next_commands(cfg, out):
         tell(line)
     return FINISHED
@@ -219,7 +218,7 @@ def _prepared(
     with tokenizer_folder(cfg) as folder:
         data = open_data(cfg, tokenizer_dir=folder, held_out=False, build=False)
         figures = plan_figures(cfg, data)
-    counts = trained_parameters(cfg, start.shapes)
+    assert start.sizes is not None, "weights_problems refuses damaged headers"
     return Prepared(
         cfg=cfg,
         out=Path(cfg.run.output_dir),
@@ -227,5 +226,5 @@ def _prepared(
         overrides=overrides,
         split=split,
         machine=machine,
-        plan=tuple(plan_lines(cfg, figures, counts, machine, split.num_held_out)),
+        plan=tuple(plan_lines(cfg, figures, start.sizes, machine, split.num_held_out)),
     )

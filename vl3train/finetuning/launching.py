@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vl3train.contracts.exit_codes import FAILED
 
@@ -14,15 +13,14 @@ PYTHON = [sys.executable]
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def train(run_file: Path, overrides: Sequence[str], ranks: int) -> int:
-    """Train with the options of a file on so many ranks; the launcher's exit code (contracts/exit_codes.py).
+def train(words: Sequence[str], ranks: int) -> int:
+    """Train with these options on so many ranks; the launcher's exit code (contracts/exit_codes.py).
 
     A Ctrl-C is for the job: it saves, and this process goes on when it has.
     """
     launcher = ["-m", "vl3train.launch", "--standalone", "--nproc-per-node", str(ranks)]
-    words = ["-m", "vl3train.train", *overrides, "--config", str(run_file)]
     # In a group of its own the job gets each signal once: from here, not from the terminal too.
-    job = subprocess.Popen([*PYTHON, *launcher, *words], process_group=0)
+    job = subprocess.Popen([*PYTHON, *launcher, "-m", "vl3train.train", *words], process_group=0)
     before = {
         number: signal.signal(number, lambda number, _: job.send_signal(number)) for number in PASSED_ON
     }

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from vl3train.config.choices import AdapterKind, Dtype
+from vl3train.config.choices import AdapterKind
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.contracts.gpus import GPUS, Gpu
 from vl3train.data.pipeline import OpenData
-from vl3train.engine.optim.build import master_bytes, state_bytes
-from vl3train.preview.plan_estimate import UTILISATION, estimate
+from vl3train.model.adapter_targets import adapter_sizes
+from vl3train.preview.plan_estimate import UTILISATION, ModelSizes, estimate, rank_memory
 from vl3train.preview.plan_figures import PlanFigures
 
 WANTED_STEPS, FEW_STEPS = 100, 50
@@ -27,17 +24,6 @@ EVALUATIONS_IN_EPOCH, MOST_EVALUATIONS = 2, 10
 MOST_UNSAVED_STEPS = 500
 CPU_UTILISATION = 0.3
 """Of the rate of a matrix product: 0.2 to 0.4 were seen with models of 1 to 135 million parameters on two cores."""
-
-LAYERS = {
-    "language_model": r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
-    "vision_encoder": r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.weight",
-}
-"""Weights that get adapters."""
-OF_PART: dict[str, tuple[str, ...]] = {
-    "vision_encoder": ("model.vision_model.",),
-    "projector": ("model.projector.",),
-    "language_model": ("model.language_model.", "lm_head."),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,31 +83,36 @@ def save_options(cfg: TrainConfig, num_steps: int, evaluates: bool, typed: set[s
     return {key: value for key, value in found.items() if key not in typed}
 
 
-def trained_parameters(cfg: TrainConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+def trained_parameters(cfg: TrainConfig, sizes: ModelSizes) -> dict[str, tuple[int, int]]:
     """Trained parameters and all of the weights, of each part. Adapters are counted as trained only."""
-    adapted, full = adapter_rates(cfg), full_rates(cfg)
-    found = {}
-    for part in PARTS:
-        sizes = {name: shape for name, shape in shapes.items() if name.startswith(OF_PART[part])}
-        total = sum(int(np.prod(shape)) for shape in sizes.values())
-        trained = total if part in full else 0
-        if part in adapted:
-            layers = [shape for name, shape in sizes.items() if re.fullmatch(LAYERS[part], name)]
-            rank = cfg.adapter.part_ranks.get(part, cfg.adapter.rank)
-            trained = rank * sum(rows + columns for rows, columns in layers)
-        found[part] = (trained, total)
-    return found
+    full = full_rates(cfg)
+    adapters: dict[str, int] = {}
+    if cfg.adapter.kind is AdapterKind.lora:
+        towers = {"language_model": sizes.language, "vision_encoder": sizes.encoder}
+        adapters = adapter_sizes(cfg.adapter, towers)
+        # Heads and embeddings that are not one tensor may train in full beside adapters.
+        head = sizes.language.vocab_size * sizes.language.hidden_size
+        beside = head * len({"lm_head", "embed_tokens"} & set(cfg.adapter.modules_to_save))
+        adapters["language_model"] = adapters.get("language_model", 0) + beside
+    return {
+        part: (
+            sizes.num_parameters[part] if part in full else adapters.get(part, 0),
+            sizes.num_parameters[part],
+        )
+        for part in PARTS
+    }
 
 
 def plan_lines(
     cfg: TrainConfig,
     figures: PlanFigures,
-    counts: Mapping[str, tuple[int, int]],
+    sizes: ModelSizes,
     machine: Machine,
     held_out: int,
 ) -> list[str]:
     """The plan in words, a line each."""
     epoch, steps = figures.epoch, figures.num_steps
+    counts = trained_parameters(cfg, sizes)
     a_step = epoch.samples / figures.steps_in_epoch
     trained, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
     kinds = ", ".join(f"{group.samples:,} {group.name}" for group in figures.modalities)
@@ -134,12 +125,12 @@ def plan_lines(
     if machine.gpu is None:
         lines.append(f"time      unknown: no data sheet of {machine.name}")
     else:
-        found = estimate(cfg, figures, machine.gpu, machine.utilisation)
+        found = estimate(cfg, figures, machine.gpu, machine.utilisation, sizes)
         lines.append(
             f"time      about {duration(found.step_seconds * steps)} on {machine.ranks} x {machine.name}, evaluations "
             "not counted (estimated)"
         )
-    lines.append(f"memory    {_memory(cfg, trained, total)}")
+    lines.append(f"memory    {_memory(cfg, machine, sizes)}")
     if steps < FEW_STEPS:
         lines.append(
             f"WARNING: {steps} steps are few to learn from; train longer (--epochs), with fewer samples a step "
@@ -154,13 +145,19 @@ def _how(cfg: TrainConfig, part: str, counts: Mapping[str, tuple[int, int]]) -> 
     return f"{part} in full at {full_rates(cfg)[part]:g}"
 
 
-def _memory(cfg: TrainConfig, trained: int, total: int) -> str:
-    """Of what does not depend on the packs; activations come on top."""
-    width = 2 if cfg.machine.dtype is Dtype.bfloat16 else 4
-    weights = total + (trained if cfg.adapter.kind is not AdapterKind.none else 0)
-    size = weights * width + trained * (4 + master_bytes(cfg.optim, cfg.machine) + state_bytes(cfg.optim))
-    fits = "machine.memory=auto fits them to the GPU" if cfg.machine.memory.value == "auto" else "come on top"
-    return f"{size / 2**30:.2f} GiB of weights, gradients and optimizer; activations: {fits}"
+def _memory(cfg: TrainConfig, machine: Machine, sizes: ModelSizes) -> str:
+    """The estimate of `vl3train plan`, by what holds the memory."""
+    parts, recompute = rank_memory(cfg, machine.gpu or Gpu(0.0, 0), sizes)
+    by_pack = ("activations", "logits")
+    if machine.gpu is None:
+        parts = {name: size for name, size in parts.items() if name not in by_pack}
+    each = ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
+    text = f"{sum(parts.values()):.3g} GiB at the peak ({each})"
+    if machine.gpu is None:
+        return f"{text}; activations come on top"
+    if machine.gpu.gigabytes:
+        text += f" of {machine.gpu.gigabytes * 1e9 / 2**30:.3g}"
+    return f"{text}; recomputed of a full pack: {recompute}" if recompute else f"{text}, estimated"
 
 
 def duration(seconds: float) -> str:

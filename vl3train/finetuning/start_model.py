@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.config.paths import is_path, resolve_weights
+from vl3train.config.schema import PARTS
 from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS, TowerShape
 from vl3train.model.weights.headers.described import encoder_tensors, language_tensors
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
+from vl3train.preview.plan_estimate import ModelSizes
 
 OWN_SIZE = "own"
 """configs/model/own.yaml: a model of a size that was not published."""
+OF_PART: dict[str, tuple[str, ...]] = {
+    "vision_encoder": ("model.vision_model.",),
+    "projector": ("model.projector.",),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+"""How the names of a part's weights begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +31,7 @@ class StartModel:
     folder: Path
     size: str  # a choice of the group model
     options: dict[str, Any]  # options that follow from its files, by their full names
-    shapes: dict[str, tuple[int, ...]]  # of its weights, by their names; empty where its headers are damaged
+    sizes: ModelSizes | None  # None where its headers are damaged
 
 
 def find_model(name: str, tell: Any) -> StartModel:
@@ -41,14 +49,17 @@ def find_model(name: str, tell: Any) -> StartModel:
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--model {name}: {error}") from error
     described = inspect_folder(weights, Kind.whole).described
-    shapes = {} if described is None else described.tensors()
     encoder = None if described is None else described.encoder
     language = None if described is None else described.language_model
     size = size_of(encoder, language)
     options = processor_options(weights)
     if size == OWN_SIZE and encoder is not None and language is not None:
         options["model.costs"] = costs_of(encoder, language)
-    return StartModel(folder=folder, size=size, options=options, shapes=shapes)
+    sizes = None
+    if described is not None and encoder is not None and language is not None:
+        numbers = parameters_of_parts(described.tensors())
+        sizes = ModelSizes(language=language, encoder=encoder, num_parameters=numbers)
+    return StartModel(folder=folder, size=size, options=options, sizes=sizes)
 
 
 def download(name: str, tell: Any) -> Path:
@@ -83,6 +94,14 @@ def size_of(encoder: TowerShape | None, language: TowerShape | None) -> str:
     if encoder != ENCODER:
         return OWN_SIZE
     return next((name for name, shape in LANGUAGE_MODELS.items() if shape == language), OWN_SIZE)
+
+
+def parameters_of_parts(tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Parameters of each part, from the names and shapes of all weights."""
+    return {
+        part: _size({name: shape for name, shape in tensors.items() if name.startswith(OF_PART[part])})
+        for part in PARTS
+    }
 
 
 def costs_of(encoder: TowerShape, language: TowerShape) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vl3train.config.choices import AdapterKind, Dtype, Memory, Recompute
@@ -43,8 +44,27 @@ class Estimate:
     cores_unstored: float  # with clips decoded from 720p video
 
 
-def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: float) -> Estimate:
-    """Time from the work of a step, memory from shapes, cores from decode rates."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """The two towers of a model, and the parameters of each part."""
+
+    language: TowerShape
+    encoder: TowerShape
+    num_parameters: Mapping[str, int]
+
+
+def published_sizes(cfg: TrainConfig) -> ModelSizes | None:
+    """Those of a published model; None for any other."""
+    language = LANGUAGE_MODELS.get(cfg.model.name)
+    if language is None:
+        return None
+    return ModelSizes(language=language, encoder=ENCODER, num_parameters=cfg.model.num_parameters)
+
+
+def estimate(
+    cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: float, sizes: ModelSizes | None = None
+) -> Estimate:
+    """Time from the work of a step, memory from shapes, cores from decode rates. ``sizes``: as rank_memory takes it."""
     trained = set(full_rates(cfg))
     # The backward pass goes through the language model even when it is frozen: parts before it are trained.
     passes = (
@@ -62,7 +82,7 @@ def estimate(cfg: TrainConfig, figures: PlanFigures, gpu: Gpu, utilisation: floa
         (images + figures.clip_frames / steps / rate) / seconds
         for rate in (STORED_FRAMES_PER_CORE_SECOND, CLIP_FRAMES_PER_CORE_SECOND)
     )
-    memory, recompute = rank_memory(cfg, gpu)
+    memory, recompute = rank_memory(cfg, gpu, sizes)
     return Estimate(
         step_seconds=seconds,
         run_hours=seconds * figures.num_steps / 3600,
@@ -88,20 +108,22 @@ def values_kept(level: Recompute, tower: TowerShape) -> int:
     return rows if level is Recompute.mlp else rows + inner
 
 
-def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
+def rank_memory(cfg: TrainConfig, gpu: Gpu, sizes: ModelSizes | None = None) -> tuple[dict[str, float], str]:
     """GiB of one rank by what holds it, for a full pack; empty for a model of unknown shapes.
 
+    ``sizes`` are those of a model of one's own; None: the published ones of its name.
     The same sum gives 23 GiB for a pure-bfloat16 step of the 2B that took 20 on an H100: rather too much. The second
     part of the result is ``Estimate.recompute``.
     """
-    shape = LANGUAGE_MODELS.get(cfg.model.name)
-    if shape is None:
+    sizes = sizes or published_sizes(cfg)
+    if sizes is None:
         return {}, ""
+    shape, encoder, num_parameters = sizes.language, sizes.encoder, sizes.num_parameters
     machine, ranks = cfg.machine, cfg.machine.dp_size
     width = 2 if machine.dtype is Dtype.bfloat16 else 4
-    parameters = sum(cfg.model.num_parameters.values())
-    towers = {"language_model": shape, "vision_encoder": ENCODER}
-    full = sum(cfg.model.num_parameters[part] for part in full_rates(cfg))
+    parameters = sum(num_parameters.values())
+    towers = {"language_model": shape, "vision_encoder": encoder}
+    full = sum(num_parameters[part] for part in full_rates(cfg))
     trained, frozen_bytes = full, 0
     if cfg.adapter.kind is AdapterKind.lora:
         head = shape.vocab_size * shape.hidden_size
@@ -118,7 +140,7 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
         return size / ranks if machine.zero_stage >= from_stage else size
 
     inner = tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size) * width
-    encoder_inner = patches * (10 * ENCODER.hidden_size + 2 * ENCODER.intermediate_size) * width
+    encoder_inner = patches * (10 * encoder.hidden_size + 2 * encoder.intermediate_size) * width
     parts = {
         "weights": split(parameters * width + frozen_bytes, 3),
         "gradients": split(trained * 4, 2),
@@ -129,23 +151,23 @@ def rank_memory(cfg: TrainConfig, gpu: Gpu) -> tuple[dict[str, float], str]:
     recompute = ""
     if machine.memory is Memory.given:
         kept_token = values_kept(machine.recompute_language, shape)
-        kept_patch = values_kept(machine.recompute_vision, ENCODER)
-        kept = width * (tokens * shape.num_layers * kept_token + patches * ENCODER.num_layers * kept_patch)
+        kept_patch = values_kept(machine.recompute_vision, encoder)
+        kept = width * (tokens * shape.num_layers * kept_token + patches * encoder.num_layers * kept_patch)
     else:
         on_host = split(trained * state_bytes(cfg.optim), 1) if machine.offload_optimizer else 0
         room = int(gpu.gigabytes * 1e9 * (1 - MARGIN) - SCATTERED * on_host - sum(parts.values()))
-        kept, recompute = chosen(cfg, shape, room, width)
+        kept, recompute = chosen(cfg, sizes, room, width)
     parts["activations"] += kept
     return {name: size / 2**30 for name, size in parts.items()}, recompute
 
 
-def chosen(cfg: TrainConfig, shape: TowerShape, room: int, width: int) -> tuple[int, str]:
+def chosen(cfg: TrainConfig, sizes: ModelSizes, room: int, width: int) -> tuple[int, str]:
     """Bytes that a full pack keeps of ``room`` with machine.memory=auto, and what it recomputes, in words.
 
     Recomputed attention is not counted, so a run may choose slightly differently.
     """
     towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
-    for name, tower in (("vision", ENCODER), ("language", shape)):
+    for name, tower in (("vision", sizes.encoder), ("language", sizes.language)):
         kept = {level: width * values_kept(level, tower) for level in level_scale(cfg.machine.zero_stage)}
         mlp = 2 * tower.hidden_size * tower.intermediate_size * (1 + tower.is_decoder)
         every = mlp + 8 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size

@@ -54,11 +54,7 @@ def evaluate_model(
     held_out = open_held_out(cfg, tokenizer_dir, rank, console)
     if not held_out.index.num_samples:
         raise ValueError(f"the recipe {recipe.path} has no held-out samples")
-    model, _ = load_trained(model_dir)
-    model.to(rank.device)
-    dtype = next(model.parameters()).dtype
-    attention = choose_attention(cfg.machine.attention.value, rank.device, head_dims(model), dtype)
-    packed = PackedModel(model, attention.name).eval()
+    packed = load_packed(cfg, model_dir, rank)
     figures = evaluate(
         lambda batch: packed(batch.to(rank.device)),
         evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size),
@@ -85,6 +81,15 @@ def evaluate_model(
         in_progress.finish()
         console.table(f"generated answers, {out}", answer_table(answers))
     return {name: {**row, **answers.get(name, {})} for name, row in figures.items()}
+
+
+def load_packed(cfg: TrainConfig, model_dir: Path, rank: Rank) -> PackedModel:
+    """The model of a run, checkpoint or export on the rank's device. Raises OSError where it cannot be read."""
+    model, _ = load_trained(model_dir)
+    model.to(rank.device)
+    dtype = next(model.parameters()).dtype
+    attention = choose_attention(cfg.machine.attention.value, rank.device, head_dims(model), dtype)
+    return PackedModel(model, attention.name).eval()
 
 
 def metrics_of_sources(
