@@ -40,6 +40,20 @@ def made(words, tmp_path_factory, tiny_model_dir):
     return cfg, data, plan_figures(cfg, data)
 
 
+def test_check_tells_the_steps_of_the_plan(made, words, capsys):
+    _, data, figures = made
+    assert main(["check", *words, "run.num_epochs=1.5"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    steps = data.plan.total_steps(1.5)
+    assert f"schedule {steps} steps, 1.5 virtual epochs ({figures.steps_in_epoch} steps an epoch)" in told
+    assert main(["check", *words, "run.num_steps=7"]) == 0
+    assert "schedule 7 steps (" in " ".join(capsys.readouterr().out.split())
+    assert main(["check", *words, "data.max_frames=7"]) == 0
+    assert "schedule 1 virtual epoch," in " ".join(capsys.readouterr().out.split()), (
+        "no index of these settings"
+    )
+
+
 def test_figures_add_up_to_the_index_and_to_all_steps(made):
     _, data, figures = made
     table, plan = data.plan.table, data.plan

@@ -1,4 +1,5 @@
-"""Show what a run would train, or everything that is wrong with its config. Takes about a second, without a GPU.
+"""Show what a run would train, or everything that is wrong with its config. Takes about a second, without a GPU;
+where the samples are indexed some seconds more, to count the steps.
 
 Of the folders to start from, the command reads config.json, the tokenizer and the headers of the weight files: missing,
 damaged and unfitting ones are reported, and a chat template that training does not use.
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.cli.arguments import count
+from vl3train.cli.ranks import add_nproc, ranks_of
 from vl3train.config.checks.start import starts_from
 from vl3train.config.choices import AdapterInit, AdapterKind, Base4Bit, Memory, Tracker
 from vl3train.config.load import add_config_arguments
@@ -30,7 +31,7 @@ from vl3train.contracts.shapes import ENCODER, LANGUAGE_MODELS
 from vl3train.data.recipe import Recipe
 from vl3train.model.adapter_targets import adapter_sizes, alpha_of
 from vl3train.model.weights.headers.template import start_template
-from vl3train.preview.check_config import examine
+from vl3train.preview.check_config import examine, indexed_steps
 
 TRACKERS = {Tracker.wandb: "W&B", Tracker.tensorboard: "TensorBoard"}
 
@@ -38,12 +39,7 @@ TRACKERS = {Tracker.wandb: "W&B", Tracker.tensorboard: "TensorBoard"}
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train check``."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--nproc",
-        type=count,
-        metavar="N",
-        help="ranks to check for, as vl3train train and plan take them (default: machine.dp_size)",
-    )
+    add_nproc(parser)
     ahead = "do not require that stage.init_from exists: check a stage before the earlier one is trained"
     parser.add_argument("--ahead", action="store_true", help=ahead)
 
@@ -63,7 +59,7 @@ def also_to(tracking: TrackingConfig) -> str:
 def main(args: Namespace) -> int:
     """Print the summary and return 0, or print all problems and return 1."""
     console = Console(highlight=False, soft_wrap=True)
-    cfg, recipe, found = examine(args, dp_size=args.nproc)
+    cfg, recipe, found = examine(args, dp_size=ranks_of(args))
     if cfg is not None:
         found = [*found, *mark_problems(cfg)]
     if args.ahead and cfg is not None and cfg.stage.init_from is not None:
@@ -115,7 +111,7 @@ def print_summary(console: Console, cfg: TrainConfig, recipe: Recipe) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    for name, text in [*facts_of(cfg), ("data", describe_recipe(recipe, cfg))]:
+    for name, text in [*facts_of(cfg, indexed_steps(cfg, recipe)), ("data", describe_recipe(recipe, cfg))]:
         facts.add_row(name, Text(text))
     console.print(facts)
 
@@ -153,8 +149,8 @@ def in_4_bits(cfg: TrainConfig, part: str) -> bool:
     return on and part in adapter.base_4bit_parts
 
 
-def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
-    """The other lines of the summary: name and text."""
+def facts_of(cfg: TrainConfig, steps: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """The other lines of the summary: name and text. ``steps`` of the run and of an epoch, where they are known."""
     step, data, machine, optim, run = cfg.step, cfg.data, cfg.machine, cfg.optim, cfg.run
     per_rank = step.global_packs // machine.dp_size
     samples = "as many samples as fit"
@@ -175,6 +171,9 @@ def facts_of(cfg: TrainConfig) -> list[tuple[str, str]]:
     length = (
         counted(run.num_epochs, "virtual epoch") if run.num_steps is None else counted(run.num_steps, "step")
     )
+    if steps is not None:
+        whole = f", {counted(run.num_epochs, 'virtual epoch')}" if run.num_steps is None else ""
+        length = f"{counted(steps[0], 'step')}{whole} ({counted(steps[1], 'step')} an epoch)"
     facts = [
         ("starts from", starts_from(cfg)),
         (

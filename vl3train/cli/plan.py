@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.cli.arguments import count, share
+from vl3train.cli.arguments import share
+from vl3train.cli.ranks import add_nproc, ranks_of
 from vl3train.config.load import add_config_arguments
 from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
@@ -39,12 +40,7 @@ from vl3train.preview.plan_picture import bars, draw_plan
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train plan``."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--nproc",
-        type=count,
-        metavar="N",
-        help="ranks to plan for, as vl3train train takes them (default: machine.dp_size)",
-    )
+    add_nproc(parser)
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="GPU of the estimates (default h100)"
     )
@@ -69,7 +65,7 @@ def main(args: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not args.picture.absolute().parent.is_dir():
         raise FileNotFoundError(f"--picture {args.picture}: there is no folder {args.picture.parent}")
-    with opened(args, dp_size=args.nproc) as (cfg, data):
+    with opened(args, dp_size=ranks_of(args)) as (cfg, data):
         figures = plan_figures(cfg, data)
         print_plan(console, cfg, figures, data.plan.fingerprint)
     print_estimate(console, cfg, figures, args.gpu, args.utilisation)

@@ -84,11 +84,40 @@ def opened(args: Namespace, dp_size: int | None = None) -> Iterator[tuple[TrainC
     ``dp_size`` is the number of ranks, in place of machine.dp_size.
     Raises ValueError when the config, the recipe or an index cannot be used; the message says what to do.
     """
+    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir, dp_size=dp_size)
+    with opened_data(cfg) as data:
+        yield cfg, data
+
+
+@contextmanager
+def opened_data(cfg: TrainConfig) -> Iterator[OpenData]:
+    """The training samples of a config, which must be indexed. Raises ValueError where an index cannot be used."""
     from vl3train.data.pipeline import open_data
     from vl3train.model.weights.processor import build_processor
 
-    cfg = load_config(args.overrides, config_file=args.config, config_dir=args.config_dir, dp_size=dp_size)
     with tempfile.TemporaryDirectory() as folder:
         # The tokenizer exactly as a run writes it: the index carries its checksum.
         build_processor(tokenizer_source(cfg)).save_pretrained(folder)
-        yield cfg, open_data(cfg, tokenizer_dir=Path(folder), held_out=False, build=False)
+        yield open_data(cfg, tokenizer_dir=Path(folder), held_out=False, build=False)
+
+
+def indexed_steps(cfg: TrainConfig, recipe: Recipe) -> tuple[int, int] | None:
+    """Steps of the run and of its first virtual epoch; None where no index fits its samples and settings.
+
+    Imports torch and transformers only where there are indexes.
+    """
+    if not any(has_index(source.shards, cfg.data.index_dir) for source in recipe.sources if source.shards):
+        return None
+    try:
+        with opened_data(cfg) as data:
+            plan = data.plan
+            return cfg.run.num_steps or plan.total_steps(cfg.run.num_epochs), plan.steps_in_epoch(0)
+    except (OSError, ValueError):
+        return None  # of other settings; `vl3train plan` says what differs
+
+
+def has_index(shards: Path, index_dir: str | None) -> bool:
+    """Whether a folder of shards has an index, of whatever settings."""
+    if index_dir is None:
+        return any(shards.glob("index-*"))
+    return any(Path(index_dir).expanduser().glob(f"{shards.name}-*/index-*"))
