@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "preview": {"contracts", "config", "data", "model", "engine", "inference", "report"},
     "serving": {"contracts", "config", "data", "model", "inference", "preview", "report"},
     "finetuning": {"contracts", "config", "data", "model", "engine", "inference", "report", "preview"},
+    "sweeps": {"contracts", "config", "engine", "report", "finetuning"},
     "cli": {
         "contracts",
         "config",
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "preview",
         "finetuning",
         "serving",
+        "sweeps",
     },
     "train.py": {"contracts", "config", "data", "model", "engine", "preview"},
     "launch.py": {"contracts"},
@@ -61,7 +63,7 @@ INSIDE_DATA = {
 }
 
 DOORS = {
-    "hydra": {"config/load.py", "config/input/user_input.py"},
+    "hydra": {"config/load.py", "config/input/user_input.py", "config/input/sweeps.py"},
     "webdataset": {"data/prepare/write_shards.py"},
     "deepspeed": {"engine/zero/engine.py", "engine/zero/zero1_bf16.py", "engine/zero/state_files.py"},
     "peft": {"model/adapters.py"},

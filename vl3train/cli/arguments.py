@@ -36,6 +36,15 @@ def count(text: str) -> int:
     return number
 
 
+def positives(text: str) -> tuple[float, ...]:
+    """Numbers above 0, with commas between them.
+
+    >>> positives("1e-4,3e-4")
+    (0.0001, 0.0003)
+    """
+    return tuple(positive(one) for one in text.split(","))
+
+
 def positive(text: str) -> float:
     """A number above 0.
 

@@ -9,7 +9,11 @@ examples:
   vl3train finetune my.jsonl --model VideoLLaMA3-2B --media-root /data/media --out runs/mine
   vl3train finetune a.jsonl b.parquet --model VideoLLaMA3-2B --held-out test.jsonl --epochs 5 --lr 2e-4
   vl3train finetune my.jsonl --model VideoLLaMA3-2B --full --parts projector language_model
+  vl3train finetune my.jsonl --model VideoLLaMA3-2B --lr 1e-4,3e-4 adapter.rank=16,64
   vl3train finetune --config runs/mine/run.yaml run.num_epochs=6
+
+Where an option has several values, each combination is a run of its own on the same data, one after the other, in a
+folder below --out; a table and results.csv say what they reached.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
-from vl3train.cli.arguments import positive
+from vl3train.cli.arguments import positives
+from vl3train.config.input.sweeps import has_several_values
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,9 +53,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="SHARE|N|FILE",
         help="samples to evaluate on, which are not trained on (default: 5%%)",
     )
-    parser.add_argument("--epochs", type=positive, help="passes over the data (default: 3)")
     parser.add_argument(
-        "--lr", type=positive, help="learning rate of all that trains (default: 1e-4 of adapters)"
+        "--epochs", type=positives, default=(), help="passes over the data (default: 3); several: 2,4"
+    )
+    parser.add_argument(
+        "--lr",
+        type=positives,
+        default=(),
+        help="learning rate of all that trains (default: 1e-4 of adapters); several: 1e-4,3e-4",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--full", action="store_true", help="train all weights, without adapters")
@@ -82,6 +93,10 @@ def main(args: Namespace) -> int:
 
     from vl3train.finetuning.flow import prepare, prepare_file, run
     from vl3train.finetuning.wish import Wish
+    from vl3train.sweeps.finetune import prepare_sweep, sweep
+
+    runs = None
+    overrides += several("optim.learning_rate", args.lr) + several("run.num_epochs", args.epochs)
 
     if args.config is not None:
         prepared = prepare_file(args.config, overrides, tell)
@@ -95,19 +110,33 @@ def main(args: Namespace) -> int:
             full=args.full,
             qlora=args.qlora,
             parts=tuple(args.parts),
-            epochs=args.epochs,
-            rate=args.lr,
+            epochs=args.epochs[0] if len(args.epochs) == 1 else None,
+            rate=args.lr[0] if len(args.lr) == 1 else None,
             overrides=tuple(overrides),
             skip_rejected=args.skip_rejected,
         )
-        prepared = prepare(wish, tell)
+        if has_several_values(overrides):
+            prepared, runs = prepare_sweep(wish, tell)
+        else:
+            prepared = prepare(wish, tell)
     for line in prepared.plan:
         tell(line)
+    for one in runs or []:
+        tell(f"run       {one.folder}")
     if args.dry_run:
         command = f"vl3train finetune --config {shlex.quote(str(prepared.run_file))}"
         tell(f"nothing is trained (--dry-run); {prepared.run_file} has the options. To train: {command}")
         return 0
-    return run(prepared, tell)
+    return run(prepared, tell) if runs is None else sweep(prepared, runs, tell)
+
+
+def several(key: str, values: Sequence[float]) -> list[str]:
+    """The word that gives an option several values; none for one value or none.
+
+    >>> several("run.num_epochs", [2, 4]), several("run.num_epochs", [2])
+    (['run.num_epochs=2,4'], [])
+    """
+    return [f"{key}={','.join(f'{value:g}' for value in values)}"] if len(values) > 1 else []
 
 
 def is_override(word: str) -> bool:

@@ -17,6 +17,8 @@ from vl3train.config.input.options import WRITTEN_BY_RUNS, by_present_names
 from vl3train.config.input.words import changes_text, leaves, read_yaml, with_text
 from vl3train.config.problems import Problem
 
+SEVERAL = "give one, or let `vl3train train -m` train a run with each; a list is [a,b]"
+
 
 @dataclass(slots=True)
 class UserInput:
@@ -61,7 +63,7 @@ class UserInput:
             return
         key = override.key_or_group
         if override.is_sweep_override():
-            self._reject(key, text.partition("=")[2], "is several values", "give one; a list is [a,b]")
+            self._reject(key, text.partition("=")[2], "is several values", SEVERAL)
             return
         if override.is_delete():
             self.values.append((f"~{key}", None))
