@@ -19,7 +19,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from vl3train.cli.ranks import add_nproc, ranks_of
+from vl3train.cli.ranks import add_nproc, ranks_of, ranks_to_start
 from vl3train.config.input.sweeps import sweep_points
 from vl3train.config.load import add_config_arguments
 from vl3train.config.schema import TrainConfig
@@ -44,7 +44,7 @@ def main(args: Namespace) -> int:
         return sweep(args, files)
     cfg = check_config(args, dp_size=ranks_of(args))
     words = [*args.overrides, *files]
-    launch = ["-m", "vl3train.launch", "--standalone", "--nproc-per-node", str(cfg.machine.dp_size)]
+    launch = ["-m", "vl3train.launch", "--standalone", "--nproc-per-node", str(ranks_to_start(cfg, args))]
     os.execv(sys.executable, [sys.executable, *launch, "-m", "vl3train.train", *words])
 
 
@@ -59,7 +59,9 @@ def sweep(args: Namespace, files: list[str]) -> int:
         return check_config(Namespace(**{**vars(args), "overrides": words}), dp_size=ranks)
 
     runs = swept_runs(sweep_points(args.overrides), check)
-    return run_sweep(runs, lambda run: train([*run.words, *files], run.cfg.machine.dp_size), tell)
+    for run in runs:
+        ranks_to_start(run.cfg, args)  # refuses what cannot start, before the first begins
+    return run_sweep(runs, lambda run: train([*run.words, *files], ranks_to_start(run.cfg, args)), tell)
 
 
 def tell(line: str) -> None:
