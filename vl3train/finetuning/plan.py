@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vl3train.config.choices import AdapterKind
+from vl3train.config.problems import counted
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.contracts.gpus import GPUS, Gpu
@@ -118,7 +119,7 @@ def plan_lines(
     kinds = ", ".join(f"{group.samples:,} {group.name}" for group in figures.modalities)
     lines = [
         f"samples   {epoch.samples:,} train ({kinds}), {held_out:,} are held out",
-        f"steps     {steps:,} in {cfg.run.num_epochs:g} epochs, {a_step:.3g} samples a step",
+        f"steps     {steps:,} in {counted(cfg.run.num_epochs, 'epoch')}, {a_step:.3g} samples a step",
         f"trained   {trained:,} of {total:,} parameters ({trained / max(1, total + trained):.2%}): "
         + (", ".join(_how(cfg, part, counts) for part in PARTS if counts[part][0]) or "nothing"),
     ]
