@@ -14,6 +14,7 @@ def result(*, is_skipped):
     return StepResult(
         loss=math.nan if is_skipped else 1.0,
         grad_norm=1.0,
+        part_norms={},
         source_losses={},
         num_failed_samples=0,
         stop_requested=False,
