@@ -92,7 +92,9 @@ def problem_of_start(
     code = process.wait(timeout=LONGEST_SECONDS)
     kill_job(job)
     said = place.said(name)
-    if code == 0 and place.outcome(name) != straight:
+    # Where the lines of figures are what was damaged, they stay so.
+    compared = ("weights", "finished") if file.name == "metrics.jsonl" else tuple(straight)
+    if code == 0 and any(place.outcome(name)[key] != straight[key] for key in compared):
         return f"it ends with 0, and its figures or weights are others: {said[-1500:]}"
     if code == 0 and file.suffix == ".parquet":
         return None  # what is derived is made anew

@@ -1,4 +1,8 @@
-"""The third step of a start: the model, what of it trains, its adapters, its kernels."""
+"""The third step of a start: the model, what of it trains, its adapters, its kernels.
+
+model/adapters.py is imported where there are adapters: peft imports bitsandbytes where that is installed, and this the
+compiler, a third of all that a start imports.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,6 @@ from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.start.folder import OutputFolder, load_processor
 from vl3train.engine.start.kernels import Kernels, choose_kernels
-from vl3train.model.adapters import add_adapters, base_state, load_merged, save_adapter, take_base
 from vl3train.model.layers.nf4_linear import digest_in_4_bits, hold_in_4_bits
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
@@ -50,6 +53,8 @@ class RunModel:
     def write(self, partial: Path, processor_dir: Path, state: Mapping[str, Tensor]) -> None:
         """Write the adapter below ``partial``, or the weights with their processor. ``state`` is the whole model's."""
         if self.peft_model is not None:
+            from vl3train.model.adapters import save_adapter
+
             save_adapter(self.peft_model, partial / "adapter", state_dict=dict(state))
         else:
             save_weights(
@@ -147,6 +152,8 @@ def _load(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path, dtype:
     if cfg.stage.init_from is not None:
         weights, adapter = resolve_start(cfg.stage.init_from)
         if adapter is not None:
+            from vl3train.model.adapters import load_merged
+
             return load_merged(weights, adapter, dtype)
         return load_model(weights, dtype=dtype, tokenizer_from=processor_dir)
     assert cfg.model.vision_encoder_from is not None, "config rules refuse this"
@@ -175,6 +182,8 @@ def start_adapters(
 
     Raises RunError on every rank where the model has no such modules.
     """
+    from vl3train.model.adapters import add_adapters, take_base
+
     adapter, is_new = cfg.adapter, folder.checkpoint is None
     in_4_bits = adapter.base_4bit is Base4Bit.nf4
     if in_4_bits and rank.device.type == "cuda" and find_spec("bitsandbytes") is None:
@@ -205,6 +214,8 @@ def start_adapters(
 
 def keep_base(hf_model: Any, folder: OutputFolder, rank: Rank) -> None:
     """Write the weights that adapters are on to ``<output_dir>/base``, once."""
+    from vl3train.model.adapters import base_state
+
     base = folder.path / "base"
     if rank.is_first and not base.exists():
         save_weights(hf_model, load_processor(folder.processor_dir), base, state_dict=base_state(hf_model))
