@@ -9,7 +9,8 @@ import pytest
 from vl3train.contracts.records import Pack
 from vl3train.preview.inspect_page import step_page
 from vl3train.preview.step_samples import Place, ShownPack, ShownSample, ShownStep, TextPiece
-from vl3train.report.html import figure_tag, table_of
+from vl3train.report.figures import Line, panel
+from vl3train.report.html import table_of
 from vl3train.report.lineage import PlacedRun
 from vl3train.report.page import report_page
 from vl3train.report.run_log import RunLog
@@ -75,12 +76,12 @@ def test_the_report(planted, tmp_path):
     write_predictions(tmp_path / "predictions" / "step_000003.jsonl", [answer])
     sample = {**words, "media": [], "prediction": planted, "answer": f"{planted}."}
     # The run's name: legend, two heads, the table of runs. The source: a row of accuracy, a row of scores with the
-    # metric. Of the step's answer: key, question, expected and answer. Of the sample: source, question, both answers.
-    check(report_page([PlacedRun(run, 0, None)], [sample]), planted, 1 + 2 + 1 + 1 + 2 + 4 + 4)
+    # metric, and so over three drawings. Of the step's answer: key, question, expected and answer. Of the sample:
+    # source, question, both answers.
+    check(report_page([PlacedRun(run, 0, None)], [sample]), planted, 1 + 2 + 1 + 1 + 2 + 4 + 4 + 4)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_parts_of_a_page(planted):
     check(table_of([planted], []), planted, 1)
-    found = Reader(figure_tag({False: b"", True: b""}, planted))
-    assert "id" not in found.attributes
+    check(panel(planted, [Line("#2f81f7", [1, 2], [0.5, 1.0])]), planted, 1)

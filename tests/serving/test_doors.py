@@ -261,6 +261,9 @@ def test_files_are_decoded_with_the_limits_of_training(served_asker, media):
     rendering = served_asker.rendering
     small = DecodeLimits(max_pixels=5000, max_seconds=3)
     limited = dataclasses.replace(served_asker, rendering=dataclasses.replace(rendering, limits=small))
+    small_picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(small_picture, "PNG")
+    small_url = f"data:;base64,{base64.b64encode(small_picture.getvalue()).decode()}"
     cut = f"data:;base64,{base64.b64encode((media / 'a.jpg').read_bytes()[:-300]).decode()}"
     with served({"small": limited}) as address:
         told = [
@@ -273,6 +276,8 @@ def test_files_are_decoded_with_the_limits_of_training(served_asker, media):
                 ("image", "data:;base64,"),
             )
         ]
+        of_two = refused(address, said("x", ("image", small_url), ("image", cut)))["message"]
+    assert "messages[0][1] image: image of" in of_two
     assert "90x61 = 5490 pixels is over data.decode_max_pixels=5000" in told[0]
     assert "5000" in told[1] or "3" in told[1]
     assert all(told)

@@ -1,10 +1,10 @@
-"""Parts of an HTML file that needs no other file: style, tables, figures, thumbnails."""
+"""Parts of an HTML file that needs no other file: style, tables, thumbnails."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -31,13 +31,18 @@ h2 { font-size: 18px; margin: 36px 0 10px; }
 p { margin: 0 0 12px; color: var(--soft); max-width: 75ch; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px;
   overflow-x: auto; }
-.card img.figure { width: 100%; display: block; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; }
 td.good { background: var(--good-back); color: var(--good); font-weight: 600; }
+svg.figure { display: block; width: 100%; height: auto; }
+svg.figure text { fill: var(--soft); font-size: 11px; }
+svg.figure .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
+svg.figure .grid { stroke: var(--line); } svg.figure polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg.figure .faint { stroke-width: 1; opacity: .3; } svg.figure .dashed { stroke-width: 1.2; stroke-dasharray: 5 4; }
+svg.figure .band { opacity: .15; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); gap: 14px; }
 .panels + .card, .card + .panels { margin-top: 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-bottom: 12px; overflow-wrap: anywhere; }
@@ -66,14 +71,6 @@ def table_of(heads: Sequence[str], rows: Sequence[str]) -> str:
     """A table from its column names and its rows as HTML."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def figure_tag(of_theme: Mapping[bool, bytes], about: str) -> str:
-    """A figure in its light and dark form; the browser shows the one of its theme."""
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(of_theme[True], "png")}">'
-        f'<img class="figure" alt="{escape(about)}" src="{data_url(of_theme[False], "png")}"></picture>'
-    )
 
 
 def thumbnail(picture: np.ndarray) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vl3train.report import figures
 from vl3train.report.cards import question_card, sample_card
-from vl3train.report.html import STYLE, figure_tag
+from vl3train.report.html import STYLE
 from vl3train.report.lineage import PlacedRun
 from vl3train.report.predictions import shown_questions
 from vl3train.report.tables import (
@@ -71,46 +71,37 @@ def held_out_parts(placed: Sequence[PlacedRun]) -> list[str]:
     if not columns:
         return []
     draw = figures.held_out_panel
+    accuracies = [draw(f"{name}: accuracy, %", name, "accuracy", placed, factor=100) for name in sources]
     parts = [
         "<h2>Held-out accuracy, beside chance</h2>",
         "<p>An answer is right when all its tokens are the likeliest ones, given the right tokens before. Chance is the"
         " accuracy of always giving the most frequent answer: the dashed line. Green: above chance by more than two"
         " standard deviations of guessing.</p>",
         f'<div class="card">{accuracy_table(columns, sources)}</div>',
-        panels(
-            [
-                (f"{name}: accuracy, %", draw(f"{name}: accuracy, %", name, "accuracy", placed, factor=100))
-                for name in sources
-            ]
-        ),
+        panels(accuracies),
     ]
     if metrics:
         parts += [
             "<h2>Scores of generated answers</h2>",
             "<p>The mean and its 95 % confidence interval.</p>",
             f'<div class="card">{score_table(columns, metrics)}</div>',
-            panels(
-                [
-                    (f"{name}: {metric}", draw(f"{name}: {metric}", name, metric, placed))
-                    for name, metric in metrics
-                ]
-            ),
+            panels([draw(f"{name}: {metric}", name, metric, placed) for name, metric in metrics]),
         ]
-    losses = [(f"{name}: loss", draw(f"{name}: loss", name, "loss", placed)) for name in sources]
+    losses = [draw(f"{name}: loss", name, "loss", placed) for name in sources]
     return [*parts, "<h2>Held-out loss</h2>", panels(losses)]
 
 
-def training_panels(placed: Sequence[PlacedRun]) -> list[tuple[str, figures.Panel]]:
+def training_panels(placed: Sequence[PlacedRun]) -> list[str]:
     """Loss, speed, wait for data and failed samples, as far as the runs have logged them."""
-    found = [("training loss", figures.loss_panel(placed))]
+    found = [figures.loss_panel(placed)]
     for title, key, factor in (
         ("tokens a second", "tokens_per_second", 1.0),
         ("time spent waiting for data, %", "data_wait_fraction", 100.0),
     ):
         if any(one.steps(key)[0] for one in placed):
-            found.append((title, figures.step_panel(title, key, placed, factor=factor)))
+            found.append(figures.step_panel(title, key, placed, factor=factor))
     if any(sum(one.steps("failed_samples")[1]) for one in placed):
-        found.append(("failed samples", figures.failed_panel(placed)))
+        found.append(figures.failed_panel(placed))
     return found
 
 
@@ -132,7 +123,7 @@ def answer_parts(placed: Sequence[PlacedRun]) -> list[str]:
     return parts
 
 
-def panels(drawn: Sequence[tuple[str, figures.Panel]]) -> str:
+def panels(drawn: Sequence[str]) -> str:
     """Figures beside each other, or below each other on a phone."""
-    cards = "".join(f'<div class="card">{figure_tag(panel, about)}</div>' for about, panel in drawn)
+    cards = "".join(f'<div class="card">{one}</div>' for one in drawn)
     return f'<div class="panels">{cards}</div>'

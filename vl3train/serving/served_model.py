@@ -66,5 +66,10 @@ class ServedModel:
         decoder = getattr(self._local, "decoder", None)
         if decoder is None:
             decoder = self._local.decoder = Decoder(self._server.address, self.asker.rendering.decode_seconds)
-        sample: RenderedSample = decoder.render_unplanned(question.sample(), question.parts, key=key)
+        try:
+            sample: RenderedSample = decoder.render_unplanned(question.sample(), question.parts, key=key)
+        except SampleError:
+            if len(question.parts) > 1:
+                decoder.check(question.sample(), question.parts, decode=True)  # its error names the medium
+            raise
         return sample
