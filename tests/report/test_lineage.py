@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ def test_a_relative_start_is_found_from_another_working_folder():
     assert placed(*runs) == [(0, None), (50, "1")]
     twins = [log("/x/runs/1", 50), log("/y/runs/1", 60), log("/x/runs/2", 30, "runs/1")]
     assert placed(*twins)[2] == (0, None), "it could be either"
+
+
+def test_held_out_figures_go_on_from_those_of_the_run_before():
+    def evaluated(run, values):
+        lines = [
+            {"step": step, "when": "step", "sources": {"a": {"loss": value}}}
+            for step, value in values.items()
+        ]
+        return dataclasses.replace(run, evaluations=lines)
+
+    before = evaluated(log("/r/1", 50), {0: 4.0, 20: 3.0, 50: 2.0})
+    after = evaluated(log("/r/2", 30, "/r/1"), {30: 1.0})
+    early = evaluated(log("/r/3", 30, "/r/1/checkpoints/step_000020"), {30: 1.5})
+    between = evaluated(log("/r/4", 30, "/r/1/checkpoints/step_000030"), {30: 1.5})
+    one, two, three, four = place_runs([before, after, early, between])
+    assert two.held_out("a", "loss") == ([50, 80], [{"loss": 2.0}, {"loss": 1.0}])
+    assert three.held_out("a", "loss") == ([20, 50], [{"loss": 3.0}, {"loss": 1.5}])
+    assert four.held_out("a", "loss")[0] == [60]
+    assert one.held_out("a", "loss")[0] == [0, 20, 50]
+    assert one.held_out("a", "anls") == one.held_out("b", "loss") == ([], [])
 
 
 def test_runs_in_a_ring_are_drawn_all_the_same():

@@ -70,17 +70,12 @@ def held_out_panel(
     lines = []
     for number, one in enumerate(placed):
         color = color_of(number)
-        known = [
-            (one.before + line["step"], line["sources"][source])
-            for line in one.run.evaluations
-            if line["sources"].get(source, {}).get(figure) is not None
-        ]
-        steps, rows = [step for step, _ in known], [row for _, row in known]
+        steps, rows = one.held_out(source, figure)
         values = [factor * row[figure] for row in rows]
         bounds: list[list[float]] = [[], []]
         if all(f"{figure}_low" in row for row in rows):
             bounds = [[factor * row[f"{figure}_{end}"] for row in rows] for end in ("low", "high")]
-        if figure == "accuracy" and known:
+        if figure == "accuracy" and rows:
             lines.append(Line(color, steps, [factor * rows[-1]["chance"]] * len(steps), "dashed"))
         lines.append(Line(color, steps, values, "marked", *bounds))
     return panel(title, lines)

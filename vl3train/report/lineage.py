@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vl3train.report.run_log import RunLog
 
@@ -19,11 +20,21 @@ class PlacedRun:
     run: RunLog
     before: int
     parent: RunLog | None  # the run that it started from, where the report has it
+    start: Mapping[str, Mapping[str, Any]] | None = (
+        None  # that one's held-out figures of each source at this step
+    )
 
     def steps(self, key: str) -> tuple[list[int], list[float]]:
         """Steps done so far, and a figure of the log after each; steps without it are left out."""
         known = [line for line in self.run.steps if line.get(key) is not None]
         return [self.before + line["step"] for line in known], [line[key] for line in known]
+
+    def held_out(self, source: str, figure: str) -> tuple[list[int], list[Mapping[str, Any]]]:
+        """Steps done at each evaluation, its start's in the run before included, and the source's figures then."""
+        found = [] if self.start is None else [(self.before, self.start)]
+        found += [(self.before + line["step"], line["sources"]) for line in self.run.evaluations]
+        known = [(step, sources[source]) for step, sources in found if figure in sources.get(source, {})]
+        return [step for step, _ in known], [row for _, row in known]
 
 
 def place_runs(runs: Sequence[RunLog]) -> list[PlacedRun]:
@@ -38,7 +49,8 @@ def place_runs(runs: Sequence[RunLog]) -> list[PlacedRun]:
                 placed[id(run)] = PlacedRun(run, 0, None)
             else:
                 before = place(parent, (*children, run)).before
-                placed[id(run)] = PlacedRun(run, before + step, parent)
+                start = [line["sources"] for line in parent.evaluations if line["step"] == step]
+                placed[id(run)] = PlacedRun(run, before + step, parent, start[-1] if start else None)
         return placed[id(run)]
 
     return [place(run, ()) for run in runs]
