@@ -88,6 +88,7 @@ def test_moments_that_the_host_cannot_hold_are_refused_before_the_first_step(
     monkeypatch.setattr(memory_host, "free_in_groups", lambda: 2**20)
     start = f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"
     words = [*demo_words, "stage=3", start, f"run.output_dir={tmp_path / 'out'}", "run.num_steps=1"]
+    words += ["run.evaluate_at_end=false"]
     with pytest.raises(
         RunError,
         match=r"AdamW's moments \(machine\.offload_optimizer=true\) need .* are left of this run's limit: set mach",
@@ -145,6 +146,7 @@ def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1,
         *demo_words,
         "stage=3",
         f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}",
+        "run.evaluate_at_end=false",
         *optim,
     ]
     straight = run([*words, f"run.output_dir={tmp_path / 'straight'}", "run.num_steps=3"])
