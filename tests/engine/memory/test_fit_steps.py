@@ -120,13 +120,13 @@ def steps(engine, batch, number, num_micro_batches=3):
 def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_chunks, share):
     """Its first layer backward keeps all and recomputes nothing, later ones recompute: with moments in all that it had
     freed, a pack of 131 072 tokens ran out of memory."""
-    batch = pack(1, 3000)
+    batch = pack(1, 1000)
     with fitted_on_host(rank, batch, share=share, num_micro_batches=1) as (engine, _, memory, limit):
         levels = engine.plan_of(batch, first=False, last=False).language
         assert levels[-1] is Recompute.elementwise is not levels[0]
         memory.reset_peak()
         steps(engine, batch, 3, num_micro_batches=1)
-        assert 0.95 * limit < memory.peak() <= limit
+        assert 0.9 * limit < memory.peak() <= limit
 
 
 def work_that_carries(engine, batch, of_moments, direction):
