@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -42,6 +43,8 @@ def test_ctrl_c_leaves_one_line_and_the_code_of_a_stop(tmp_path: Path):
 
     def take_terminal() -> None:
         os.setsid()
+        # A suite under nohup, or in the background of a script, ignores it, and its children do.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
