@@ -15,10 +15,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from vl3train.contracts.exit_codes import CODES_FOLDER, FAILED, FINISHED, STOPPED, code_of_run
+from vl3train.contracts.exit_codes import (
+    CODES_FOLDER,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    code_of_run,
+    codes_in,
+)
 from vl3train.contracts.progress.deaths import Ended, describe_deaths
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class NothingStarted(BaseException):
+    """A signal came while no rank of this node was there yet: it waits for other nodes, which may never come."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,13 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     from torch.distributed.run import main as torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    was_asked_to_stop = pass_signals_on()
     with tempfile.TemporaryDirectory(prefix="vl3train-") as folder:
+        was_asked_to_stop = pass_signals_on(Path(folder))
         os.environ[CODES_FOLDER] = folder
         hide_stops(Path(folder))
         try:
             # torchrun handles only what it must: at a signal it would count 30 s, and then kill.
             torchrun(["--signals-to-handle", "SIGQUIT", *words])
+        except NothingStarted:
+            print("stopped on request before a rank was started", file=sys.stderr)
+            return STOPPED
         except ChildFailedError as error:
             code = code_of_run(codes_in(Path(folder)), was_asked_to_stop=was_asked_to_stop())
             if code == FAILED:
@@ -46,11 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(*describe_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
             return code
     return FINISHED
-
-
-def codes_in(folder: Path) -> set[int]:
-    """The exit codes that the ranks of this node have left."""
-    return {int(file.read_text()) for file in folder.glob("[0-9]*")}
 
 
 def hide_stops(folder: Path) -> None:
@@ -67,13 +76,19 @@ def hide_stops(folder: Path) -> None:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(says_something)
 
 
-def pass_signals_on() -> Callable[[], bool]:
-    """From now on send the signals that queues and people send to the ranks; tells whether there was one."""
+def pass_signals_on(folder: Path) -> Callable[[], bool]:
+    """From now on send the signals that queues and people send to the ranks; tells whether there was one.
+
+    Where no rank was started yet, which would leave its code in ``folder``, a signal raises NothingStarted.
+    """
     heard = []
 
     def pass_on(number: int, _: object) -> None:
         heard.append(number)
-        for child in children(os.getpid()):
+        below = children(os.getpid())
+        if not any(map(leads_a_session, below)) and not codes_in(folder):
+            raise NothingStarted
+        for child in below:
             try:
                 os.kill(child, number)
             except ProcessLookupError:
@@ -83,6 +98,14 @@ def pass_signals_on() -> Callable[[], bool]:
         if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(name, pass_on)
     return lambda: bool(heard)
+
+
+def leads_a_session(pid: int) -> bool:
+    """Whether a process is a rank, which torchrun starts in a session of its own; also one that has just ended."""
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def children(pid: int) -> list[int]:

@@ -16,7 +16,7 @@ from vl3train.config.load import add_config_arguments
 from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
-from vl3train.contracts.exit_codes import FINISHED, STOPPED
+from vl3train.contracts.exit_codes import FINISHED, STOPPED, left_code
 from vl3train.contracts.line_log import let_output_fail
 from vl3train.contracts.progress.job import keep_record_of_rank
 from vl3train.contracts.progress.record import progress
@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(cfg: TrainConfig) -> int:
     """Join the other ranks and train; returns the exit code. torch is imported here, after the config is checked."""
+    if left_code() == STOPPED:  # torchrun's --max-restarts takes a stop for a failure
+        return STOPPED
     try:
         finished = is_finished(cfg)
     except ConfigError as error:

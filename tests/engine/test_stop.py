@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import signal
+import socket
 import subprocess
 import time
 
@@ -16,9 +17,10 @@ from tests.engine.jobs import kill_job, start_job, wait_for_launcher, wait_until
 from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import figures
 from tests.engine.small_demo import small_demo_words
-from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED
-from vl3train.engine.stop import SECONDS_BETWEEN_INTERRUPTS
+from vl3train.contracts.exit_codes import CODES_FOLDER, INTERRUPTED, STOPPED
+from vl3train.engine.stop import SECONDS_BETWEEN_INTERRUPTS, StopRequest, seconds_since_start
 from vl3train.launch import children
+from vl3train.train import main
 
 NUM_STEPS = 20
 
@@ -137,6 +139,43 @@ def test_a_second_interrupt_means_now(start, tmp_path):
         assert process.wait(timeout=400) == INTERRUPTED, (tmp_path / "log").read_text()
     assert not wait_until_gone(job, 60)
     assert not list((out / "checkpoints").glob("step_????????"))
+
+
+def test_a_launcher_that_waits_for_other_nodes_ends_at_once(warm_python):
+    """None of its ranks is started before all nodes are there, which may be never."""
+    with socket.create_server(("localhost", 0)) as one:
+        port = one.getsockname()[1]
+    address = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    process = subprocess.Popen(
+        [*warm_python, "-m", "vl3train.launch", *address, "-m", "vl3train.train"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while socket.socket().connect_ex(("localhost", port)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == STOPPED, said
+    assert said.endswith("stopped on request before a rank was started\n")
+
+
+def test_a_stop_is_no_failure_after_which_torchrun_starts_the_ranks_again(words, tmp_path, monkeypatch):
+    """``--max-restarts`` does so after each code but 0."""
+    (tmp_path / f"0.{STOPPED}").touch()
+    monkeypatch.setenv(CODES_FOLDER, str(tmp_path))
+    assert main([*words, f"run.output_dir={tmp_path / 'run'}"]) == STOPPED
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_time_limit_counts_from_the_start_of_the_process_whatever_the_wall_clock_says(monkeypatch):
+    age = seconds_since_start()
+    assert 0 < age < 1e6
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86_400)
+    for more, wanted in ((-1, True), (3600, False)):
+        with contextlib.closing(StopRequest((age + more) / 3600)) as stop:
+            assert stop.requested is wanted
 
 
 def wait_for_steps(folder, count, process):

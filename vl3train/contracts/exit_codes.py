@@ -14,13 +14,34 @@ INTERRUPTED = 130
 
 CODES_FOLDER = "VL3TRAIN_EXIT_CODES"
 """Environment variable that the launcher sets: a folder with a file for each rank of this node that has ended,
-named by its number on the node, and with the records of contracts/progress."""
+named by its number on the node and its code, and with the records of contracts/progress."""
 
 
 def leave_code(code: int) -> None:
-    """Leave this rank's exit code for the launcher, where there is one of ours."""
+    """Leave this rank's exit code for the launcher, where there is one of ours.
+
+    In the name of a file that is empty: a full disk still takes that.
+    """
     if folder := os.environ.get(CODES_FOLDER):
-        (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(str(code))
+        for earlier in _codes_of_this_rank(folder):
+            earlier.unlink()
+        (Path(folder) / f"{os.environ.get('LOCAL_RANK', '0')}.{code}").touch()
+
+
+def codes_in(folder: Path) -> set[int]:
+    """The exit codes that the ranks of this node have left."""
+    return {int(file.suffix[1:]) for file in folder.glob("[0-9]*.*")}
+
+
+def left_code() -> int | None:
+    """The code that this rank has left in this launch: torchrun's ``--max-restarts`` starts it anew after all but 0."""
+    if folder := os.environ.get(CODES_FOLDER):
+        return next((int(file.suffix[1:]) for file in _codes_of_this_rank(folder)), None)
+    return None
+
+
+def _codes_of_this_rank(folder: str) -> list[Path]:
+    return list(Path(folder).glob(f"{os.environ.get('LOCAL_RANK', '0')}.*"))
 
 
 def code_of_run(codes: set[int], *, was_asked_to_stop: bool) -> int:

@@ -29,7 +29,9 @@ class StopRequest:
         """Listen to the signals from now on. ``max_hours`` counts from the start of this process."""
         self._requested = False
         self._interrupted_at: float | None = None
-        self._deadline = None if max_hours is None else process_started() + 3600 * max_hours
+        self._deadline = (
+            None if max_hours is None else time.monotonic() - seconds_since_start() + 3600 * max_hours
+        )
         self._before = {
             name: signal.signal(name, self._on_signal)
             for name in STOP_SIGNALS
@@ -46,7 +48,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this rank wants to stop. Asked once a step."""
-        return self._requested or (self._deadline is not None and time.time() >= self._deadline)
+        return self._requested or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     def _on_signal(self, number: int, _: object) -> None:
         now = time.monotonic()
@@ -86,13 +88,13 @@ def when_gone(pid: int, act: Callable[[], object]) -> None:
         threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
 
 
-def process_started() -> float:
-    """When this process began, in seconds since 1970: the imports before this line count too."""
+def seconds_since_start() -> float:
+    """The age of this process, whose imports count too. By a clock that nobody sets."""
     with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
     with open("/proc/uptime", encoding="ascii") as file:
         up = float(file.read().split()[0])
-    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
+    return up - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def start_workers_ignoring_signals() -> None:
