@@ -12,7 +12,8 @@ from tests.engine.checkpoints.made import make
 from vl3train.config.optim_options import OptimConfig
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.checkpoints.keep import Keep, delete_old
-from vl3train.engine.checkpoints.manifest import checkpoint_name
+from vl3train.engine.checkpoints.manifest import checkpoint_name, digests_of, list_files
+from vl3train.engine.checkpoints.save import finish
 from vl3train.engine.zero.state_files import StateFiles, is_of_the_disk
 
 
@@ -40,7 +41,21 @@ def test_one_stays_that_the_run_may_go_back_to(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000025", "step_00000030"], "one of the two"
     make(tmp_path, 40)
     delete_old(tmp_path, newest="step_00000040", keep=Keep(last=1, before=29))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000025", "step_00000040"], "and one before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("step_00000025", "step_00000030", "step_00000040"),
+    ], "and one before, and the next to take its place"
+
+
+def test_the_one_that_the_run_may_go_back_to_does_not_stay_that_of_the_first_save(tmp_path):
+    """Saves every 5 steps, and a way back of 16: each save deletes what the save after the next would need."""
+    for step in range(5, 1001, 5):
+        make(tmp_path, step)
+        delete_old(tmp_path, newest=checkpoint_name(step), keep=Keep(last=1, before=step - 16))
+        back = [
+            name for one in tmp_path.iterdir() if (name := one.name) <= checkpoint_name(max(5, step - 16))
+        ]
+        assert checkpoint_name(max(5, step - 2 * (16 + 5))) <= max(back)
+        assert len(list(tmp_path.iterdir())) <= 3
 
 
 def test_a_stopped_run_can_go_back_wherever_one_can_that_is_not_stopped(tmp_path):
@@ -74,6 +89,32 @@ def test_the_best_and_every_so_many_are_kept_too(tmp_path):
         make(tmp_path, step)
     delete_old(tmp_path, newest="step_00000060", keep=Keep(last=1, before=60, every=30, best=20))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000020", "step_00000030", "step_00000060"]
+
+
+def test_of_a_checkpoint_that_was_moved_to_another_disk_only_the_link_goes(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    moved = make(elsewhere, 10)
+    folder.mkdir()
+    (folder / "step_00000010").symlink_to(moved)
+    (folder / "step_00000020").symlink_to(tmp_path / "a disk that is gone")
+    make(folder, 30)
+    delete_old(folder, newest="step_00000030", keep=Keep(last=1, before=30))
+    assert [path.name for path in folder.iterdir()] == ["step_00000030"]
+    assert list(moved.iterdir())
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_undo_a_save(tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    for step in (10, 20):
+        make(tmp_path, step)
+    make(tmp_path, 30).rename(partial := tmp_path / "step_00000030.partial")
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    sizes = list_files(partial)
+    finish(partial, tmp_path / "step_00000030", digests_of(partial, sizes), Keep(last=1, before=30))
+    assert (tmp_path / "latest").read_text() == "step_00000030"
+    assert "an old checkpoint could not be deleted: [Errno 16]" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_from_a_fault_of_the_code():

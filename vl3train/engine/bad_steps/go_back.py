@@ -9,12 +9,12 @@ run that is stopped or killed at any moment, and resumed, does the same steps to
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.records import Cursor
 from vl3train.engine.checkpoints.find import find_checkpoint
+from vl3train.engine.checkpoints.keep import remove_checkpoint
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.ranks import RunError
 from vl3train.engine.run import Run
@@ -83,4 +83,4 @@ def drop_later(checkpoint: Path) -> None:
     write_whole(checkpoint.parent / "latest", checkpoint.name)
     for later in checkpoint.parent.glob("step_????????"):
         if later.name > checkpoint.name:
-            shutil.rmtree(later)
+            remove_checkpoint(later)

@@ -23,14 +23,26 @@ def delete_old(checkpoints: Path, *, newest: str, keep: Keep) -> None:
     """Delete the checkpoints up to ``newest`` that ``keep`` does not name.
 
     Where all are later than ``keep.before``, the oldest stays: else a run that was stopped soon after its first save
-    could not go back where one that was not stopped can. A checkpoint of a step after ``newest`` is damaged, or the run
-    would have resumed from it: it does not count.
+    could not go back where one that was not stopped can. The first after ``keep.before`` stays, too, until it takes
+    the place of the one before: else that would be the oldest for ever where saves are closer than ``keep.before`` is
+    behind. A checkpoint of a step after ``newest`` is damaged, or the run would have resumed from it, and does not
+    count.
     """
     folders = [folder for folder in sorted(checkpoints.glob("step_????????")) if folder.name <= newest]
     before = [folder for folder in folders if folder.name <= checkpoint_name(max(0, keep.before))]
-    kept = [*folders[-keep.last :], *(before[-1:] or folders[:1])]
+    after = folders[len(before) :]
+    kept = [*folders[-keep.last :], *before[-1:], *after[:1]]
     for folder in folders:
         step = int(folder.name.removeprefix("step_"))
         is_multiple = keep.every > 0 and step % keep.every == 0
         if folder not in kept and step != keep.best and not is_multiple:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint. Of a link, by which somebody moved it to another disk, the link goes, and what it leads to
+    stays."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
-from vl3train.engine.checkpoints.keep import Keep, delete_old
+from vl3train.contracts.line_log import say_on_stderr
+from vl3train.engine.checkpoints.keep import Keep, delete_old, remove_checkpoint
 from vl3train.engine.checkpoints.manifest import (
     MANIFEST,
     checkpoint_name,
@@ -108,12 +109,15 @@ def finish(partial: Path, final: Path, digests: dict[str, str], keep: Keep) -> N
     """Write the manifest; let the checkpoint appear under its name, and delete old ones."""
     (partial / MANIFEST).write_text(manifest_text(list_files(partial), digests))
     sync_tree(partial)
-    if final.exists():  # the same step, saved by a run that was resumed from before it
-        shutil.rmtree(final)
+    if final.exists() or final.is_symlink():  # the same step, saved by a run that was resumed from before it
+        remove_checkpoint(final)
     partial.rename(final)
     sync(final.parent)
     write_whole(final.parent / "latest", final.name)
-    delete_old(final.parent, newest=final.name, keep=keep)
+    try:
+        delete_old(final.parent, newest=final.name, keep=keep)
+    except OSError as error:  # the new one is whole all the same
+        say_on_stderr(f"an old checkpoint could not be deleted: {error}; it stays in {final.parent}")
 
 
 def not_written(checkpoint: Path, error: Exception) -> str:
