@@ -62,8 +62,8 @@ def _record_for_torchrun(error: BaseException) -> None:
         return
     os.environ[ERROR_FILE] = f"{path}.partial"
     try:
-        get_error_handler().record_exception(error)
-        with contextlib.suppress(FileNotFoundError):  # torch only warns where it cannot write
+        with contextlib.suppress(OSError):  # the disk may be full; the cause is printed all the same
+            get_error_handler().record_exception(error)
             os.replace(f"{path}.partial", path)
     finally:
         os.environ[ERROR_FILE] = path

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+from tests.contracts.full_disk import files_of_at_most
 from vl3train.contracts.progress.job import read_records
 from vl3train.contracts.progress.record import GONE, STOPPED_BY_SIGNAL, Progress
 
@@ -53,6 +54,18 @@ def test_a_worker_that_has_ended_is_no_longer_told(tmp_path):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert read_records(tmp_path) == []
+
+
+def test_where_the_disk_has_no_room_for_it_the_process_goes_on(tmp_path, capsys):
+    """A write into mapped memory would end it by SIGBUS."""
+    mine = Progress()
+    with files_of_at_most(0):
+        mine.keep_in(tmp_path / "rank-0")
+    mine.phase("forward", step=7)
+    assert mine.seen().where() == "forward, step 7"
+    assert mine.path is None
+    assert not list(tmp_path.iterdir())
+    assert "rank-0 cannot be written: File too large" in capsys.readouterr().err
 
 
 def test_long_texts_are_cut_and_a_shorter_one_leaves_nothing_of_the_longer():

@@ -10,6 +10,7 @@ import dataclasses
 import mmap
 import os
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,20 @@ class Progress:
         self._step, self._micro_batch, self._changes = -1, NO_MICRO_BATCH, 0
 
     def keep_in(self, path: Path) -> None:
-        """From now on keep the record in a file."""
-        with path.open("w+b") as file:
-            file.truncate(RECORD_BYTES)
-            memory = mmap.mmap(file.fileno(), RECORD_BYTES)
+        """From now on keep the record in a file. Where the disk has no room for it, nobody else sees it."""
+        try:
+            with path.open("w+b") as file:
+                # The room is taken now: a write into mapped memory that finds none ends the process by SIGBUS.
+                os.posix_fallocate(file.fileno(), 0, RECORD_BYTES)
+                memory = mmap.mmap(file.fileno(), RECORD_BYTES)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            print(
+                f"{path} cannot be written: {error.strerror or error}. If this process stands still or dies, nobody "
+                "will say where it was",
+                file=sys.stderr,
+            )
+            return
         memory[:] = bytes(self._memory)
         PROCESS.pack_into(memory, 0, os.getpid())
         self._memory, self.path = memory, path
