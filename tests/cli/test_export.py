@@ -19,6 +19,7 @@ from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 from vl3train.cli.main import main
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
+from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.model.adapters import add_adapters, load_adapter, save_adapter
 from vl3train.model.layers.nf4_linear import hold_in_4_bits
 from vl3train.model.weights.disk import refuse_full_disk
@@ -62,6 +63,23 @@ def lora_run(model, processor, tmp_path) -> Path:
 
 
 TOKENS = {"input_ids": torch.arange(20)[None]}
+
+
+@pytest.mark.parametrize("name", ["run", "lora_run"])
+def test_weights_with_a_flipped_bit_are_not_exported(name, request, tmp_path, capsys):
+    """They would be loaded back without a difference."""
+    folder = request.getfixturevalue(name)
+    owner, below = (
+        (folder / "checkpoints/step_00000010", "weights/") if name == "run" else (folder / "base", "")
+    )
+    write_manifest(owner)
+    file = owner / f"{below}model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    assert run_export(folder, tmp_path / "out") != 0
+    assert f"is damaged: {below}model.safetensors is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

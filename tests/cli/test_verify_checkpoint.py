@@ -25,6 +25,16 @@ def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
     assert main(["verify-checkpoint", str(whole)]) == 0
 
 
+def test_the_weights_that_adapters_are_on_are_read_too(tmp_path, capsys):
+    make(tmp_path / "checkpoints", 1)
+    base = make(tmp_path / "made", 2).rename(tmp_path / "base")
+    assert main(["verify-checkpoint", str(tmp_path)]) == 0
+    assert f"{base}: whole" in capsys.readouterr().out
+    (base / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"z")
+    assert main(["verify-checkpoint", str(tmp_path)]) == 1
+    assert f"{base}: damaged" in capsys.readouterr().out
+
+
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     assert main(["verify-checkpoint", str(tmp_path)]) == 1
     assert "holds no checkpoint" in capsys.readouterr().err

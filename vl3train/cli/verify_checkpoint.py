@@ -32,7 +32,7 @@ def main(args: Namespace) -> int:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints that ``folder`` means, oldest first.
+    """The checkpoints that ``folder`` means, oldest first; before those of adapters the weights that they are on.
 
     Raises ValueError where there is none.
     """
@@ -40,7 +40,8 @@ def checkpoints_of(folder: Path) -> list[Path]:
         return [folder]
     for inside in (folder / "checkpoints", folder):
         if found := sorted(inside.glob("step_????????")):
-            return found
+            base = folder / "base"
+            return [base, *found] if (base / MANIFEST).is_file() else found
     raise ValueError(f"{folder} holds no checkpoint: name a run's output folder, or one of its checkpoints")
 
 
