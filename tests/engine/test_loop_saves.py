@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import shutil
-import signal
 
 import pytest
 
+from tests.contracts.full_disk import files_of_at_most
 from tests.engine.runs import figures, run, weights
 from vl3train.engine import loop
-from vl3train.engine.ranks import RunError
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The operating system refuses longer files, as a full disk does: in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+from vl3train.engine.held_out import in_run
+from vl3train.engine.held_out.losses import read_evaluations
+from vl3train.engine.ranks import OneRankError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +113,47 @@ def test_with_all_checkpoints_damaged_nothing_is_started_over(words, straight, t
     with pytest.raises(RunError, match="none of the checkpoints"):
         run([*words, f"run.output_dir={folder}"])
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_evaluation_that_the_disk_does_not_take_comes_later(words, tmp_path, monkeypatch, capsys):
+    record, calls = in_run.record_evaluation, []
+
+    def first_full(path, **entry):
+        calls.append(entry["step"])
+        with files_of_at_most(0) if len(calls) == 1 else contextlib.nullcontext():
+            record(path, **entry)
+
+    monkeypatch.setattr(in_run, "record_evaluation", first_full)
+    run([*words, f"run.output_dir={tmp_path}", "run.num_steps=3", "run.evaluate_steps=2"])
+    assert "evaluations.jsonl cannot be written: File too large. The run goes on" in capsys.readouterr().out
+    assert [line["step"] for line in read_evaluations(tmp_path / "evaluations.jsonl")] == [2]
+    assert (tmp_path / "finished.json").exists()
+
+
+def test_a_start_on_a_full_disk_names_the_file(words, straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    (folder / "finished.json").unlink()
+    before = (folder / "config.yaml").read_bytes()
+    with (
+        files_of_at_most(200),
+        pytest.raises(OneRankError, match=r"copy/config.yaml cannot be written: File too"),
+    ):
+        run([*words, f"run.output_dir={folder}"])
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_damaged_evaluations_are_told(words, straight, tmp_path):
+    """They choose the best checkpoint."""
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    (folder / "finished.json").unlink()
+    whole = '{"stage": 1, "step": 2, "when": "step", "sources": {}}\n'
+    (folder / "evaluations.jsonl").write_text(whole + whole[:20])
+    with pytest.raises(
+        RunError, match=r"evaluations.jsonl is damaged: line 2 is no evaluation .* move it away"
+    ):
+        run([*words, f"run.output_dir={folder}"])
 
 
 def test_a_finished_run_that_shall_do_more_is_no_longer_finished(words, straight, tmp_path):

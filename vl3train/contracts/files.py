@@ -16,7 +16,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     The partial file bears this process's number, so that several processes may write the same file at once. An error in
     the block removes it; a killed process leaves ``NAME.PID.partial``. ``durable=False`` syncs nothing: for gigabytes
-    that can be computed again.
+    that can be computed again. The error of a disk that is full names the file.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -24,7 +24,9 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         partial.unlink(missing_ok=True)
         raise
     if durable:

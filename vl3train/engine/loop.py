@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 import torch
 
 from vl3train.config.choices import BestFigure
-from vl3train.config.paths import mark_finished
+from vl3train.config.paths import FINISHED, mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches
 from vl3train.engine.bad_steps.go_back import go_back
 from vl3train.engine.bad_steps.report import report_skipped
+from vl3train.engine.best import BEST_FILE
 from vl3train.engine.checkpoints.keep import Keep
 from vl3train.engine.checkpoints.save import save_checkpoint
-from vl3train.engine.held_out.in_run import evaluate_run
+from vl3train.engine.held_out.in_run import evaluate_run, write_evaluations
 from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.collectives import shorten_timeouts
 from vl3train.engine.monitor.compile_log import Compiles, print_compiles, take_compiles
@@ -35,6 +37,9 @@ from vl3train.engine.step import StepResult, train_step
 from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
 from vl3train.model.activations.work import RecomputePlan
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""What the operating system says where a disk takes no more: full, over a quota, read-only, over a limit of files."""
 
 
 def train(cfg: TrainConfig, rank: Rank) -> bool:
@@ -53,6 +58,13 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
                 run_steps(run, stop)
         except TooManyFailed as error:
             raise OneRankError(f"rank {rank.index}: {error}") from error
+        except OSError as error:
+            if error.errno not in FULL_DISK or error.filename is None:
+                raise
+            raise OneRankError(
+                f"rank {rank.index}: {error.filename} cannot be written: {error.strerror}. Make room for it and "
+                "give the same command again"
+            ) from error
         finally:
             console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
         run.tracker.finish()
@@ -114,8 +126,9 @@ def run_steps(run: Run, stop: StopRequest) -> None:
         saved_step = save_run(run, saved_step, ends=True)
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
         evaluate_after(run, saved_step, when="end")
+    write_evaluations(run)
     if run.is_finished and rank.is_first:
-        mark_finished(cfg)
+        mark_run_finished(run)
     told = (
         f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
         f"the newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
@@ -199,7 +212,10 @@ def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
     if run.best.count(step, figures) and saved_step != step:
         saved_step = save_run(run, saved_step, ends=False)
     if run.rank.is_first:
-        run.best.write(run.folder)
+        try:
+            run.best.write(run.folder)
+        except OSError as error:
+            run.console.message(f"{BEST_FILE} cannot be written: {error.strerror or error}. The run goes on")
     run.console.message(run.best.told())
     if run.best.is_over and step < run.num_steps:
         run.console.message(
@@ -209,6 +225,17 @@ def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
     return saved_step
 
 
+def mark_run_finished(run: Run) -> None:
+    """Write FINISHED. Raises OneRankError where the disk does not take it."""
+    try:
+        mark_finished(run.cfg)
+    except OSError as error:
+        raise OneRankError(
+            f"all steps are done and saved, but {run.folder / FINISHED} cannot be written: {error.strerror or error}. "
+            "Free disk space and give the same command again"
+        ) from error
+
+
 def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
     """Write a checkpoint of the run, whose next step is ``run.cursor``; returns the step of the newest checkpoint.
 
@@ -216,6 +243,7 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
     RunError on every rank where it cannot go on, because this is the last save (``ends``).
     """
     progress.phase("save")
+    write_evaluations(run)
     problem = save_checkpoint(
         run.folder / "checkpoints",
         run.cursor.step,

@@ -79,6 +79,8 @@ class Run:
     meter: Meter
     best: Best
     source_names: list[str] = field(default_factory=list)
+    unwritten_evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Which the disk has not taken yet; on the first rank."""
 
     @property
     def is_finished(self) -> bool:

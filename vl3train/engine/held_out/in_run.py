@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vl3train.config.choices import Tracker as TrackerKind
+from vl3train.config.problems import counted
 from vl3train.contracts.progress.record import progress
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
@@ -17,7 +18,7 @@ from vl3train.engine.ranks import OneRankError
 from vl3train.engine.run import Run
 from vl3train.engine.tracking.tracker import ShownAnswer
 from vl3train.model.generation.generate import Generator
-from vl3train.scoring.predictions import score_predictions, write_predictions
+from vl3train.scoring.predictions import Prediction, score_predictions, write_predictions
 
 
 def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]] | None:
@@ -39,9 +40,9 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     figures = {name: {**row, **answers.get(name, {})} for name, row in figures.items()}
     if not run.rank.is_first:
         return figures
-    record_evaluation(
-        run.folder / "evaluations.jsonl", stage=run.cfg.stage.number, step=step, when=when, figures=figures
-    )
+    entry = {"stage": run.cfg.stage.number, "step": step, "when": when, "figures": figures}
+    run.unwritten_evaluations.append(entry)
+    write_evaluations(run)
     title = f"stage {run.cfg.stage.number}, step {step}"
     run.console.table(f"held-out samples, {title}", table_rows(figures))
     if answers:
@@ -50,6 +51,20 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     if shown:
         run.tracker.answers(shown, step)
     return figures
+
+
+def write_evaluations(run: Run) -> None:
+    """Write those that wait to evaluations.jsonl, on the first rank. Does not raise where the disk fails."""
+    path, waiting = run.folder / "evaluations.jsonl", run.unwritten_evaluations
+    try:
+        while waiting:
+            record_evaluation(path, **waiting[0])
+            waiting.pop(0)
+    except OSError as error:
+        run.console.message(
+            f"{path} cannot be written: {error.strerror or error}. The run goes on; "
+            f"{counted(len(waiting), 'evaluation')} in memory will be written when that works again"
+        )
 
 
 def answer_questions(
@@ -108,8 +123,19 @@ def answer_questions(
             problem = str(error)
         scored = [one for one in predictions if one.source in metrics]
         if scored:
-            folder = run.folder / "predictions"
-            folder.mkdir(exist_ok=True)
-            write_predictions(folder / f"step_{step:06d}.jsonl", scored)
+            keep_predictions(run, step, scored)
     run.rank.agree(problem)
     return run.rank.gather(figures)[0], shown.rows(predictions, names)
+
+
+def keep_predictions(run: Run, step: int, scored: list[Prediction]) -> None:
+    """Write the answers to predictions/step_N.jsonl. Says so where the disk does not take them: they are then lost."""
+    path = run.folder / "predictions" / f"step_{step:06d}.jsonl"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_predictions(path, scored)
+    except OSError as error:
+        run.console.message(
+            f"{path} cannot be written: {error.strerror or error}. The run goes on; these answers are lost, and "
+            "`vl3train evaluate` makes them again from a checkpoint"
+        )

@@ -105,5 +105,19 @@ def record_evaluation(
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of evaluations.jsonl; none where there is no such file.
+
+    Raises:
+        ValueError: a line is damaged; the message names it. The best checkpoint is chosen by these figures.
+    """
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            entry = json.loads(line)
+            found.append({**entry, "step": int(entry["step"]), "when": str(entry["when"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged: line {number} is no evaluation ({error!r}). Restore it from a copy, or move it "
+                "away: the figures of earlier evaluations then no longer count"
+            ) from error
+    return found

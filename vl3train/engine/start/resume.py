@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vl3train.config.paths import FINISHED, what_adapts
@@ -48,7 +49,7 @@ def resume(
     if model.base_digest is not None:
         identity["base_4bit"] = model.base_digest
     cursor = Cursor()
-    evaluations = rank.gather(read_evaluations(folder.path / "evaluations.jsonl") if rank.is_first else [])[0]
+    evaluations = evaluations_so_far(folder.path, rank)
     failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
     bad_steps = BadSteps(cfg.optim)
     remarks: list[str] = []
@@ -78,6 +79,18 @@ def resume(
         best=start_best(cfg.run, evaluations, cursor.step),
         remarks=remarks,
     )
+
+
+def evaluations_so_far(folder: Path, rank: Rank) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl, on every rank. Raises RunError on every rank where they are damaged."""
+    problem, found = None, []
+    if rank.is_first:
+        try:
+            found = read_evaluations(folder / "evaluations.jsonl")
+        except ValueError as error:
+            problem = str(error)
+    rank.agree(problem)
+    return rank.gather(found)[0]
 
 
 def refuse_what_cannot_resume(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:
