@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import subprocess
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrackingConfig, TrainConfig
 from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
 from vl3train.engine.tracking.wandb_tracker import WandbTracker
+from vl3train.launch import children
 
 BLOCK_BYTES = 32768
 LAST_OF_RECORD = (1, 4)  # a whole record, or the end of one that spans blocks
@@ -168,6 +172,23 @@ def test_answers_data_and_alerts_are_in_what_wandb_writes(tmp_path):
     assert (alert.title, alert.level) == ("step skipped", "WARN")
     assert json.loads(artifacts["dataset"].metadata)["train"] == {"fingerprint": "0123"}
     assert files["contents.json"].read_text() == "{}"
+
+
+def test_a_process_of_wandb_that_is_killed_ends_its_run_and_not_ours(tmp_path, capsys):
+    tracker = WandbTracker(tracking(), tmp_path, as_plain(TrainConfig()), step=0)
+    (core,) = [
+        pid for pid in children(os.getpid()) if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    capsys.readouterr()
+    os.kill(core, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while "W&B gets no more figures of this run" not in (said := capsys.readouterr().out):
+        assert time.monotonic() < deadline, said
+        tracker.log({"loss": 1.0}, 1)
+        time.sleep(0.05)
+    tracker.log({"loss": 1.0}, 2)
+    tracker.finish()
+    assert capsys.readouterr().out == ""
 
 
 def test_nested_figures_are_flat_and_none_is_left_out():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,48 +80,65 @@ class WandbTracker:
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
         """Log the figures of one step. Nested ones are named ``source_losses/captions``; None is left out."""
-        if self._run is not None:
-            self._run.log({**flat_figures(figures), "step": step})
+        self._send(lambda run: run.log({**flat_figures(figures), "step": step}))
 
     def answers(self, rows: Sequence[ShownAnswer], step: int) -> None:
         """A table, ``held_out_answers``: W&B keeps that of each evaluation."""
-        if self._run is None:
-            return
-        metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
-        table = wandb.Table(
-            columns=["source", "sample", "picture", "question", "expected", "answer", *metrics]
-        )
-        for row in rows:
-            picture = None if row.picture is None else wandb.Image(row.picture)
-            scores = [row.scores.get(name) for name in metrics]
-            table.add_data(row.source, row.key, picture, row.question, row.expected, row.answer, *scores)
-        self._run.log({"held_out_answers": table, "step": step})
+        self._send(lambda run: run.log({"held_out_answers": answer_table(rows), "step": step}))
 
     def data(self, files: Sequence[Path], fingerprints: Mapping[str, Any]) -> None:
         """An artifact of the type "dataset". Runs on the same data share one version of it."""
-        if self._run is None:
-            return
-        artifact = wandb.Artifact("data", type="dataset", metadata=dict(fingerprints))
-        for file in files:
-            artifact.add_file(str(file))
-        self._run.log_artifact(artifact)
+
+        def send(run: Any) -> None:
+            artifact = wandb.Artifact("data", type="dataset", metadata=dict(fingerprints))
+            for file in files:
+                artifact.add_file(str(file))
+            run.log_artifact(artifact)
+
+        self._send(send)
 
     def alert(self, title: str, text: str, *, is_bad: bool) -> None:
         """An alert; W&B sends one of a title a minute at most."""
-        if self._run is not None:
-            self._run.alert(title=title, text=text, level="WARN" if is_bad else "INFO")
+        self._send(lambda run: run.alert(title=title, text=text, level="WARN" if is_bad else "INFO"))
 
     def finish(self, exit_code: int = 0) -> None:
         """End the W&B run; a code other than 0 marks it as failed. May be called twice.
 
         Returns when W&B's own process has written everything and ended: the caller may then end at once.
         """
-        if self._run is not None:
-            self._run.finish(exit_code=exit_code)
-            self._run = None
+
+        def end(run: Any) -> None:
+            run.finish(exit_code=exit_code)
             wandb.teardown(exit_code)
-            if self._sets_data_dir:
-                del os.environ[DATA_DIR]
+
+        self._send(end)
+        self._forget()
+
+    def _send(self, act: Callable[[Any], object]) -> None:
+        """W&B's process may be killed, or its disk be full: that ends the W&B run, and not ours."""
+        if self._run is None:
+            return
+        try:
+            act(self._run)
+        except (OSError, wandb.Error) as error:
+            print(f"W&B gets no more figures of this run: {error!r}", flush=True)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._run is not None and self._sets_data_dir:
+            del os.environ[DATA_DIR]
+        self._run = None
+
+
+def answer_table(rows: Sequence[ShownAnswer]) -> Any:
+    """A row for each answer, with its picture and scores."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.scores))
+    table = wandb.Table(columns=["source", "sample", "picture", "question", "expected", "answer", *metrics])
+    for row in rows:
+        picture = None if row.picture is None else wandb.Image(row.picture)
+        scores = [row.scores.get(name) for name in metrics]
+        table.add_data(row.source, row.key, picture, row.question, row.expected, row.answer, *scores)
+    return table
 
 
 def run_id_of(folder: Path) -> tuple[str, bool]:
