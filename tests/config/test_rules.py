@@ -189,6 +189,8 @@ def test_a_run_folder_stands_for_its_latest_weights(workplace: Path):
     assert "not finished" in found
     assert str(weights.parent) in found
     assert keys("stage=2", f"stage.init_from={weights.parent}") == []
+    assert "not finished" in only_problem("stage=2", f"model.vision_encoder_from={run}")
+    assert keys("stage=2", f"model.vision_encoder_from={weights.parent}") == []
     (run / "checkpoints" / "latest").unlink()
     assert "no complete checkpoint" in only_problem("stage=2", f"stage.init_from={run}")
 

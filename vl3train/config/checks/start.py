@@ -89,7 +89,19 @@ def _folder_problems(key: str, name: str, known_types: tuple[str, ...], way_out:
         return [Problem(key, name, str(error), way_out)]
     if found_type not in known_types:
         return [Problem(key, name, f"holds a {found_type} model", way_out)]
-    return []
+    return _unfinished_problems(key, name)
+
+
+def _unfinished_problems(key: str, name: str) -> list[Problem]:
+    """Where ``name`` is the folder of a run that has not finished."""
+    folder = Path(name).expanduser()
+    if not paths.is_run_folder(folder) or (folder / paths.FINISHED).is_file():
+        return []
+    way_out = (
+        "start that run again until it is finished; to start from it as it is, name its checkpoint: "
+        f"{paths.latest_checkpoint(folder)}"
+    )
+    return [Problem(key, name, "is a run that is not finished", way_out)]
 
 
 def _tokenizer_problems(name: str | None) -> list[Problem]:
@@ -125,13 +137,7 @@ def _init_from_problems(cfg: TrainConfig) -> list[Problem]:
         what = f"is a run of stage {before['number']}, and stage {number - 1} comes between"
         way_out = f"train stage {number - 1} first; to skip it, name the weights folder inside the checkpoint"
         return [Problem(key, init_from, what, way_out)]
-    if paths.is_run_folder(folder) and not (folder / paths.FINISHED).is_file():
-        way_out = (
-            "start that run again until it is finished; to start from it as it is, name its checkpoint: "
-            f"{paths.latest_checkpoint(folder)}"
-        )
-        return [Problem(key, init_from, "is a run that is not finished", way_out)]
-    return []
+    return _unfinished_problems(key, init_from)
 
 
 def _run_stage_section(folder: Path) -> dict[str, Any] | None:

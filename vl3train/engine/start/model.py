@@ -147,8 +147,7 @@ def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) 
 
 def _load(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path, dtype: torch.dtype) -> Any:
     if checkpoint is not None:
-        stored = checkpoint / "weights"
-        return load_model(stored if stored.exists() else Path(cfg.run.output_dir) / "base", dtype=dtype)
+        return load_model(resolve_start(checkpoint)[0], dtype=dtype)
     if cfg.stage.init_from is not None:
         weights, adapter = resolve_start(cfg.stage.init_from)
         if adapter is not None:
