@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -135,8 +138,20 @@ def begin_worker(rank: Path | None, number: int) -> None:
     """The first call in a worker of the rank whose record is ``rank``."""
     let_output_fail()
     end_with_parent()
+    Queue._on_queue_feeder_error = staticmethod(end_worker)
     keep_record_of_worker(rank, number)
     progress.phase("loader worker")
+
+
+def end_worker(error: Exception, _: object) -> NoReturn:
+    """End this worker because a pack could not be sent. Python would print the error, and the rank wait for ever."""
+    print(
+        f"\na loader worker could not send a pack: {error}. Where shared memory is full, give the container more "
+        "(docker run --shm-size=16g), or set data.num_workers lower",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def load_packs(
