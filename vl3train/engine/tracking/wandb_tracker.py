@@ -80,26 +80,26 @@ class WandbTracker:
 
     def log(self, figures: Mapping[str, Any], step: int) -> None:
         """Log the figures of one step. Nested ones are named ``source_losses/captions``; None is left out."""
-        self._send(lambda run: run.log({**flat_figures(figures), "step": step}))
+        self._write(lambda run: run.log({**flat_figures(figures), "step": step}))
 
     def answers(self, rows: Sequence[ShownAnswer], step: int) -> None:
         """A table, ``held_out_answers``: W&B keeps that of each evaluation."""
-        self._send(lambda run: run.log({"held_out_answers": answer_table(rows), "step": step}))
+        self._write(lambda run: run.log({"held_out_answers": answer_table(rows), "step": step}))
 
     def data(self, files: Sequence[Path], fingerprints: Mapping[str, Any]) -> None:
         """An artifact of the type "dataset". Runs on the same data share one version of it."""
 
-        def send(run: Any) -> None:
+        def give(run: Any) -> None:
             artifact = wandb.Artifact("data", type="dataset", metadata=dict(fingerprints))
             for file in files:
                 artifact.add_file(str(file))
             run.log_artifact(artifact)
 
-        self._send(send)
+        self._write(give)
 
     def alert(self, title: str, text: str, *, is_bad: bool) -> None:
         """An alert; W&B sends one of a title a minute at most."""
-        self._send(lambda run: run.alert(title=title, text=text, level="WARN" if is_bad else "INFO"))
+        self._write(lambda run: run.alert(title=title, text=text, level="WARN" if is_bad else "INFO"))
 
     def finish(self, exit_code: int = 0) -> None:
         """End the W&B run; a code other than 0 marks it as failed. May be called twice.
@@ -111,10 +111,10 @@ class WandbTracker:
             run.finish(exit_code=exit_code)
             wandb.teardown(exit_code)
 
-        self._send(end)
+        self._write(end)
         self._forget()
 
-    def _send(self, act: Callable[[Any], object]) -> None:
+    def _write(self, act: Callable[[Any], object]) -> None:
         """W&B's process may be killed, or its disk be full: that ends the W&B run, and not ours."""
         if self._run is None:
             return
