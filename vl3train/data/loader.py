@@ -138,7 +138,7 @@ def begin_worker(rank: Path | None, number: int) -> None:
     """The first call in a worker of the rank whose record is ``rank``."""
     let_output_fail()
     end_with_parent()
-    Queue._on_queue_feeder_error = staticmethod(end_worker)
+    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]  # of CPython 3.11 to 3.13
     keep_record_of_worker(rank, number)
     progress.phase("loader worker")
 
