@@ -1,4 +1,4 @@
-"""Jobs of two ranks under torchrun, and all of their processes, found by a mark that each inherits."""
+"""Jobs of a few ranks under torchrun, and all of their processes, found by a mark that each inherits."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def start_job(
     module: str,
     words: list[str],
     *,
+    num_ranks: int = 2,
     launcher: str = "torch.distributed.run",
     environment: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> tuple[subprocess.Popen[str], str]:
-    """A launcher with two ranks of ``module``, in a session of its own; its process and the job's mark.
+    """A launcher with ``num_ranks`` ranks of ``module``, in a session of its own; its process and the job's mark.
 
     Args:
         python: how Python is called: ``[sys.executable]``, or ``warm_python`` of tests/conftest.py.
     """
     job = f"job-{uuid.uuid4().hex}"
-    command = [*python, "-m", launcher, "--standalone", "--nproc-per-node", "2"]
+    command = [*python, "-m", launcher, "--standalone", "--nproc-per-node", str(num_ranks)]
     process = subprocess.Popen(
         [*command, "-m", module, *words],
         cwd=ROOT,

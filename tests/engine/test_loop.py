@@ -181,8 +181,10 @@ def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):
     words = [*demo_words, "stage=1", f"run.output_dir={stage1}", "run.num_steps=6"]
     with pytest.raises(RunError, match=r"step\.max_tokens: the checkpoint has 512, this run has 600"):
         run([*words, "step.max_tokens=600"])
-    with pytest.raises(RunError, match=r"  machine\.zero_stage: the checkpoint has 1, this run has 2"):
-        run([*words, "machine.zero_stage=2"])
+    with pytest.raises(
+        RunError, match=r"  machine\.dtype: the checkpoint has 'float32', this run has 'bfloat16'"
+    ):
+        run([*words, "machine.dtype=bfloat16", "machine.zero_stage=2"])
     with pytest.raises(RunError, match="cannot be resumed") as caught:
         run([*words, "run.num_steps=3", "optim.weight_decay=0.1"])
     assert "the run has 3 steps, and the checkpoint has done 4; set run.num_steps=4 or more" in str(

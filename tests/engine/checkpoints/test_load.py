@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from tests.engine.checkpoints.made import make
-from vl3train.engine.checkpoints.load import refuse_other_identity
-from vl3train.engine.checkpoints.random_state import load_random_state, save_random_state
+from vl3train.engine.checkpoints.load import layout_of, refuse_other_identity
+from vl3train.engine.checkpoints.random_state import (
+    load_random_state,
+    load_random_state_of,
+    save_random_state,
+)
 from vl3train.engine.ranks import RunError
+from vl3train.engine.zero.reshard.layouts import Layout
 from vl3train.engine.zero.state_files import StateFiles
 
 
@@ -38,6 +43,32 @@ def test_another_plan_is_refused_with_every_difference(tmp_path):
     with pytest.raises(RunError) as caught:
         refuse_other_identity(folder, {"stage": 1})
     assert "stage.init_from" not in str(caught.value), "stage 1 does not take it"
+
+
+def test_ranks_and_zero_stage_may_change_and_the_type_of_numbers_may_not(tmp_path):
+    machine = {"machine.dp_size": 4, "machine.zero_stage": 1, "machine.dtype": "bfloat16"}
+    identity = {"stage": 2, "machine": machine, "adapter": {"kind": "none"}}
+    folder = make(tmp_path, 1, identity=identity)
+    moved = {**machine, "machine.dp_size": 2, "machine.zero_stage": 3}
+    resume = refuse_other_identity(folder, {**identity, "machine": moved})
+    assert layout_of(resume) == Layout(dp_size=4, zero_stage=1)
+    with pytest.raises(RunError) as caught:
+        refuse_other_identity(folder, {**identity, "machine": {**moved, "machine.dtype": "float32"}})
+    assert str(caught.value).count("  machine.") == 1
+
+
+def test_ranks_keep_their_random_state_and_new_ones_have_their_own(tmp_path):
+    for rank in range(2):
+        torch.manual_seed(rank)
+        save_random_state(tmp_path / f"rank_{rank}.pt")
+    drawn = {}
+    for rank in (3, 2, 1, 0, 4, 3):
+        load_random_state_of(tmp_path, rank)
+        first = draw()
+        assert drawn.setdefault(rank, first) == first, "the same at each resume"
+    assert len(set(drawn.values())) == 5
+    torch.manual_seed(1)
+    assert drawn[1][-1] == torch.rand(1).item()
 
 
 def draw():

@@ -10,9 +10,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 from vl3train.config.paths import what_adapts
-from vl3train.engine.checkpoints.random_state import load_random_state
+from vl3train.engine.checkpoints.random_state import load_random_state_of
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.zero.engine import Zero
+from vl3train.engine.zero.reshard.layouts import Layout
+from vl3train.engine.zero.reshard.load import load_other_layout
 
 ADAPTERS_CHANGED = (
     "  adapter: since that run, adapter=lora was changed to train adapters only, at a rate of 1e-4, with alpha = 2 x "
@@ -21,14 +23,22 @@ ADAPTERS_CHANGED = (
 )
 
 
-def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
+def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> Layout | None:
     """Load weights, optimizer state and random state, exactly as they were.
 
-    Raises OneRankError where a file holds code, or objects of other classes than a checkpoint has.
+    The number of ranks and the ZeRO stage may be others than those of the checkpoint: returns these then, else None.
+
+    Raises RunError on every rank where the state cannot take the layout of this run, and OneRankError where a file
+    holds code, or objects of other classes than a checkpoint has.
     """
+    saved = layout_of(json.loads((folder / "resume.json").read_text()))
+    now = Layout(dp_size=rank.dp_size, zero_stage=engine.zero_stage)
     try:
-        engine.load(folder / "engine")
-        load_random_state(folder / "random" / f"rank_{rank.index}.pt")
+        if saved == now:
+            engine.load(folder / "engine")
+        else:
+            load_other_layout(engine, folder / "engine", saved)
+        load_random_state_of(folder / "random", rank.index)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         held = f"an object of {named[1]}" if named else "something that is no number"
@@ -37,6 +47,13 @@ def load_checkpoint(folder: Path, *, engine: Zero, rank: Rank) -> None:
             "run code. This program wrote no such file. If you know where it comes from, start a new run from its "
             f"weights (stage.init_from={start_of(folder)}); they are safetensors"
         ) from error
+    return None if saved == now else saved
+
+
+def layout_of(resume: dict[str, Any]) -> Layout:
+    """How the state of a checkpoint is divided, from its ``resume.json``."""
+    machine = resume["identity"]["machine"]
+    return Layout(dp_size=machine["machine.dp_size"], zero_stage=machine["machine.zero_stage"])
 
 
 def start_of(checkpoint: Path) -> Path:
@@ -45,10 +62,14 @@ def start_of(checkpoint: Path) -> Path:
     return weights if weights.is_dir() else checkpoint
 
 
+FREE = ("machine.dp_size", "machine.zero_stage")
+"""What of a run's identity may change: load_checkpoint moves the state."""
+
+
 def refuse_other_identity(
     folder: Path, identity: dict[str, Any], data_changes: Callable[[], list[str]] = list
 ) -> dict[str, Any]:
-    """The ``resume.json`` of a checkpoint that was made with the same plan, model and machine layout.
+    """The ``resume.json`` of a checkpoint that was made with the same plan, model and numbers.
 
     ``data_changes`` says in lines what changed where the index of the data is another one.
 
@@ -60,7 +81,7 @@ def refuse_other_identity(
     differences = [
         f"  {key}: the checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
+        if saved.get(key) != now.get(key) and key not in FREE
     ]
     if differences:
         if saved.get("plan.index") != now.get("plan.index"):

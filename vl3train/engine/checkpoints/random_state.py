@@ -24,6 +24,21 @@ def load_random_state(path: Path) -> None:
         set_random_state(torch.load(path, weights_only=True))
 
 
+def load_random_state_of(folder: Path, index: int) -> None:
+    """Set the generators to those of a rank; ``folder`` has ``rank_0.pt`` and more.
+
+    A rank that was not there begins a sequence of its own, with a seed that a saved rank draws: the same at each
+    resume, and not the dropout masks of another rank.
+    """
+    count = len(list(folder.glob("rank_*.pt")))
+    load_random_state(folder / f"rank_{index % count}.pt")
+    if index >= count:
+        seed = (int(torch.randint(2**32, ())) + index) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """State of every generator a training step may draw from (dropout of adapters)."""
     name, keys, *rest = np.random.get_state()

@@ -34,7 +34,9 @@ class ResumePoint:
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
     best: Best
-    remarks: list[str]  # what of figures and held-out samples changed since the checkpoint; on the first rank
+    remarks: list[
+        str
+    ]  # what changed since the checkpoint: figures, held-out samples, ranks; on the first rank
 
 
 def resume(
@@ -42,8 +44,8 @@ def resume(
 ) -> ResumePoint:
     """Load the checkpoint, if there is one, and cut metrics.jsonl back to it. All ranks call it.
 
-    Raises RunError where the checkpoint was made with another plan, model or machine layout, or where this config
-    cannot resume it.
+    Raises RunError where the checkpoint was made with another plan, model or numbers, or where this config cannot
+    resume it. The number of ranks and the ZeRO stage may change.
     """
     identity = run_identity(cfg, data.train, model.counts, rank)
     if model.base_digest is not None:
@@ -56,7 +58,7 @@ def resume(
     if folder.checkpoint is not None:
         stored = refuse_other_identity(folder.checkpoint, identity, lambda: train_changes(folder.path, data))
         refuse_what_cannot_resume(cfg, stored, data.num_steps)
-        load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
+        saved = load_checkpoint(folder.checkpoint, engine=engine, rank=rank)
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
         bad_steps.load(stored)
@@ -65,6 +67,10 @@ def resume(
                 *changed_metrics(folder.path, stored.get("metrics")),
                 *held_out_changes(folder.path, data),
             ]
+            if saved is not None:
+                remarks.append(
+                    f"the checkpoint was saved with {saved}: its optimizer state is divided anew for this run"
+                )
     if rank.is_first:
         keep_contents(folder.path, data)
         truncate_metrics(folder.path / METRICS, cursor.step)

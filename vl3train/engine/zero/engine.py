@@ -279,7 +279,7 @@ class Zero:
             raise self._state_files.problem
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage.
+        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage (else: zero/reshard/load.py).
 
         The optimizer's options (rates, betas, weight decay) stay those of this run, although torch stores them with the
         optimizer state. Raises RuntimeError where ``folder`` holds no state.
