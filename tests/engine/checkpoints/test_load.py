@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from vl3train.engine.checkpoints.random_state import (
 )
 from vl3train.engine.ranks import RunError
 from vl3train.engine.zero.reshard.layouts import Layout
+from vl3train.engine.zero.reshard.shards import Shards
 from vl3train.engine.zero.state_files import StateFiles
 
 
@@ -106,7 +108,16 @@ class MakesFolder:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("read", [load_random_state, StateFiles().load], ids=["random", "engine"])
+def read_for_another_layout(path):
+    shutil.copy(path, path.with_name("mp_rank_00_model_states.pt"))
+    Shards(path.parent, Layout(dp_size=2, zero_stage=1), [])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [load_random_state, StateFiles().load, read_for_another_layout],
+    ids=["random", "engine", "another layout"],
+)
 def test_code_in_a_file_of_a_checkpoint_is_not_run(tmp_path, read):
     torch.save({"torch": MakesFolder(tmp_path / "ran")}, tmp_path / "state.pt")
     with pytest.raises(pickle.UnpicklingError):
