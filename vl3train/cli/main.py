@@ -42,6 +42,9 @@ COMMANDS = {
         "vl3train.cli.inspect", "show one step of a run: samples, packs, ranks, pictures, text"
     ),
     "verify": Command("vl3train.cli.verify", "test your data and model before a run"),
+    "checkpoint": Command(
+        "vl3train.cli.checkpoint", "list a run's checkpoints: size, files, ranks, ZeRO stage; delete old ones"
+    ),
     "verify-checkpoint": Command(
         "vl3train.cli.verify_checkpoint", "read checkpoints whole and name each damaged file"
     ),

@@ -1,0 +1,46 @@
+"""Delete old checkpoints of a run that is not in progress, by the rules of the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vl3train.engine.best import best_checkpoint
+from vl3train.engine.checkpoints.keep import Keep, delete_old
+from vl3train.engine.checkpoints.listing import Listed
+from vl3train.engine.start.lock import holder, lock
+
+
+def prune(run: Path, listed: Sequence[Listed], last: int) -> list[Listed]:
+    """Delete as a run with run.keep_checkpoints= ``last`` does after a save; returns what was deleted.
+
+    The newest that is not damaged counts as saved now. A damaged one that is newer stays, as does the best.
+
+    Raises ValueError where a run is using the folder, or where all checkpoints are damaged; nothing is deleted then.
+    """
+    whole = [one for one in listed if not one.found]
+    if not whole:
+        raise ValueError(f"all checkpoints of {run} are damaged; nothing is deleted")
+    newest = whole[-1]
+    config = json.loads((newest.folder / "resume.json").read_text(encoding="utf-8"))["config"]
+    best = best_checkpoint(run)
+    try:
+        handle = lock(run)
+    except BlockingIOError as error:
+        raise ValueError(f"{run} is in use by {holder(run)}; nothing is deleted") from error
+    try:
+        delete_old(
+            newest.folder.parent,
+            newest=newest.folder.name,
+            keep=Keep(
+                last=last,
+                before=newest.step,
+                every=config["run"].get("keep_every_steps", 0),
+                best=None if best is None else int(best.name.removeprefix("step_")),
+            ),
+        )
+    finally:
+        os.close(handle)
+    return [one for one in listed if not one.folder.is_dir()]
