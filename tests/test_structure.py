@@ -35,6 +35,7 @@ LARGE_FOLDERS = {
     "data/records": "what a record's keys mean, in one file each: turns, media, times; and the files that hold records",
     "data/shards": "tar files and their index on any storage: headers, members, addresses, reads, waits",
     "model/kernels": "each operation in its own file, with the check of all of them",
+    "model/weights/headers": "what is said of a folder without torch: each kind of file, and digests of all",
 }
 
 ANYWHERE = ("",)

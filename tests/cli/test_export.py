@@ -19,11 +19,11 @@ from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 from vl3train.cli.main import main
 from vl3train.config.choices import AdapterKind
 from vl3train.config.schema import AdapterConfig
-from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.model.adapters import add_adapters, load_adapter, save_adapter
 from vl3train.model.layers.nf4_linear import hold_in_4_bits
 from vl3train.model.weights.disk import refuse_full_disk
 from vl3train.model.weights.export import compare_logits, logits_of, merge_checked, probe
+from vl3train.model.weights.headers.manifest import write_manifest
 from vl3train.model.weights.hf_folder import WrongExport, load_trained, save_weights, write_folder
 
 
@@ -80,6 +80,8 @@ def test_weights_with_a_flipped_bit_are_not_exported(name, request, tmp_path, ca
     assert run_export(folder, tmp_path / "out") != 0
     assert f"is damaged: {below}model.safetensors is not what was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is damaged"):
+        load_trained(folder)  # for evaluate, generate, serve, chat
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from tests.engine.jobs import start_job
 from tests.engine.runs import figures, run
 from vl3train.contracts.bad_step import read_bad_step
 from vl3train.engine.bad_steps import limits
-from vl3train.engine.checkpoints.manifest import MANIFEST, digests_of, list_files, manifest_text
 from vl3train.engine.ranks import RunError
+from vl3train.model.weights.headers.manifest import MANIFEST, digests_of, list_files, manifest_text
 
 NAN = math.nan
 NOT_KEPT = ("param_groups", "overflow")

@@ -16,9 +16,9 @@ from tests.conftest import made_once
 from tests.engine.runs import figures, run, weights
 from vl3train.config.problems import ConfigError
 from vl3train.engine import loop
-from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.engine.memory import host as memory_host
 from vl3train.engine.ranks import OneRankError, RunError
+from vl3train.model.weights.headers.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")

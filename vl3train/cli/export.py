@@ -19,9 +19,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vl3train.config.paths import resolve_start
-from vl3train.engine.checkpoints.manifest import MANIFEST, damage
-
 if TYPE_CHECKING:
     from vl3train.model.weights.export import Merged
 
@@ -82,8 +79,9 @@ def main(args: argparse.Namespace) -> int:
 
     from vl3train.model.weights.export import export_adapter, export_model
     from vl3train.model.weights.headers.template import export_remark
+    from vl3train.model.weights.hf_folder import refuse_damaged
 
-    refuse_damaged_source(args.source)
+    refuse_damaged(args.source)
     if args.adapter_only:
         adapter, base = export_adapter(args.source, out)
         print(f"wrote {out}: the adapters of {adapter}\n" + ADAPTER_SNIPPET.format(base=base, folder=out))
@@ -104,19 +102,6 @@ def main(args: argparse.Namespace) -> int:
         + SNIPPET.format(folder=out, fps=made.fps)
     )
     return 0
-
-
-def refuse_damaged_source(source: str) -> None:
-    """Raise ValueError where files that a run wrote, with their manifest, are not what was written."""
-    from vl3train.engine.checkpoints.find import shown
-
-    for folder in filter(None, resolve_start(source)):
-        for owner, below in ((folder, ""), (folder.parent, f"{folder.name}/")):
-            if (owner / MANIFEST).is_file() and (found := damage(owner, below=below)):
-                raise ValueError(
-                    f"{folder} is damaged: {shown(found)}; copy it again, or name an older checkpoint "
-                    "(vl3train verify-checkpoint tells which are whole)"
-                )
 
 
 def frames_by_the_original(source: Path) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from vl3train.engine.checkpoints.manifest import MANIFEST, read_manifest, wrong_digests, wrong_sizes
+from vl3train.model.weights.headers.manifest import MANIFEST, read_manifest, wrong_digests, wrong_sizes
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from vl3train.config.choices import BestFigure
 from vl3train.config.schema import RunConfig
 from vl3train.contracts.files import write_whole
-from vl3train.engine.checkpoints.manifest import checkpoint_name
+from vl3train.model.weights.headers.manifest import checkpoint_name
 
 BEST_FILE = "best.json"
 """In a run's folder: the best checkpoint, its figure, and the figures of all evaluations so far."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vl3train.engine.checkpoints.manifest import MANIFEST, digests_of, list_files, manifest_text
+from vl3train.model.weights.headers.manifest import MANIFEST, digests_of, list_files, manifest_text
 
 
 def make(checkpoints, step, identity=None, config=None):

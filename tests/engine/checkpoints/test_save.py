@@ -12,9 +12,9 @@ from tests.engine.checkpoints.made import make
 from vl3train.config.optim_options import OptimConfig
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.checkpoints.keep import Keep, delete_old
-from vl3train.engine.checkpoints.manifest import checkpoint_name, digests_of, list_files
 from vl3train.engine.checkpoints.save import finish
 from vl3train.engine.zero.state_files import StateFiles, is_of_the_disk
+from vl3train.model.weights.headers.manifest import checkpoint_name, digests_of, list_files
 
 
 def test_only_the_last_are_kept(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vl3train.engine.checkpoints.manifest import MANIFEST, checkpoint_name, damage
 from vl3train.engine.ranks import Rank, RunError
+from vl3train.model.weights.headers.manifest import MANIFEST, checkpoint_name, damage
 
 
 def find_checkpoint(

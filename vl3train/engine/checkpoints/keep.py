@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from vl3train.engine.checkpoints.manifest import checkpoint_name
+from vl3train.model.weights.headers.manifest import checkpoint_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl3train.engine.checkpoints.manifest import damage, list_files, read_manifest, wrong_sizes
+from vl3train.model.weights.headers.manifest import damage, list_files, read_manifest, wrong_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,11 @@ from typing import Any
 from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.contracts.line_log import say_on_stderr
 from vl3train.engine.checkpoints.keep import Keep, delete_old, remove_checkpoint
-from vl3train.engine.checkpoints.manifest import (
+from vl3train.engine.checkpoints.random_state import save_random_state
+from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.engine import Zero
+from vl3train.engine.zero.state_files import is_of_the_disk
+from vl3train.model.weights.headers.manifest import (
     MANIFEST,
     checkpoint_name,
     digests_of,
@@ -32,10 +36,6 @@ from vl3train.engine.checkpoints.manifest import (
     manifest_text,
     share_of,
 )
-from vl3train.engine.checkpoints.random_state import save_random_state
-from vl3train.engine.ranks import Rank
-from vl3train.engine.zero.engine import Zero
-from vl3train.engine.zero.state_files import is_of_the_disk
 
 
 def save_checkpoint(

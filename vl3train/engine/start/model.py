@@ -21,7 +21,6 @@ from vl3train.config.paths import encoder_folder, is_tuned_encoder, resolve_star
 from vl3train.config.rules import adapter_rates, full_rates
 from vl3train.config.schema import TrainConfig
 from vl3train.engine.checkpoints.find import refuse_damaged
-from vl3train.engine.checkpoints.manifest import write_manifest
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.start.folder import OutputFolder, load_processor
@@ -31,6 +30,7 @@ from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
 from vl3train.model.weights.from_parts import init_from_parts, load_model
 from vl3train.model.weights.headers.faults import refuse
+from vl3train.model.weights.headers.manifest import write_manifest
 from vl3train.model.weights.headers.vocabulary import read_vocabulary, vocabulary_faults
 from vl3train.model.weights.hf_folder import save_weights
 

@@ -19,6 +19,7 @@ from vl3train.contracts.tokens import END_OF_TEXT, IM_END
 from vl3train.model.weights.headers.faults import refuse
 from vl3train.model.weights.headers.files import adapter_faults
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
+from vl3train.model.weights.headers.manifest import MANIFEST, damage
 
 
 class WrongExport(ValueError):  # noqa: N818 - its name says what it is
@@ -169,6 +170,20 @@ def locate_trained(folder: str | Path) -> tuple[Path, Path | None]:
     return weights, adapter
 
 
+def refuse_damaged(folder: str | Path) -> None:
+    """Read every file of what ``locate_trained`` finds that a run wrote, with a digest in its manifest.
+
+    An export has no manifest and passes. Raises ValueError where a file is not what was written.
+    """
+    for part in filter(None, resolve_start(folder)):
+        for owner, below in ((part, ""), (part.parent, f"{part.name}/")):
+            if (owner / MANIFEST).is_file() and (found := damage(owner, below=below)):
+                raise ValueError(
+                    f"{part} is damaged: {'; '.join(found)}; copy it again, or name an older checkpoint "
+                    "(vl3train verify-checkpoint tells which are whole)"
+                )
+
+
 def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Model and processor of a run, a checkpoint or an export, ready to answer.
 
@@ -184,6 +199,7 @@ def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tup
     from transformers import AutoProcessor, VideoLlama3ForConditionalGeneration
 
     weights, adapter = locate_trained(folder)
+    refuse_damaged(folder)
     model: Any = VideoLlama3ForConditionalGeneration.from_pretrained(
         str(weights), dtype=dtype if dtype is not None else "auto"
     )

@@ -1,1 +1,1 @@
-"""Says what a checkpoint's folder holds, from headers and JSON files alone: no weights are read, no torch imported."""
+"""Says what a checkpoint's folder holds, from headers, JSON files and digests: no torch is imported."""

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from tests.engine.checkpoints.made import make
-from vl3train.engine.checkpoints.manifest import damage, file_digest, list_files, read_manifest, share_of
+from vl3train.model.weights.headers.manifest import damage, file_digest, list_files, read_manifest, share_of
 
 
 def test_the_digest_is_that_of_the_library(tmp_path):
