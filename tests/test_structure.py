@@ -31,6 +31,7 @@ MANY_PARAMETERS = {
 
 LARGE_FOLDERS = {
     "cli": "one file a command",
+    "contracts": "what all layers share, in one file each: records, shapes, words, and how files are written",
     "config": "the schema's sections, what is made of them, and the folders that a config names",
     "data/records": "what a record's keys mean, in one file each: turns, media, times; and the files that hold records",
     "data/shards": "tar files and their index on any storage: headers, members, addresses, reads, waits",

@@ -51,6 +51,27 @@ def test_the_good_ones_are_written_when_asked(tmp_path, records, capsys):
         run(*words)
 
 
+def test_the_keys_of_addresses_in_records_are_neither_shown_nor_kept(tmp_path, records, capsys):
+    signed = "https://me:s3cr3t@host/a.jpg?sig=s3cr3t"
+    pictures = [
+        signed,
+        f"{'x/' * 50}a.jpg?sig=s3cr3t",
+        {"uri": signed, "headers": {"Authorization": "s3cr3t"}},
+    ]
+    with records.open("a") as file:
+        for picture in [*pictures, signed.replace("https", "file")]:
+            file.write(json.dumps({"q": "What?", "a": "A cat.", "picture": picture}) + "\n")
+    words = (records, "--out", tmp_path / "out", "--media-root", tmp_path, *COLUMNS, "--skip-rejected")
+    assert run(*words) == 0
+    assert main(["shards", signed, "--out", str(tmp_path / "other")]) == 1
+    said = capsys.readouterr()
+    kept = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert len(kept.splitlines()) == 5
+    assert "https://host/a.jpg" in kept
+    for text in (said.out, said.err, kept):
+        assert "s3cr3t" not in text
+
+
 def test_check_groups_faults_and_writes_nothing(tmp_path, capsys):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     records = [{"image": f"gone-{i}.png", "conversations": turns} for i in range(5)]

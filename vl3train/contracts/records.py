@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vl3train.contracts.redaction import without_keys
+
 if TYPE_CHECKING:  # the plan needs no torch: 0.35 GiB less, and seconds, for the tools that only plan
     from torch import Tensor
 
@@ -149,7 +151,13 @@ class Batch:
 
 
 class SampleError(ValueError):
-    """A sample that is rejected or fails, with the reason. The only error that data/ raises for damaged input."""
+    """A sample that is rejected or fails, with the reason. The only error that data/ raises for damaged input.
+
+    Reasons are printed and kept in files: of addresses they have the place only.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(without_keys(reason))
 
 
 class TooManyFailed(ValueError):  # noqa: N818 - it counts failed samples

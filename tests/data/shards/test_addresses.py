@@ -17,9 +17,10 @@ import vl3train.data.shards.addresses as addresses
 from tests.data.shards.test_remote import as_remote
 from tests.data.shards_fixture import make_source, train_config
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.redaction import shown_address, without_secrets
 from vl3train.data.pipeline import open_data
 from vl3train.data.shards import remote
-from vl3train.data.shards.addresses import address_problem, shard_name, shown_address, without_secrets
+from vl3train.data.shards.addresses import address_problem, shard_name
 from vl3train.data.shards.manifest import MissingIndexError
 from vl3train.data.shards.remote import RemoteError, listed_shards, read_range
 

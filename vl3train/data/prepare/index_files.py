@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vl3train.contracts.files import whole_file
+from vl3train.contracts.redaction import shown_address
 from vl3train.data.sealed import DamagedFileError, file_digest, read_sealed_json, write_sealed_json
-from vl3train.data.shards.addresses import shown_address
 from vl3train.data.shards.index import SCHEMA, USABLE
 from vl3train.data.shards.manifest import MANIFEST, IndexPlace, MissingIndexError, check_rows, rows_path
 from vl3train.data.shards.remote import address_of

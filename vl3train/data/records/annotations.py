@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.redaction import shown_value
 from vl3train.contracts.tokens import IMAGE_TAG, RESERVED_TOKENS, VIDEO_TAG
 from vl3train.data.media.picture_lists import LIST_SUFFIX
 from vl3train.data.records.clip_times import CLIP_KEYS, TIMES_KEYS, clip_rate, clip_window, seconds
@@ -197,14 +198,14 @@ class _Reader:
 
     def part(self, part: Any) -> Text | _Slot:
         if not isinstance(part, Mapping):
-            raise SampleError(f"content part {part!r:.{SHOWN}} is no object with a type")
+            raise SampleError(f"content part {shown_value(part, SHOWN)} is no object with a type")
         name = str(part.get("type"))
         if name == "text" and (text := text_of(part.get("text"))) is not None:
             return Text(text)
         kind = KINDS.get(name)
         if kind is None or name == "text":
             raise SampleError(
-                f"content part {dict(part)!r:.{SHOWN}}: type must be text, {', '.join(KINDS)}, with its value"
+                f"content part {shown_value(part, SHOWN)}: type must be text, {', '.join(KINDS)}, with its value"
             )
         key = _source_key(part)
         read = {"type", key, *(CLIP_KEYS if kind == "video" else ())}
@@ -242,7 +243,7 @@ class _Reader:
 
 def _message(message: Any) -> tuple[str, str | Sequence[Any]]:
     if not isinstance(message, Mapping):
-        raise SampleError(f"turn {message!r:.{SHOWN}} is no object")
+        raise SampleError(f"turn {shown_value(message, SHOWN)} is no object")
     name = next((message[key] for key in ROLE_KEYS if message.get(key) is not None), None)
     content = next((message[key] for key in TEXT_KEYS if message.get(key) is not None), None)
     if not isinstance(name, str) or name not in ROLES:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.strict_json import json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Conversation:
                     del content["fps"]  # earlier builds do not know it
                 if names is not None and "part" in content:
                     content["part"] = names[int(content["part"].partition(".")[0])]
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+        return json_text(fields, letters=True, sort_keys=True).encode()
 
 
 def read_conversation(data: bytes | Mapping[str, Any]) -> Conversation:

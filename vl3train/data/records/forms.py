@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.redaction import shown_value
 from vl3train.data.records.importers import IMPORTERS
 from vl3train.data.records.media_files import MEDIA_KEY, SHOWN, find_media, is_nothing
 
@@ -116,7 +117,7 @@ def as_json(value: Any, key: str) -> Any:
     except (ValueError, RecursionError) as error:
         python = " and looks like Python's own writing" if re.match(r"\s*[\[{]\s*[\[{]?\s*'", value) else ""
         raise SampleError(
-            f"the text under `{key}` is no JSON{python}: {value[:SHOWN]!r}; write it with json.dumps"
+            f"the text under `{key}` is no JSON{python}: {shown_value(value, SHOWN)}; write it with json.dumps"
         ) from error
 
 
@@ -213,7 +214,7 @@ def _as_turns(value: Any, role: str) -> list[Any] | None:
 
 def _as_exchange(pair: Any) -> list[dict[str, Any]]:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise SampleError(f"history holds pairs of a question and an answer, not {pair!r:.{SHOWN}}")
+        raise SampleError(f"history holds pairs of a question and an answer, not {shown_value(pair, SHOWN)}")
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.redaction import shown_value
 from vl3train.data.records.conversation import half_character
 from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, IMAGE_SUFFIXES
 
@@ -157,7 +158,9 @@ def media_file(
     """
     if isinstance(source, (list, tuple)):
         if kind == "image":
-            raise SampleError(f"image {source!r:.{SHOWN}} is a list in a list; name each picture by itself")
+            raise SampleError(
+                f"image {shown_value(source, SHOWN)} is a list in a list; name each picture by itself"
+            )
         pictures = tuple(media_file(picture, "image") for picture in source)
         return MediaFile("", "video", pictures=pictures, times=times, fps=None if times else fps)
     data, path = None, source
@@ -166,7 +169,7 @@ def media_file(
     elif isinstance(source, (bytes, bytearray)):
         data, path = bytes(source), ""
     if not isinstance(path, str) or not (path or data):
-        raise SampleError(f"{kind} {source!r:.{SHOWN}} is no file path")
+        raise SampleError(f"{kind} {shown_value(source, SHOWN)} is no file path")
     if data is None and path[:5].lower() == "data:":
         return MediaFile("", kind, _data_url_bytes(path, kind), fps=fps)
     if data is None and (data := _base64_bytes(path, kind)):
@@ -176,7 +179,9 @@ def media_file(
     if path.startswith("file://"):
         path = unquote(re.sub(r"^file://(localhost(?=/))?", "", path))
     if data is None and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", path) and not re.match(r"[a-zA-Z]:[\\/]", path):
-        raise SampleError(f"{kind} {path[:SHOWN]!r} is an address; download it and give the file's path")
+        raise SampleError(
+            f"{kind} {shown_value(path, SHOWN)} is an address; download it and give the file's path"
+        )
     if (suffix := PurePath(path).suffix.lower().removeprefix(".")) in (CONVERSATION_PART, CAPTION_PART):
         raise SampleError(f"{kind} {path!r} is a .{suffix} file; name the {kind} itself")
     return MediaFile(path, kind, data, fps=fps)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.redaction import without_keys
 from vl3train.data.records.forms import DIALOGUE_KEYS, ROLES
 from vl3train.data.records.importers import IMPORTERS
 from vl3train.data.records.media_files import is_nothing
@@ -48,7 +49,7 @@ def source_problems(sources: Sequence[str]) -> list[str]:
             known = path.is_dir() or text_suffix(name) or _suffix(name) in TABLE_BUILDERS
             problem = "" if known else "a file of another kind"
         if problem:
-            problems.append(f"{name}: {problem}; {KINDS_OF_SOURCES}")
+            problems.append(f"{without_keys(name)}: {problem}; {KINDS_OF_SOURCES}")
     return problems
 
 

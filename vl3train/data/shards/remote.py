@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import whole_file
-from vl3train.data.shards.addresses import address_problem, shard_name, shown_address, without_secrets
+from vl3train.contracts.redaction import shown_address, without_secrets
+from vl3train.data.shards.addresses import address_problem, shard_name
 
 SHARD_LIST = "shards.txt"
 ATTEMPTS, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.25, 20.0
