@@ -14,7 +14,6 @@ command. docs/evaluation.md has the metrics.
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from vl3train.config.paths import is_run_folder
 from vl3train.config.problems import ConfigError
 from vl3train.config.rules import problems
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.strict_json import json_text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def main(args: Namespace) -> int:
         out=args.out,
     )
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=1))
+        args.json.write_text(json_text(figures, indent=1))
     return 0
 
 

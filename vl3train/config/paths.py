@@ -13,6 +13,7 @@ from vl3train.config.plain import as_plain
 from vl3train.config.problems import ConfigError, Problem
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text, without_texts
 
 MODEL_TYPES = ("video_llama_3", "videollama3_qwen2")
 """``model_type`` of a checkpoint that stages 2 to 4 can start from: transformers' form, and that of the
@@ -55,7 +56,7 @@ def is_finished(cfg: TrainConfig) -> bool:
     if not file.is_file():
         return False
     try:
-        finished = by_present_names(json.loads(file.read_text(encoding="utf-8")))
+        finished = by_present_names(without_texts(json.loads(file.read_text(encoding="utf-8"))))
         defaults = what_trains(TrainConfig())  # of options that the build did not have which wrote the file
         as_written = {name: {**defaults.get(name, {}), **of} for name, of in _what_trains(finished).items()}
     except (ValueError, AttributeError, KeyError, TypeError):
@@ -68,7 +69,7 @@ def is_finished(cfg: TrainConfig) -> bool:
 
 def mark_finished(cfg: TrainConfig) -> None:
     """Write the file that ``is_finished`` reads."""
-    write_whole(Path(cfg.run.output_dir) / FINISHED, json.dumps(what_trains(cfg), indent=1))
+    write_whole(Path(cfg.run.output_dir) / FINISHED, json_text(what_trains(cfg), indent=1))
 
 
 def what_trains(cfg: TrainConfig) -> dict[str, Any]:

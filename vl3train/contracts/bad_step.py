@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text, without_texts
 
 FOLDER = "bad_steps"
 
@@ -66,12 +67,12 @@ def dump_path(output_dir: Path, step: int) -> Path:
 
 
 def write_bad_step(path: Path, bad: BadStep) -> None:
-    """Write the file, whole. JSON has no NaN: such a number is null, and its text stands beside it.
+    """Write the file, whole.
 
     Raises OSError where the disk does not take it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(with_texts(dataclasses.asdict(bad)), indent=1) + "\n")
+    write_whole(path, json_text(dataclasses.asdict(bad), indent=1) + "\n")
 
 
 def read_bad_step(path: Path) -> BadStep:
@@ -102,39 +103,3 @@ def numbered_from_1(entry: dict[str, Any]) -> dict[str, Any]:
     7
     """
     return entry if SINCE in entry else {**entry, "step": entry["step"] + 1, SINCE: {}}
-
-
-TEXT = "_text"
-
-
-def with_texts(value: Any) -> Any:
-    """A tree that JSON can hold: a number that is not finite is null, with its text under another name beside it.
-
-    >>> with_texts({"loss": math.nan, "of": {"captions": math.inf, "ocr": 2.0}})
-    {'loss': None, 'loss_text': 'nan', 'of': {'captions': None, 'captions_text': 'inf', 'ocr': 2.0}}
-    """
-    if isinstance(value, dict):
-        found: dict[str, Any] = {}
-        for key, one in value.items():
-            bad = isinstance(one, float) and not math.isfinite(one)
-            found |= {key: None, key + TEXT: str(one)} if bad else {key: with_texts(one)}
-        return found
-    return [with_texts(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def without_texts(value: Any) -> Any:
-    """Undo ``with_texts``.
-
-    >>> without_texts({"loss": None, "loss_text": "inf", "most_loss": None})
-    {'loss': inf, 'most_loss': None}
-    """
-    if isinstance(value, dict):
-        texts = {
-            key.removesuffix(TEXT) for key in value if key.endswith(TEXT) and key.removesuffix(TEXT) in value
-        }
-        return {
-            key: float(value[key + TEXT]) if key in texts else without_texts(one)
-            for key, one in value.items()
-            if not (key.endswith(TEXT) and key.removesuffix(TEXT) in texts)
-        }
-    return [without_texts(one) for one in value] if isinstance(value, list) else value

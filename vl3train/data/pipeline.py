@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.progress.record import WAITING_FOR_DATA, progress
 from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.loader import FailedEntry, OpenData, PackDataset, load_packs
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
@@ -267,4 +267,4 @@ def _on_cuda(cfg: TrainConfig) -> bool:
 
 
 def _ledger_lines(cursor: Cursor, entries: list[FailedEntry]) -> list[str]:
-    return [json.dumps({"step": cursor.step + 1, **entry._asdict()}) for entry in entries]
+    return [json_text({"step": cursor.step + 1, **entry._asdict()}) for entry in entries]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text
 
 DIGEST_BYTES = 32
 """Of a sha256, behind the content of a sealed file."""
@@ -50,7 +51,7 @@ def sealed_size(path: Path) -> int:
 
 def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object with the digest of its text, ``sha256``."""
-    write_whole(path, json.dumps({"sha256": _json_digest(content), **content}, indent=1))
+    write_whole(path, json_text({"sha256": _json_digest(content), **content}, indent=1))
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:

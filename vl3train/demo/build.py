@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text
 from vl3train.contracts.tokens import IMAGE_TAG, VIDEO_TAG
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
@@ -73,7 +73,7 @@ def write_folder(out: Path, name: str, seed: int, scale: float) -> int:
     drawing.mkdir(parents=True)
     records = list(write_media(drawing, name, held_out if name != source else train))
     annotations = drawing / "annotations.jsonl"
-    annotations.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    annotations.write_text("".join(json_text(record) + "\n" for record in records), encoding="utf-8")
     report = write_shards(
         AnnotatedRecords((str(annotations),), (drawing,)),
         out / name,
@@ -135,4 +135,4 @@ def write_questions(out: Path, seed: int, scale: float) -> None:
             requests.append(request)
             expected.append({"source": source, "key": record["id"], "answer": question.answer})
     for name, lines in ((EXPECTED_FILE, expected), (QUESTIONS_FILE, requests)):
-        write_whole(out / name, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(out / name, "".join(json_text(line) + "\n" for line in lines))

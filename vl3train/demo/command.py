@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vl3train.contracts.files import whole_folder, write_whole
+from vl3train.contracts.strict_json import json_text
 from vl3train.demo.build import (
     QUESTIONS_FILE,
     draw_questions,
@@ -93,7 +94,7 @@ def claim_folder(out: Path, wanted: dict[str, float]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a demo folder (it has no {MANIFEST}); {way_out}")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(manifest, json.dumps(wanted) + "\n")
+    write_whole(manifest, json_text(wanted) + "\n")
 
 
 def make_parts(out: Path, seed: int, scale: float, bars: Progress) -> None:

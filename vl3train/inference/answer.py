@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from vl3train.contracts.strict_json import json_text
 from vl3train.inference.answering import Answered, Answering, Asked, in_order
 from vl3train.inference.questions import media_problems, question_batch, render
 from vl3train.inference.rendering import Rendering, trained_rendering
@@ -146,6 +146,6 @@ def write_answers(asker: Asker, requests: Sequence[Request], file: Path) -> Iter
     with file.open("x", encoding="utf-8") as out:
         for count, (request, answered) in enumerate(zip(requests, asker.in_turn(requests), strict=True), 1):
             line = {**as_line(request), "answer": answered.text}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.write(json_text(line, letters=True) + "\n")
             out.flush()
             yield count

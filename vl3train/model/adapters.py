@@ -22,6 +22,7 @@ from transformers import VideoLlama3ForConditionalGeneration
 from vl3train.config.choices import AdapterInit, AdapterKind
 from vl3train.config.optim_options import AdapterConfig
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text
 from vl3train.model.adapter_targets import PART_LAYERS, alpha_of, full_modules, target_pattern
 from vl3train.model.layers.nf4_linear import round_to_4_bits, sizes_in_4_bits
 from vl3train.model.trainable import REPLACED, count_parameters, part_of
@@ -126,7 +127,7 @@ def save_adapter(
     if parts := sorted({part_of(name) for name, _ in sizes_in_4_bits(model)}):
         computed = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
         form = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": computed, "parts": parts}
-        write_whole(Path(folder) / BASE_FORM, json.dumps(form, indent=1))
+        write_whole(Path(folder) / BASE_FORM, json_text(form, indent=1))
 
 
 def round_base(base: Any, folder: Path) -> None:

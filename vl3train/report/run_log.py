@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vl3train.contracts.bad_step import numbered_from_1
+from vl3train.contracts.strict_json import without_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def read_run(folder: Path, problems: list[str]) -> RunLog | None:
     evaluations: list[dict[str, Any]] = []
     if (folder / "evaluations.jsonl").exists():
         keys = ("stage", "step", "when", "sources")
-        evaluations = read_lines(folder / "evaluations.jsonl", keys, problems)
+        evaluations = without_texts(read_lines(folder / "evaluations.jsonl", keys, problems))
     return RunLog(
         name=folder.resolve().name,
         steps=steps,

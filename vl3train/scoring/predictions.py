@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text, without_texts
 from vl3train.scoring.intervals import mean_with_interval
 from vl3train.scoring.metrics import Scored, score
 
@@ -68,7 +69,7 @@ def score_predictions(
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     """Write them in the order of their samples, in place of what the file held."""
     ordered = sorted(predictions, key=lambda one: one.place)
-    write_whole(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in ordered))
+    write_whole(file, "".join(json_text(asdict(one), letters=True) + "\n" for one in ordered))
 
 
 def read_predictions(file: Path) -> list[Prediction]:
@@ -85,7 +86,7 @@ def read_predictions(file: Path) -> list[Prediction]:
         if not line:
             continue
         try:
-            found.append(Prediction(**json.loads(line)))
+            found.append(Prediction(**without_texts(json.loads(line))))
         except (ValueError, TypeError) as error:
             if number == len(lines):  # no newline after it: its writing was cut short
                 break

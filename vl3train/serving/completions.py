@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -13,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from vl3train.contracts.strict_json import json_text
 from vl3train.inference.answering import Answered, Asked
 from vl3train.inference.live import LiveModels, Waiting
 from vl3train.inference.questions import Question, question_batch
@@ -127,7 +127,7 @@ async def stream(
     chunk = {**head, "object": "chat.completion.chunk"}
 
     async def send(event: dict[str, Any]) -> None:
-        await response.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+        await response.write(f"data: {json_text(event, letters=True)}\n\n".encode())
 
     def choices(delta: dict[str, str], ends: str | None = None) -> list[dict[str, Any]]:
         return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": ends}]

@@ -12,7 +12,7 @@ from pathlib import Path
 from vl3train.config.choices import BestFigure
 from vl3train.contracts.files import write_whole
 from vl3train.engine.best import value_of
-from vl3train.engine.held_out.losses import read_evaluations
+from vl3train.engine.held_out.losses import EVALUATIONS, read_evaluations
 from vl3train.report.run_log import read_run
 
 RESULTS = "results.csv"
@@ -37,7 +37,7 @@ def result_of(folder: Path, values: dict[str, str], outcome: str, figure: BestFi
     log = read_run(folder, [])
     if log is None:
         return Result(name=folder.name, values=values, outcome=outcome)
-    evaluations = [line for line in read_evaluations(folder / "evaluations.jsonl") if line["when"] != "start"]
+    evaluations = [line for line in read_evaluations(folder / EVALUATIONS) if line["when"] != "start"]
     sign = -1 if figure is BestFigure.accuracy else 1
     by = BestFigure.accuracy if figure is BestFigure.accuracy else BestFigure.loss
     scored = [(sign * value_of(line["sources"], by), line["step"], line["sources"]) for line in evaluations]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from vl3train.engine.held_out.losses import record_evaluation, summarize
+from vl3train.engine.held_out.losses import (
+    read_evaluations,
+    record_evaluation,
+    summarize,
+    truncate_evaluations,
+)
 
 
 def test_figures_are_of_samples_not_of_tokens():
@@ -33,7 +39,33 @@ def test_figures_are_of_samples_not_of_tokens():
 
 def test_an_evaluation_made_again_after_a_resume_replaces_the_old_one(tmp_path):
     path = tmp_path / "evaluations.jsonl"
-    for step, accuracy in ((0, 0.1), (10, 0.5), (20, 0.7), (10, 0.6)):
+
+    def record(step, accuracy):
         record_evaluation(path, stage=3, step=step, when="step", figures={"count": {"accuracy": accuracy}})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["step"], line["sources"]["count"]["accuracy"]) for line in lines] == [(0, 0.1), (10, 0.6)]
+
+    def lines(name):
+        found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        return [(line["step"], line["sources"]["count"]["accuracy"]) for line in found]
+
+    for step, accuracy in ((0, 0.1), (10, 0.5), (20, 0.7), (20, 0.8)):
+        record(step, accuracy)
+    truncate_evaluations(path, 9)
+    record(10, 0.6)
+    assert lines("evaluations.jsonl") == [(0, 0.1), (10, 0.6)]
+    assert lines("evaluations.replaced.jsonl") == [(10, 0.5), (20, 0.8)]
+
+
+def test_a_figure_that_is_not_finite_is_json_and_is_read_back(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    figures = {"count": {"loss": math.nan, "accuracy": 0.0}, "ocr": {"loss": math.inf}}
+    record_evaluation(path, stage=3, step=0, when="step", figures=figures)
+    record_evaluation(path, stage=3, step=5, when="step", figures=figures)  # reads the line before
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    for line in path.read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["sources"]["count"]["loss_text"] == "nan"
+    truncate_evaluations(path, 0)
+    [found] = read_evaluations(path)
+    assert str(found["sources"]) == str(figures)

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.strict_json import json_text
 
 LIST_SUFFIX = "zip"
 """Of the part in a shard that holds such a clip."""
@@ -71,7 +72,7 @@ def pack_pictures(
         end = shown[-1] + (shown[-1] - shown[-2] if len(shown) > 1 else 0.0)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        header = json.dumps({"times": shown, "end": end})
+        header = json_text({"times": shown, "end": end})
         archive.writestr(zipfile.ZipInfo(HEADER_MEMBER, LONG_AGO), header)
         for number, (suffix, data) in enumerate(pictures):
             archive.writestr(zipfile.ZipInfo(f"{number:05d}.{suffix}", LONG_AGO), data)

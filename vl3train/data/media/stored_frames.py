@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.media.clips import ClipPlan, DecodeLimits
 from vl3train.data.video.timeline import FrameRule
 
@@ -52,7 +53,7 @@ def pack_frames(frames: Iterable[np.ndarray], times: Iterable[float], rule: Fram
         "times": list(times),
         "sizes": [len(jpeg) for jpeg in jpegs],
     }
-    return json.dumps(header).encode() + b"\n" + b"".join(jpegs)
+    return json_text(header).encode() + b"\n" + b"".join(jpegs)
 
 
 def plan_stored(data: bytes, rule: FrameRule, limits: DecodeLimits) -> ClipPlan:

@@ -6,7 +6,6 @@ another rate or size from them.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import yaml
 
 from vl3train.contracts.files import whole_file, write_whole
 from vl3train.contracts.records import RenderSettings, SampleError
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.prepare.rejections import REJECTED_FILE
 from vl3train.data.prepare.write_shards import write_members
@@ -117,7 +117,7 @@ def store_folder(
                 write_members(partial, kept())
                 if rejected:
                     with (out / REJECTED_FILE).open("a", encoding="utf-8") as ledger:
-                        ledger.writelines(json.dumps(line) + "\n" for line in rejected)
+                        ledger.writelines(json_text(line) + "\n" for line in rejected)
 
 
 def _is_stored(shard: Path, out: Path) -> bool:

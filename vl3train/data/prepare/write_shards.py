@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from vl3train.contracts.files import whole_folder
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.media.picture_lists import LIST_SUFFIX
 from vl3train.data.prepare.annotated_records import AnnotatedRecords, medium_bytes
 from vl3train.data.prepare.check_media import MediaCheck, check_media
@@ -135,7 +135,7 @@ def write_shards(
             )
         if rejected:
             lines = [
-                json.dumps({"where": rejection.where, "reason": rejection.reason}) for rejection in rejected
+                json_text({"where": rejection.where, "reason": rejection.reason}) for rejection in rejected
             ]
             (partial / REJECTED_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return ShardReport(num_written, num_shards, tuple(rejected), report.ignored, report.remarks)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import whole_file
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.shards.manifest import IndexPlace, read_manifest
 
 DIGEST_CHARACTERS = 16
@@ -41,7 +42,7 @@ def contents_of(sources: Sequence[tuple[str, IndexPlace]]) -> Contents:
     """
     settings = dataclasses.asdict(sources[0][1].settings) if sources else {}
     return Contents(
-        settings=json.loads(json.dumps(settings)),
+        settings=json.loads(json_text(settings)),
         sources={name: shards_of(read_manifest(place)) for name, place in sources},
     )
 
@@ -56,7 +57,7 @@ def shards_of(manifest: Mapping[str, Any]) -> dict[str, Shard]:
 
 def write_contents(path: Path, splits: Mapping[str, Contents]) -> None:
     """Write what the data of each split are. The file appears whole."""
-    text = json.dumps({split: dataclasses.asdict(contents) for split, contents in splits.items()})
+    text = json_text({split: dataclasses.asdict(contents) for split, contents in splits.items()})
     with whole_file(path) as partial:
         partial.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0))
 

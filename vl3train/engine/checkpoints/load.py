@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from vl3train.config.paths import what_adapts
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.checkpoints.random_state import load_random_state_of
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.zero.engine import Zero
@@ -77,7 +78,7 @@ def refuse_other_identity(
     """
     resume: dict[str, Any] = json.loads((folder / "resume.json").read_text())
     stored = {**resume["identity"], "adapter": what_adapts(resume["identity"]["adapter"])}
-    saved, now = _flat(stored), _flat(json.loads(json.dumps(identity)))
+    saved, now = _flat(stored), _flat(json.loads(json_text(identity)))
     differences = [
         f"  {key}: the checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())

@@ -11,6 +11,7 @@ from typing import Any
 
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch
+from vl3train.contracts.strict_json import json_text, without_texts
 from vl3train.contracts.tokens import IM_END, IM_START
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.model.generation.generate import Generator
@@ -111,7 +112,7 @@ class PredictionsInProgress:
     """
 
     def __init__(self, file: Path, of: Mapping[str, Any], rank: int) -> None:
-        self._of, self._paths = json.loads(json.dumps(of)), sorted(file.parent.glob(f"{file.name}.*.partial"))
+        self._of, self._paths = json.loads(json_text(of)), sorted(file.parent.glob(f"{file.name}.*.partial"))
         self.known = [one for path in self._paths for one in self._read(path)]
         self._path = file.with_name(f"{file.name}.{rank}.partial")
         self._is_new = not any(self._read(self._path))
@@ -120,9 +121,9 @@ class PredictionsInProgress:
         """Append one; it is kept when this process is killed."""
         with self._path.open("w" if self._is_new else "a", encoding="utf-8") as out:
             if self._is_new:
-                out.write(json.dumps(self._of) + "\n")
+                out.write(json_text(self._of) + "\n")
                 self._is_new = False
-            out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+            out.write(json_text(asdict(prediction), letters=True) + "\n")
 
     def finish(self) -> None:
         """Remove the files; for one rank, when the whole file is written."""
@@ -136,4 +137,4 @@ class PredictionsInProgress:
             :-1
         ]  # a line without its end was cut short
         if json.loads(first) == self._of:
-            yield from (Prediction(**json.loads(line)) for line in lines)
+            yield from (Prediction(**without_texts(json.loads(line))) for line in lines)

@@ -11,7 +11,7 @@ from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import answer_table, generate_predictions
-from vl3train.engine.held_out.losses import evaluate, record_evaluation, table_rows
+from vl3train.engine.held_out.losses import EVALUATIONS, evaluate, record_evaluation, table_rows
 from vl3train.engine.held_out.shown import ShownSamples
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.ranks import OneRankError
@@ -55,7 +55,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
 
 def write_evaluations(run: Run) -> None:
     """Write those that wait to evaluations.jsonl, on the first rank. Does not raise where the disk fails."""
-    path, waiting = run.folder / "evaluations.jsonl", run.unwritten_evaluations
+    path, waiting = run.folder / EVALUATIONS, run.unwritten_evaluations
     try:
         while waiting:
             record_evaluation(path, **waiting[0])

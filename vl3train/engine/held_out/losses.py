@@ -14,6 +14,10 @@ import torch.distributed as dist
 from vl3train.contracts.files import write_whole
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch
+from vl3train.contracts.strict_json import json_text, without_texts
+
+EVALUATIONS = "evaluations.jsonl"
+"""In a run's folder: a line for each evaluation."""
 
 
 @torch.no_grad()
@@ -91,17 +95,24 @@ def table_rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def record_evaluation(
     path: Path, *, stage: int, step: int, when: str, figures: dict[str, dict[str, Any]]
 ) -> None:
-    """Write one evaluation to evaluations.jsonl, in place of an earlier one of the same step and moment.
-
-    A run that was killed after an evaluation and resumed from a step before it repeats the evaluation.
-    """
+    """Write one evaluation to evaluations.jsonl, in place of an earlier one of the same step and moment."""
     entry = {"stage": stage, "step": step, "when": when, "sources": figures}
-    kept = [
-        line
-        for line in read_evaluations(path)
-        if (line["step"], line["when"]) != (step, when) and line["step"] <= step
-    ]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
+    kept = [line for line in read_evaluations(path) if (line["step"], line["when"]) != (step, when)]
+    write_whole(path, "".join(json_text(line) + "\n" for line in [*kept, entry]))
+
+
+def truncate_evaluations(path: Path, done: int) -> None:
+    """Move the evaluations after ``done`` steps, which a run that goes on from there makes again, to a file beside it.
+
+    They are appended to ``evaluations.replaced.jsonl``, as ``metrics.replaced.jsonl`` has the steps.
+    """
+    found = read_evaluations(path)
+    later = [line for line in found if line["step"] > done]
+    if later:
+        with path.with_name("evaluations.replaced.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json_text(line) + "\n" for line in later)
+        kept = [line for line in found if line["step"] <= done]
+        write_whole(path, "".join(json_text(line) + "\n" for line in kept))
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
@@ -113,7 +124,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
-            entry = json.loads(line)
+            entry = without_texts(json.loads(line))
             found.append({**entry, "step": int(entry["step"]), "when": str(entry["when"])})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

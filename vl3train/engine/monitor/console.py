@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from vl3train.contracts.bad_step import with_texts
 from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.progress.record import progress
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.monitor.metrics_file import METRICS, truncate_metrics
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -90,7 +89,7 @@ class Console:
         """
         if not self._enabled:
             return
-        self._log.append([json.dumps(with_texts(figures))])
+        self._log.append([json_text(figures)])
         done = int(figures["step"])
         seconds_left = self._pace.seconds_left(done, self._total_steps)
         text = figures_text(figures, seconds_left)

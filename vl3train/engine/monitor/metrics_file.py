@@ -14,6 +14,7 @@ from typing import Any
 from vl3train.config.problems import counted
 from vl3train.contracts.bad_step import numbered_from_1
 from vl3train.contracts.files import whole_file
+from vl3train.contracts.strict_json import json_text
 
 METRICS = "metrics.jsonl"
 
@@ -76,7 +77,7 @@ def truncate_metrics(path: str | Path, done: int) -> int:
         except (ValueError, KeyError, TypeError):
             kept.append(line)
             continue
-        (replaced if is_later else kept).append(line if now is entry else json.dumps(now).encode() + b"\n")
+        (replaced if is_later else kept).append(line if now is entry else f"{json_text(now)}\n".encode())
     if replaced:
         with path.with_name("metrics.replaced.jsonl").open("ab") as file:
             file.writelines(replaced)

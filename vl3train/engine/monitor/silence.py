@@ -22,6 +22,7 @@ import torch.distributed as dist
 from vl3train.config.schema import RunConfig
 from vl3train.contracts.progress.job import read_records
 from vl3train.contracts.progress.record import WAITING_FOR_DATA, Seen, progress
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.monitor.silence_report import Answer, Report, python_stacks
 from vl3train.engine.ranks import Rank
 
@@ -97,7 +98,7 @@ class SilenceWatch:
         if seen.seconds >= self._limit(seen) / 2:
             self._patience *= 2  # that report is about this rank, too
         assert self._store is not None, "it was asked"
-        self._store.set(f"{KEY}/{number}/{self._rank.index}", json.dumps(self._own_answer().as_plain()))
+        self._store.set(f"{KEY}/{number}/{self._rank.index}", json_text(self._own_answer().as_plain()))
 
     def _own_answer(self) -> Answer:
         records = (

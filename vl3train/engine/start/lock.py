@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.ranks import Rank
 
 LOCK_FILE = "run.lock"
@@ -51,7 +52,7 @@ def lock(folder: Path) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now})
+        text = json_text({"host": socket.gethostname(), "process": os.getpid(), "since": now})
         os.ftruncate(handle, 0)
         os.pwrite(handle, text.encode(), 0)
     except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
 
 FOLDER = "tensorboard"
@@ -67,7 +68,7 @@ class TensorboardTracker:
 
     def data(self, files: Sequence[Path], fingerprints: Mapping[str, Any]) -> None:
         """The fingerprints as text; the files lie in the run's folder."""
-        text = as_code(json.dumps(fingerprints, indent=1))
+        text = as_code(json_text(fingerprints, indent=1))
         self._write(lambda writer: writer.add_text("data", text, self._step))
 
     def alert(self, title: str, text: str, *, is_bad: bool) -> None:

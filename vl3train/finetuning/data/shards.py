@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.rejections import Rejection, describe_ignored
 from vl3train.data.prepare.write_shards import write_shards
@@ -116,7 +117,7 @@ def make_data(split: Split, folder: Path, progress: Callable[[str, int], None]) 
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_whole(
-        folder / MADE_FROM, json.dumps({"digest": "incomplete"})
+        folder / MADE_FROM, json_text({"digest": "incomplete"})
     )  # it is ours also if we are killed now
     for name, records in (("train", split.training), ("held_out", split.held_out)):
         if records is not None:
@@ -129,7 +130,7 @@ def make_data(split: Split, folder: Path, progress: Callable[[str, int], None]) 
                 progress=progress,
             )
     content = {"digest": split.digest, "train": split.num_training, "held_out": split.num_held_out}
-    write_whole(folder / MADE_FROM, json.dumps(content, indent=1))
+    write_whole(folder / MADE_FROM, json_text(content, indent=1))
     return True
 
 
