@@ -101,13 +101,17 @@ def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
 ):
     """Steps 6 and 7 are bad: the run goes back to the checkpoint of step 3 and passes over 4 to 7."""
     plant({5: NAN, 6: math.inf}, monkeypatch.setattr)
-    words = [*words, "run.num_steps=9", "run.save_steps=3"]
+    words = [*words, "run.num_steps=9", "run.save_steps=3", "run.evaluate_steps=4", "run.best_figure=loss"]
     straight = run([*words, f"run.output_dir={tmp_path / 'straight'}"])
     assert [line["step"] for line in strict(straight / "metrics.jsonl")] == [1, 2, 3, 8, 9]
     assert [line["step"] for line in strict(straight / "metrics.replaced.jsonl")] == [4, 5, 6, 7]
     state = json.loads((straight / "checkpoints/step_00000009/resume.json").read_text())["bad_steps"]
     assert state["passed_over"] == [[3, 7]]
     assert "passes over steps 4 to 7" in capsys.readouterr().out
+    assert [line["step"] for line in strict(straight / "evaluations.jsonl")] == [8]
+    assert [line["step"] for line in strict(straight / "evaluations.replaced.jsonl")] == [4]
+    best = (straight / "best.json").read_text()
+    assert [one["step"] for one in json.loads(best)["history"]] == [8], "that of step 4 is undone"
     for stop_after in ([6], [2, 4], [7]):  # within the row; before it and within it; behind it
         stopped = [*words, f"run.output_dir={tmp_path / f'stopped{stop_after[0]}'}"]
         for steps in stop_after:
@@ -115,6 +119,7 @@ def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
         resumed = run(stopped)
         assert figures(resumed, "learning_rates") == figures(straight, "learning_rates")
         assert saved(resumed, 9) == saved(straight, 9)
+        assert (resumed / "best.json").read_text() == best
     # Its last steps: passed over, they are done.
     monkeypatch.undo()
     plant({7: NAN, 8: NAN}, monkeypatch.setattr)
@@ -145,6 +150,23 @@ def test_without_a_checkpoint_to_go_back_to_the_run_ends_and_says_the_way_out(wo
         run(words)
     done = run([*words, "run.save_steps=3"])
     assert [line["step"] for line in strict(done / "metrics.jsonl")] == [1, 2, 3, 8]
+
+
+def test_a_run_that_ends_before_a_step_has_trained_is_not_finished(words, tmp_path, monkeypatch):
+    """Fewer steps than may be skipped in a row; the same command again comes to the same end."""
+    words = [*words, f"run.output_dir={tmp_path}", "run.num_steps=3", "optim.max_skipped_steps=8"]
+    plant(dict.fromkeys(range(2), NAN), monkeypatch.setattr)
+    run([*words, "run.stop_after_steps=2"])
+    monkeypatch.undo()
+    plant({2: NAN}, monkeypatch.setattr)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"at step 3, and trained nothing: .*look at stage\.init_from"):
+            run(words)
+        assert not (tmp_path / "finished.json").exists()
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(words)
+    assert (tmp_path / "finished.json").exists()
 
 
 @pytest.mark.two_processes

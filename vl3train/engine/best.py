@@ -11,7 +11,8 @@ from typing import Any
 from vl3train.config.choices import BestFigure
 from vl3train.config.schema import RunConfig
 from vl3train.contracts.files import write_whole
-from vl3train.model.weights.headers.manifest import checkpoint_name
+from vl3train.contracts.strict_json import json_text
+from vl3train.model.weights.headers.manifest import checkpoint_name, step_of
 
 BEST_FILE = "best.json"
 """In a run's folder: the best checkpoint, its figure, and the figures of all evaluations so far."""
@@ -27,13 +28,17 @@ class Best:
     """Step and figure of each evaluation after a step, in order."""
 
     def count(self, step: int, figures: dict[str, dict[str, Any]]) -> bool:
-        """Add an evaluation after ``step``; whether it is the best so far. Those of the same or a later step are void:
-        the run has gone back."""
+        """Add an evaluation after ``step``; whether it is the best so far. An earlier one of this step is replaced: a
+        run may evaluate its last step twice."""
         if self.figure is BestFigure.none:
             return False
-        self.history = [one for one in self.history if one[0] < step]
+        self.forget_after(step - 1)
         self.history.append((step, value_of(figures, self.figure)))
         return self.step == step
+
+    def forget_after(self, step: int) -> None:
+        """The run has gone back: what was evaluated after ``step`` is undone."""
+        self.history = [one for one in self.history if one[0] <= step]
 
     @property
     def step(self) -> int | None:
@@ -68,8 +73,11 @@ class Best:
         )
 
     def write(self, folder: Path) -> None:
-        """Write BEST_FILE into the run's folder, once the best step has a checkpoint."""
+        """Write BEST_FILE into the run's folder, once the best step has a checkpoint; remove it where none is best."""
+        if self.figure is BestFigure.none:
+            return
         if self.step is None:
+            (folder / BEST_FILE).unlink(missing_ok=True)
             return
         content = {
             "figure": self.figure.value,
@@ -78,7 +86,7 @@ class Best:
             "checkpoint": f"checkpoints/{checkpoint_name(self.step)}",
             "history": [{"step": step, "value": value} for step, value in self.history],
         }
-        write_whole(folder / BEST_FILE, json.dumps(content, indent=1) + "\n")
+        write_whole(folder / BEST_FILE, json_text(content, indent=1) + "\n")
 
 
 def value_of(figures: dict[str, dict[str, Any]], figure: BestFigure) -> float:
@@ -115,6 +123,8 @@ def best_checkpoint(folder: Path) -> Path | None:
         return None
     try:
         found = folder / json.loads(file.read_text(encoding="utf-8"))["checkpoint"]
+        if step_of(found.name) is None:
+            raise ValueError(f"{found.name} is no checkpoint")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}); delete it, and name a checkpoint yourself"

@@ -17,7 +17,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch, TooManyFailed
 from vl3train.data.pipeline import StepBatches
-from vl3train.engine.bad_steps.go_back import go_back
+from vl3train.engine.bad_steps.go_back import go_back, refuse_untrained
 from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.best import BEST_FILE
 from vl3train.engine.checkpoints.keep import Keep
@@ -122,6 +122,7 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             break
         if run.best.is_over:
             break
+    refuse_untrained(run)
     if saved_step != run.cursor.step:  # the last steps were passed over
         saved_step = save_run(run, saved_step, ends=True)
     if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:

@@ -17,6 +17,8 @@ def test_the_newest_whole_one_is_found_and_damage_is_named(tmp_path, one_rank):
     (make(tmp_path, 35) / "MANIFEST.json").write_text("")
     (make(tmp_path, 38) / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"y")
     (tmp_path / "step_00000040.partial").mkdir()
+    for name in ("step_old_copy", "step_0000100a", "step_0000000041", "step_99999999 (copy)"):
+        make(tmp_path, 50).rename(tmp_path / name)
     folder, remarks = find_checkpoint(tmp_path, one_rank)
     assert folder == good
     assert [remark.split(" is not used: ")[0][-2:] for remark in remarks] == ["38", "35", "30", "20"]

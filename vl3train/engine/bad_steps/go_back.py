@@ -16,8 +16,10 @@ from vl3train.contracts.records import Cursor
 from vl3train.engine.checkpoints.find import find_checkpoint
 from vl3train.engine.checkpoints.keep import remove_checkpoint
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
+from vl3train.engine.held_out.losses import EVALUATIONS, truncate_evaluations
 from vl3train.engine.ranks import RunError
 from vl3train.engine.run import Run
+from vl3train.model.weights.headers.manifest import checkpoints_in, step_of
 
 
 def go_back(run: Run) -> int:
@@ -31,11 +33,7 @@ def go_back(run: Run) -> int:
     bad = run.bad_steps
     first, end = bad.range_to_pass_over(run.cursor.step)
     what = f"{bad.in_a_row} steps in a row were skipped, the last of them step {end}"
-    look = (
-        f"Look at {run.folder / 'bad_steps'} with `vl3train inspect --dump FILE`: where always the same samples are "
-        "not finite, take them out; where losses or norms are only over their limits, lower the learning rates, or "
-        "raise optim.spike_limit"
-    )
+    look = where_to_look(run)
     if bad.passed_over and first < max(before := [end for _, end in bad.passed_over]):
         raise RunError(
             f"{what}. That is the second time: the run has already gone back and passed over the steps up to "
@@ -53,9 +51,11 @@ def go_back(run: Run) -> int:
     passed_over = [*bad.passed_over, (first, end)]
     bad.load(stored)
     bad.passed_over = passed_over
+    run.best.forget_after(run.cursor.step)
     if run.rank.is_first:
         drop_later(checkpoint)
         run.console.go_back(run.cursor.step)
+        undo_evaluations(run)
     run.rank.barrier()
     told = f"{what}: the run goes back to {checkpoint} and passes over steps {first + 1} to {end}"
     run.console.message(told)
@@ -63,12 +63,43 @@ def go_back(run: Run) -> int:
     return run.cursor.step
 
 
+def undo_evaluations(run: Run) -> None:
+    """Take the evaluations of undone steps out of the run's files; a later start would count them."""
+    step = run.cursor.step
+    run.unwritten_evaluations = [one for one in run.unwritten_evaluations if one["step"] <= step]
+    truncate_evaluations(run.folder / EVALUATIONS, step)
+    run.best.write(run.folder)
+
+
+def refuse_untrained(run: Run) -> None:
+    """Raise RunError, on every rank, where the run is at its end and each of its steps was skipped.
+
+    A short run ends before ``optim.max_skipped_steps`` of them are in a row.
+    """
+    if run.is_finished and not run.bad_steps.has_trained:
+        checkpoints = run.folder / "checkpoints"
+        raise RunError(
+            f"the run is at its end, at step {run.cursor.step}, and trained nothing: each step was skipped, and the "
+            f"weights are those that it started from. {where_to_look(run)}. {way_out(run, 0)}. Then move {checkpoints} "
+            "away and give the same command"
+        )
+
+
+def where_to_look(run: Run) -> str:
+    """What a person does about skipped steps."""
+    return (
+        f"Look at {run.folder / 'bad_steps'} with `vl3train inspect --dump FILE`: where always the same samples are "
+        "not finite, take them out; where losses or norms are only over their limits, lower the learning rates, or "
+        "raise optim.spike_limit"
+    )
+
+
 def way_out(run: Run, first: int) -> str:
     """What a person does where there is nothing to go back to: no step was saved early enough."""
     if first == 0:
         return "A run whose first steps are bad starts wrong: look at stage.init_from and at the learning rates, too"
     checkpoints = run.folder / "checkpoints"
-    anew = f"move {checkpoints} away and " if any(checkpoints.glob("step_????????")) else ""
+    anew = f"move {checkpoints} away and " if checkpoints_in(checkpoints) else ""
     return (
         f"Or {anew}give the same command with run.save_steps={min(first, run.cfg.run.save_steps)}: it starts from its "
         "first step, saves early enough, and passes over these steps"
@@ -81,6 +112,7 @@ def drop_later(checkpoint: Path) -> None:
     A run that is killed before its next save resumes from here, comes to the same row again, and goes the same way.
     """
     write_whole(checkpoint.parent / "latest", checkpoint.name)
-    for later in checkpoint.parent.glob("step_????????"):
-        if later.name > checkpoint.name:
+    first = step_of(checkpoint.name)
+    for step, later in checkpoints_in(checkpoint.parent).items():
+        if first is not None and step > first:
             remove_checkpoint(later)

@@ -21,13 +21,14 @@ class BadSteps:
         self.max_in_a_row = optim.max_skipped_steps
         self.in_a_row = 0
         self.row_start = 0  # the first step of the row
+        self.has_trained = False  # whether a step of the run was good
         self.passed_over: list[tuple[int, int]] = []
         """Ranges of steps, the second not included, in the order in which the run gave them up."""
 
     def count(self, step: int, result: StepResult) -> None:
         """Take in one step. Numbers of a skipped one never become part of the limits."""
         if not result.is_skipped:
-            self.in_a_row = 0
+            self.in_a_row, self.has_trained = 0, True
             self.spikes.add(result.loss, result.grad_norm)
             return
         self.row_start = self.row_start if self.in_a_row else step
@@ -69,9 +70,11 @@ class BadSteps:
 
     def load(self, resume: Mapping[str, Any]) -> None:
         """Take the state of a resume.json. Before 2026-12 it had none: the window is then filled anew."""
+        self.has_trained = True
         if "bad_steps" not in resume:
             return
         state = resume["bad_steps"]
+        self.has_trained = bool(state["limits"]["losses"])  # of good steps only
         self.spikes.load(state["limits"])
         self.in_a_row, self.row_start = state["in_a_row"], state["row_start"]
         self.passed_over = [(first, end) for first, end in state["passed_over"]]

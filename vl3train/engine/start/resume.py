@@ -14,7 +14,7 @@ from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best, start_best
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
-from vl3train.engine.held_out.losses import read_evaluations
+from vl3train.engine.held_out.losses import EVALUATIONS, read_evaluations, truncate_evaluations
 from vl3train.engine.monitor.metrics_file import METRICS, changed_metrics, truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
@@ -42,7 +42,7 @@ class ResumePoint:
 def resume(
     cfg: TrainConfig, folder: OutputFolder, data: RunData, model: RunModel, engine: Zero, rank: Rank
 ) -> ResumePoint:
-    """Load the checkpoint, if there is one, and cut metrics.jsonl back to it. All ranks call it.
+    """Load the checkpoint, if there is one, and cut metrics.jsonl and evaluations.jsonl back to it. All ranks call it.
 
     Raises RunError where the checkpoint was made with another plan, model or numbers, or where this config cannot
     resume it. The number of ranks and the ZeRO stage may change.
@@ -71,9 +71,13 @@ def resume(
                 remarks.append(
                     f"the checkpoint was saved with {saved}: its optimizer state is divided anew for this run"
                 )
+    best = start_best(cfg.run, evaluations, cursor.step)
     if rank.is_first:
         keep_contents(folder.path, data)
         truncate_metrics(folder.path / METRICS, cursor.step)
+        truncate_evaluations(folder.path / EVALUATIONS, cursor.step)
+        if folder.checkpoint is not None:
+            best.write(folder.path)  # of a run that was killed while it went back
         write_config(cfg, folder.path)
         if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
             (folder.path / FINISHED).unlink(missing_ok=True)
@@ -82,7 +86,7 @@ def resume(
         identity=identity,
         failed_samples=failed_samples,
         bad_steps=bad_steps,
-        best=start_best(cfg.run, evaluations, cursor.step),
+        best=best,
         remarks=remarks,
     )
 
@@ -92,7 +96,7 @@ def evaluations_so_far(folder: Path, rank: Rank) -> list[dict[str, Any]]:
     problem, found = None, []
     if rank.is_first:
         try:
-            found = read_evaluations(folder / "evaluations.jsonl")
+            found = read_evaluations(folder / EVALUATIONS)
         except ValueError as error:
             problem = str(error)
     rank.agree(problem)
