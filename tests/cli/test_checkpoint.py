@@ -39,12 +39,16 @@ def rows(text):
 
 def test_each_has_a_row(run_folder, capsys):
     (run_folder / "checkpoints/step_00000020/adapter").mkdir()
+    make(run_folder / "checkpoints", 50).rename(run_folder / "checkpoints/step_old_copy")
+    make(run_folder / "made", 1).rename(run_folder / "base")  # of a run with adapters; it is no checkpoint
     assert main(["checkpoint", str(run_folder)]) == 0
     found = rows(capsys.readouterr().out)
     assert found[0] == ["10", "0.00", "sizes", "are", "right", "4", "3", "bfloat16", "nothing"]
     assert found[1][-1] == "adapter"
     assert main(["checkpoint", str(run_folder), "--read"]) == 0
     assert [row[2] for row in rows(capsys.readouterr().out)] == ["whole"] * 4
+    assert main(["checkpoint", str(run_folder / "checkpoints/step_old_copy")]) == 1
+    assert "step_old_copy: a run calls its checkpoints step_00000010" in capsys.readouterr().err
 
 
 def test_damage_that_only_reading_finds_is_found_by_reading(run_folder, capsys):

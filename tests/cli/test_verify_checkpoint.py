@@ -26,13 +26,18 @@ def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
 
 
 def test_the_weights_that_adapters_are_on_are_read_too(tmp_path, capsys):
-    make(tmp_path / "checkpoints", 1)
+    (make(tmp_path / "checkpoints", 1) / "adapter").mkdir()
     base = make(tmp_path / "made", 2).rename(tmp_path / "base")
     assert main(["verify-checkpoint", str(tmp_path)]) == 0
     assert f"{base}: whole" in capsys.readouterr().out
     (base / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"z")
     assert main(["verify-checkpoint", str(tmp_path)]) == 1
     assert f"{base}: damaged" in capsys.readouterr().out
+    (base / "MANIFEST.json").unlink()
+    assert main(["verify-checkpoint", str(tmp_path)]) == 0, (
+        "an earlier build wrote no manifest and no digest of one"
+    )
+    assert "nobody can say whether these weights" in capsys.readouterr().out
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):

@@ -300,9 +300,10 @@ def test_adapters_on_4_bit_weights_resume_bitwise_and_the_next_stage_starts_from
         if damaged == 2:
             write_manifest(tmp_path / "stopped" / "base")
         with pytest.raises(
-            RunError, match="base is damaged" if damaged == 1 else "base_4bit: the checkpoint has"
-        ):
+            RunError, match=r"stopped/base is damaged: .*adapters were trained on exactly"
+        ) as told:
             run([*stopped, "run.num_steps=4"])
+        assert ("its digest differs" if damaged == 1 else "is not that of the base that") in str(told.value)
     capsys.readouterr()
     start = [
         *demo_words,

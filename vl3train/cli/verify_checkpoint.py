@@ -16,7 +16,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from vl3train.model.weights.headers.manifest import MANIFEST, read_manifest, wrong_digests, wrong_sizes
+from vl3train.model.weights.headers.manifest import (
+    MANIFEST,
+    checkpoints_in,
+    read_manifest,
+    wrong_digests,
+    wrong_sizes,
+)
+from vl3train.model.weights.headers.run_files import base_remark, fault_of_manifest
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,21 +35,38 @@ def main(args: Namespace) -> int:
     """Check each checkpoint; returns 1 when one is damaged, else 0."""
     console = Console(highlight=False, soft_wrap=True)
     folders = checkpoints_of(args.folder)
-    return int(any([show(folder, console) for folder in folders]))
+    found = [show_base(base, folders[-1], console)] if (base := base_of(folders[-1])) else []
+    return int(any([*found, *(show(folder, console) for folder in folders)]))
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints that ``folder`` means, oldest first; before those of adapters the weights that they are on.
+    """The checkpoints that ``folder`` means, oldest first.
 
     Raises ValueError where there is none.
     """
     if (folder / MANIFEST).is_file() or folder.name.startswith("step_"):
         return [folder]
     for inside in (folder / "checkpoints", folder):
-        if found := sorted(inside.glob("step_????????")):
-            base = folder / "base"
-            return [base, *found] if (base / MANIFEST).is_file() else found
+        if found := list(checkpoints_in(inside).values()):
+            return found
     raise ValueError(f"{folder} holds no checkpoint: name a run's output folder, or one of its checkpoints")
+
+
+def base_of(checkpoint: Path) -> Path | None:
+    """The weights that the adapters of a run's checkpoint are on; None of one without adapters."""
+    base = checkpoint.absolute().parent.parent / "base"
+    return base if base.is_dir() and (checkpoint / "adapter").is_dir() else None
+
+
+def show_base(base: Path, checkpoint: Path, console: Console) -> bool:
+    """The same as ``show`` of the weights under adapters."""
+    if remark := base_remark(base, checkpoint):
+        console.print(remark, markup=False)
+        return False
+    if fault := fault_of_manifest(base, checkpoint):
+        console.print(f"{base}: damaged: {fault}", markup=False)
+        return True
+    return show(base, console)
 
 
 def show(folder: Path, console: Console) -> bool:

@@ -71,6 +71,7 @@ class Run:
     num_steps: int
     cursor: Cursor
     identity: dict[str, Any]
+    base_manifest: str | None
     write_weights: Callable[[Path], None]
     console: Console
     tracker: Tracker
@@ -92,6 +93,7 @@ class Run:
         return {
             "cursor": dataclasses.asdict(self.cursor),
             "identity": self.identity,
+            "base": self.base_manifest,
             "failed_samples": self.failed_samples.state(),
             "bad_steps": self.bad_steps.state(),
             "metrics": metrics_digest(self.folder),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vl3train.engine.ranks import Rank, RunError
-from vl3train.model.weights.headers.manifest import MANIFEST, checkpoint_name, damage
+from vl3train.model.weights.headers.manifest import checkpoints_in, damage
+from vl3train.model.weights.headers.run_files import faults_of_start
 
 
 def find_checkpoint(
@@ -21,16 +23,16 @@ def find_checkpoint(
     """
     names: list[str] = []
     if rank.is_first:
-        names = [folder.name for folder in sorted(checkpoints.glob("step_????????"), reverse=True)]
-        names = [name for name in names if last_step is None or name <= checkpoint_name(last_step)]
+        found = reversed(checkpoints_in(checkpoints).items())
+        names = [folder.name for step, folder in found if last_step is None or step <= last_step]
     names = rank.gather(names)[0]
     remarks: list[str] = []
     for name in names:
         folder = checkpoints / name
-        found = damage_seen_by_all(folder, rank)
-        if not found:
+        faults = damage_seen_by_all(folder, rank)
+        if not faults:
             return folder, remarks
-        remarks.append(f"checkpoint {folder} is not used: {shown(found)}")
+        remarks.append(f"checkpoint {folder} is not used: {shown(faults)}")
     if remarks:
         raise RunError(
             "\n".join(
@@ -45,18 +47,25 @@ def find_checkpoint(
     return None, remarks
 
 
-def refuse_damaged(folder: Path, rank: Rank, *, way_out: str, below: str = "") -> None:
-    """Raise RunError on every rank where files that a run wrote, with their manifest, are not what was written.
+def refuse_damaged(weights: Path, adapter: Path | None, rank: Rank, *, way_out: Mapping[Path, str]) -> None:
+    """Raise RunError on every rank where weights or adapters that a run wrote are not what was written.
 
-    A folder without a manifest passes: no run wrote it. All ranks call it. ``below`` as in ``damage``.
+    All ranks call it; each reads its share of the files. ``way_out`` has a text for each of the two folders.
     """
-    if (folder / MANIFEST).is_file() and (found := damage_seen_by_all(folder, rank, below=below)):
-        raise RunError(f"{folder / below} is damaged: {shown(found)}; {way_out}")
+    own = faults_of_start(weights, adapter, index=rank.index, count=rank.dp_size)
+    by_rank = rank.gather(own)
+    found = [
+        f"{part} is damaged: {shown(faults)}; {way_out[part]}"
+        for part in way_out
+        if (faults := list(dict.fromkeys(line for one in by_rank for line in one.get(part, []))))
+    ]
+    if found:
+        raise RunError("\n".join(found))
 
 
-def damage_seen_by_all(folder: Path, rank: Rank, below: str = "") -> list[str]:
-    """What is wrong with a folder; each rank reads its share of the files."""
-    by_rank = rank.gather(damage(folder, index=rank.index, count=rank.dp_size, below=below))
+def damage_seen_by_all(folder: Path, rank: Rank) -> list[str]:
+    """What is wrong with a checkpoint; each rank reads its share of the files."""
+    by_rank = rank.gather(damage(folder, index=rank.index, count=rank.dp_size))
     return list(dict.fromkeys(line for lines in by_rank for line in lines))
 
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from vl3train.model.weights.headers.manifest import checkpoint_name
+from vl3train.model.weights.headers.manifest import checkpoints_in, step_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +28,15 @@ def delete_old(checkpoints: Path, *, newest: str, keep: Keep) -> None:
     behind. A checkpoint of a step after ``newest`` is damaged, or the run would have resumed from it, and does not
     count.
     """
-    folders = [folder for folder in sorted(checkpoints.glob("step_????????")) if folder.name <= newest]
-    before = [folder for folder in folders if folder.name <= checkpoint_name(max(0, keep.before))]
-    after = folders[len(before) :]
-    kept = [*folders[-keep.last :], *before[-1:], *after[:1]]
-    for folder in folders:
-        step = int(folder.name.removeprefix("step_"))
+    last = step_of(newest)
+    assert last is not None, "a checkpoint's name"
+    folders = {step: folder for step, folder in checkpoints_in(checkpoints).items() if step <= last}
+    before = [step for step in folders if step <= max(0, keep.before)]
+    after = [step for step in folders if step > max(0, keep.before)]
+    kept = [*list(folders)[-keep.last :], *before[-1:], *after[:1], keep.best]
+    for step, folder in folders.items():
         is_multiple = keep.every > 0 and step % keep.every == 0
-        if folder not in kept and step != keep.best and not is_multiple:
+        if step not in kept and not is_multiple:
             remove_checkpoint(folder)
 
 

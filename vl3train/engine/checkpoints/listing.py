@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vl3train.model.weights.headers.manifest import damage, list_files, read_manifest, wrong_sizes
+from vl3train.model.weights.headers.manifest import (
+    checkpoint_name,
+    damage,
+    list_files,
+    read_manifest,
+    step_of,
+    wrong_sizes,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +32,9 @@ class Listed:
     @property
     def step(self) -> int:
         """Steps that were done."""
-        return int(self.folder.name.removeprefix("step_"))
+        step = step_of(self.folder.name)
+        assert step is not None, "list_checkpoint refuses others"
+        return step
 
     @property
     def starts(self) -> str:
@@ -35,7 +44,14 @@ class Listed:
 
 
 def list_checkpoint(folder: Path, *, read: bool) -> Listed:
-    """One checkpoint. With ``read`` every byte is read and compared with its digest, else sizes are compared only."""
+    """One checkpoint. With ``read`` every byte is read and compared with its digest, else sizes are compared only.
+
+    Raises ValueError where the folder's name is not that of a checkpoint.
+    """
+    if step_of(folder.name) is None:
+        raise ValueError(
+            f"{folder}: a run calls its checkpoints {checkpoint_name(10)} and so on; rename this folder"
+        )
     try:
         sizes, digests = read_manifest(folder)
     except ValueError as error:

@@ -11,6 +11,7 @@ from vl3train.engine.best import best_checkpoint
 from vl3train.engine.checkpoints.keep import Keep, delete_old
 from vl3train.engine.checkpoints.listing import Listed
 from vl3train.engine.start.lock import holder, lock
+from vl3train.model.weights.headers.manifest import step_of
 
 
 def prune(run: Path, listed: Sequence[Listed], last: int) -> list[Listed]:
@@ -38,7 +39,7 @@ def prune(run: Path, listed: Sequence[Listed], last: int) -> list[Listed]:
                 last=last,
                 before=newest.step,
                 every=config["run"].get("keep_every_steps", 0),
-                best=None if best is None else int(best.name.removeprefix("step_")),
+                best=None if best is None else step_of(best.name),
             ),
         )
     finally:

@@ -15,7 +15,6 @@ killed at any moment leaves the previous checkpoint whole.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.contracts.line_log import say_on_stderr
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.checkpoints.keep import Keep, delete_old, remove_checkpoint
 from vl3train.engine.checkpoints.random_state import save_random_state
 from vl3train.engine.ranks import Rank
@@ -35,6 +35,7 @@ from vl3train.model.weights.headers.manifest import (
     list_files,
     manifest_text,
     share_of,
+    step_of,
 )
 
 
@@ -85,7 +86,7 @@ def save_checkpoint(
     problem = attempt(lambda: make_partial(partial), here=rank.is_first)
     problem = problem or attempt(write_own_files)
     problem = problem or attempt(
-        lambda: (partial / "resume.json").write_text(json.dumps(resume, indent=1)), here=rank.is_first
+        lambda: (partial / "resume.json").write_text(json_text(resume, indent=1)), here=rank.is_first
     )
     problem = problem or attempt(read_own_share)
     if problem is None:
@@ -100,7 +101,8 @@ def save_checkpoint(
 def make_partial(partial: Path) -> None:
     """An empty folder to write into; what killed processes left is removed."""
     for left in partial.parent.glob("step_*.partial"):
-        shutil.rmtree(left)
+        if step_of(left.stem) is not None:
+            remove_checkpoint(left)
     for name in ("random", "engine/state"):
         (partial / name).mkdir(parents=True)
 

@@ -15,6 +15,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.files import write_whole
 from vl3train.engine.checkpoints.find import find_checkpoint
 from vl3train.engine.ranks import Rank
+from vl3train.model.weights.headers.run_files import base_remark
 from vl3train.model.weights.headers.template import KEPT, start_template
 from vl3train.model.weights.processor import build_processor
 
@@ -43,6 +44,8 @@ def open_folder(cfg: TrainConfig, rank: Rank) -> OutputFolder:
     if checkpoint is None and rank.is_first:
         write_config(cfg, folder)  # before the long steps: it marks the folder as that of a run
         remarks = [*remarks, *keep_template(cfg, folder), *merged_start(cfg)]
+    elif checkpoint is not None and (checkpoint / "adapter").is_dir():
+        remarks += filter(None, [base_remark(folder / "base", checkpoint)])
     return OutputFolder(path=folder, checkpoint=checkpoint, remarks=remarks, processor_dir=processor_dir)
 
 

@@ -31,6 +31,7 @@ from vl3train.model.trainable import count_parameters, parameter_groups, set_tra
 from vl3train.model.weights.from_parts import init_from_parts, load_model
 from vl3train.model.weights.headers.faults import refuse
 from vl3train.model.weights.headers.manifest import write_manifest
+from vl3train.model.weights.headers.run_files import manifest_digest
 from vl3train.model.weights.headers.vocabulary import read_vocabulary, vocabulary_faults
 from vl3train.model.weights.hf_folder import save_weights
 
@@ -44,6 +45,7 @@ class RunModel:
     hf_model: Any  # VideoLlama3ForConditionalGeneration of transformers
     peft_model: Any | None  # the same model with its adapters, as peft holds it
     base_digest: str | None  # of the weights under the adapters, where they are held in 4 bits
+    base_manifest: str | None  # digest of the list of the base's files, where there are adapters
     packed: PackedModel
     counts: dict[str, tuple[int, int]]  # trained and all parameters of each part
     rates: dict[str, float]  # peak learning rate of each part that trains
@@ -103,6 +105,7 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
         hf_model=hf_model,
         peft_model=peft_model,
         base_digest=base_digest,
+        base_manifest=None if peft_model is None else manifest_digest(folder.path / "base"),
         packed=packed,
         counts=counts,
         rates=rates,
@@ -113,25 +116,23 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
 
 def refuse_damaged_start(cfg: TrainConfig, folder: OutputFolder, rank: Rank) -> None:
     """Raise RunError on every rank where weights that a run wrote, to start from or as a base, are damaged."""
+    as_trained = "copy it again from where it was; the adapters were trained on exactly these weights"
     if folder.checkpoint is not None:
-        way_out = "copy it again from where it was; the adapters were trained on exactly these weights"
-        refuse_damaged(folder.path / "base", rank, way_out=way_out)
+        # The checkpoint itself was read when it was found. That the base is missing is told when it is loaded.
+        base, adapters = folder.path / "base", folder.checkpoint / "adapter"
+        if base.is_dir() and adapters.is_dir():
+            refuse_damaged(base, adapters, rank, way_out={base: as_trained})
     elif starts_from_parts(cfg):
         if is_tuned_encoder(encoder := cfg.model.vision_encoder_from):
             weights = encoder_folder(str(encoder))
-            refuse_damaged(weights.parent, rank, way_out="copy it again", below=f"{weights.name}/")
+            refuse_damaged(weights, None, rank, way_out={weights: "copy it again"})
     elif cfg.stage.init_from is not None:
         weights, adapter = resolve_start(cfg.stage.init_from)
-        way_out = (
+        older = (
             "copy it again, or name an older checkpoint (vl3train verify-checkpoint tells which are whole)"
         )
-        if adapter is None:
-            refuse_damaged(weights.parent, rank, way_out=way_out, below=f"{weights.name}/")
-        else:
-            refuse_damaged(
-                weights, rank, way_out="copy it again; the adapters were trained on exactly these weights"
-            )
-            refuse_damaged(adapter.parent, rank, way_out=way_out, below=f"{adapter.name}/")
+        way_out = {weights: older} if adapter is None else {weights: as_trained, adapter: older}
+        refuse_damaged(weights, adapter, rank, way_out=way_out)
 
 
 def build_model(cfg: TrainConfig, checkpoint: Path | None, processor_dir: Path) -> Any:

@@ -78,6 +78,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         num_steps=data.num_steps,
         cursor=point.cursor,
         identity=point.identity,
+        base_manifest=model.base_manifest,
         write_weights=write_weights,
         console=console,
         tracker=tracker,

@@ -19,7 +19,7 @@ from vl3train.contracts.tokens import END_OF_TEXT, IM_END
 from vl3train.model.weights.headers.faults import refuse
 from vl3train.model.weights.headers.files import adapter_faults
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
-from vl3train.model.weights.headers.manifest import MANIFEST, damage
+from vl3train.model.weights.headers.run_files import faults_of_start
 
 
 class WrongExport(ValueError):  # noqa: N818 - its name says what it is
@@ -175,13 +175,13 @@ def refuse_damaged(folder: str | Path) -> None:
 
     An export has no manifest and passes. Raises ValueError where a file is not what was written.
     """
-    for part in filter(None, resolve_start(folder)):
-        for owner, below in ((part, ""), (part.parent, f"{part.name}/")):
-            if (owner / MANIFEST).is_file() and (found := damage(owner, below=below)):
-                raise ValueError(
-                    f"{part} is damaged: {'; '.join(found)}; copy it again, or name an older checkpoint "
-                    "(vl3train verify-checkpoint tells which are whole)"
-                )
+    found = faults_of_start(*resolve_start(folder))
+    if found:
+        lines = [f"{part} is damaged: {'; '.join(faults)}" for part, faults in found.items()]
+        way_out = (
+            "copy it again, or name an older checkpoint (vl3train verify-checkpoint tells which are whole)"
+        )
+        raise ValueError("\n".join(lines) + f"; {way_out}")
 
 
 def load_trained(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

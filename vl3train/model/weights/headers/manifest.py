@@ -8,6 +8,7 @@ can do is bounded by how it is read (docs/security.md).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import xxhash
 
 from vl3train.contracts.files import write_whole
+from vl3train.contracts.strict_json import json_text
 
 MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 16 * 2**20
@@ -27,6 +29,22 @@ def checkpoint_name(step: int) -> str:
     'step_00000010'
     """
     return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder; None for another name, as of a copy that somebody made beside it.
+
+    >>> step_of("step_00000010"), step_of("step_old_copy")
+    (10, None)
+    """
+    found = re.fullmatch(r"step_(\d{8,})", name, re.ASCII)
+    return int(found[1]) if found and checkpoint_name(int(found[1])) == name else None
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """What bears the name of a checkpoint, by its step, in the order of steps. It may be damaged, or no folder."""
+    found = {step: path for path in folder.glob("step_*") if (step := step_of(path.name)) is not None}
+    return dict(sorted(found.items()))
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -70,7 +88,7 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def manifest_text(sizes: Mapping[str, int], digests: Mapping[str, str]) -> str:
     """What MANIFEST.json holds: the files, and a digest of this list itself."""
     files = {name: {"bytes": size, "xxh3_128": digests[name]} for name, size in sizes.items()}
-    return json.dumps({"files": files, "xxh3_128": list_digest(files)}, indent=1)
+    return json_text({"files": files, "xxh3_128": list_digest(files)}, indent=1)
 
 
 def list_digest(files: Mapping[str, Any]) -> str:
