@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -33,6 +30,16 @@ os._exit(STOPPED)
 """
 """A rank that does nothing but be asked to stop."""
 
+TAKE_TERMINAL = """
+import fcntl, os, signal, sys, termios
+
+# A suite under nohup, or in the background of a script, ignores it, and its children do.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""The leader of a new session makes standard input its terminal, and becomes the command."""
+
 
 @pytest.mark.two_processes
 def test_ctrl_c_leaves_one_line_and_the_code_of_a_stop(tmp_path: Path):
@@ -41,14 +48,13 @@ def test_ctrl_c_leaves_one_line_and_the_code_of_a_stop(tmp_path: Path):
     ours, terminal = os.openpty()
     words = ["-m", "vl3train.launch", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
 
-    def take_terminal() -> None:
-        os.setsid()
-        # A suite under nohup, or in the background of a script, ignores it, and its children do.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-
+    # Not preexec_fn: it makes Python fork, and a fork of a large process is refused where memory is short.
     process = subprocess.Popen(
-        [sys.executable, *words], stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=take_terminal
+        [sys.executable, "-c", TAKE_TERMINAL, *words],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
     )
     os.close(terminal)
     while len(list(tmp_path.glob("ready *"))) < 2:
