@@ -88,6 +88,14 @@ def row_and_column(item: Item) -> Tensor:
     return place.repeat(frames, 1)
 
 
+NO_FAMILY = {
+    "prefix_rows": torch.zeros(0).long(),
+    "branch_rows": torch.zeros(0).long(),
+    "prefix_bounds": torch.zeros(1).int(),
+    "branch_bounds": torch.zeros(1).int(),
+}
+
+
 def make_batch(conversations: Sequence[Conversation], num_loss_chunks: int = 2) -> Batch:
     """One pack, as contracts.records.Batch says."""
     lengths = [len(c.ids) for c in conversations]
@@ -122,7 +130,9 @@ def make_batch(conversations: Sequence[Conversation], num_loss_chunks: int = 2) 
         supervised_positions=positions,
         supervised_labels=labels[positions],
         supervised_segments=segment_of_token[positions],
+        **NO_FAMILY,
         segment_lengths=tuple(lengths),
+        num_branches=(0,) * len(lengths),
         frame_lengths=tuple(frames),
         patches_by_merge=tuple(by_merge.items()),
         segment_sources=(0,) * len(lengths),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vl3train.contracts.families import doubled_pairs
 from vl3train.contracts.redaction import without_keys
 
 if TYPE_CHECKING:  # the plan needs no torch: 0.35 GiB less, and seconds, for the tools that only plan
@@ -75,6 +76,8 @@ class RenderedSample:
     merge_sizes: np.ndarray  # (V,) int64
     keep_mask: np.ndarray  # (M,) bool over the merged tokens of all items, True = kept; keep_mask.sum() == N
     placeholder_positions: np.ndarray  # (N,) int64 into input_ids, in the order of the kept merged tokens
+    num_shared_tokens: int = 0
+    """Of a branch, which holds what follows its prefix: the tokens of the prefix. It comes behind it in the pack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +104,16 @@ class Cursor:
 class Batch:
     """One micro-batch: the samples of one pack end to end on one row, one segment for each sample.
 
+    Samples that share a prefix are a family: a segment for the prefix, with their visual items, and a branch behind it
+    for the rest of each. A prefix is no sample: its source is -1, as a filler's.
+
     Visual items are ordered by merge size (stable), so that merging is one mean for each size. A pack without
     visual items carries one dummy item of four zero patches, which no placeholder refers to: every rank runs
     the encoder in every micro-batch.
     """
 
     input_ids: Tensor  # (T,) int64
-    position_ids: Tensor  # (T,) int64, restarts at 0 in each segment
+    position_ids: Tensor  # (T,) int64, restarts at 0 in each segment; of a branch at its prefix's length
     cu_seqlens: Tensor  # (S+1,) int32, segment bounds [0, ..., T]
     pixel_values: Tensor  # (P, C) uint8; the model normalises
     patch_positions: Tensor  # (P, 2) int64, row and column of each patch, for the encoder's 2-D RoPE
@@ -117,20 +123,38 @@ class Batch:
     supervised_positions: Tensor  # (U,) int64 into input_ids
     supervised_labels: Tensor  # (U,) int64
     supervised_segments: Tensor  # (U,) int64, segment of each supervised token
+    prefix_rows: Tensor  # (Q,) int64 into input_ids, the prefixes of all families
+    branch_rows: Tensor  # (R,) int64 into input_ids, their branches
+    prefix_bounds: Tensor  # (families + 1,) int32 into prefix_rows
+    branch_bounds: Tensor  # (families + 1,) int32 into branch_rows
     # Host-side numbers, so that nothing has to read them from the device, which would wait for it.
     segment_lengths: tuple[int, ...]  # S
+    num_branches: tuple[int, ...]  # S, how many branches of it follow each segment: contracts/families.py
     frame_lengths: tuple[int, ...]  # F, patches of each frame
     patches_by_merge: tuple[tuple[int, int], ...]  # (merge_size, patches) in item order
-    segment_sources: tuple[int, ...]  # S, source number; -1 for filler
+    segment_sources: tuple[int, ...]  # S, source number; -1 for filler and prefixes
     segment_keys: tuple[str, ...]  # S
     num_loss_chunks: int  # the same on every rank in one micro-batch, so that ZeRO-3 gathers in step
     num_planned_tokens: int  # what the plan counted for this pack
     num_failed_samples: int = 0
 
     @property
-    def max_seqlen(self) -> int:
-        """Longest segment, in tokens."""
-        return max(self.segment_lengths)
+    def shared_prefixes(self) -> tuple[Tensor, ...]:
+        """The tensors of model/attention/shared_prefix.py; empty where there is no family."""
+        if not any(self.num_branches):
+            return ()
+        return self.prefix_rows, self.branch_rows, self.prefix_bounds, self.branch_bounds
+
+    @property
+    def doubled_pairs(self) -> int:
+        """Twice the pairs of a token and one that it attends to, itself counted half."""
+        return doubled_pairs(self.segment_lengths, self.num_branches)
+
+    @property
+    def sample_keys(self) -> tuple[str, ...]:
+        """Keys of the segments but prefixes and filler."""
+        both = zip(self.segment_keys, self.segment_sources, strict=True)
+        return tuple(key for key, source in both if source >= 0)
 
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vl3train.contracts.families import family_rows
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 
@@ -41,9 +42,15 @@ def collate(
     for item in shown:
         patches_by_merge[item.merge_size] = patches_by_merge.get(item.merge_size, 0) + len(item.patches)
 
+    num_branches = branches_of(samples) or [0]
+    families = family_rows(segment_lengths, num_branches)
+
     return Batch(
         input_ids=_tensor(_joined(ids)),
-        position_ids=_tensor(np.concatenate([np.arange(length) for length in segment_lengths])),
+        position_ids=_tensor(
+            np.concatenate([np.arange(length) for length in segment_lengths])
+            + np.repeat([sample.num_shared_tokens for sample in samples] or [0], segment_lengths)
+        ),
         cu_seqlens=_tensor(starts, torch.int32),
         pixel_values=torch.from_numpy(np.concatenate([item.patches for item in shown])),
         patch_positions=_tensor(
@@ -55,7 +62,12 @@ def collate(
         supervised_positions=_tensor(supervised),
         supervised_labels=_tensor(labels[supervised]),
         supervised_segments=_tensor(np.searchsorted(starts, supervised, "right") - 1),
+        prefix_rows=_tensor(families.prefix_rows),
+        branch_rows=_tensor(families.branch_rows),
+        prefix_bounds=_tensor(families.prefix_bounds, torch.int32),
+        branch_bounds=_tensor(families.branch_bounds, torch.int32),
         segment_lengths=tuple(segment_lengths),
+        num_branches=tuple(num_branches),
         frame_lengths=tuple(frame_lengths),
         patches_by_merge=tuple(patches_by_merge.items()),
         segment_sources=tuple(sample.source for sample in samples) or (-1,),
@@ -64,6 +76,21 @@ def collate(
         num_planned_tokens=pack.num_tokens,
         num_failed_samples=num_failed_samples,
     )
+
+
+def branches_of(samples: Sequence[RenderedSample]) -> list[int]:
+    """How many branches of it follow each sample."""
+    found = [0] * len(samples)
+    prefix = 0
+    for number, sample in enumerate(samples):
+        if sample.num_shared_tokens:
+            assert sample.num_shared_tokens == len(samples[prefix].input_ids), (
+                f"{sample.key}: no prefix of it"
+            )
+            found[prefix] += 1
+        else:
+            prefix = number
+    return found
 
 
 def patch_positions(grid: tuple[int, int, int], merge_size: int) -> np.ndarray:

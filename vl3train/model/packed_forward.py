@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import VideoLlama3ForConditionalGeneration
 
 from vl3train.config.choices import Recompute
+from vl3train.contracts.families import family_lengths
 from vl3train.contracts.records import Batch
 from vl3train.contracts.shapes import tower_shapes
 from vl3train.model.activations.last_layer import last_positions
@@ -200,6 +201,8 @@ class PackedModel(nn.Module):
             inputs_TH.shape[0],
             self.attention,
             compiled=self.compile_layers,
+            shared=batch.shared_prefixes,
+            branches=[tokens for _, tokens in family_lengths(batch.segment_lengths, batch.num_branches)],
         )
         tower = self._tower(language_model.layers, decoder_layer)
         hidden = run_layers(

@@ -39,7 +39,7 @@ def test_rows_that_hold_queries_keys_and_values_give_the_same(heads, kv_heads, c
     lengths = (4, 4, 7, 1)
     q, k, v, bounds = random_row(lengths, heads, kv_heads, 12, torch.float32, CPU)
     qkv = torch.cat((q, k, v), 1).flatten(1)
-    out, _ = qkv_attention(qkv, bounds, 12, heads, 7, "reference", causal, 0.3)
+    out, _ = qkv_attention(qkv, bounds, (), 12, heads, 7, "reference", causal, 0.3)
     expected = exact_attention(q, k, v, lengths, causal=causal, scale=0.3).flatten(1)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(out)
@@ -47,7 +47,7 @@ def test_rows_that_hold_queries_keys_and_values_give_the_same(heads, kv_heads, c
     exact = torch.autograd.grad(expected, (q, k, v), upstream.double())
     torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
     rows = qkv.detach().requires_grad_()
-    settings = (bounds, 12, heads, 7, "reference", causal, 0.3)
+    settings = (bounds, [], 12, heads, 7, "reference", causal, 0.3)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(qkv_attention, (rows, *settings), test_utils=checks)
 

@@ -25,7 +25,7 @@ def gpu(monkeypatch):
     errors: dict[str, float] = {}
     monkeypatch.setattr(attention_backends, "_problem", lambda *_: None)
 
-    def check(backend, device, *, heads, kv_heads, head_dim, causal, dtype):
+    def check(backend, device, *, heads, kv_heads, head_dim, causal, shares_prefix, dtype):
         found = {"out": 0.002, "dq": errors.get(backend, 0.002), "dk": 0.002, "dv": 0.002}
         return KernelError(backend, heads, kv_heads, head_dim, causal, found)
 

@@ -1,8 +1,9 @@
 """Useful floating-point operations of a training step, from integers alone.
 
 What the model must compute, once: the forward pass, gradients of inputs where something below trains, gradients of
-weights that train. Causal attention counts half. After attention, the last layer counts only supervised tokens: the
-loss reads no others. Padding, recomputation, elementwise work and the optimizer count nothing.
+weights that train. A prefix that samples share counts once. Causal attention counts half. After attention, the last
+layer counts only supervised tokens: the loss reads no others. Padding, recomputation, elementwise work and the
+optimizer count nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FlopRates:
             + self.patch_pair * sum(length**2 for length in batch.frame_lengths)
             + self.visual_token * batch.kept.shape[0]
             + self.token * sum(batch.segment_lengths)
-            + self.token_pair * sum(length**2 for length in batch.segment_lengths) // 2
+            + self.token_pair * batch.doubled_pairs // 2
             + self.supervised_token * batch.supervised_positions.shape[0]
         )
 

@@ -47,7 +47,7 @@ class PackSize(NamedTuple):
     patches: int
     patch_pairs: int  # in one frame, each with each
     tokens: int
-    token_pairs: int  # in one sample, each with itself and those before it
+    token_pairs: int  # each with those that it attends to, in its sample and in the prefix of a branch
 
 
 def pack_size(batch: Batch) -> PackSize:
@@ -56,7 +56,7 @@ def pack_size(batch: Batch) -> PackSize:
         patches=sum(batch.frame_lengths),
         patch_pairs=sum(length**2 for length in batch.frame_lengths),
         tokens=sum(batch.segment_lengths),
-        token_pairs=sum(length**2 for length in batch.segment_lengths) // 2,
+        token_pairs=batch.doubled_pairs // 2,
     )
 
 

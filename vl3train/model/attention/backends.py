@@ -40,23 +40,33 @@ class Segments:
 
     cu_seqlens: Tensor  # (S+1,) int32
     lengths: tuple[int, ...]  # S; only the reference reads them, where layers are not compiled; else empty
-    max_seqlen: int
+    max_seqlen: int  # at least the longest segment, and the branches of each family together
     backend: str
+    shared: tuple[Tensor, ...] = ()
+    """A ``SharedPrefixes``; empty where no segment is a branch."""
 
 
 def make_segments(
-    cu_seqlens: Tensor, lengths: tuple[int, ...], num_rows: int, backend: str, *, compiled: bool
+    cu_seqlens: Tensor,
+    lengths: tuple[int, ...],
+    num_rows: int,
+    backend: str,
+    *,
+    compiled: bool,
+    shared: tuple[Tensor, ...] = (),
+    branches: Sequence[int] = (),
 ) -> Segments:
-    """Bounds for a row of ``num_rows`` tokens or patches.
+    """Bounds for a row of ``num_rows`` tokens or patches, with the prefixes it shares, and their branches' tokens.
 
     Compiled layers are compiled again for each value of a plain argument. So the longest length is rounded up, and the
     lengths, which kernels do not read, are left out. Raises ValueError when the lengths do not add up to the row.
     """
     if sum(lengths) != num_rows:
         raise ValueError(f"segment lengths sum to {sum(lengths)}, the row has {num_rows} tokens")
+    longest = max((*lengths, *branches))
     if backend == "reference" and not compiled:
-        return Segments(cu_seqlens, lengths, max(lengths), backend)
-    return Segments(cu_seqlens, (), -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
+        return Segments(cu_seqlens, lengths, longest, backend, shared)
+    return Segments(cu_seqlens, (), -(-longest // SEQLEN_STEP) * SEQLEN_STEP, backend, shared)
 
 
 def choose_attention(
@@ -156,14 +166,13 @@ def varlen_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, scale: float) -> Tensor:
     """``varlen_attention`` without its checks, for layers that torch.compile traces: see make_segments."""
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    if segments.backend == "reference" and not torch.compiler.is_compiling():
+    if segments.backend == "reference" and not segments.shared and not torch.compiler.is_compiling():
         return reference(q, k, v, segments.lengths, causal, scale)
     if segments.backend in SERVED:
         # The reference too, as an op: if torch.compile traced it, it would read each pack's lengths and compile again.
         rows, (num_heads, head_dim) = torch.cat((q, k, v), 1).flatten(1), q.shape[1:]
-        out, _ = qkv_attention(
-            rows, cu_seqlens, head_dim, num_heads, max_seqlen, segments.backend, causal, scale
-        )
+        settings = head_dim, num_heads, max_seqlen, segments.backend, causal, scale
+        out, _ = qkv_attention(rows, cu_seqlens, segments.shared, *settings)
         return out.unflatten(1, (num_heads, head_dim))
     kernel = _kernel(segments.backend)
     if segments.backend == "flash_attn":

@@ -10,19 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vl3train.contracts.families import family_lengths, family_rows
 from vl3train.contracts.shapes import tower_shapes
 from vl3train.model.attention.backends import (
+    BACKENDS,
     SEQLEN_STEP,
     KernelChoice,
     Segments,
     choose_attention,
     varlen_attention,
 )
+from vl3train.model.attention.qkv_op import SERVED
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130), (9, 40, 1, 14) * 65)
 """Segments of the rows that are checked: equal lengths, one token alone, lengths that fill no tile, and many segments.
 For more than 256 segments, as clips have, flash-attn-4 compiles other kernels (BIN_BATCH_SEARCH_THRESH). The check
 compiles them before the first step, so the first such pack does not wait."""
+
+FAMILIES = (
+    ((600, 35, 1, 130, 600, 9), (3, 0, 0, 0, 0, 0)),
+    ((1, 7, 1047, 40, 130, 3, 300), (1, 0, 3, 0, 0, 0, 0)),
+)
+"""Segments of rows with shared prefixes, and how many branches follow each of them."""
+
+CANNOT_SHARE = "cannot share the prefix of records with the same media"
 
 MAX_ERROR = 0.01
 """A bfloat16 kernel is right below this relative error (norm of the difference over the norm). Right kernels had 0.002
@@ -55,14 +66,20 @@ def check_kernel(
     kv_heads: int,
     head_dim: int,
     causal: bool,
+    shares_prefix: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> KernelError:
-    """Compare a backend with float64 on random rows of this shape. A kernel that raises is reported, not raised."""
+    """Compare a backend with float64 on random rows of this shape. A kernel that raises is reported, not raised.
+
+    With ``shares_prefix``, which needs ``causal``, rows of families too.
+    """
     worst = dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
     failed = ""
     try:
-        for lengths in LENGTHS:
-            found = _errors(backend, device, dtype, lengths, (heads, kv_heads, head_dim), causal)
+        rows = [(lengths, (0,) * len(lengths)) for lengths in LENGTHS]
+        for lengths, num_branches in [*rows, *(FAMILIES if shares_prefix else ())]:
+            shape = heads, kv_heads, head_dim
+            found = _errors(backend, device, dtype, (lengths, num_branches), shape, causal)
             worst = {name: largest([worst[name], value]) for name, value in found.items()}
     except (RuntimeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
         failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -70,17 +87,29 @@ def check_kernel(
 
 
 def right_attention(
-    requested: str, hf_config: Any, device: torch.device, head_dims: Sequence[int], dtype: torch.dtype
+    requested: str,
+    hf_config: Any,
+    device: torch.device,
+    head_dims: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    shares_prefix: bool = False,
 ) -> KernelChoice:
     """``choose_attention``, and on a GPU a check that the kernel is right for this model's heads and masks.
 
-    The check takes some seconds. Where a kernel is wrong, ``auto`` tries the next backend and says why. Raises
-    ValueError, with the error measured, where a wrong one was asked for.
+    With ``shares_prefix`` it must serve branches too. The check takes some seconds. Where a kernel is wrong, ``auto``
+    tries the next backend and says why. Raises ValueError, with the error measured, where a wrong one was asked for.
     """
-    wrong: dict[str, str] = {}
+    wrong: dict[str, str] = dict.fromkeys(set(BACKENDS) - set(SERVED), CANNOT_SHARE) if shares_prefix else {}
+    if requested in wrong:
+        raise ValueError(
+            f"machine.attention={requested} {CANNOT_SHARE}; take auto, or data.share_prefix=false"
+        )
     while True:
         choice = choose_attention(requested, device, head_dims, dtype, wrong)
-        problem = kernel_problem(choice.name, hf_config, device, dtype) if device.type == "cuda" else None
+        problem = None
+        if device.type == "cuda":
+            problem = kernel_problem(choice.name, hf_config, device, dtype, shares_prefix=shares_prefix)
         if problem is None:
             return choice
         if requested != "auto" or choice.name == "reference":
@@ -90,7 +119,9 @@ def right_attention(
         wrong[choice.name] = problem
 
 
-def kernel_problem(backend: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def kernel_problem(
+    backend: str, hf_config: Any, device: torch.device, dtype: torch.dtype, *, shares_prefix: bool = False
+) -> str | None:
     """What is wrong with a backend for the heads and masks of this model, or None."""
     for shape in tower_shapes(hf_config):
         found = check_kernel(
@@ -100,6 +131,7 @@ def kernel_problem(backend: str, hf_config: Any, device: torch.device, dtype: to
             kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             causal=shape.is_decoder,
+            shares_prefix=shares_prefix and shape.is_decoder,
             dtype=dtype,
         )
         if not found.is_right:
@@ -115,11 +147,11 @@ def _errors(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    lengths: tuple[int, ...],
+    row: tuple[tuple[int, ...], tuple[int, ...]],
     shape: tuple[int, int, int],
     causal: bool,
 ) -> dict[str, float]:
-    heads, kv_heads, dim = shape
+    (lengths, num_branches), (heads, kv_heads, dim) = row, shape
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(num_heads: int) -> Tensor:
@@ -127,10 +159,9 @@ def _errors(
         return rows.to(dtype).requires_grad_()
 
     q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    segments = Segments(bounds, lengths, -(-max(lengths) // SEQLEN_STEP) * SEQLEN_STEP, backend)
+    segments = segments_of(lengths, num_branches, backend, device)
     out = varlen_attention(q, k, v, segments, causal=causal, scale=dim**-0.5)
-    exact = exact_attention(q, k, v, lengths, causal=causal, scale=dim**-0.5)
+    exact = exact_attention(q, k, v, lengths, num_branches, causal=causal, scale=dim**-0.5)
     upstream = torch.randn(out.shape, device=device, generator=generator).to(dtype)
     ours = (out, *torch.autograd.grad(out, (q, k, v), upstream))
     right = (exact, *torch.autograd.grad(exact, (q, k, v), upstream.double()))
@@ -140,20 +171,47 @@ def _errors(
     }
 
 
+def segments_of(
+    lengths: tuple[int, ...], num_branches: tuple[int, ...], backend: str, device: torch.device
+) -> Segments:
+    """The segments of a row; ``num_branches`` as in contracts/families.py."""
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    rows = [torch.from_numpy(array).to(device) for array in family_rows(lengths, num_branches)]
+    shared = (rows[0], rows[1], rows[2].int(), rows[3].int()) if any(num_branches) else ()
+    longest = max((*lengths, *(branches for _, branches in family_lengths(lengths, num_branches))))
+    return Segments(bounds, lengths, -(-longest // SEQLEN_STEP) * SEQLEN_STEP, backend, shared)
+
+
 def largest(errors: Sequence[float]) -> float:
     """The largest, or NaN where one is NaN: max() would pass over it."""
     return next((error for error in errors if error != error), max(errors))
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    num_branches: tuple[int, ...] = (),
+    *,
+    causal: bool,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention in float64, one segment after the other, by its definition: (T, H, D)."""
+    """Softmax attention in float64, one segment after the other, by its definition: (T, H, D).
+
+    A branch comes behind the keys and values of its prefix; ``num_branches`` as in contracts/families.py.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    outputs = []
-    for q_s, k_s, v_s in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
+    outputs, prefix, left = [], (k[:0].double(), v[:0].double()), 0
+    segments = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    for (q_s, k_s, v_s), count in zip(segments, num_branches or (0,) * len(lengths), strict=True):
+        if count:
+            prefix, left = (k_s, v_s), count
+        elif left:
+            k_s, v_s, left = torch.cat((prefix[0], k_s)), torch.cat((prefix[1], v_s)), left - 1
         scores = torch.einsum("qhd,khd->hqk", q_s, k_s) * scale
         if causal:
-            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+            later = torch.ones_like(scores[0]).triu(1 + len(k_s) - len(q_s)).bool()
+            scores = scores.masked_fill(later, -torch.inf)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_s))
     return torch.cat(outputs)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vl3train.model.attention.flash_attn_4_cache import cache_kernels
+from vl3train.model.attention.shared_prefix import Bounds, Heads
 
 cache_kernels(__file__)  # before the library is imported: it reads its settings once
 # nvidia-cutlass-dsl says so of flash-attn-4's own argument, once for each kernel it compiles. The kernels are right.
@@ -53,20 +54,21 @@ patch_head_dim(FlashAttentionBackwardSm90)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, longest: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each segment: (T, H, D), and the log-sum-exp of each row (H, T) float32.
+    """Attention of each segment of queries on that of keys: (T, H, D), and the log-sum-exp of each row (H, T) float32.
 
-    ``q``, ``k`` and ``v`` may be views, as long as the values of a head lie side by side.
+    ``q``, ``k`` and ``v`` may be views, as long as the values of a head lie side by side. ``bounds`` are those of the
+    segments of queries and of keys, none of them longer than ``longest``.
     """
     out, log_sum_exp, *_ = interface._flash_attn_fwd(
         q,
         k,
         v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
         softmax_scale=scale,
         causal=causal,
         return_lse=True,
@@ -76,13 +78,13 @@ def attend(
 
 def attend_backward(
     d_out: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: Heads,
     outputs: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    bounds: Bounds,
+    longest: int,
     causal: bool,
     scale: float,
-    d_qkv: tuple[Tensor, Tensor, Tensor],
+    d_qkv: Heads,
 ) -> None:
     """Write the gradients of queries, keys and values into ``d_qkv``, which may be views as well.
 
@@ -99,10 +101,10 @@ def attend_backward(
         log_sum_exp,
         scale,
         causal,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
         dq=d_qkv[0],
         dk=d_qkv[1],
         dv=d_qkv[2],

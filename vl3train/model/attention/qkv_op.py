@@ -6,12 +6,20 @@ heads, Hkv key and value heads, D values a head; a row holds (H + 2 Hkv) D value
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vl3train.model.attention.shared_prefix import (
+    Kernel,
+    PlainKernel,
+    attend_shared,
+    attend_shared_backward,
+)
 
 SERVED = ("flash_attn_4", "reference")
 """The backends of model/attention/backends.py that have this op."""
@@ -21,6 +29,7 @@ SERVED = ("flash_attn_4", "reference")
 def qkv_attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
+    shared: Sequence[Tensor],
     head_dim: int,
     num_heads: int,
     max_seqlen: int,
@@ -30,23 +39,43 @@ def qkv_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention within each segment: (T, H D), and the log-sum-exp of each row (H, T) float32.
 
-    The reference needs no log-sum-exp: it is empty.
+    ``shared``: the tensors of a ``SharedPrefixes``, or none. Where nothing is shared, the reference needs no
+    log-sum-exp: it is empty.
     """
     q, k, v = heads_of(qkv, head_dim, num_heads)
+    if shared:
+        assert causal, "only the language model shares prefixes"
+        kernel = _kernel(backend)
+        out, log_sum_exp = attend_shared(kernel, (q, k, v), (cu_seqlens, *shared), max_seqlen, scale)
+        return out.flatten(1), log_sum_exp
     if backend == "flash_attn_4":
-        from vl3train.model.attention.flash_attn_4 import attend
-
-        out, log_sum_exp = attend(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+        kernel = _kernel(backend)
+        out, log_sum_exp = kernel.attend(q, k, v, (cu_seqlens, cu_seqlens), max_seqlen, causal, scale)
         return out.flatten(1), log_sum_exp
     lengths = tuple(cu_seqlens.diff().tolist())
     return reference(q, k, v, lengths, causal, scale).flatten(1), qkv.new_empty(0, dtype=torch.float32)
 
 
+def _kernel(backend: str) -> Kernel:
+    if backend == "reference":
+        return PlainKernel
+    from vl3train.model.attention import flash_attn_4
+
+    return flash_attn_4
+
+
 @qkv_attention.register_fake
 def _(
-    qkv: Tensor, cu_seqlens: Tensor, head_dim: int, num_heads: int, max_seqlen: int, backend: str, *_: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    shared: Sequence[Tensor],
+    head_dim: int,
+    num_heads: int,
+    max_seqlen: int,
+    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    log_sum_exp = (num_heads, qkv.shape[0]) if backend == "flash_attn_4" else (0,)
+    log_sum_exp = (num_heads, qkv.shape[0]) if shared or backend == "flash_attn_4" else (0,)
     return qkv.new_empty((qkv.shape[0], num_heads * head_dim)), qkv.new_empty(
         log_sum_exp, dtype=torch.float32
     )
@@ -59,6 +88,7 @@ def qkv_attention_backward(
     out: Tensor,
     log_sum_exp: Tensor,
     cu_seqlens: Tensor,
+    shared: Sequence[Tensor],
     head_dim: int,
     num_heads: int,
     max_seqlen: int,
@@ -67,14 +97,18 @@ def qkv_attention_backward(
     scale: float,
 ) -> Tensor:
     """The gradient of ``qkv``: the kernel writes those of queries, keys and values into their places in each row."""
-    if backend == "flash_attn_4":
-        from vl3train.model.attention.flash_attn_4 import attend_backward
-
-        d_qkv = torch.empty_like(qkv)
+    if shared or backend == "flash_attn_4":
+        kernel, d_qkv = _kernel(backend), torch.empty_like(qkv)
         parts, d_parts = heads_of(qkv, head_dim, num_heads), heads_of(d_qkv, head_dim, num_heads)
         d_out, out = (rows.contiguous().unflatten(1, (num_heads, head_dim)) for rows in (d_out, out))
         outputs = out, log_sum_exp
-        attend_backward(d_out, parts, outputs, cu_seqlens, max_seqlen, causal, scale, d_parts)
+        if shared:
+            attend_shared_backward(
+                kernel, d_out, parts, outputs, (cu_seqlens, *shared), max_seqlen, scale, d_parts
+            )
+        else:
+            bounds = cu_seqlens, cu_seqlens
+            kernel.attend_backward(d_out, parts, outputs, bounds, max_seqlen, causal, scale, d_parts)
         return d_qkv
     return _reference_backward(d_out, qkv, out, cu_seqlens, head_dim, num_heads, causal, scale)
 
@@ -118,12 +152,14 @@ def _(d_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens)
+    qkv, cu_seqlens, shared, *ctx.settings = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens, *shared)
 
 
-def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return qkv_attention_backward(d_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    qkv, out, log_sum_exp, cu_seqlens, *shared = ctx.saved_tensors
+    d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, shared, *ctx.settings)
+    return d_qkv, None, [None] * len(shared), *(None,) * 6
 
 
 qkv_attention.register_autograd(_backward, setup_context=_keep_for_backward)

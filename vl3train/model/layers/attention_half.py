@@ -52,10 +52,11 @@ class NormAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """``rows`` (R, W) -> the rows, for the residual, and the result of attention (R, heads * D).
 
-        ``linears`` are the weights (out, W) of queries, keys and values, then their biases, all or none of them. The
-        language model has an RMSNorm (``norm_bias`` is None), the encoder a LayerNorm.
+        ``linears`` are the weights (out, W) of queries, keys and values, then their biases, all or none of them, then
+        the tensors of ``Segments.shared``. The language model has an RMSNorm (``norm_bias`` is None), the encoder a
+        LayerNorm.
         """
-        weights, biases = linears[:3], linears[3:]
+        weights, biases, shared = linears[:3], linears[3:6], linears[6:]
         normed = normed_rows(rows, norm_weight, norm_bias, eps, norm_bias is not None)
         weight = merge_qkv(weights, head_dim)
         bias = None if biases[0] is None else merge_qkv(biases, head_dim)
@@ -67,9 +68,9 @@ class NormAttention(torch.autograd.Function):
         else:
             qkv = F.linear(normed, weight, bias)
             rotate(qkv, cos_sin, ctx.num_rotary, False, False)
-        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.attention)
+        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, shared, *ctx.attention)
         ctx.save_for_backward(
-            rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *weights
+            rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *weights, *shared
         )
         ctx.eps, ctx.quack = eps, quack
         return rows.view_as(rows), out
@@ -78,10 +79,11 @@ class NormAttention(torch.autograd.Function):
     def backward(ctx: Any, residual_grad: Tensor, d_out: Tensor) -> Grads:
         """Gradients of rows, norm, weights and biases."""
         saved = ctx.saved_tensors
-        rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *weights = saved
-        needs_norm, needs_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:]
+        rows, norm_weight, norm_bias, cos_sin, cu_seqlens, qkv, out, log_sum_exp, *rest = saved
+        weights, shared = rest[:3], rest[3:]
+        needs_norm, needs_linears = ctx.needs_input_grad[1:3], ctx.needs_input_grad[12:18]
         head_dim = ctx.attention[0]
-        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.attention)
+        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, shared, *ctx.attention)
         weight = merge_qkv(weights, head_dim)
         bias_sums = rotate(d_qkv, cos_sin, ctx.num_rotary, True, any(needs_linears[3:]))
         d_rows, normed, sums = norm_backward(
@@ -104,7 +106,8 @@ class NormAttention(torch.autograd.Function):
         if any(needs_linears[3:]):
             d_linears[3:] = split_qkv(bias_sums.to(rows.dtype), widths, head_dim)
         needed = (d if needs else None for d, needs in zip(d_linears, needs_linears, strict=True))
-        return d_rows, *norm_grads(sums, needs_norm, norm_weight), *(None,) * 9, *needed
+        of_norm = norm_grads(sums, needs_norm, norm_weight)
+        return d_rows, *of_norm, *(None,) * 9, *needed, *(None,) * len(shared)
 
 
 def merge_qkv(tensors: Sequence[Tensor], head_dim: int) -> Tensor:

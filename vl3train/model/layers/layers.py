@@ -152,7 +152,7 @@ def _attention(
             scale,
             mode.quack,
         )
-        return NormAttention.apply(rows, *of_norm, rope.cos_sin, *of_attention, *parameters)
+        return NormAttention.apply(rows, *of_norm, rope.cos_sin, *of_attention, *parameters, *segments.shared)
     served = mode.fused and mode.quack and causal and segments.backend in SERVED
     if served and rope.cos_sin is not None and type(norm) is Qwen2RMSNorm and adapters_of(rows, *linears):
         return adapted_attention(rows, norm, linears, attention, rope.cos_sin, segments)

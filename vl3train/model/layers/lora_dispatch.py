@@ -93,6 +93,7 @@ def adapted_attention(
         *biases,
         *a,
         *b,
+        *segments.shared,
     )
 
 

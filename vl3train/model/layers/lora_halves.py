@@ -134,9 +134,11 @@ class AdaptedNormAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """``rows`` (R, W) -> the rows, for the residual, and the result of causal attention (R, heads * D).
 
-        ``linears`` are the weights (out, W) of queries, keys and values, their biases, and their adapters' A and B.
+        ``linears`` are the weights (out, W) of queries, keys and values, their biases, and their adapters' A and B;
+        behind them the tensors of ``Segments.shared``.
         """
         weights, biases, a, b = (linears[start : start + 3] for start in (0, 3, 6, 9))
+        shared = linears[12:]
         normed = normed_rows(rows, norm_weight, None, eps, False)
         inner = normed @ torch.cat(a).t() * scaling
         num_heads, kv_heads = (len(one) // head_dim for one in b[:2])
@@ -152,9 +154,9 @@ class AdaptedNormAttention(torch.autograd.Function):
         else:
             qkv = nn.functional.linear(extended, weight, bias)
             rotate(qkv, cos_sin, ctx.num_rotary, False, False)
-        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, *ctx.attention)
+        out, log_sum_exp = qkv_attention(qkv, cu_seqlens, shared, *ctx.attention)
         ctx.save_for_backward(
-            rows, norm_weight, cos_sin, cu_seqlens, qkv, out, log_sum_exp, inner, *weights, *a, *b
+            rows, norm_weight, cos_sin, cu_seqlens, qkv, out, log_sum_exp, inner, *weights, *a, *b, *shared
         )
         ctx.eps, ctx.scaling = eps, scaling
         return rows.view_as(rows), out
@@ -164,8 +166,9 @@ class AdaptedNormAttention(torch.autograd.Function):
         """Gradients of rows, norm and adapters."""
         rows, norm_weight, cos_sin, cu_seqlens, qkv, out, log_sum_exp, inner, *linears = ctx.saved_tensors
         weights, a, b = (linears[start : start + 3] for start in (0, 3, 6))
+        shared = linears[9:]
         needs_norm, head_dim = ctx.needs_input_grad[1], ctx.attention[0]
-        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, *ctx.attention)
+        d_qkv = qkv_attention_backward(d_out, qkv, out, log_sum_exp, cu_seqlens, shared, *ctx.attention)
         rotate(d_qkv, cos_sin, ctx.num_rotary, True, False)
         d_extended = rows_gemm(d_qkv, _qkv_weight(weights, b, rows.shape[1], head_dim, d_out))
         d_normed, d_inner = d_extended.split((rows.shape[1], inner.shape[1]), 1)
@@ -185,7 +188,7 @@ class AdaptedNormAttention(torch.autograd.Function):
         d_b = torch.cat(split_qkv(d_qkv.t() @ inner, [len(one) for one in b], head_dim))
         d_a = (d_inner.t() @ normed).split([len(one) for one in a])
         d_norm = norm_grads(sums, [needs_norm], norm_weight)
-        return d_rows, *d_norm, *(None,) * 14, *d_a, *_b_blocks(d_b, b)
+        return d_rows, *d_norm, *(None,) * 14, *d_a, *_b_blocks(d_b, b), *(None,) * len(shared)
 
 
 @torch.library.custom_op("vl3train::extend_with_b", mutates_args=())

@@ -84,6 +84,7 @@ def run_layers(
                 segments.lengths,
                 segments.max_seqlen,
                 segments.backend,
+                segments.shared,
                 sums[number] if sums else (),
                 positions if number == len(levels) - 1 else None,
                 (Recompute.layer if offload else level).value,
@@ -101,6 +102,7 @@ def _run(
     lengths: tuple[int, ...],
     max_seqlen: int,
     backend: str,
+    shared: tuple[Tensor, ...],
     sums: GradientSums,
     positions: Tensor | None,
     recompute: str,
@@ -108,7 +110,7 @@ def _run(
 ) -> Tensor:
     # This is what torch.compile compiles. Tuples of tensors may come as they are. The rest are plain arguments: of a
     # record's max_seqlen the compiler would make a constant, and compile anew for each value.
-    segments = Segments(cu_seqlens, lengths, max_seqlen, backend)
+    segments = Segments(cu_seqlens, lengths, max_seqlen, backend, shared)
     inputs = (layer, hidden, rope, segments, sums, positions)
     fused = FUNCTIONS_ARE_REPEATED or recompute != "layer"
     if recompute == "layer":
