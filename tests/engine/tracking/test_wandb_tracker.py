@@ -7,17 +7,21 @@ import os
 import signal
 import struct
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrackingConfig, TrainConfig
+from vl3train.contracts.progress.record import GONE, process_state
+from vl3train.engine.tracking import wandb_tracker
 from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
 from vl3train.engine.tracking.wandb_tracker import WandbTracker
 from vl3train.launch import children
@@ -174,21 +178,82 @@ def test_answers_data_and_alerts_are_in_what_wandb_writes(tmp_path):
     assert files["contents.json"].read_text() == "{}"
 
 
-def test_a_process_of_wandb_that_is_killed_ends_its_run_and_not_ours(tmp_path, capsys):
-    tracker = WandbTracker(tracking(), tmp_path, as_plain(TrainConfig()), step=0)
-    (core,) = [
-        pid for pid in children(os.getpid()) if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
+def cores() -> list[int]:
+    """W&B's own processes that this one started."""
+    return [
+        pid
+        for pid in children(os.getpid())
+        if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes() and process_state(pid) != GONE
     ]
-    capsys.readouterr()
-    os.kill(core, signal.SIGKILL)
+
+
+def at_first_sight(number: int) -> threading.Thread:
+    """Sends a signal to W&B's process as soon as there is one."""
+
+    def send() -> None:
+        while not (found := cores()):
+            time.sleep(0.001)
+        os.kill(found[0], number)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+def write_until_it_is_lost(tracker: WandbTracker, write) -> None:
     deadline = time.monotonic() + 60
-    while "W&B gets no more figures of this run" not in (said := capsys.readouterr().out):
-        assert time.monotonic() < deadline, said
-        tracker.log({"loss": 1.0}, 1)
-        time.sleep(0.05)
-    tracker.log({"loss": 1.0}, 2)
-    tracker.finish()
+    while tracker._run is not None:
+        assert time.monotonic() < deadline
+        write()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("place", ["init", "log", "answers", "data", "alert", "finish"])
+def test_a_process_of_wandb_that_is_killed_ends_its_run_and_neither_ours_nor_the_next(
+    place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    row = ShownAnswer(source="a", key="b", picture=None, question="c", expected="d", answer="e", scores={})
+    (tmp_path / "file").touch()
+    killer = at_first_sight(signal.SIGKILL) if place == "init" else None
+    tracker = WandbTracker(tracking(), tmp_path, as_plain(TrainConfig()), step=0)
+    writes = {
+        "log": lambda: tracker.log({"loss": 1.0}, 1),
+        "answers": lambda: tracker.answers([row], 1),
+        "data": lambda: tracker.data([tmp_path / "file"], {}),
+        "alert": lambda: tracker.alert("title", "text", is_bad=True),
+        "finish": lambda: tracker.finish(1),
+    }
+    if killer is None:
+        os.kill(cores()[0], signal.SIGKILL)
+    else:
+        killer.join()
+    write_until_it_is_lost(tracker, writes.get(place, writes["log"]))
+    said = capsys.readouterr().out
+    assert sum(said.count(told) for told in ("gets no", "has not taken all")) == 1
+    for write in writes.values():
+        write()
     assert capsys.readouterr().out == ""
+    assert cores() == []
+    launch(tmp_path / "next", 0, 2, exit_code=0)
+    (log,) = (tmp_path / "next").rglob("*.wandb")
+    assert [row["step"] for row in read_run(log)[2]] == [0, 1]
+
+
+def test_a_process_of_wandb_that_hangs_at_the_end_does_not_keep_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb_tracker, "SECONDS_TO_FINISH", 0.5)
+    monkeypatch.setattr(wandb_tracker, "SECONDS_TO_DISCARD", 0.2)
+    tracker = WandbTracker(tracking(), tmp_path, as_plain(TrainConfig()), step=0)
+    (core,) = cores()
+    os.kill(core, signal.SIGSTOP)
+    try:
+        tracker.log({"loss": 1.0}, 1)
+        tracker.finish()
+        said = capsys.readouterr().out
+        assert "W&B has not taken all of this run: it hangs for 0.5 s. To upload it: wandb sync" in said
+    finally:
+        os.kill(core, signal.SIGKILL)
 
 
 def test_nested_figures_are_flat_and_none_is_left_out():
