@@ -11,12 +11,13 @@ Two ranks with loader workers on the CPU, with the debug model and small data th
   free, and the run's figures and last weights are bit for bit those of a run that was never killed.
 - exceptions: raised everywhere, on each rank. It *ended* where all processes were gone after 60 s, the exit code was
   not 0, and the console ended with the cause.
-- faults: damaged files, full disks, two runs at once. It was *told* where the console names the file and the run went
-  on as if nothing had been, or was refused.
+- faults: damaged files, two runs at once, a storage that hangs, a folder that is moved, steps that are never finite.
+  It was *told* where the console names the file or the cause and the run went on as if nothing had been, or was
+  refused.
 
 ``--work DIR`` keeps what is done: the same command goes on from there. Figures are appended to
-benchmarks/results/reliability.jsonl; ``--only`` keeps none. ``--minutes N`` begins nothing new after that time: they
-then count what was done by then, in random order.
+benchmarks/results/reliability.jsonl; with ``--only`` those of that part. ``--minutes N`` begins nothing new after that
+time: they then count what was done by then, in random order.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.side_by_side) as pool:
         for (name, _), found in zip(tasks, pool.map(do, tasks), strict=True):
             lines[name] += [line for line in found if line["tried"]]
-    return report(lines, keep=args.only is None)
+    return report(lines)
 
 
 def once(
@@ -120,7 +121,7 @@ def once(
     return lines
 
 
-def report(lines: dict[str, list[Line]], *, keep: bool) -> int:
+def report(lines: dict[str, list[Line]]) -> int:
     """Print and keep the figures; returns the exit code."""
     words = {"kills": "survived", "exceptions": "ended", "faults": "told"}
     about = {
@@ -136,10 +137,9 @@ def report(lines: dict[str, list[Line]], *, keep: bool) -> int:
         good = sum(line["problem"] is None for line in part)
         for figure, value in ((f"{name}_tried", len(part)), (f"{name}_{words[name]}", good)):
             print(table_row(figure, value))
-            if keep:
-                line = {"figure": figure, "value": value, "unit": "1", "better": "higher", **about}
-                with (RESULTS / "reliability.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            line = {"figure": figure, "value": value, "unit": "1", "better": "higher", **about}
+            with (RESULTS / "reliability.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
     for line in bad:
         print(f"\n{line['kill']}: {line['problem']}")
     return int(bool(bad))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kills.place import LONGEST_SECONDS, Place
-from tests.engine.jobs import kill_job
+from benchmarks.kills.place import LONGEST_SECONDS, Place, finish
+from tests.engine.ends import SECONDS
+from tests.engine.jobs import kill_job, wait_until_gone
+from vl3train.contracts.exit_codes import STOPPED
 
 
 def flip(file: Path) -> None:
@@ -42,9 +46,13 @@ CHECKPOINT_FILES = [
 FAULTS = [
     *((damage, f"checkpoints/step_00000008/{file}") for file in CHECKPOINT_FILES for damage in DAMAGES),
     ("two runs", "one folder"),
+    ("hangs", "the storage of one rank, and the run is stopped"),
+    ("moved away", "the output folder"),
+    ("not finite", "every step"),
     *((damage, "index") for damage in DAMAGES),
     ("removed", "shard"),
     *((damage, "metrics.jsonl") for damage in ("flipped", "cut")),
+    *((damage, "evaluations.jsonl") for damage in ("flipped", "cut")),
 ]
 """What happens, and to what."""
 
@@ -67,8 +75,8 @@ def try_fault(
         shutil.copytree(place.folder / "data", data)
         words, file = place.words(name, data=data.name), min(data.glob(pattern))
     try:
-        if damage == "two runs":
-            problem = two_at_once(place, name, words)
+        if damage in IN_RUN:
+            problem = IN_RUN[damage](place, name, straight)
         else:
             DAMAGES[damage](file)
             problem = problem_of_start(place, name, words, file, straight)
@@ -107,8 +115,9 @@ def problem_of_start(
     return None
 
 
-def two_at_once(place: Place, name: str, words: list[str]) -> str | None:
+def two_at_once(place: Place, name: str, _: Mapping[str, Any]) -> str | None:
     """The second of two runs in one folder is refused, and says who holds it."""
+    words = place.words(name)
     shutil.rmtree(place.folder / name)
     first, job = place.start(name, words=words)
     while not place.is_locked(name):
@@ -122,3 +131,74 @@ def two_at_once(place: Place, name: str, words: list[str]) -> str | None:
     if code == 0 or first_code != 0:
         return f"the first ended with {first_code}, the second with {code}"
     return None if "is in use by another run" in place.said(name) else "the second does not say why"
+
+
+def hangs(place: Place, name: str, straight: Mapping[str, Any]) -> str | None:
+    """The loader of rank 1 waits for ever, and the run is asked to stop: it saves, and goes on when it is started."""
+    shutil.rmtree(place.folder / name)
+    process, job = place.start(name, planted="wait@worker", rank=1)
+    wait_for_lines(place, name, process, 2)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=LONGEST_SECONDS)
+    left = wait_until_gone(job, SECONDS)
+    kill_job(job)
+    if code != STOPPED or left:
+        return f"it ends with {code}, and leaves {left}: {place.said(name)[-1500:]}"
+    if "waited in vain for its data and is given up" not in place.said(name):
+        return f"it does not say why it stops: {place.said(name)[-1500:]}"
+    return finish(place, name) or unlike(place, name, straight)
+
+
+def moved_away(place: Place, name: str, straight: Mapping[str, Any]) -> str | None:
+    """The folder is moved while the run trains: the run says so and fails, and goes on once it is moved back."""
+    folder, away = place.folder / name, place.folder / f"{name}-away"
+    shutil.rmtree(away, ignore_errors=True)
+    for _ in range(5):
+        shutil.rmtree(folder)
+        process, job = place.start(name)
+        wait_for_lines(place, name, process, 1)
+        folder.rename(away)
+        code = process.wait(timeout=LONGEST_SECONDS)
+        kill_job(job)
+        made = folder.exists()
+        if made:
+            return f"it makes a new folder: {place.said(name)[-1500:]}"
+        away.rename(folder)
+        if not (folder / "finished.json").exists():
+            break  # it was not done before
+    if code != 1 or "it was moved or deleted, with the checkpoints. Move it back" not in place.said(name):
+        return f"it ends with {code} and does not say why: {place.said(name)[-1500:]}"
+    return finish(place, name) or unlike(place, name, straight)
+
+
+def not_finite(place: Place, name: str, _: Mapping[str, Any]) -> str | None:
+    """A short run whose steps are all skipped is no finished run."""
+    shutil.rmtree(place.folder / name)
+    process, job = place.start(name, planted="nan_always", words=[*place.words(name), "run.num_steps=4"])
+    code = process.wait(timeout=LONGEST_SECONDS)
+    kill_job(job)
+    if code != 1 or (place.folder / name / "finished.json").exists():
+        return f"it ends with {code}, as if it had trained: {place.said(name)[-1500:]}"
+    return None if "trained nothing: each step was skipped" in place.said(name) else "it does not say why"
+
+
+IN_RUN: dict[str, Callable[[Place, str, Mapping[str, Any]], str | None]] = {
+    "two runs": two_at_once,
+    "hangs": hangs,
+    "moved away": moved_away,
+    "not finite": not_finite,
+}
+"""What happens while a run is in progress."""
+
+
+def wait_for_lines(place: Place, name: str, process: subprocess.Popen[str], count: int) -> None:
+    """Until so many steps are in metrics.jsonl, or the run has ended."""
+    log = place.folder / name / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < count):
+        time.sleep(0.01)
+
+
+def unlike(place: Place, name: str, straight: Mapping[str, Any]) -> str | None:
+    """Whether a run's figures or weights are not those of one that nothing happened to."""
+    same = place.outcome(name) == straight
+    return None if same else "its figures or its weights are not those of a run that nothing happened to"

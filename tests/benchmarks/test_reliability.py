@@ -49,7 +49,7 @@ def test_the_figures_count_what_came_out_well(capsys, monkeypatch, tmp_path):
         {"kill": "rank 0", "tried": True, "problem": None},
         {"kill": "all", "tried": True, "problem": "no"},
     ]
-    assert reliability.report({"kills": lines}, keep=True) == 1
+    assert reliability.report({"kills": lines}) == 1
     kept = [json.loads(line) for line in (tmp_path / "reliability.jsonl").read_text().splitlines()]
     assert {line["figure"]: line["value"] for line in kept} == {"kills_tried": 2, "kills_survived": 1}
     assert {"unit", "better", "machine", "versions", "command", "commit", "date"} <= kept[0].keys()
