@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.contracts.full_disk import files_of_at_most
 from tests.engine.ends import ENDS, RESUMED, RUN, problem_of_end
 from tests.engine.jobs import ROOT
 from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import EARLIER, EARLIER_WORDS, run
 from tests.engine.small_demo import small_demo_words
-from vl3train.engine.failure import FAILED, INTERRUPTED, report_failure
+from vl3train.engine.failure import ERROR_FILE, FAILED, INTERRUPTED, report_failure
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 
 
@@ -69,6 +70,19 @@ def test_too_many_failed_samples_end_one_rank_with_a_message(tmp_path, monkeypat
     assert capsys.readouterr().err == f"\n{caught.value}\n", (
         "printed by the rank that saw it, without traceback"
     )
+
+
+def test_the_cause_is_said_where_the_folder_for_temporary_files_is_full(tmp_path, monkeypatch, capsys):
+    """torchrun wants it in a file there."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(file))
+    with files_of_at_most(0):
+        assert report_failure(IndexError("planted here"), None) == FAILED
+    assert "the run ends with IndexError: planted here" in capsys.readouterr().err
+    assert not file.exists()
+    assert os.environ[ERROR_FILE] == str(file)
+    report_failure(IndexError("planted here"), None)
+    assert "planted here" in file.read_text()
 
 
 def test_a_start_that_fails_after_the_bar_began_ends_it_before_the_cause(warm_python, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from argparse import Namespace
@@ -10,9 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.contracts.full_disk import files_of_at_most
 from tests.engine.runs import run
 from vl3train.cli.evaluate import main as evaluate
 from vl3train.config.paths import shipped_folder
+from vl3train.engine.best import Best
+from vl3train.engine.held_out import in_run
 from vl3train.engine.held_out.answers import question_of
 from vl3train.scoring.predictions import read_predictions
 
@@ -29,7 +33,24 @@ def talkative(language_model, folder):
     return folder
 
 
-def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(demo_words, demo_root, tmp_path):
+def full_at_first(write):
+    """``write``, which finds the disk full when it is called first."""
+    left = [1]
+
+    def call(*words):
+        with files_of_at_most(0) if left.pop() else contextlib.nullcontext():
+            left.append(0)
+            write(*words)
+
+    return call
+
+
+def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(
+    demo_words, demo_root, tmp_path, monkeypatch, capsys
+):
+    """Its disk is full when it evaluates after its first step: nothing but what it writes then is missing."""
+    monkeypatch.setattr(in_run, "write_predictions", full_at_first(in_run.write_predictions))
+    monkeypatch.setattr(Best, "write", full_at_first(Best.write))
     recipe = yaml.safe_load((shipped_folder("data_recipes") / "demo_stage1.yaml").read_text())
     scored = [source for source in recipe["sources"] if source.get("held_out")][:2]
     for source in scored:
@@ -38,9 +59,19 @@ def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(demo_w
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     words = [*demo_words, "stage=1", "run.num_steps=2", f"data.recipe={tmp_path / 'recipe.yaml'}"]
     words += [f"model.language_model_from={talkative(demo_root / 'parts/language_model', tmp_path / 'lm')}"]
-    folder = run([*words, "run.evaluate_max_new_tokens=6", f"run.output_dir={tmp_path / 'run'}"])
+    words += ["run.evaluate_max_new_tokens=6", "run.evaluate_steps=1", "run.best_figure=loss"]
+    folder = run([*words, f"run.output_dir={tmp_path / 'run'}"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "predictions/step_000001.jsonl cannot be written: File too large. The run goes on; these answers"
+        in said
+    )
+    assert "best.json cannot be written: File too large. The run goes on" in said
+    assert not (folder / "predictions" / "step_000001.jsonl").exists()
+    assert [one["step"] for one in json.loads((folder / "best.json").read_text())["history"]] == [1, 2]
 
-    (line,) = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    first, line = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    assert (first["step"], line["step"]) == (1, 2)
     found = read_predictions(folder / "predictions" / "step_000002.jsonl")
     assert {one.source for one in found} == {source["name"] for source in scored}
     for source in scored:
