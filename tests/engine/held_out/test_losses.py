@@ -55,6 +55,18 @@ def test_an_evaluation_made_again_after_a_resume_replaces_the_old_one(tmp_path):
     assert lines("evaluations.replaced.jsonl") == [(10, 0.5), (20, 0.8)]
 
 
+def test_a_flipped_bit_of_a_figure_is_told(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    for step in (1, 2):
+        record_evaluation(path, stage=3, step=step, when="step", figures={"count": {"loss": 0.25 + step}})
+    before = path.read_text()
+    path.write_text(before.replace("2.25", "2.24"))
+    with pytest.raises(ValueError, match=r"line 2 is no evaluation .*its digest differs"):
+        read_evaluations(path)
+    path.write_text(before.replace('"sha256"', '"other"'))
+    assert [line["step"] for line in read_evaluations(path)] == [1, 2], "an earlier build's lines have none"
+
+
 def test_a_figure_that_is_not_finite_is_json_and_is_read_back(tmp_path):
     path = tmp_path / "evaluations.jsonl"
     figures = {"count": {"loss": math.nan, "accuracy": 0.0}, "ocr": {"loss": math.inf}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from vl3train.contracts.strict_json import json_text, without_texts
 
 EVALUATIONS = "evaluations.jsonl"
 """In a run's folder: a line for each evaluation."""
+DIGEST = "sha256"
+"""Key of a line's digest. Builds before 2026-12 wrote none."""
 
 
 @torch.no_grad()
@@ -97,8 +100,15 @@ def record_evaluation(
 ) -> None:
     """Write one evaluation to evaluations.jsonl, in place of an earlier one of the same step and moment."""
     entry = {"stage": stage, "step": step, "when": when, "sources": figures}
+    entry[DIGEST] = digest_of(entry)
     kept = [line for line in read_evaluations(path) if (line["step"], line["when"]) != (step, when)]
     write_whole(path, "".join(json_text(line) + "\n" for line in [*kept, entry]))
+
+
+def digest_of(entry: dict[str, Any]) -> str:
+    """Of a line's other keys, 16 hex digits. A bit that flips in a figure leaves a line that can be read."""
+    others = {key: value for key, value in entry.items() if key != DIGEST}
+    return hashlib.sha256(json_text(others).encode()).hexdigest()[:16]
 
 
 def truncate_evaluations(path: Path, done: int) -> None:
@@ -125,6 +135,8 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
             entry = without_texts(json.loads(line))
+            if entry.get(DIGEST, whole := digest_of(entry)) != whole:
+                raise ValueError("its digest differs")
             found.append({**entry, "step": int(entry["step"]), "when": str(entry["when"])})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
