@@ -20,6 +20,7 @@ from vl3train import train
 from vl3train.data import loader
 from vl3train.data.loader import PackDataset
 from vl3train.data.render import decode_server
+from vl3train.engine import stop
 
 PLANTED_AT = "VL3TRAIN_TEST_PLANTED_AT"
 """Variable of the environment: a file that is touched in the moment of the failure."""
@@ -153,6 +154,25 @@ def half_deleted(act, checkpoints, *, newest, keep):
         act()
 
 
+def hold():
+    """From now on this process does one step, and waits before the next until it is asked to stop."""
+    loop = import_module("vl3train.engine.loop")
+    requests, steps_to_do = [], loop.steps_to_do
+
+    class Kept(loop.StopRequest):
+        def __init__(self, *words):
+            super().__init__(*words)
+            requests.append(self)
+
+    def held(*words):
+        for number, step in enumerate(steps_to_do(*words)):
+            while number and not requests[0].requested:
+                time.sleep(0.01)
+            yield step
+
+    loop.StopRequest, loop.steps_to_do = Kept, held
+
+
 def after(calls, planted, original):
     """``original`` for some calls, then ``planted``."""
     left = [calls]
@@ -191,11 +211,15 @@ def plant(what, where):
 def main():
     """Plant it, and train."""
     planted, rank, *words = sys.argv[1:]
-    if planted != "none" and os.environ["RANK"] == rank:
-        if planted == "nan":
-            import_module("tests.engine.bad_numbers").plant({2: math.nan})
+    if planted == "hold":
+        hold()
+    elif planted != "none" and os.environ["RANK"] == rank:
+        if planted in ("nan", "nan_always"):
+            steps = [2] if planted == "nan" else range(1000)
+            import_module("tests.engine.bad_numbers").plant(dict.fromkeys(steps, math.nan))
         else:
             plant(*planted.split("@"))
+    stop.SECONDS_FOR_DATA = 1.0
     sys.argv[1:] = words
     train.run_process()
 

@@ -84,6 +84,39 @@ def test_figures_that_the_disk_does_not_take_come_later(words, straight, tmp_pat
     assert "is written again, with the 3 lines that waited" in said
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_folder_that_is_moved_away_is_told_and_may_come_back(
+    words, straight, tmp_path, monkeypatch, capsys, comes_back
+):
+    """It is away at the save and the evaluation after step 2."""
+    folder, away = tmp_path / "run", tmp_path / "away"
+    log_step = loop.log_step
+
+    def log(run, step_batches, *more):
+        if step_batches.cursor.step == 1:
+            folder.rename(away)
+        if step_batches.cursor.step == 3 and comes_back:
+            away.rename(folder)
+        log_step(run, step_batches, *more)
+
+    monkeypatch.setattr(loop, "log_step", log)
+    words = [*words, f"run.output_dir={folder}", "run.evaluate_steps=2"]
+    if comes_back:
+        run(words)
+        assert figures(folder) == figures(straight)
+        assert steps_of(folder) == ["4", "5"]
+        assert [line["step"] for line in read_evaluations(folder / "evaluations.jsonl")] == [4]
+    else:
+        with pytest.raises(
+            RunError, match=r"moved or deleted, .*Move it back, and give the same command again"
+        ):
+            run(words)
+        assert not folder.exists()
+    said = capsys.readouterr().out
+    assert ("is written again, with the 3 lines that waited" in said) is comes_back
+    assert said.count("The run goes on") == (3 if comes_back else 5), "lines, and each save and evaluation"
+
+
 @pytest.mark.parametrize(
     "name", ["engine/state/mp_rank_00_model_states.pt", "random/rank_0.pt", "resume.json", "MANIFEST.json"]
 )

@@ -71,7 +71,7 @@ def write_bad_step(path: Path, bad: BadStep) -> None:
 
     Raises OSError where the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, json_text(dataclasses.asdict(bad), indent=1) + "\n")
 
 

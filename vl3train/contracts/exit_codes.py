@@ -56,9 +56,11 @@ def code_of_run(codes: set[int], *, was_asked_to_stop: bool) -> int:
     (75, 75)
     >>> code_of_run({75, 1}, was_asked_to_stop=True), code_of_run(set(), was_asked_to_stop=False)
     (1, 1)
+    >>> code_of_run({130, 1}, was_asked_to_stop=True)  # it lost the connection before it heard the signal
+    130
     """
     if codes == {STOPPED} or (not codes and was_asked_to_stop):
         return STOPPED
-    if INTERRUPTED in codes and codes <= {STOPPED, INTERRUPTED}:
+    if INTERRUPTED in codes:
         return INTERRUPTED
     return FAILED

@@ -22,7 +22,7 @@ class LineLog:
     """Appends whole lines to a file that only this process writes.
 
     When ``append`` returns, the operating system has the lines: a killed process loses none. A line that the disk took
-    half of is taken back.
+    half of is taken back. A folder that is not there is not made: it was moved away, and may come back.
     """
 
     def __init__(self, path: Path, say: Callable[[str], object] = say_on_stderr) -> None:
@@ -59,7 +59,6 @@ class LineLog:
             self._say(f"{self._path}: its last {len(self._waiting)} lines could not be written and are lost")
 
     def _write(self, content: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:
             if self._whole_bytes is not None:
                 file.truncate(self._whole_bytes)

@@ -24,6 +24,7 @@ from vl3train.contracts.progress.job import keep_record_of_worker, remove_ended_
 from vl3train.contracts.progress.record import IDLE, progress
 from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample, RenderSettings, SampleError
 from vl3train.data.collate import collate
+from vl3train.data.data_wait import data_wait
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.costs import rank_packs
 from vl3train.data.plan.plan import Plan
@@ -89,13 +90,28 @@ class PackDataset(Dataset[LoadedPack]):
     decode_address: str = ""  # of the decode server; ``load_packs`` fills it in
 
     def __getitem__(self, number: int) -> LoadedPack:
+        return self._load(*self._planned(number))
+
+    def blank(self, number: int) -> LoadedPack:
+        """The same without pictures, supervised tokens or a sample that counts as failed; reads nothing."""
+        pack, num_loss_chunks = self._planned(number)
+        index = self.data.index
+        samples = [
+            blank_sample(index.lengths(row), key=index.key(row), source=index.source(row))
+            for row in pack.samples
+        ]
+        batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=0)
+        return LoadedPack(batch, ())
+
+    def _planned(self, number: int) -> tuple[Pack, int]:
+        """What is in a micro-batch, and how many pieces its loss is taken in."""
         plan = self.data.plan
         steps, micro_batch = divmod(number, plan.step.global_packs // self.dp_size)
         cursor = plan.cursor_at(self.first.step + steps, near=self.first)
         packs = micro_batch_packs(plan.step_packs(cursor), self.dp_size)[micro_batch]
         # By the largest pack of all ranks: ZeRO-3 gathers weights once a chunk, on every rank or on none.
         most = max(pack.num_supervised_tokens for pack in packs)
-        return self._load(packs[self.rank], max(1, -(-most // self.loss_chunk_tokens)))
+        return packs[self.rank], max(1, -(-most // self.loss_chunk_tokens))
 
     def _load(self, pack: Pack, num_loss_chunks: int) -> LoadedPack:
         failed: list[FailedEntry] = []
@@ -157,11 +173,14 @@ def end_worker(error: Exception, _: object) -> NoReturn:
 def load_packs(
     dataset: PackDataset, count: int, *, num_workers: int, pin_memory: bool
 ) -> Iterator[LoadedPack]:
-    """Micro-batches 0 to ``count`` (not included) in order; each worker prefetches the next two."""
+    """Micro-batches 0 to ``count`` (not included) in order; each worker prefetches the next two.
+
+    Where the wait for one is given up, it and those after it are blank (``data_wait``).
+    """
     data = dataset.data
     remove_ended_workers()
     with decode_server(data.settings, data.tokenizer_dir, data.limits) as address:
-        yield from DataLoader(
+        loader = DataLoader(
             dataclasses.replace(dataset, decode_address=address),
             batch_size=None,
             sampler=range(count),
@@ -173,3 +192,7 @@ def load_packs(
             worker_init_fn=functools.partial(begin_worker, progress.path),
             multiprocessing_context=clean_processes() if num_workers and count else None,
         )
+        packs = iter(loader)
+        for number in range(count):
+            pack = data_wait.next(packs)
+            yield dataset.blank(number) if pack is None else pack

@@ -14,6 +14,7 @@ from vl3train.contracts.line_log import LineLog
 from vl3train.contracts.progress.record import WAITING_FOR_DATA, progress
 from vl3train.contracts.records import Batch, Cursor, RenderSettings, TooManyFailed
 from vl3train.contracts.strict_json import json_text
+from vl3train.data.data_wait import data_wait
 from vl3train.data.loader import FailedEntry, OpenData, PackDataset, load_packs
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.cache import default_folder, delete_unused
@@ -39,6 +40,7 @@ class StepBatches:
     num_patches: int  # of the global batch
     num_samples: int  # of the global batch
     fill: float  # share of the packs' tokens or patches in use, whichever is more
+    is_blank: bool  # the wait for this rank's data was given up: the step must change nothing
 
 
 def render_settings(cfg: TrainConfig, tokenizer: ChatTokenizer) -> RenderSettings:
@@ -233,6 +235,7 @@ def train_steps(
             num_tokens=num_tokens,
             num_patches=num_patches,
             num_samples=sum(len(pack.samples) for pack in packs),
+            is_blank=data_wait.is_given_up,
             fill=max(num_tokens / plan.step.max_tokens, num_patches / plan.step.max_patches) / len(packs),
         )
         cursor = plan.advance(cursor)

@@ -5,38 +5,37 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from vl3train.config.choices import BestFigure
 from vl3train.config.paths import FINISHED, mark_finished
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
-from vl3train.contracts.records import Batch, TooManyFailed
+from vl3train.contracts.records import TooManyFailed
 from vl3train.data.pipeline import StepBatches
 from vl3train.engine.bad_steps.go_back import go_back, refuse_untrained
 from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.best import BEST_FILE
 from vl3train.engine.checkpoints.keep import Keep
+from vl3train.engine.checkpoints.random_state import forward_state, set_forward_state
 from vl3train.engine.checkpoints.save import save_checkpoint
-from vl3train.engine.held_out.in_run import evaluate_run, write_evaluations
+from vl3train.engine.held_out.in_run import EvaluationGivenUp, evaluate_run, write_evaluations
+from vl3train.engine.log_step import log_step
 from vl3train.engine.memory.oom import explain_oom
 from vl3train.engine.monitor.collectives import shorten_timeouts
-from vl3train.engine.monitor.compile_log import Compiles, print_compiles, take_compiles
+from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.silence import watched
 from vl3train.engine.optim.build import rate_factor, set_rates
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 from vl3train.engine.run import Run
+from vl3train.engine.start.folder import gone
 from vl3train.engine.start.lock import locked_folder
 from vl3train.engine.start.run import start_run
-from vl3train.engine.step import StepResult, train_step
+from vl3train.engine.step import train_step
 from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
-from vl3train.model.activations.work import RecomputePlan
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the operating system says where a disk takes no more: full, over a quota, read-only, over a limit of files."""
@@ -55,7 +54,7 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
             with explain_oom(cfg, rank, "the run started"):
                 run = start_run(cfg, rank, console)
             with contextlib.closing(StopRequest(cfg.run.max_hours)) as stop:
-                run_steps(run, stop)
+                is_finished = run_steps(run, stop)
         except TooManyFailed as error:
             raise OneRankError(f"rank {rank.index}: {error}") from error
         except OSError as error:
@@ -68,24 +67,57 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
         finally:
             console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
         run.tracker.finish()
-    return run.is_finished
+    return is_finished
 
 
-def run_steps(run: Run, stop: StopRequest) -> None:
+def run_steps(run: Run, stop: StopRequest) -> bool:
+    """Do every step from ``run.cursor`` on, and what is due at the end; returns whether the run is finished.
+
+    Where it was asked to stop and waits in vain for data, it gives up the step or the evaluation that needs them, saves
+    what is done, and is not finished.
+    """
+    try:
+        do_steps(run, stop)
+        refuse_untrained(run)
+        save_rest(run)
+        if run.cursor.step == run.num_steps and run.cfg.run.evaluate_at_end:
+            evaluate_after(run, when="end")
+        is_finished = run.is_finished
+    except EvaluationGivenUp:
+        tell_stop(run, "the evaluation waited in vain for its data and is given up; ")
+        is_finished = False
+        save_rest(run)
+    write_evaluations(run)
+    if is_finished and run.rank.is_first:
+        mark_run_finished(run)
+    told = (
+        f"{run.cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; the newest checkpoint is that of step "
+        f"{run.saved_step} in {run.folder / 'checkpoints'}"
+    )
+    run.console.message(told)
+    if is_finished:
+        run.tracker.alert("run finished", told, is_bad=False)
+    return is_finished
+
+
+def do_steps(run: Run, stop: StopRequest) -> None:
     """Do every step from ``run.cursor`` on, with logs, checkpoints and evaluations where they are due."""
     cfg, rank = run.cfg, run.rank
     print_compiles(run.console, "before the first step", take_compiles())
     shorten_timeouts(cfg.run)
     if cfg.run.evaluate_at_start and run.cursor.step == 0:
         evaluate_run(run, step=0, when="start")
+    elif evaluation_is_due(run) and not run.is_evaluated:
+        evaluate_after(run, when="step")
 
     last_step = run.cursor.step if run.best.is_over else run.num_steps
     if cfg.run.stop_after_steps is not None:
         last_step = min(last_step, run.cursor.step + cfg.run.stop_after_steps)
-    saved_step = first_step = run.cursor.step
+    first_step = run.cursor.step
     for waited_seconds, started, step_batches in timed(steps_to_do(run, last_step)):
         step = step_batches.cursor.step
         limits = run.bad_steps.spikes.limits()
+        random_before = forward_state()
         rates = set_rates(run.engine.optimizer, rate_factor(step, run.num_steps, cfg.optim))
         with explain_oom(cfg, rank, f"step {step + 1} ran", step_batches.batches):
             result = train_step(
@@ -94,8 +126,13 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 num_supervised_tokens=step_batches.num_supervised_tokens,
                 num_sources=len(run.source_names),
                 stop_requested=stop.requested,
+                is_blank=step_batches.is_blank,
                 limits=limits,
             )
+        if result.is_void:
+            set_forward_state(random_before)  # dropout has drawn from it
+            tell_stop(run, f"step {step + 1} waited in vain for its data and is given up; ")
+            break
         compiles = take_compiles()
         if result.is_skipped:
             report_skipped(run, step_batches, result, limits)
@@ -109,34 +146,24 @@ def run_steps(run: Run, stop: StopRequest) -> None:
             log_step(run, step_batches, result, rates, compiles, waited_seconds, step_seconds)
         run.cursor = run.data.plan.advance(step_batches.cursor)
         if run.bad_steps.too_many:
-            saved_step = go_back(run)
+            go_back(run)
             continue
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
-            saved_step = save_run(run, saved_step, ends=done == last_step or result.stop_requested)
-        if cfg.run.evaluate_steps and done % cfg.run.evaluate_steps == 0 and done < run.num_steps:
-            saved_step = evaluate_after(run, saved_step, when="step")
+            save_run(run, ends=done == last_step or result.stop_requested)
+        if evaluation_is_due(run):
+            evaluate_after(run, when="step")
         if result.stop_requested:
-            told = f"stopped on request after step {done}; give the same command again to resume"
-            run.console.message(told)
-            run.tracker.alert("run stopped", told, is_bad=False)
+            tell_stop(run)
             break
         if run.best.is_over:
             break
-    refuse_untrained(run)
-    if saved_step != run.cursor.step:  # the last steps were passed over
-        saved_step = save_run(run, saved_step, ends=True)
-    if run.cursor.step == run.num_steps and cfg.run.evaluate_at_end:
-        evaluate_after(run, saved_step, when="end")
-    write_evaluations(run)
-    if run.is_finished and rank.is_first:
-        mark_run_finished(run)
-    told = (
-        f"{cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; "
-        f"the newest checkpoint is that of step {saved_step} in {run.folder / 'checkpoints'}"
-    )
+
+
+def tell_stop(run: Run, because: str = "") -> None:
+    """Say that the run stops after the steps that are done."""
+    told = f"{because}stopped on request after step {run.cursor.step}; give the same command again to resume"
     run.console.message(told)
-    if run.is_finished:
-        run.tracker.alert("run finished", told, is_bad=False)
+    run.tracker.alert("run stopped", told, is_bad=False)
 
 
 def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatches]]:
@@ -149,69 +176,23 @@ def timed(steps: Iterator[StepBatches]) -> Iterator[tuple[float, float, StepBatc
         yield time.perf_counter() - started, started, step_batches
 
 
-def log_step(
-    run: Run,
-    step_batches: StepBatches,
-    result: StepResult,
-    rates: dict[str, float],
-    compiles: Compiles,
-    waited_seconds: float,
-    step_seconds: float,
-) -> None:
-    """Send one step's figures to console, metrics.jsonl and tracker. Seconds are wall-clock, data wait included."""
-    memory = torch.cuda.max_memory_allocated() / 2**30 if run.rank.device.type == "cuda" else None
-    done = step_batches.cursor.step + 1
-    figures: dict[str, Any] = {
-        "step": done,
-        "epoch": step_batches.cursor.epoch,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "part_grad_norms": result.part_norms,
-        **({"skipped": True} if result.is_skipped else {}),
-        "learning_rates": rates,
-        "source_losses": {run.source_names[i]: loss for i, loss in result.source_losses.items()},
-        "tokens": step_batches.num_tokens,
-        "supervised_tokens": step_batches.num_supervised_tokens,
-        "patches": step_batches.num_patches,
-        "fill": step_batches.fill,
-        "failed_samples": result.num_failed_samples,
-        "step_seconds": step_seconds,
-        "tokens_per_second": step_batches.num_tokens / step_seconds,
-        "patches_per_second": step_batches.num_patches / step_seconds,
-        "data_wait_fraction": waited_seconds / step_seconds,
-        "compile_seconds": compiles.seconds,
-        "recompiles": compiles.graphs,
-        "memory_gib": memory,
-        **run.meter.figures(
-            step_batches.batches,
-            recompute_plans(run, step_batches.batches),
-            step_seconds,
-        ),
-    }
-    run.console.metrics(figures)
-    run.tracker.log(figures, done)
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the held-out samples are evaluated after the step that is done."""
+    done, every = run.cursor.step, run.cfg.run.evaluate_steps
+    return every > 0 and 0 < done < run.num_steps and done % every == 0
 
 
-def recompute_plans(run: Run, batches: Sequence[Batch]) -> list[RecomputePlan]:
-    """What each layer recomputed in each micro-batch of this rank."""
-    last = len(batches) - 1
-    return [
-        run.engine.plan_of(batch, first=number == 0, last=number == last)
-        for number, batch in enumerate(batches)
-    ]
-
-
-def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
-    """Evaluate after the step that is done, and save it where it is the best; returns the newest checkpoint's step.
+def evaluate_after(run: Run, *, when: str) -> None:
+    """Evaluate after the step that is done, and save it where it is the best.
 
     All ranks have the same figures, and so the same answer.
     """
     step = run.cursor.step
     figures = evaluate_run(run, step=step, when=when)
     if figures is None or run.best.figure is BestFigure.none:
-        return saved_step
-    if run.best.count(step, figures) and saved_step != step:
-        saved_step = save_run(run, saved_step, ends=False)
+        return
+    if run.best.count(step, figures) and run.saved_step != step:
+        save_run(run, ends=False)
     if run.rank.is_first:
         try:
             run.best.write(run.folder)
@@ -223,7 +204,6 @@ def evaluate_after(run: Run, saved_step: int, *, when: str) -> int:
             f"the run ends here: run.patience={run.best.patience} evaluations in a row were no better than that of "
             f"step {run.best.step}"
         )
-    return saved_step
 
 
 def mark_run_finished(run: Run) -> None:
@@ -237,13 +217,26 @@ def mark_run_finished(run: Run) -> None:
         ) from error
 
 
-def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
-    """Write a checkpoint of the run, whose next step is ``run.cursor``; returns the step of the newest checkpoint.
+def save_rest(run: Run) -> None:
+    """Save the steps that are not saved yet: the last ones were passed over, or given up."""
+    if run.saved_step != run.cursor.step:
+        save_run(run, ends=True)
 
-    Where the disk does not take it, the run goes on with the one before, which is that of ``saved_step``. Raises
+
+def save_run(run: Run, *, ends: bool) -> None:
+    """Write a checkpoint of the run, whose next step is ``run.cursor``.
+
+    Where the disk does not take it, the run goes on with the one before, which is that of ``run.saved_step``. Raises
     RunError on every rank where it cannot go on, because this is the last save (``ends``).
     """
     progress.phase("save")
+    if told := gone(run.folder, run.rank):
+        if ends:
+            raise RunError(
+                f"{told}, and give the same command again; the steps since step {run.saved_step} are lost"
+            )
+        run.console.message(f"{told}. The run goes on and tries again at its next save")
+        return
     write_evaluations(run)
     problem = save_checkpoint(
         run.folder / "checkpoints",
@@ -260,11 +253,13 @@ def save_run(run: Run, saved_step: int, *, ends: bool) -> int:
         ),
     )
     if problem is None:
-        return run.cursor.step
+        run.saved_step = run.cursor.step
+        return
     newest = (
-        f"the newest checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
+        f"the newest checkpoint is that of step {run.saved_step}"
+        if run.saved_step
+        else "there is no checkpoint yet"
     )
     if ends:
         raise RunError(f"{problem}; {newest}. Free disk space and start again: the run resumes from there")
     run.console.message(f"{problem}; {newest}. The run goes on and tries again at its next save")
-    return saved_step

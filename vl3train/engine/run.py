@@ -79,6 +79,10 @@ class Run:
     bad_steps: BadSteps
     meter: Meter
     best: Best
+    is_evaluated: bool
+    """Whether the evaluation that is due after the steps that were done at the start has been made."""
+    saved_step: int
+    """Steps of the newest checkpoint, or of the start; at the beginning those of ``cursor``."""
     source_names: list[str] = field(default_factory=list)
     unwritten_evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Which the disk has not taken yet; on the first rank."""

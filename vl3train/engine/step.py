@@ -25,6 +25,7 @@ class StepResult:
     num_failed_samples: int
     stop_requested: bool  # a rank was asked to stop (SIGTERM)
     is_skipped: bool  # loss or norm were not finite or over their limits: weights and optimizer are as before
+    is_void: bool  # a rank gave up the wait for its data: it is skipped, too, and none of its numbers counts
     token_losses: list[Tensor]  # of each micro-batch of this rank, (U,) on the device
 
 
@@ -38,6 +39,9 @@ class Limits:
 
 NO_LIMITS = Limits()
 
+VOID = 2**20
+"""What a rank without data adds to the number of ranks that want to stop; there are fewer ranks."""
+
 
 def train_step(
     engine: Zero,
@@ -46,10 +50,12 @@ def train_step(
     num_supervised_tokens: int,
     num_sources: int,
     stop_requested: bool,
+    is_blank: bool = False,
     limits: Limits = NO_LIMITS,
 ) -> StepResult:
     """One optimizer step over one global batch, or none: a step whose loss or gradient norm is over ``limits``
-    changes nothing. The device decides that, so the host does not wait for it.
+    changes nothing. The device decides that, so the host does not wait for it. With ``is_blank`` this rank had no data,
+    and the step changes nothing either.
 
     The loss is the sum over every supervised token of the global batch divided by their number, known from the
     plan, so how tokens fall into micro-batches and ranks cannot change a gradient.
@@ -57,7 +63,7 @@ def train_step(
     device = engine.rank.device
     num_failed = sum(batch.num_failed_samples for batch in micro_batches)
     totals = torch.zeros(2 + 2 * num_sources, dtype=torch.float64, device=device)
-    numbers = [num_failed, stop_requested, limits.loss, limits.grad_norm]
+    numbers = [num_failed, stop_requested + VOID * is_blank, limits.loss, limits.grad_norm]
     sent = to_device(torch.tensor(numbers, dtype=torch.float64), device)
     totals[:2], allowed = sent[:2], sent[2:]
     token_losses: list[Tensor] = []
@@ -79,7 +85,8 @@ def train_step(
 
     def is_bad(summed: Tensor, norm: Tensor) -> Tensor:
         loss = summed[2 : 2 + num_sources].sum() / max(num_supervised_tokens, 1)
-        return ~(torch.stack([loss, norm]) <= allowed).all()  # of NaN, no comparison holds
+        is_good = (torch.stack([loss, norm]) <= allowed).all()  # of NaN, no comparison holds
+        return ~(is_good & (summed[1] < VOID))
 
     progress.phase("optimizer")
     # One wait for the device, here.
@@ -99,6 +106,7 @@ def train_step(
         num_failed_samples=int(sums[0]),
         stop_requested=bool(sums[1]),
         is_skipped=bool(is_skipped),
+        is_void=sums[1] >= VOID,
         token_losses=token_losses,
     )
 

@@ -12,12 +12,17 @@ from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 
 from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED, leave_code
+from vl3train.data.data_wait import GIVE_UP_SIGNAL, data_wait
 from vl3train.data.render.processes import clean_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Of queues before SIGKILL, of Ctrl-C, of Slurm's ``--signal``, of a terminal that is closed."""
 SECONDS_WITHOUT_LAUNCHER = 40.0
 """For the step in progress and the save; then the process ends. Nobody restarts it, and its GPU is wanted."""
+SECONDS_FOR_DATA = 10.0
+"""A rank that was asked to stop and waits for data gives up the wait after so long: a storage that hangs may not
+answer for ever. Only the step in progress is lost, and the others wait for it."""
+LOOK_SECONDS = 0.5
 SECONDS_BETWEEN_INTERRUPTS = 1.0
 """A second Ctrl-C this much later means now. Queues and torchrun send the same signal twice within milliseconds."""
 
@@ -27,6 +32,7 @@ class StopRequest:
 
     def __init__(self, max_hours: float | None = None) -> None:
         """Listen to the signals from now on. ``max_hours`` counts from the start of this process."""
+        data_wait.is_given_up = False  # of an earlier run in this process
         self._requested = False
         self._interrupted_at: float | None = None
         self._deadline = (
@@ -37,11 +43,17 @@ class StopRequest:
             for name in STOP_SIGNALS
             if signal.getsignal(name) is not signal.SIG_IGN  # nohup ignores SIGHUP
         }
+        self._before[GIVE_UP_SIGNAL] = signal.signal(GIVE_UP_SIGNAL, data_wait.give_up)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._end_wait_for_data, name="stop-watch", daemon=True)
+        self._thread.start()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             when_gone(os.getppid(), self._launcher_is_gone)
 
     def close(self) -> None:
         """Let the signals do again what they did before."""
+        self._is_closed.set()
+        self._thread.join()
         for name, handler in self._before.items():
             signal.signal(name, handler)
 
@@ -58,6 +70,15 @@ class StopRequest:
                 leave_code(INTERRUPTED)  # nothing was saved, which must not look like a stop
                 os._exit(INTERRUPTED)
         self._requested = True
+
+    def _end_wait_for_data(self) -> None:
+        main_thread, asked_at = threading.main_thread().ident, None
+        assert main_thread is not None, "it runs"
+        while not self._is_closed.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            asked_at = asked_at or (now if self.requested else None)
+            if asked_at and now - asked_at >= SECONDS_FOR_DATA and data_wait.waits:
+                signal.pthread_kill(main_thread, GIVE_UP_SIGNAL)
 
     def _launcher_is_gone(self) -> None:
         print(

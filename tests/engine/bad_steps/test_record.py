@@ -19,6 +19,7 @@ def result(*, is_skipped):
         num_failed_samples=0,
         stop_requested=False,
         is_skipped=is_skipped,
+        is_void=False,
         token_losses=[],
     )
 

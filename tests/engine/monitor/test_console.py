@@ -41,6 +41,7 @@ def figures(step, **more):
 
 
 def console_of(folder, out, *, enabled=True, first=0, total):
+    folder.mkdir(exist_ok=True)
     console = Console(folder, stage_name="stage 2", enabled=enabled, out=out)
     console.start(first_step=first, total_steps=total)
     return console
@@ -76,7 +77,7 @@ def test_a_rank_other_than_the_first_is_silent(tmp_path):
     console.table("t", [{"source": "a"}])
     console.close()
     assert out.getvalue() == ""
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_the_index_pass_is_told(tmp_path):

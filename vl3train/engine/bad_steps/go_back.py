@@ -19,11 +19,12 @@ from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_ident
 from vl3train.engine.held_out.losses import EVALUATIONS, truncate_evaluations
 from vl3train.engine.ranks import RunError
 from vl3train.engine.run import Run
+from vl3train.engine.start.folder import gone
 from vl3train.model.weights.headers.manifest import checkpoints_in, step_of
 
 
-def go_back(run: Run) -> int:
-    """Make the run what it was after the newest checkpoint before the range it passes over; returns that step.
+def go_back(run: Run) -> None:
+    """Make the run what it was after the newest checkpoint before the range it passes over.
 
     Everything is as after a resume from there: engine, random state, cursor, counts, limits, metrics.jsonl. All ranks
     call it, after the last step of the row.
@@ -39,6 +40,8 @@ def go_back(run: Run) -> int:
             f"{what}. That is the second time: the run has already gone back and passed over the steps up to "
             f"{max(before)}, and those after them are no better. {look}"
         )
+    if told := gone(run.folder, run.rank):
+        raise RunError(f"{what}. {told}, and give the same command again")
     checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
     if checkpoint is None:
         raise RunError(
@@ -47,6 +50,7 @@ def go_back(run: Run) -> int:
     stored = refuse_other_identity(checkpoint, run.identity)
     load_checkpoint(checkpoint, engine=run.engine, rank=run.rank)
     run.cursor = Cursor(**stored["cursor"])
+    run.saved_step = run.cursor.step
     run.failed_samples.load(stored)
     passed_over = [*bad.passed_over, (first, end)]
     bad.load(stored)
@@ -60,7 +64,6 @@ def go_back(run: Run) -> int:
     told = f"{what}: the run goes back to {checkpoint} and passes over steps {first + 1} to {end}"
     run.console.message(told)
     run.tracker.alert("run goes back", told, is_bad=True)
-    return run.cursor.step
 
 
 def undo_evaluations(run: Run) -> None:

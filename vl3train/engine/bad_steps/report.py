@@ -54,7 +54,7 @@ def why(result: StepResult, limits: Limits) -> str:
     """The reason in words.
 
     >>> one = dict(num_failed_samples=0, stop_requested=False, is_skipped=True, token_losses=[])
-    >>> one |= dict(part_norms={}, source_losses={})
+    >>> one |= dict(part_norms={}, source_losses={}, is_void=False)
     >>> why(StepResult(loss=math.nan, grad_norm=1.0, **one), Limits())
     'loss nan'
     >>> why(StepResult(loss=2.0, grad_norm=900.0, **one), Limits(loss=4.0, grad_norm=25.0))

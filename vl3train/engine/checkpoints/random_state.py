@@ -60,6 +60,19 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def forward_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The state of the generators that a forward pass draws from. No wait for the device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_forward_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """Undo what was drawn since ``forward_state()``."""
+    on_host, on_device = state
+    torch.set_rng_state(on_host)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device)
+
+
 def _globals_before_2026_12() -> list[Any]:
     """What builds a numpy array, which the file held until then. None of it runs code of the file."""
     array = np.zeros(1, np.uint32).__reduce__()

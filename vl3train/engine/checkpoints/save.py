@@ -103,8 +103,9 @@ def make_partial(partial: Path) -> None:
     for left in partial.parent.glob("step_*.partial"):
         if step_of(left.stem) is not None:
             remove_checkpoint(left)
-    for name in ("random", "engine/state"):
-        (partial / name).mkdir(parents=True)
+    partial.parent.mkdir(exist_ok=True)
+    for name in ("", "random", "engine", "engine/state"):
+        (partial / name).mkdir()
 
 
 def finish(partial: Path, final: Path, digests: dict[str, str], keep: Keep) -> None:

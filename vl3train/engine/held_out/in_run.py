@@ -7,6 +7,7 @@ from typing import Any
 from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.config.problems import counted
 from vl3train.contracts.progress.record import progress
+from vl3train.data.data_wait import data_wait
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -16,24 +17,36 @@ from vl3train.engine.held_out.shown import ShownSamples
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.ranks import OneRankError
 from vl3train.engine.run import Run
+from vl3train.engine.start.folder import gone
 from vl3train.engine.tracking.tracker import ShownAnswer
 from vl3train.model.generation.generate import Generator
 from vl3train.scoring.predictions import Prediction, score_predictions, write_predictions
+
+
+class EvaluationGivenUp(Exception):  # noqa: N818 - it is no error
+    """The run was asked to stop, and a rank waited in vain for held-out samples. Raised on every rank."""
 
 
 def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]] | None:
     """Evaluate the held-out samples; returns the figures of each source, on every rank, or None without samples.
 
     Sources whose recipe names metrics get generated answers, too. These need whole weights: with ZeRO-3, where each
-    rank has a part of them, a message says how to get them later.
+    rank has a part of them, a message says how to get them later. Where the output folder is gone, another message says
+    that nothing is evaluated, and None is returned.
+
+    Raises EvaluationGivenUp on every rank.
     """
     if run.held_out is None:
+        return None
+    if told := gone(run.folder, run.rank):
+        run.console.message(f"{told}. The run goes on, without the evaluation after step {step}")
         return None
     progress.phase("evaluation")
     batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
+    refuse_given_up(run)
     answers, shown = answer_questions(run, names, step)
     run.engine.train(True)
     print_compiles(run.console, "held-out samples", take_compiles())
@@ -51,6 +64,13 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     if shown:
         run.tracker.answers(shown, step)
     return figures
+
+
+def refuse_given_up(run: Run) -> None:
+    """Raise EvaluationGivenUp on every rank where one has had blank samples."""
+    if any(run.rank.gather(data_wait.is_given_up)):
+        run.engine.train(True)
+        raise EvaluationGivenUp
 
 
 def write_evaluations(run: Run) -> None:
@@ -113,6 +133,7 @@ def answer_questions(
                     f"{error}; set run.evaluate_max_new_tokens lower, or name no metrics"
                 ) from error
             run.console.message(f"the tracker gets no answers: {error}")
+    refuse_given_up(run)
     predictions = [one for part in run.rank.gather(mine) for one in part]
     figures: dict[str, dict[str, Any]] = {}
     problem = None

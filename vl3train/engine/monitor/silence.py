@@ -130,7 +130,7 @@ class SilenceWatch:
         path = Path(self._run.output_dir) / "silence" / f"{moment}.rank{self._rank.index}.txt"
         self._say(report.short_text(path))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             path.write_text(report.full_text(), encoding="utf-8")
         except OSError as error:
             self._say(f"{path} could not be written: {error}\n{report.full_text()}")

@@ -137,6 +137,20 @@ def merged_start(cfg: TrainConfig) -> list[str]:
     return [f"starts from the adapters in {adapter}, merged in float32 into {weights}, and cast to {dtype}"]
 
 
+def gone(folder: Path, rank: Rank) -> str | None:
+    """What is wrong with the output folder of a run in progress, the same on every rank; None where nothing is.
+
+    It is asked before the run writes or reads more than lines: a folder that was moved away may come back.
+    """
+    problem = None
+    if rank.is_first and not (folder / "processor").is_dir():
+        problem = (
+            f"run.output_dir={folder} is no longer the folder that this run began in: it was moved or deleted, with "
+            "the checkpoints. Move it back"
+        )
+    return rank.gather(problem)[0]
+
+
 def load_processor(folder: Path) -> Any:
     """The processor that ``write_processor`` wrote."""
     from transformers import AutoProcessor

@@ -34,6 +34,9 @@ class ResumePoint:
     failed_samples: FailedSampleLimit
     bad_steps: BadSteps
     best: Best
+    is_evaluated: (
+        bool  # after the steps that are done; a run that was killed while it evaluated does it again
+    )
     remarks: list[
         str
     ]  # what changed since the checkpoint: figures, held-out samples, ranks; on the first rank
@@ -87,6 +90,7 @@ def resume(
         failed_samples=failed_samples,
         bad_steps=bad_steps,
         best=best,
+        is_evaluated=any((line["step"], line["when"]) == (cursor.step, "step") for line in evaluations),
         remarks=remarks,
     )
 

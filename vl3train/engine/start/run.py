@@ -86,6 +86,8 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         bad_steps=point.bad_steps,
         meter=meter,
         best=point.best,
+        is_evaluated=point.is_evaluated,
+        saved_step=point.cursor.step,
         source_names=list(data.train.index.source_names),
     )
 
