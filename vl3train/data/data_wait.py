@@ -26,6 +26,7 @@ class DataWait:
     def __init__(self) -> None:
         self.is_given_up = False
         self.waits = False
+        self._shall_end = False
         self._abandoned: list[Iterator[Any]] = []
 
     def next(self, packs: Iterator[T]) -> T | None:
@@ -43,10 +44,16 @@ class DataWait:
             self._abandoned.append(packs)
             return None
 
-    def give_up(self, *_: object) -> None:
-        """End the wait, where there is one. The handler of GIVE_UP_SIGNAL."""
+    def end(self, main_thread: int) -> None:
+        """From another thread, end the wait that there is."""
         if self.waits:
-            self.waits, self.is_given_up = False, True
+            self._shall_end = True
+            signal.pthread_kill(main_thread, GIVE_UP_SIGNAL)
+
+    def on_signal(self, *_: object) -> None:
+        """The handler of GIVE_UP_SIGNAL. One that another program sends does nothing."""
+        if self.waits and self._shall_end:
+            self.waits, self._shall_end, self.is_given_up = False, False, True
             raise _GivenUp
 
 

@@ -43,7 +43,7 @@ class StopRequest:
             for name in STOP_SIGNALS
             if signal.getsignal(name) is not signal.SIG_IGN  # nohup ignores SIGHUP
         }
-        self._before[GIVE_UP_SIGNAL] = signal.signal(GIVE_UP_SIGNAL, data_wait.give_up)
+        self._before[GIVE_UP_SIGNAL] = signal.signal(GIVE_UP_SIGNAL, data_wait.on_signal)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._end_wait_for_data, name="stop-watch", daemon=True)
         self._thread.start()
@@ -77,8 +77,8 @@ class StopRequest:
         while not self._is_closed.wait(LOOK_SECONDS):
             now = time.monotonic()
             asked_at = asked_at or (now if self.requested else None)
-            if asked_at and now - asked_at >= SECONDS_FOR_DATA and data_wait.waits:
-                signal.pthread_kill(main_thread, GIVE_UP_SIGNAL)
+            if asked_at and now - asked_at >= SECONDS_FOR_DATA:
+                data_wait.end(main_thread)
 
     def _launcher_is_gone(self) -> None:
         print(
