@@ -73,6 +73,15 @@ def test_what_holds_no_key_stays_as_it_is(text):
     assert SampleError(text).args == (text,)
 
 
+@pytest.mark.parametrize("piece", ["a", "+a", "a:", ")", "a://b:c/"])
+def test_a_text_that_is_made_for_patterns_to_choke_on_is_read(piece):
+    """Without limits the time grows with the square of the length: of a megabyte it is hours."""
+    text = piece * (2**15 // len(piece))
+    for hostile in (text, f"https://{text}", f"https://host/?{text}x"):
+        assert isinstance(without_keys(hostile), str)
+        assert len(shown_value(hostile, 80)) <= 80
+
+
 def test_a_value_deeper_than_is_looked_at_is_shown_as_text():
     value = KEY[:0]
     for _ in range(900):

@@ -21,11 +21,14 @@ them, and a signature is another one each day."""
 FEWEST_SECRET_CHARACTERS = 6
 
 _PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<host>[^/?#]*)(?P<rest>.*)", re.DOTALL)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
+# What is repeated has a limit in these: a reason may hold a megabyte that somebody made for a pattern to choke on.
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s'\"<>|]+")
 _QUERY_IN_TEXT = re.compile(r"\?[\w.~%+-]+=[^\s'\"<>)]*")
-_USER_IN_TEXT = re.compile(r"(?<![\w/@])[^\s/@:'\"<>(]+:[^\s/@'\"<>]+@(?=[\w\[])")
+_USER_IN_TEXT = re.compile(r"(?<![\w/@])[^\s/@:'\"<>(]{1,64}:[^\s/@'\"<>]{1,256}@(?=[\w\[])")
 """``user:password@host`` of an address that is not whole."""
-_RAW_PASSWORD = re.compile(r"(?<=://)[^\s/?#@:]+:(?!\d+[/?#])[^\s@/?#]*[/?#][^\s'\"<>|]*@")
+_RAW_PASSWORD = re.compile(
+    r"(?<=://)[^\s/?#@:]{1,200}:(?!\d+[/?#])[^\s@/?#]{0,1000}[/?#][^\s'\"<>|]{0,1000}@"
+)
 """``user:pass/word@``: whoever does not know that such letters are to be encoded writes them into an address."""
 _SECRET_NAME = re.compile(r"auth|token|secret|passw|signature|credential|api.?key|cookie", re.IGNORECASE)
 SHOWN_DEPTH = 4
@@ -124,8 +127,7 @@ def _secrets(address: str) -> set[str]:
 def _closing(address: str) -> str:
     """Brackets and stops behind an address's query that belong to the sentence."""
     query = re.search(r"\?.*", address, re.DOTALL)
-    closing = re.search(r"[)\],.;:]*$", query[0]) if query else None
-    return closing[0] if closing else ""
+    return query[0][len(query[0].rstrip(")],.;:")) :] if query else ""
 
 
 def _version_only(query: re.Match[str]) -> str:

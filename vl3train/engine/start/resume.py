@@ -90,7 +90,7 @@ def resume(
         failed_samples=failed_samples,
         bad_steps=bad_steps,
         best=best,
-        is_evaluated=any((line["step"], line["when"]) == (cursor.step, "step") for line in evaluations),
+        is_evaluated=any(line["step"] == cursor.step and line["when"] != "start" for line in evaluations),
         remarks=remarks,
     )
 
