@@ -107,8 +107,8 @@ def record_evaluation(
 
 def digest_of(entry: dict[str, Any]) -> str:
     """Of a line's other keys, 16 hex digits. A bit that flips in a figure leaves a line that can be read."""
-    others = {key: value for key, value in entry.items() if key != DIGEST}
-    return hashlib.sha256(json_text(others).encode()).hexdigest()[:16]
+    content = {key: value for key, value in entry.items() if key != DIGEST}
+    return hashlib.sha256(json_text(content).encode()).hexdigest()[:16]
 
 
 def truncate_evaluations(path: Path, done: int) -> None:
