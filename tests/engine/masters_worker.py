@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.engine.packs import collate_samples, random_samples
+from tests.engine.zero.states import write_state
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
@@ -52,7 +53,7 @@ def main() -> None:
 
         steps(2)
         saved = engine.full_state_dict(packed.model)
-        engine.save(out / master_dtype.value)
+        write_state(engine, out / master_dtype.value)
         rank.barrier()
         steps(1)
         moved = engine.full_state_dict(packed.model)

@@ -109,7 +109,7 @@ PLACES = {
     "log": ("engine.loop", "log_step", 1),
     "console": ("engine.monitor.console", "Console.metrics", 1),
     "tracker_log": ("engine.tracking.tracker", "NoTracker.log", 1),
-    "save": ("engine.loop", "save_checkpoint", 0),
+    "save": ("engine.checkpoints.saver", "write_checkpoint", 0),
     "random_state": ("engine.checkpoints.save", "save_random_state", 0),
     "digests": ("engine.checkpoints.save", "digests_of", 0),
     "manifest": ("engine.checkpoints.save", "manifest_text", 1),

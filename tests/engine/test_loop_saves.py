@@ -11,6 +11,7 @@ import pytest
 from tests.contracts.full_disk import files_of_at_most
 from tests.engine.runs import figures, run, weights
 from vl3train.engine import loop
+from vl3train.engine.checkpoints import saver
 from vl3train.engine.held_out import in_run
 from vl3train.engine.held_out.losses import read_evaluations
 from vl3train.engine.ranks import OneRankError, RunError
@@ -28,13 +29,13 @@ def straight(words, tmp_path_factory):
 
 def full_at(steps, monkeypatch, size=20_000):
     """Let the saves after these steps find the disk full."""
-    save = loop.save_checkpoint
+    write = saver.write_checkpoint
 
-    def save_checkpoint(checkpoints, step, **settings):
-        with files_of_at_most(size) if step in steps else contextlib.nullcontext():
-            return save(checkpoints, step, **settings)
+    def write_checkpoint(checkpoints, snapshot, **settings):
+        with files_of_at_most(size) if snapshot.step in steps else contextlib.nullcontext():
+            return write(checkpoints, snapshot, **settings)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(saver, "write_checkpoint", write_checkpoint)
 
 
 def steps_of(folder):

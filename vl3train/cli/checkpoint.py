@@ -8,6 +8,7 @@ examples:
   vl3train checkpoint runs/2b/2_alignment
   vl3train checkpoint runs/2b/2_alignment --read
   vl3train checkpoint runs/2b/2_alignment --keep 1
+  vl3train checkpoint s3://bucket/runs/mine --fetch runs/mine
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from vl3train.engine.checkpoints.listing import Listed, list_checkpoint
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``vl3train checkpoint``."""
-    parser.add_argument("folder", type=Path, help="a run's output folder, or one of its checkpoints")
+    parser.add_argument(
+        "folder",
+        help="a run's output folder, or one of its checkpoints; with --fetch what run.upload_to names",
+    )
+    parser.add_argument(
+        "--fetch",
+        type=Path,
+        metavar="DIR",
+        help="bring the newest whole checkpoint, and what the run wrote beside it, into DIR: the train command with "
+        "run.output_dir=DIR goes on from there",
+    )
     parser.add_argument("--read", action="store_true", help="read every file and compare its digest")
     parser.add_argument(
         "--keep",
@@ -34,12 +45,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def fetch(address: str, run: Path, console: Console) -> int:
+    """Bring a run's newest checkpoint from where it was copied. Raises ValueError where that cannot be done."""
+    from vl3train.engine.mirror.remote import Mirror, MirrorError  # it imports torch
+
+    try:
+        with console.status("looking") as status:
+            name = Mirror(address).get(run, lambda file: status.update(f"copying {file}"))
+    except MirrorError as error:
+        raise ValueError(str(error)) from None
+    console.print(f"{run} has {name}: give the train command with run.output_dir={run}", markup=False)
+    return 0
+
+
 def main(args: Namespace) -> int:
     """Print the list, delete what was asked for; returns 1 where one is damaged, else 0.
 
     Raises ValueError where there is no checkpoint, or where --keep cannot be done.
     """
     console = Console(highlight=False, soft_wrap=True)
+    if args.fetch is not None:
+        return fetch(args.folder, args.fetch, console)
+    args.folder = Path(args.folder)
     if args.keep is not None and args.keep < 1:
         raise ValueError(f"--keep {args.keep}: the newest stays at least, so 1 or more")
     listed = [list_checkpoint(folder, read=args.read) for folder in checkpoints_of(args.folder)]

@@ -208,6 +208,14 @@ class RunConfig:
     save_steps: int = 1000
     """Steps between checkpoints; the last step also writes one."""
 
+    save_in_background: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in host memory. false: training waits, and no
+    memory is needed."""
+
+    upload_to: str | None = None
+    """Folder elsewhere that gets a copy of this run's folder after each save, while training goes on:
+    s3://bucket/runs/mine, or a path on another disk (docs/reliability.md). null: none."""
+
     keep_checkpoints: int = 2
     """Number of checkpoints to keep. Older ones are deleted after a newer one is complete, except the newest that is
     2 x optim.max_skipped_steps old (or the oldest, where none is): a run may go back to it."""

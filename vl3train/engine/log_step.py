@@ -24,9 +24,14 @@ def log_step(
     waited_seconds: float,
     step_seconds: float,
 ) -> None:
-    """Send one step's figures to console, metrics.jsonl and tracker. Seconds are wall-clock, data wait included."""
+    """Send one step's figures to console, metrics.jsonl and tracker. Seconds are wall-clock, data wait included.
+
+    Tokens and patches a second count the time for which training has waited for saves since the line before.
+    """
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.rank.device.type == "cuda" else None
     done = step_batches.cursor.step + 1
+    save_seconds = run.saver.take_waited_seconds()
+    all_seconds = step_seconds + save_seconds / run.cfg.run.log_steps
     figures: dict[str, Any] = {
         "step": done,
         "epoch": step_batches.cursor.epoch,
@@ -42,8 +47,9 @@ def log_step(
         "fill": step_batches.fill,
         "failed_samples": result.num_failed_samples,
         "step_seconds": step_seconds,
-        "tokens_per_second": step_batches.num_tokens / step_seconds,
-        "patches_per_second": step_batches.num_patches / step_seconds,
+        "tokens_per_second": step_batches.num_tokens / all_seconds,
+        "patches_per_second": step_batches.num_patches / all_seconds,
+        "save_seconds": save_seconds,
         "data_wait_fraction": waited_seconds / step_seconds,
         "compile_seconds": compiles.seconds,
         "recompiles": compiles.graphs,

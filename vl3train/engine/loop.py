@@ -19,7 +19,6 @@ from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.best import BEST_FILE
 from vl3train.engine.checkpoints.keep import Keep
 from vl3train.engine.checkpoints.random_state import forward_state, set_forward_state
-from vl3train.engine.checkpoints.save import save_checkpoint
 from vl3train.engine.held_out.in_run import EvaluationGivenUp, evaluate_run, write_evaluations
 from vl3train.engine.log_step import log_step
 from vl3train.engine.memory.oom import explain_oom
@@ -36,6 +35,7 @@ from vl3train.engine.start.run import start_run
 from vl3train.engine.step import train_step
 from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
+from vl3train.model.weights.headers.manifest import checkpoint_name
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the operating system says where a disk takes no more: full, over a quota, read-only, over a limit of files."""
@@ -54,7 +54,11 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
             with explain_oom(cfg, rank, "the run started"):
                 run = start_run(cfg, rank, console)
             with contextlib.closing(StopRequest(cfg.run.max_hours)) as stop:
-                is_finished = run_steps(run, stop)
+                try:
+                    is_finished = run_steps(run, stop)
+                except BaseException:
+                    run.saver.leave()
+                    raise
         except TooManyFailed as error:
             raise OneRankError(f"rank {rank.index}: {error}") from error
         except OSError as error:
@@ -87,14 +91,18 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
         tell_stop(run, "the evaluation waited in vain for its data and is given up; ")
         is_finished = False
         save_rest(run)
+    settle(run)
     write_evaluations(run)
     if is_finished and run.rank.is_first:
         mark_run_finished(run)
     told = (
         f"{run.cfg.stage.name}: {run.cursor.step} of {run.num_steps} steps done; the newest checkpoint is that of step "
-        f"{run.saved_step} in {run.folder / 'checkpoints'}"
+        f"{run.saver.step} in {run.folder / 'checkpoints'}"
     )
     run.console.message(told)
+    if run.uploads is not None and run.saver.step:  # with what was written since
+        run.uploads.offer(checkpoint_name(run.saver.step))
+        run.uploads.finish()
     if is_finished:
         run.tracker.alert("run finished", told, is_bad=False)
     return is_finished
@@ -150,6 +158,7 @@ def do_steps(run: Run, stop: StopRequest) -> None:
             continue
         if done % cfg.run.save_steps == 0 or done == last_step or result.stop_requested:
             save_run(run, ends=done == last_step or result.stop_requested)
+        run.saver.raise_failure()
         if evaluation_is_due(run):
             evaluate_after(run, when="step")
         if result.stop_requested:
@@ -191,8 +200,10 @@ def evaluate_after(run: Run, *, when: str) -> None:
     figures = evaluate_run(run, step=step, when=when)
     if figures is None or run.best.figure is BestFigure.none:
         return
-    if run.best.count(step, figures) and run.saved_step != step:
-        save_run(run, ends=False)
+    if run.best.count(step, figures):
+        if run.saver.step != step:
+            save_run(run, ends=False)
+        settle(run)  # best.json names a checkpoint that is whole
     if run.rank.is_first:
         try:
             run.best.write(run.folder)
@@ -219,32 +230,28 @@ def mark_run_finished(run: Run) -> None:
 
 def save_rest(run: Run) -> None:
     """Save the steps that are not saved yet: the last ones were passed over, or given up."""
-    if run.saved_step != run.cursor.step:
+    if run.saver.step != run.cursor.step:
         save_run(run, ends=True)
 
 
 def save_run(run: Run, *, ends: bool) -> None:
-    """Write a checkpoint of the run, whose next step is ``run.cursor``.
+    """Save the run, whose next step is ``run.cursor``.
 
-    Where the disk does not take it, the run goes on with the one before, which is that of ``run.saved_step``. Raises
-    RunError on every rank where it cannot go on, because this is the last save (``ends``).
+    Where the disk does not take it, the run goes on with the checkpoint before. Raises RunError on every rank where it
+    cannot go on, because this is the last save (``ends``).
     """
-    progress.phase("save")
+    settle(run)
     if told := gone(run.folder, run.rank):
         if ends:
             raise RunError(
-                f"{told}, and give the same command again; the steps since step {run.saved_step} are lost"
+                f"{told}, and give the same command again; the steps since step {run.saver.step} are lost"
             )
         run.console.message(f"{told}. The run goes on and tries again at its next save")
         return
     write_evaluations(run)
-    problem = save_checkpoint(
-        run.folder / "checkpoints",
+    run.saver.begin(
         run.cursor.step,
-        engine=run.engine,
-        write_weights=run.write_weights,
         resume=run.resume_state() if run.rank.is_first else {},
-        rank=run.rank,
         keep=Keep(
             last=run.cfg.run.keep_checkpoints,
             before=run.bad_steps.keep_before(run.cursor.step),
@@ -252,12 +259,19 @@ def save_run(run: Run, *, ends: bool) -> None:
             best=run.best.step,
         ),
     )
+    if ends or not run.saver.in_background:
+        settle(run, ends=ends)
+
+
+def settle(run: Run, *, ends: bool = False) -> None:
+    """Wait for the save in progress, and tell where the disk did not take it; errors of ``save_run``."""
+    progress.phase("save")
+    problem = run.saver.wait()
     if problem is None:
-        run.saved_step = run.cursor.step
         return
     newest = (
-        f"the newest checkpoint is that of step {run.saved_step}"
-        if run.saved_step
+        f"the newest checkpoint is that of step {run.saver.step}"
+        if run.saver.step
         else "there is no checkpoint yet"
     )
     if ends:

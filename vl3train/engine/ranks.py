@@ -40,6 +40,8 @@ class Rank:
     index: int
     dp_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of the collectives below; None: that of all that the run does."""
 
     @property
     def is_first(self) -> bool:
@@ -48,7 +50,7 @@ class Rank:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier()
+        dist.barrier(self.group)
 
     def agree(self, problem: str | None) -> None:
         """Raise on every rank what any rank found, so that no rank waits for one that has ended.
@@ -61,7 +63,7 @@ class Rank:
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         found: list[T] = [value] * self.dp_size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best
+from vl3train.engine.checkpoints.saver import Saver
+from vl3train.engine.mirror.uploads import Uploads
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
 from vl3train.engine.monitor.metrics_file import metrics_digest
@@ -72,7 +74,8 @@ class Run:
     cursor: Cursor
     identity: dict[str, Any]
     base_manifest: str | None
-    write_weights: Callable[[Path], None]
+    saver: Saver
+    uploads: Uploads | None
     console: Console
     tracker: Tracker
     failed_samples: FailedSampleLimit
@@ -81,8 +84,6 @@ class Run:
     best: Best
     is_evaluated: bool
     """Whether the evaluation that is due after the steps that were done at the start has been made."""
-    saved_step: int
-    """Steps of the newest checkpoint, or of the start; at the beginning those of ``cursor``."""
     source_names: list[str] = field(default_factory=list)
     unwritten_evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Which the disk has not taken yet; on the first rank."""

@@ -88,7 +88,7 @@ def runs_table(runs: Sequence[RunLog]) -> str:
 
     rows = []
     for run in runs:
-        seconds = sum(line.get("step_seconds", 0.0) for line in run.steps)
+        seconds = sum(line.get("step_seconds", 0.0) + line.get("save_seconds", 0.0) for line in run.steps)
         cells = [
             escape(run.name),
             f"{run.steps[-1]['step']:,}",

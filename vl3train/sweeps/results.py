@@ -50,7 +50,7 @@ def result_of(folder: Path, values: dict[str, str], outcome: str, figure: BestFi
         held_out_accuracy=None if best is None else value_of(best[2], BestFigure.accuracy),
         step=None if best is None else best[1],
         train_loss=log.steps[-1]["loss"],
-        seconds=sum(line.get("step_seconds", 0.0) for line in log.steps),
+        seconds=sum(line.get("step_seconds", 0.0) + line.get("save_seconds", 0.0) for line in log.steps),
     )
 
 

@@ -17,6 +17,7 @@ from vl3train.engine.checkpoints.load import layout_of, refuse_other_identity
 from vl3train.engine.checkpoints.random_state import (
     load_random_state,
     load_random_state_of,
+    random_state,
     save_random_state,
 )
 from vl3train.engine.ranks import RunError
@@ -62,7 +63,7 @@ def test_ranks_and_zero_stage_may_change_and_the_type_of_numbers_may_not(tmp_pat
 def test_ranks_keep_their_random_state_and_new_ones_have_their_own(tmp_path):
     for rank in range(2):
         torch.manual_seed(rank)
-        save_random_state(tmp_path / f"rank_{rank}.pt")
+        save_random_state(tmp_path / f"rank_{rank}.pt", random_state())
     drawn = {}
     for rank in (3, 2, 1, 0, 4, 3):
         load_random_state_of(tmp_path, rank)
@@ -79,7 +80,7 @@ def draw():
 
 def test_random_state_comes_back(tmp_path):
     np.random.randn()  # numpy keeps the second of a pair
-    save_random_state(tmp_path / "state.pt")
+    save_random_state(tmp_path / "state.pt", random_state())
     first = draw()
     load_random_state(tmp_path / "state.pt")
     assert draw() == first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 
+import pytest
 import torch
 from safetensors import SafetensorError
 
@@ -13,7 +14,8 @@ from vl3train.config.optim_options import OptimConfig
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.checkpoints.keep import Keep, delete_old
 from vl3train.engine.checkpoints.save import finish
-from vl3train.engine.zero.state_files import StateFiles, is_of_the_disk
+from vl3train.engine.zero.engine_state import FOLDER, EngineState
+from vl3train.engine.zero.state_files import is_of_the_disk
 from vl3train.model.weights.headers.manifest import checkpoint_name, digests_of, list_files
 
 
@@ -125,8 +127,10 @@ def test_a_full_disk_is_told_from_a_fault_of_the_code():
     assert not is_of_the_disk(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_a_state_file_that_the_disk_does_not_take_is_kept_as_the_problem():
-    files = StateFiles()
-    files.save({"weights": torch.zeros(200_000)}, "/dev/full")
-    assert is_of_the_disk(files.problem)
-    assert isinstance(files.problem, RuntimeError) or files.problem.errno == errno.ENOSPC
+def test_a_state_file_that_the_disk_does_not_take_is_a_fault_of_the_disk(tmp_path):
+    state = EngineState({"full": {"weights": torch.zeros(200_000)}}, {})
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "full").symlink_to("/dev/full")
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        state.write(tmp_path)
+    assert is_of_the_disk(caught.value)

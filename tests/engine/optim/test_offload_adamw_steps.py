@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.memory.test_fit import ROOMY, counted, pack
 from tests.engine.optim.test_split_masters import rounded
+from tests.engine.zero.states import write_state
 from tests.model.conftest import make_model
 from vl3train.config.choices import MasterDtype
 from vl3train.config.optim_options import OptimConfig
@@ -105,7 +106,7 @@ def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_moments_lie(
 ):
     engine = engine_of(rank, first)
     train(engine, range(2))
-    engine.save(tmp_path)
+    write_state(engine, tmp_path)
     train(engine, range(2, 4))
     assert_equal(outcome(engine), straight)
     resumed = engine_of(rank, then)
@@ -233,7 +234,7 @@ def test_split_masters_are_float32_masters_to_the_bit_in_a_resumed_run_too(
     assert not torch.equal(straight["master 0"], straight["master 0"].bfloat16().float()), "low bits are used"
     engine = engine_of(rank, True, masters=MasterDtype.split)
     train(engine, range(stop))
-    engine.save(tmp_path)
+    write_state(engine, tmp_path)
     train(engine, range(stop, 4))
     assert_equal(outcome(engine), straight_rounded)
     assert engine.optimizer.fp32_groups_flat_partition[0].dtype == torch.bfloat16
@@ -250,7 +251,7 @@ def test_split_masters_are_float32_masters_to_the_bit_in_a_resumed_run_too(
 def test_no_engine_takes_masters_of_another_kind(rank, tmp_path, saved):
     engine = engine_of(rank, True, masters=saved)
     train(engine, range(1))
-    engine.save(tmp_path)
+    write_state(engine, tmp_path)
     other = MasterDtype.float32 if saved is MasterDtype.split else MasterDtype.split
     with pytest.raises(RunError, match=r"set optim\.master_dtype as it was, or start a new run"):
         engine_of(rank, True, masters=other).load(tmp_path)

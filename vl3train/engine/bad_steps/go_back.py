@@ -42,6 +42,7 @@ def go_back(run: Run) -> None:
         )
     if told := gone(run.folder, run.rank):
         raise RunError(f"{what}. {told}, and give the same command again")
+    run.saver.wait()
     checkpoint, _ = find_checkpoint(run.folder / "checkpoints", run.rank, last_step=first)
     if checkpoint is None:
         raise RunError(
@@ -50,7 +51,7 @@ def go_back(run: Run) -> None:
     stored = refuse_other_identity(checkpoint, run.identity)
     load_checkpoint(checkpoint, engine=run.engine, rank=run.rank)
     run.cursor = Cursor(**stored["cursor"])
-    run.saved_step = run.cursor.step
+    run.saver.went_back(run.cursor.step)
     run.failed_samples.load(stored)
     passed_over = [*bad.passed_over, (first, end)]
     bad.load(stored)

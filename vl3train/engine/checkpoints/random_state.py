@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 
-def save_random_state(path: Path) -> None:
-    """Write ``random_state()``."""
-    torch.save(random_state(), path)
+def save_random_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a ``random_state()``."""
+    torch.save(state, path)
 
 
 def load_random_state(path: Path) -> None:

@@ -2,23 +2,27 @@
 
 One checkpoint is one folder, ``checkpoints/step_00000010/``::
 
-    engine/          written by DeepSpeed: weights, optimizer state, counters, one file a rank
-    weights/         the model in Hugging Face form, with its processor: the next stage and export read it
+    engine/          what DeepSpeed keeps: optimizer state, counters, one file a rank
+    weights/         the model in Hugging Face form, with its processor: a resume, the next stage and export read it
     adapter/         of a LoRA run, instead of weights/: the adapter only, in peft's form
     random/          random state of each rank
     resume.json      cursor, identity of plan and model, counts of failed samples, bad steps, config
     MANIFEST.json    every file with its size and digest; written last
 
 All ranks write into ``step_00000010.partial``; rank 0 syncs and renames it, then switches ``latest``. A process that is
-killed at any moment leaves the previous checkpoint whole.
+killed at any moment leaves the previous checkpoint whole. What is written is a Snapshot, so that training may go on
+meanwhile (checkpoints/saver.py).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.contracts.line_log import say_on_stderr
@@ -26,7 +30,7 @@ from vl3train.contracts.strict_json import json_text
 from vl3train.engine.checkpoints.keep import Keep, delete_old, remove_checkpoint
 from vl3train.engine.checkpoints.random_state import save_random_state
 from vl3train.engine.ranks import Rank
-from vl3train.engine.zero.engine import Zero
+from vl3train.engine.zero.engine_state import EngineState
 from vl3train.engine.zero.state_files import is_of_the_disk
 from vl3train.model.weights.headers.manifest import (
     MANIFEST,
@@ -38,26 +42,29 @@ from vl3train.model.weights.headers.manifest import (
     step_of,
 )
 
+WriteWeights = Callable[[Path, dict[str, Tensor]], None]
+"""(partial folder, whole weights) -> None: writes ``weights/`` or ``adapter/``. Called on rank 0."""
 
-def save_checkpoint(
-    checkpoints: Path,
-    step: int,
-    *,
-    engine: Zero,
-    write_weights: Callable[[Path], None],
-    resume: dict[str, Any],
-    rank: Rank,
-    keep: Keep,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What one rank has to write of a run, as it was after ``step`` steps."""
+
+    step: int
+    engine: EngineState
+    random: dict[str, Any]
+    resume: dict[str, Any]  # on rank 0
+
+
+def write_checkpoint(
+    checkpoints: Path, snapshot: Snapshot, *, write_weights: WriteWeights, rank: Rank, keep: Keep
 ) -> str | None:
     """Write one checkpoint, switch ``latest`` to it, delete those that ``keep`` does not name. All ranks call it.
-
-    ``write_weights`` gets the partial folder and writes ``weights/`` or ``adapter/`` into it; all ranks call it,
-    because gathering partitioned weights needs them all.
 
     Returns None, or on every rank why the disk did not take it: the checkpoints before it are still there, and nothing
     of it is left.
     """
-    final = checkpoints / checkpoint_name(step)
+    final = checkpoints / checkpoint_name(snapshot.step)
     partial = checkpoints / (final.name + ".partial")
 
     def attempt(write: Callable[[], object], *, here: bool = True) -> str | None:
@@ -73,10 +80,10 @@ def save_checkpoint(
         return next((text for text in rank.gather(problem) if text), None)
 
     def write_own_files() -> None:
-        engine.save(partial / "engine")
-        write_weights(partial)
-        save_random_state(partial / "random" / f"rank_{rank.index}.pt")
-        engine.raise_unsaved()
+        snapshot.engine.write(partial / "engine")
+        if rank.is_first:
+            write_weights(partial, snapshot.engine.weights)
+        save_random_state(partial / "random" / f"rank_{rank.index}.pt", snapshot.random)
 
     digests: dict[str, str] = {}
 
@@ -86,7 +93,8 @@ def save_checkpoint(
     problem = attempt(lambda: make_partial(partial), here=rank.is_first)
     problem = problem or attempt(write_own_files)
     problem = problem or attempt(
-        lambda: (partial / "resume.json").write_text(json_text(resume, indent=1)), here=rank.is_first
+        lambda: (partial / "resume.json").write_text(json_text(snapshot.resume, indent=1)),
+        here=rank.is_first,
     )
     problem = problem or attempt(read_own_share)
     if problem is None:
@@ -104,7 +112,7 @@ def make_partial(partial: Path) -> None:
         if step_of(left.stem) is not None:
             remove_checkpoint(left)
     partial.parent.mkdir(exist_ok=True)
-    for name in ("", "random", "engine", "engine/state"):
+    for name in ("", "random"):
         (partial / name).mkdir()
 
 

@@ -190,6 +190,7 @@ def figures_text(figures: Mapping[str, Any], seconds_left: float | None = None) 
         ("fill", "fill {:.0%}", figures.get("fill")),
         ("wait", "data wait {:.0%}", figures.get("data_wait_fraction")),
         ("seconds", "{:.2f} s/step", figures.get("step_seconds")),
+        ("saved", "saving {:.1f} s", figures.get("save_seconds") or None),
         ("compiled", "compiled {:.1f} s", figures.get("compile_seconds") or None),
         ("left", "left {}", None if seconds_left is None else clock(seconds_left)),
         ("memory", "{:.1f} GiB", figures.get("memory_gib")),

@@ -13,8 +13,12 @@ from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
 from vl3train.data.recipe import find_recipe
+from vl3train.engine.checkpoints.cost import can_copy
+from vl3train.engine.checkpoints.saver import Saver
 from vl3train.engine.memory.fit import fit_run
 from vl3train.engine.memory.warmup import warm_up_run
+from vl3train.engine.mirror.remote import Mirror, MirrorError
+from vl3train.engine.mirror.uploads import Uploads
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import make_meter
 from vl3train.engine.optim.build import optimizer_cost
@@ -62,11 +66,23 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         recipe = find_recipe(cfg.data.recipe or cfg.stage.recipe)
         tracker.data([folder.path / CONTENTS, recipe], fingerprints(data))
 
-    def write_weights(partial: Path) -> None:
-        state = engine.full_state_dict(model.hf_model)
-        if rank.is_first:
-            model.write(partial, folder.processor_dir, state)
-
+    uploads = start_uploads(cfg, folder.path, rank, console)
+    saver = Saver(
+        folder.path / "checkpoints",
+        engine=engine,
+        write_weights=lambda partial, weights: model.write(partial, folder.processor_dir, weights),
+        rank=rank,
+        in_background=can_copy(
+            engine,
+            rank,
+            folder.path / "checkpoints",
+            is_wanted=cfg.run.save_in_background,
+            say=console.message,
+        ),
+        step=point.cursor.step,
+        say=console.message,
+        when_whole=lambda name: None if uploads is None else uploads.offer(name),
+    )
     return Run(
         cfg=cfg,
         rank=rank,
@@ -79,7 +95,8 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         cursor=point.cursor,
         identity=point.identity,
         base_manifest=model.base_manifest,
-        write_weights=write_weights,
+        saver=saver,
+        uploads=uploads,
         console=console,
         tracker=tracker,
         failed_samples=point.failed_samples,
@@ -87,9 +104,23 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         meter=meter,
         best=point.best,
         is_evaluated=point.is_evaluated,
-        saved_step=point.cursor.step,
         source_names=list(data.train.index.source_names),
     )
+
+
+def start_uploads(cfg: TrainConfig, folder: Path, rank: Rank, console: Console) -> Uploads | None:
+    """What copies checkpoints elsewhere, on the first rank of a run that wants it.
+
+    Raises RunError on every rank where fsspec does not know the place.
+    """
+    uploads = problem = None
+    if cfg.run.upload_to is not None and rank.is_first:
+        try:
+            uploads = Uploads(folder, Mirror(cfg.run.upload_to), console.message)
+        except MirrorError as error:
+            problem = f"run.upload_to: {error}"
+    rank.agree(problem)
+    return uploads
 
 
 def seed_everything(seed: int) -> None:

@@ -28,6 +28,8 @@ from vl3train.engine.optim.offload_adamw import OffloadAdamW
 from vl3train.engine.optim.offload_schedule import OffloadSchedule
 from vl3train.engine.optim.stochastic_adamw import StochasticAdamW
 from vl3train.engine.ranks import Rank
+from vl3train.engine.zero.engine_state import FOLDER, EngineState, bytes_of, take_weights
+from vl3train.engine.zero.host_copies import HostCopies
 from vl3train.engine.zero.part_norms import PartNorms
 from vl3train.engine.zero.settings import deepspeed_config
 from vl3train.engine.zero.state_files import StateFiles
@@ -242,44 +244,64 @@ class Zero:
         """Switch dropout and activation checkpointing on or off."""
         self.engine.train(training)
 
-    def full_parameters(self, name: str, parameter: torch.nn.Parameter) -> Tensor | None:
-        """One whole parameter on rank 0's CPU, None elsewhere. Every rank must call this in the same order."""
-        if self.zero_stage < 3:
-            return parameter.detach().cpu().clone() if self.rank.is_first else None
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone() if self.rank.is_first else None
-
     def full_state_dict(self, module: torch.nn.Module) -> dict[str, Tensor]:
         """Whole weights of ``module`` on rank 0's CPU; empty on other ranks. Tied weights appear once.
 
         Without frozen ones where checkpoints leave them out. Every rank must call this: under ZeRO-3 it gathers.
         """
+        return self._whole_weights(module, HostCopies(self.rank.device))
+
+    def _take_files(self) -> None:
+        self.engine.save_checkpoint(
+            "engine", tag=FOLDER, save_latest=False, exclude_frozen_parameters=not self.save_frozen
+        )
+
+    def _whole_weights(self, module: torch.nn.Module, copies: HostCopies) -> dict[str, Tensor]:
         state = {}
         for name, parameter in module.named_parameters():
             if not (self.save_frozen or parameter.requires_grad):
                 continue
-            whole = self.full_parameters(name, parameter)
-            if whole is not None:
-                state[name] = whole
+            gathered = deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3)
+            with gathered:
+                if self.rank.is_first:
+                    state[name] = copies.copy(parameter)
+                    copies.finish()
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and DeepSpeed's counters; every rank its share.
+    def take_state(self, copies: HostCopies | None = None) -> EngineState:
+        """Weights, optimizer state and DeepSpeed's counters, of each rank its share, as they are now.
 
-        Does not raise where the disk does not take a file: other ranks wait in DeepSpeed's barriers. Call
-        ``raise_unsaved`` after it.
+        With ``copies`` all of it is copied to the host; else only weights are, and the rest is the engine's own, which
+        the next step changes. All ranks call it.
         """
-        self.engine.save_checkpoint(
-            str(folder), tag="state", save_latest=False, exclude_frozen_parameters=not self.save_frozen
-        )
+        self._state_files.copies = copies
+        self._take_files()
+        files = {Path(path).name: content for path, content in self._state_files.taken.items()}
+        self._state_files.taken = {}
+        module = self.engine.module.model
+        if self.zero_stage == 3:
+            weights = self._whole_weights(module, copies or HostCopies(self.rank.device))
+        else:
+            weights = take_weights(files, module, is_all=self.save_frozen) if self.rank.is_first else {}
+            if copies is None:  # they are parts of one storage, which safetensors refuses
+                weights = HostCopies(torch.device("cpu")).copy(weights)
+        return EngineState(files, weights)
 
-    def raise_unsaved(self) -> None:
-        """Raise what kept this rank's files of the last ``save`` from being written."""
-        if self._state_files.problem is not None:
-            raise self._state_files.problem
+    def bytes_to_save(self) -> int:
+        """Bytes of this rank's share of a checkpoint, once AdamW has its state. All ranks call it."""
+        self._state_files.copies = None
+        self._take_files()
+        held = bytes_of(self._state_files.taken)
+        self._state_files.taken = {}
+        if self.rank.is_first and (self.zero_stage == 3 or not self.save_frozen):  # weights are no part of it
+            saved = [p for p in self.engine.module.parameters() if self.save_frozen or p.requires_grad]
+            held += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
+        if self.offload_schedule is not None:
+            return held + self.offload_schedule.optimizer.host_bytes_to_come()
+        return held + self.states_to_come()
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, under the same number of ranks and ZeRO stage (else: zero/reshard/load.py).
+        """Read what ``take_state`` took, under the same number of ranks and ZeRO stage (else: zero/reshard/load.py).
 
         The optimizer's options (rates, betas, weight decay) stay those of this run, although torch stores them with the
         optimizer state. Raises RuntimeError where ``folder`` holds no state.

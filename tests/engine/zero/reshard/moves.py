@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tests.engine.packs import collate_samples, random_samples
+from tests.engine.zero.states import write_state
 from vl3train.config.choices import Dtype, MasterDtype
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
@@ -118,8 +119,7 @@ class Trained:
         out = saved_by(folder, kind, self.layout)
         (out / "state").mkdir(parents=True, exist_ok=True)
         self.rank.barrier()
-        self.engine.save(out)
-        self.engine.raise_unsaved()
+        write_state(self.engine, out)
 
 
 def main() -> None:

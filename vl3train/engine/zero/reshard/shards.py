@@ -22,7 +22,7 @@ from vl3train.engine.zero.reshard.layouts import (
     buffers_of,
     pieces_of_shard,
 )
-from vl3train.engine.zero.state_files import SAFE_CLASSES
+from vl3train.engine.zero.state_files import read_state
 
 MASTER = "master"
 """The weights that the optimizer updates: float32, or the bfloat16 weights where it keeps no float32 ones."""
@@ -152,11 +152,7 @@ class Shards:
                 )
 
     def _open(self, path: Path) -> Any:
-        """One file, mapped.
-
-        Raises pickle.UnpicklingError where it holds more than tensors, numbers and SAFE_CLASSES.
-        """
+        """One file, mapped; errors of ``read_state``."""
         if path not in self._opened:
-            with torch.serialization.safe_globals(SAFE_CLASSES):
-                self._opened[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self._opened[path] = read_state(path, mmap=True)
         return self._opened[path]
