@@ -13,6 +13,7 @@ from tests.engine.zero.reshard.moves import KINDS, Trained
 from vl3train.engine import loop
 from vl3train.engine.checkpoints import cost, saver
 from vl3train.engine.checkpoints.cost import can_copy
+from vl3train.engine.zero.engine_state import FOLDER
 from vl3train.engine.zero.host_copies import HostCopies
 from vl3train.engine.zero.state_files import read_state
 from vl3train.model.weights.headers.manifest import list_files, read_manifest
@@ -147,6 +148,7 @@ def test_what_a_checkpoint_takes_is_known_before_the_first_step(
     told = trained.engine.bytes_to_save()
     trained.step()
     state = trained.engine.take_state()
+    (tmp_path / FOLDER).mkdir()
     state.write(tmp_path)
     torch.save(state.weights, tmp_path / "weights")
     assert told == pytest.approx(sum(list_files(tmp_path).values()), rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vl3train.engine.zero.engine_state import FOLDER
 from vl3train.engine.zero.state_files import MODEL, SAME, WEIGHTS_IN
 
 
@@ -14,5 +15,6 @@ def write_state(engine, folder):
             module = content["module"]
             module.update({MODEL + name: tensor for name, tensor in state.weights.items()})
             module.update({name: module[other] for name, other in content.pop(SAME).items()})
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     state.write(folder)
     engine.rank.barrier()

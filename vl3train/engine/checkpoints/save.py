@@ -30,7 +30,7 @@ from vl3train.contracts.strict_json import json_text
 from vl3train.engine.checkpoints.keep import Keep, delete_old, remove_checkpoint
 from vl3train.engine.checkpoints.random_state import save_random_state
 from vl3train.engine.ranks import Rank
-from vl3train.engine.zero.engine_state import EngineState
+from vl3train.engine.zero.engine_state import FOLDER, EngineState
 from vl3train.engine.zero.state_files import is_of_the_disk
 from vl3train.model.weights.headers.manifest import (
     MANIFEST,
@@ -112,7 +112,7 @@ def make_partial(partial: Path) -> None:
         if step_of(left.stem) is not None:
             remove_checkpoint(left)
     partial.parent.mkdir(exist_ok=True)
-    for name in ("", "random"):
+    for name in ("", "random", "engine", f"engine/{FOLDER}"):
         (partial / name).mkdir()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
-from vl3train.data.shards.addresses import SCHEMES, shown_address, without_secrets
+from vl3train.contracts.redaction import shown_address, without_secrets
+from vl3train.data.shards.addresses import SCHEMES
 from vl3train.model.weights.headers.manifest import MANIFEST, damage
 
 CHECKPOINTS = "checkpoints"

@@ -25,8 +25,7 @@ class EngineState:
     """On rank 0 the whole weights under the model's own names, tied ones once; with adapters only what trains."""
 
     def write(self, folder: Path) -> None:
-        """Write the state files below ``folder``, which is a checkpoint's ``engine/``. Without ``weights``."""
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        """Write the state files into FOLDER below ``folder``, a checkpoint's ``engine/``. Without ``weights``."""
         for name, content in self.files.items():
             torch.save(content, folder / FOLDER / name)
 
