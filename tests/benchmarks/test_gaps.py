@@ -66,6 +66,7 @@ def test_gaps_are_a_table_of_the_page():
     assert "| 49.0 | 1 ms | `a b` | its launch is not in the trace |" in page
 
 
+@pytest.mark.long
 def test_any_step_of_a_row_can_be_profiled(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     words = ["profile", "--tiny", "--row", "2b", "--packs", "1", "--steps", "2"]

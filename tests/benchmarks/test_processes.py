@@ -14,6 +14,7 @@ import pytest
 from benchmarks.gpu import process as gpu_process
 from benchmarks.gpu.process import in_own_processes
 from benchmarks.gpu.rows import ROWS, WAYS, Row, quick, tiny
+from tests.long import first_of
 
 
 def answers(name, row, rank, tiny, pipe):
@@ -34,6 +35,7 @@ def never_answers(name, row, rank, tiny, pipe):
     time.sleep(60)
 
 
+@pytest.mark.long
 def test_rank_0_speaks_for_the_row():
     found = in_own_processes(answers, "some", Row(ranks=2), True)
     assert found == {"name": "some", "rank": "0", "of": "2"}
@@ -41,11 +43,11 @@ def test_rank_0_speaks_for_the_row():
 
 @pytest.mark.parametrize(
     ("child", "reason"),
-    [
-        (one_fails, "out of memory"),
+    first_of(
         (dies, "the process of rank 0 died"),
+        (one_fails, "out of memory"),
         (never_answers, "not done within 3 s"),
-    ],
+    ),
 )
 def test_what_goes_wrong_is_told_and_ended_at_once(child, reason):
     started = time.monotonic()
@@ -64,6 +66,7 @@ def tells_and_sleeps(name, row, rank, tiny, pipe):
     time.sleep(60)
 
 
+@pytest.mark.long
 def test_what_was_measured_before_the_time_was_over_is_not_lost(tmp_path, monkeypatch):
     note = tmp_path / "pid"
     # Over as soon as all is told, however long the processes take to start.
@@ -109,7 +112,7 @@ def answers_and_sleeps(name, row, rank, tiny, pipe):
     sleeps(name, row, rank, tiny, pipe)  # as one that gives back much memory
 
 
-@pytest.mark.parametrize("child", ["sleeps", "tells_and_sleeps", "answers_and_sleeps"])
+@pytest.mark.parametrize("child", first_of("tells_and_sleeps", "sleeps", "answers_and_sleeps"))
 def test_a_command_that_is_ended_ends_its_processes(tmp_path, child):
     note = tmp_path / "pid"
     code = (

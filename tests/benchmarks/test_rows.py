@@ -164,6 +164,7 @@ def test_two_ranks_by_the_command_and_a_tiny_run_keeps_nothing(monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_train_command_is_timed_on_drawn_shards_and_told_as_it_goes(capfd):
     row = replace(tiny(ROWS["2b_train_command"]), steps=2)
     told = []

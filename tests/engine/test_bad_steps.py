@@ -13,6 +13,7 @@ import torch
 from tests.engine.bad_numbers import plant
 from tests.engine.jobs import start_job
 from tests.engine.runs import figures, run
+from tests.long import first_of
 from vl3train.contracts.bad_step import read_bad_step
 from vl3train.engine.bad_steps import limits
 from vl3train.engine.ranks import RunError
@@ -96,8 +97,13 @@ def test_a_spike_is_skipped_once_there_are_limits(words, tmp_path, monkeypatch):
     assert "over its limit of" in bad.reason
 
 
+@pytest.mark.parametrize(
+    "stops",
+    first_of([[2, 4]], [[6], [7]]),  # before the row and within it; within it; behind it
+    ids=["one", "others"],
+)
 def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
-    words, tmp_path, monkeypatch, capsys
+    words, tmp_path, monkeypatch, capsys, stops
 ):
     """Steps 6 and 7 are bad: the run goes back to the checkpoint of step 3 and passes over 4 to 7."""
     plant({5: NAN, 6: math.inf}, monkeypatch.setattr)
@@ -112,7 +118,7 @@ def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
     assert [line["step"] for line in strict(straight / "evaluations.replaced.jsonl")] == [4]
     best = (straight / "best.json").read_text()
     assert [one["step"] for one in json.loads(best)["history"]] == [8], "that of step 4 is undone"
-    for stop_after in ([6], [2, 4], [7]):  # within the row; before it and within it; behind it
+    for stop_after in stops:
         stopped = [*words, f"run.output_dir={tmp_path / f'stopped{stop_after[0]}'}"]
         for steps in stop_after:
             run([*stopped, f"run.stop_after_steps={steps}"])
@@ -205,7 +211,7 @@ KINDS = {
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=pytest.mark.long) if kind == "no masters" else kind for kind in KINDS],
+    first_of("lora", *(kind for kind in KINDS if kind != "lora")),
 )
 def test_going_back_in_the_process_is_as_a_start_from_the_checkpoint(words, tmp_path, monkeypatch, kind):
     """Step 4 is bad: back to the checkpoint of step 2, and past 3 and 4."""

@@ -14,6 +14,7 @@ from transformers import VideoLlama3ForConditionalGeneration
 
 from tests.conftest import made_once
 from tests.engine.runs import figures, run, weights
+from tests.long import first_of
 from vl3train.config.problems import ConfigError
 from vl3train.engine import loop
 from vl3train.engine.memory import host as memory_host
@@ -136,9 +137,9 @@ def test_the_message_of_a_full_gpu_names_the_packs_and_what_makes_room(
     [
         pytest.param([], id="float32 states"),
         pytest.param(["optim.state_dtype=bfloat16"], id="bfloat16 states", marks=pytest.mark.long),
-        pytest.param(NO_MASTERS, id="no masters and bfloat16 states"),
+        pytest.param(NO_MASTERS, id="no masters and bfloat16 states", marks=pytest.mark.long),
         pytest.param(ON_HOST, id="states on the host", marks=pytest.mark.long),
-        pytest.param(SPLIT, id="split masters and states on the host"),
+        pytest.param(SPLIT, id="split masters and states on the host", marks=pytest.mark.long),
     ],
 )
 def test_the_next_stage_starts_from_it_and_a_stopped_run_resumes_bitwise(stage1, demo_words, tmp_path, optim):
@@ -193,7 +194,7 @@ def test_another_plan_or_model_is_refused_with_what_differs(stage1, demo_words):
     assert "optim.weight_decay=0.1, and the checkpoint has 0:" in str(caught.value)
 
 
-@pytest.mark.parametrize("machine", [[], ["machine.zero_stage=3"], ["machine.dtype=bfloat16"]])
+@pytest.mark.parametrize("machine", first_of(["machine.dtype=bfloat16"], [], ["machine.zero_stage=3"]))
 def test_another_rate_is_taken_by_a_run_that_goes_on(demo_words, tmp_path, machine):
     words = [*demo_words, *machine, "stage=1", f"run.output_dir={tmp_path}", "run.num_steps=2"]
     words += ["run.evaluate_at_end=false", "optim.schedule=constant"]
@@ -224,7 +225,7 @@ def test_what_a_run_without_a_checkpoint_left_is_not_taken(stage1, demo_words, t
 
 
 @pytest.mark.parametrize(
-    "machine", [["machine.zero_stage=3"], ["machine.dtype=bfloat16"], ["machine.zero_stage=0"]]
+    "machine", first_of(["machine.zero_stage=0"], ["machine.dtype=bfloat16"], ["machine.zero_stage=3"])
 )
 def test_every_zero_stage_and_dtype_trains_saves_and_resumes(stage1, demo_words, tmp_path, machine):
     words = [*demo_words, *machine, "stage=2", f"stage.init_from={stage1}", f"run.output_dir={tmp_path}"]
@@ -239,7 +240,7 @@ def test_every_zero_stage_and_dtype_trains_saves_and_resumes(stage1, demo_words,
     assert dtype == {torch.bfloat16 if "bfloat16" in machine[0] else torch.float32}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", first_of(1, 3))
 def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_path, zero_stage):
     words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]
     words += [
@@ -271,7 +272,7 @@ def test_lora_trains_packed_is_saved_alone_and_resumes(stage1, demo_words, tmp_p
     assert not any("vision_model" in name for name in moved), "nobody named it"
 
 
-@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize("init", first_of("default", "pissa"))
 def test_adapters_on_4_bit_weights_resume_bitwise_and_the_next_stage_starts_from_them(
     stage1, demo_words, tmp_path, init, capsys
 ):

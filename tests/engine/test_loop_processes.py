@@ -39,6 +39,7 @@ def test_killed_in_stage_3_and_started_again_the_log_is_that_of_a_run_never_kill
     assert figures(tmp_path / "killed", "learning_rates") == figures(tmp_path / "straight", "learning_rates")
 
 
+@pytest.mark.long
 @pytest.mark.two_processes
 def test_adapters_on_4_bits_train_alike_on_two_ranks_that_share_gradients_and_on_one(
     warm_python, demo_words, tmp_path

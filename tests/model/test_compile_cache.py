@@ -55,7 +55,8 @@ def a_model(model, batch):
     return packed.train()(batch).loss_sum
 
 
-@pytest.mark.parametrize("loss", [a_layer, pytest.param(a_model, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("loss", [a_layer, a_model])
 def test_layers_are_found_on_disk_and_give_the_same_gradients(
     tiny_model, batch_of, text_only, empty_cache, loss
 ):

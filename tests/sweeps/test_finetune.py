@@ -11,6 +11,7 @@ from vl3train.cli.main import main
 from vl3train.finetuning import launching
 
 
+@pytest.mark.long
 @pytest.mark.two_processes
 def test_two_rates_train_on_the_same_data(tmp_path, tiny_model_dir, warm_python, monkeypatch, capfd):
     monkeypatch.setattr(launching, "PYTHON", warm_python)

@@ -12,6 +12,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from tests.data.shards_fixture import make_recipe, train_config
+from tests.long import first_of
 from vl3train.data.loader import PackDataset
 from vl3train.data.pipeline import open_data
 
@@ -66,12 +67,13 @@ def step_hashes(data, first, last, dp_size, num_workers):
     return [hashlib.sha256(repr(sorted(packs)).encode()).hexdigest() for packs in steps]
 
 
-def test_steps_hash_alike_in_every_world_with_any_workers_fresh_or_resumed(opened):
+@pytest.mark.parametrize("cases", first_of(CASES[1::3], CASES), ids=["some", "all"])
+def test_steps_hash_alike_in_every_world_with_any_workers_fresh_or_resumed(opened, cases):
     in_epoch = opened.plan.steps_in_epoch(0)
     last = in_epoch + 2
     straight = step_hashes(opened, 0, last, 1, 0)
     assert len(set(straight)) == last > 4  # no two steps are alike
-    for dp_size, num_workers, resumed in CASES:
+    for dp_size, num_workers, resumed in cases:
         first = in_epoch - 1 if resumed else 0
         assert step_hashes(opened, first, last, dp_size, num_workers) == straight[first:]
 

@@ -19,6 +19,9 @@ ONE = FrameRule(fps=1.0, min_frames=1, max_frames=180)
 RATES = st.sampled_from([Fraction(rate) for rate in (1, 5, 12, 24, 25, 30, 60)] + [Fraction(30000, 1001)])
 
 
+PROCESSOR = VideoLlama3VideoProcessor()
+
+
 def even(count: int, rate: Fraction, tick: Fraction, said: Fraction | None) -> Timeline:
     places = [round(number / rate / tick) for number in range(count + 1)]
     return Timeline(tuple(places[:-1]), places[-1], tick, said)
@@ -34,9 +37,7 @@ def even(count: int, rate: Fraction, tick: Fraction, said: Fraction | None) -> T
 def test_a_constant_rate_is_sampled_as_by_transformers(count, rate, tick, fps):
     """Also where the container rounds stamps to milliseconds, and never a frame behind the last."""
     metadata = VideoMetadata(total_num_frames=count, fps=float(rate))
-    expected = (
-        VideoLlama3VideoProcessor().sample_frames(metadata, fps=fps, min_frames=4, max_frames=180).tolist()
-    )
+    expected = PROCESSOR.sample_frames(metadata, fps=fps, min_frames=4, max_frames=180).tolist()
     if expected[-1] == count:
         expected.pop()
     timeline = even(count, rate, Fraction(tick), rate)

@@ -221,12 +221,12 @@ def test_a_run_with_auto_gives_the_losses_of_one_without(demo_words, tmp_path, m
     ("zero_stage", "dtype", "num_micro_batches"),
     [
         (0, Dtype.float32, 2),
-        (1, Dtype.float32, 1),
-        (1, Dtype.bfloat16, 1),
+        pytest.param(1, Dtype.float32, 1, marks=pytest.mark.long),
+        pytest.param(1, Dtype.bfloat16, 1, marks=pytest.mark.long),
         (1, Dtype.bfloat16, 2),
-        (2, Dtype.float32, 1),
-        (2, Dtype.float32, 2),
-        (3, Dtype.float32, 1),
+        pytest.param(2, Dtype.float32, 1, marks=pytest.mark.long),
+        pytest.param(2, Dtype.float32, 2, marks=pytest.mark.long),
+        pytest.param(3, Dtype.float32, 1, marks=pytest.mark.long),
         (3, Dtype.float32, 2),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.engine.memory.test_fit import ROOMY, counted, engine_of, fitted_in, pack, peak_of
+from tests.long import first_of
 from tests.model.conftest import make_model
 from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.optim_options import OptimConfig
@@ -32,7 +33,7 @@ def rank():
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "dtype"), [(1, Dtype.bfloat16), (2, Dtype.bfloat16), (0, Dtype.float32)], ids=str
+    ("zero_stage", "dtype"), first_of((1, Dtype.bfloat16), (2, Dtype.bfloat16), (0, Dtype.float32)), ids=str
 )
 def test_steps_fit_too_with_the_states_that_the_first_one_makes(rank, zero_stage, dtype):
     model = make_model(layers=4).to(torch.bfloat16 if dtype is Dtype.bfloat16 else torch.float32)
@@ -116,6 +117,7 @@ def steps(engine, batch, number, num_micro_batches=3):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.1, 0.6])  # little and much is kept
 def test_a_step_of_one_micro_batch_stays_within_the_limit_too(rank, small_chunks, share):
     """Its first layer backward keeps all and recomputes nothing, later ones recompute: with moments in all that it had
@@ -135,6 +137,7 @@ def work_that_carries(engine, batch, of_moments, direction):
     return int(work / (of_moments * engine.offload_schedule.optimizer.num_bytes()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_the_first_micro_batch_keeps_less_by_the_moments_that_the_link_cannot_carry_meanwhile(
     on_host, monkeypatch, share
@@ -178,7 +181,7 @@ def test_the_first_micro_batch_keeps_less_by_the_moments_that_the_link_cannot_ca
     assert memory.peak() <= limit
 
 
-@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("share", first_of(0.2, 0.8))
 def test_the_last_micro_batch_begins_with_the_moments_that_its_backward_pass_cannot_bring(
     on_host, monkeypatch, share
 ):

@@ -96,6 +96,7 @@ def test_graphs_are_those_of_torchs_counter(backend):
     assert take_compiles().breaks == (), "each is told once"
 
 
+@pytest.mark.long
 def test_more_graphs_than_torch_keeps_records_of_by_itself_are_all_counted(backend):
     function = compiled(torch.neg, enabled=True)
     for _ in range(70):

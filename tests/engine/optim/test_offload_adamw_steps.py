@@ -12,6 +12,7 @@ import torch
 from tests.engine.memory.test_fit import ROOMY, counted, pack
 from tests.engine.optim.test_split_masters import rounded
 from tests.engine.zero.states import write_state
+from tests.long import first_of
 from tests.model.conftest import make_model
 from vl3train.config.choices import MasterDtype
 from vl3train.config.optim_options import OptimConfig
@@ -115,7 +116,7 @@ def test_a_resumed_run_ends_where_a_straight_one_does_wherever_its_moments_lie(
     assert_equal(outcome(resumed), straight)
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("num_micro_batches", first_of(1, 3))
 def test_moments_come_back_in_the_last_backward_pass_as_layers_free_memory(
     rank, straight, small_chunks, monkeypatch, num_micro_batches
 ):
@@ -189,7 +190,7 @@ def test_nobody_waits_for_moments_that_come_early_until_the_update(
     assert seen == [(0, 0), *[(num_chunks, 0)] * 3], "before the first update there are none"
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("num_micro_batches", first_of(2, 1, 3))
 def test_none_comes_while_others_leave(rank, small_chunks, late_link, monkeypatch, num_micro_batches):
     """Their memory is reused only when their copies have ended, and the host runs ahead of those."""
     engine, worst, prefetch, found = (
@@ -227,7 +228,7 @@ def straight_rounded(rank):
     return outcome(engine)
 
 
-@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("stop", first_of(2, 0))
 def test_split_masters_are_float32_masters_to_the_bit_in_a_resumed_run_too(
     rank, straight, straight_rounded, tmp_path, small_chunks, stop
 ):

@@ -7,6 +7,7 @@ import torch
 
 from tests.engine.packs import collate_samples, random_samples
 from tests.engine.zero.states import write_state
+from tests.long import first_of
 from vl3train.config.choices import Recompute
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
@@ -154,7 +155,12 @@ def sums_of_two_steps(tiny_model_dir, rank, level, own):
     return found
 
 
-def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch, compile_on_cpu):
+@pytest.mark.parametrize(
+    "levels",
+    first_of([Recompute.elementwise, Recompute.layer], [Recompute.mlp]),
+    ids=["most and least", "mlp"],
+)
+def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch, compile_on_cpu, levels):
     """With sums of the layers' own, at each level, and without; the graphs of the encoder are the same in all runs."""
     added, plain = [], gemm_accumulate.add_weight_grad_reference
     monkeypatch.setattr(
@@ -162,7 +168,7 @@ def test_layers_add_what_they_would_have_given(tiny_model_dir, rank, monkeypatch
     )
     without = sums_of_two_steps(tiny_model_dir, rank, Recompute.elementwise, own=False)
     assert not added
-    for level in (Recompute.elementwise, Recompute.mlp, Recompute.layer):
+    for level in levels:
         found = sums_of_two_steps(tiny_model_dir, rank, level, own=True)
         repeated = FUNCTIONS_ARE_REPEATED or level is not Recompute.layer
         assert len(added) == 2 * 2 * 2 * repeated, "layers, micro-batches, steps"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.long import first_of
 from vl3train.model.activations.last_layer import last_positions, rows_at
 from vl3train.model.packed_forward import PackedModel
 
@@ -43,7 +44,7 @@ def test_few_tokens_and_nearly_all_take_the_whole_layer(supervised, few):
     assert found is (positions if few else None)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", first_of(False, True))
 def test_packs_with_hardly_any_supervised_token_run_as_before(
     tiny_model, batch_of, mixed, stock_gradients, compiled, compile_on_cpu
 ):

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from tests.long import first_of
 from vl3train.config.choices import Recompute
 from vl3train.model.activations import offload
 from vl3train.model.activations.offload import HostRows
@@ -33,7 +34,7 @@ def nothing_arrived(passes):
     return not any(one._arrived for host in passes for layer in host._layers for one in layer)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", first_of(False, True), ids=["eager", "compiled"])
 def test_gradients_are_those_of_level_layer_to_the_bit_and_no_input_stays(
     tiny_model, batch_of, mixed, monkeypatch, compile_on_cpu, compiled
 ):

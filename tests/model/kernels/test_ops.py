@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from tests.long import first_of
 from vl3train.model.kernels.ops import (
     gelu_backward,
     gelu_backward_reference,
@@ -192,16 +193,21 @@ def check_kernels(device, dtype, tolerance, sizes, cases=CASES, rotated=ROTATED,
         assert_close((grad, *found), (same, *expected), tolerance)
 
 
-def test_kernels_interpreted_are_the_formulas():
+@pytest.mark.parametrize(
+    "checks",
+    first_of(
+        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[:2], CASES[:2])",
+        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[:2]);"
+        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[2:], CASES[:2], rotated=(), gelu=())",
+    ),
+    ids=["small", "all"],
+)
+def test_kernels_interpreted_are_the_formulas(checks):
     """In a process of its own: triton reads the variable when it is imported."""
     triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
     if triton.__version__.startswith("3.6"):
         pytest.skip("the interpreter of triton 3.6 cannot count a loop with numpy 2.4's arrays")
-    code = (
-        "import torch; from tests.model.kernels.test_ops import CASES, INTERPRETED_SIZES, check_kernels;"
-        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[:2]);"
-        "check_kernels('cpu', torch.float32, 2e-6, INTERPRETED_SIZES[2:], CASES[:2], rotated=(), gelu=())"
-    )
+    code = f"import torch; from tests.model.kernels.test_ops import CASES, INTERPRETED_SIZES, check_kernels; {checks}"
     environment = dict(os.environ, TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

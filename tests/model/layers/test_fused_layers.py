@@ -53,17 +53,19 @@ CASES = [
     # torch keeps what GELU takes, and gate and up; quack gate and up in one, and what its products give beside.
     Case("torch", ALL, Recompute.nothing, kept=3),
     Case("torch", ALL, Recompute.elementwise, kept=3),
+    Case("torch", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True),
+    Case("quack", ALL, Recompute.nothing, kept=4, rope_in_product=True),
+    Case("quack", STAGE_1, Recompute.mlp, kept=0, rope_in_product=True),
+    Case("quack", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True, rope_in_product=True),
+]
+MORE_CASES = [
     Case("torch", ALL, Recompute.mlp, kept=0),
     Case("torch", ALL, Recompute.layer, kept=0),
     Case("torch", STAGE_1, Recompute.mlp, kept=0),
-    Case("torch", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True),
     Case("torch", LANGUAGE, Recompute.nothing, kept=2, norms=2, gelus=0),
     Case("quack", ALL, Recompute.elementwise, kept=2),
     Case("quack", ALL, Recompute.mlp, kept=0),
     Case("quack", STAGE_1, Recompute.elementwise, kept=2),
-    Case("quack", ALL, Recompute.nothing, kept=4, rope_in_product=True),
-    Case("quack", STAGE_1, Recompute.mlp, kept=0, rope_in_product=True),
-    Case("quack", ALL, Recompute.nothing, kept=3, norms=3, gelus=0, adapted=True, rope_in_product=True),
     Case("quack", LANGUAGE, Recompute.nothing, kept=2, norms=2, gelus=0, rope_in_product=True),
 ]
 
@@ -90,7 +92,9 @@ def ran(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in MORE_CASES)], ids=str
+)
 def test_compiled_layers_give_the_same_gradients_and_keep_what_they_do_not_recompute(
     tiny_model, batch_of, mixed, stock_gradients, compile_on_cpu, monkeypatch, ran, case
 ):

@@ -49,11 +49,11 @@ def loss_and_gradients(model, batch, **how):
     ("level", "rope_in_product", "kept"),
     # Kept of a layer: gate and up in one, and what SwiGLU gives. Rows or weights beside B are never kept.
     [
-        (Recompute.nothing, True, 2),
+        pytest.param(Recompute.nothing, True, 2, marks=pytest.mark.long),
         (Recompute.elementwise, False, 1),
-        (Recompute.mlp, False, 0),
-        (Recompute.layer, True, 0),
-        (Recompute.layer, False, 0),
+        pytest.param(Recompute.mlp, False, 0, marks=pytest.mark.long),
+        pytest.param(Recompute.layer, True, 0, marks=pytest.mark.long),
+        pytest.param(Recompute.layer, False, 0, marks=pytest.mark.long),
     ],
     ids=["nothing", "elementwise, rope apart", "mlp, rope apart", "layer", "layer, rope apart"],
 )

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from tests.long import first_of
 from vl3train.config.choices import AdapterKind, Recompute
 from vl3train.config.optim_options import AdapterConfig
 from vl3train.model.activations.flops import flop_rates
@@ -70,7 +71,7 @@ def test_loss_and_gradients_are_those_of_the_dequantized_weights(tiny_model, bat
     same(loss_and_gradients(held, batch, recompute_vision=level, recompute_language=level), expected, 1e-6)
 
 
-@pytest.mark.parametrize("level", [Recompute.elementwise, Recompute.layer], ids=str)
+@pytest.mark.parametrize("level", first_of(Recompute.elementwise, Recompute.layer), ids=str)
 def test_compiled_layers_fuse_the_adapters_and_keep_no_whole_weight(
     tiny_model, batch_of, mixed, compile_on_cpu, level
 ):

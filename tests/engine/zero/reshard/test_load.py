@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -53,10 +54,19 @@ def assert_same_state(found, wanted, about):
 
 @pytest.fixture(scope="module")
 def straight(tiny_model_dir, rank, tmp_path_factory):
-    """What one rank saved after a step in each stage, the figures of its second, and the groups of each kind."""
+    """Of the kinds it is called with: what one rank saved after a step in each stage, the figures of its second, and
+    the groups."""
     folder = tmp_path_factory.mktemp("straight")
-    figures, groups = {}, {}
-    for name, kind in KINDS.items():
+    figures, groups, done = {}, {}, set()
+
+    def made(*names):
+        for name in names:
+            if name not in done:
+                done.add(name)
+                make(name, KINDS[name])
+        return folder, figures, groups
+
+    def make(name, kind):
         for zero_stage in kind.stages:
             trained = Trained(tiny_model_dir, rank, kind, zero_stage)
             trained.step()
@@ -65,7 +75,8 @@ def straight(tiny_model_dir, rank, tmp_path_factory):
             if zero_stage:
                 layout = Layout(dp_size=1, zero_stage=zero_stage)
                 groups[name] = Shards(saved_by(folder, name, layout) / "state", layout, []).groups
-    return folder, figures, groups
+
+    return made
 
 
 def assert_moved(straight, before, after, folder, figures):
@@ -82,29 +93,38 @@ def assert_moved(straight, before, after, folder, figures):
             assert figures[key] == pytest.approx(wanted[key], rel=NEAR.get(name, 0.05)), about
 
 
-@pytest.mark.parametrize("name", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
-def test_on_one_rank_every_stage_takes_every_state(tiny_model_dir, rank, straight, name, tmp_path):
-    folder, wanted, groups = straight
+@pytest.mark.parametrize(
+    ("name", "before_and_now"),
+    [
+        ("float32", [(0, 3), (3, 1), (2, 0)]),
+        *(
+            pytest.param(name, list(itertools.permutations(KINDS[name].stages, 2)), marks=pytest.mark.long)
+            for name in ("float32", "bfloat16")
+        ),
+    ],
+    ids=["some", "float32", "bfloat16"],
+)
+def test_on_one_rank_every_stage_takes_every_state(
+    tiny_model_dir, rank, straight, name, before_and_now, tmp_path
+):
+    folder, wanted, groups = straight(name)
     kind = KINDS[name]
-    for now in kind.stages:
-        for before in kind.stages:
-            if before == now:
-                continue
-            saved = Layout(dp_size=1, zero_stage=before)
-            trained = Trained(tiny_model_dir, rank, kind, now)
-            load_other_layout(trained.engine, saved_by(folder, name, saved), saved)
-            trained.save(tmp_path, name)
-            assert_same_state(
-                by_name(tmp_path, name, trained.layout, groups[name]),
-                by_name(folder, name, saved, groups[name]),
-                f"{name}: {before} -> {now}",
-            )
-            near = NEAR.get(name, 0.05)
-            assert trained.step() == pytest.approx(wanted[f"{name} {before}"], rel=near), (before, now)
+    for before, now in before_and_now:
+        saved = Layout(dp_size=1, zero_stage=before)
+        trained = Trained(tiny_model_dir, rank, kind, now)
+        load_other_layout(trained.engine, saved_by(folder, name, saved), saved)
+        trained.save(tmp_path, name)
+        assert_same_state(
+            by_name(tmp_path, name, trained.layout, groups[name]),
+            by_name(folder, name, saved, groups[name]),
+            f"{name}: {before} -> {now}",
+        )
+        near = NEAR.get(name, 0.05)
+        assert trained.step() == pytest.approx(wanted[f"{name} {before}"], rel=near), (before, now)
 
 
 def test_another_model_is_refused_and_nothing_changes(tiny_model_dir, rank, straight):
-    folder, *_ = straight
+    folder, *_ = straight("float32")
     trained = Trained(tiny_model_dir, rank, KINDS["frozen"], 1)
     before = {name: value.clone() for name, value in trained.engine.engine.module.state_dict().items()}
     saved = Layout(dp_size=1, zero_stage=3)
@@ -115,10 +135,12 @@ def test_another_model_is_refused_and_nothing_changes(tiny_model_dir, rank, stra
 
 
 @pytest.mark.two_processes
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_more_ranks_take_the_state_of_one_and_one_takes_theirs(
     warm_python, tiny_model_dir, rank, straight, tmp_path, num_ranks
 ):
+    straight = straight(*KINDS)
     folder, _, _ = straight
     words = [str(tiny_model_dir), str(folder), "1"]
     process, _ = start_job(warm_python, "tests.engine.zero.reshard.moves", words, num_ranks=num_ranks)
