@@ -73,6 +73,7 @@ DOORS = {
     "numba": {
         "data/plan/balance.py",
         "data/plan/cut.py",
+        "data/plan/families.py",
         "data/media/resampling.py",
         "data/media/resampling_kernels.py",
     },

@@ -163,7 +163,7 @@ def first_fit_per_rank(table: SampleTable, packs: int, steps: int) -> dict[str, 
 
 def in_order(table: SampleTable) -> tuple[list[int], np.ndarray, list[int]]:
     """Tokens, work and the order of the first epoch."""
-    costs = Plan(table, 0, step_config(8)).sample_costs(np.arange(sum(table.sizes)))
+    costs = Plan(table, 0, step_config(8)).entry_costs(np.arange(sum(table.sizes)))
     return table.num_tokens.tolist(), costs, epoch_order(table.sizes, table.weights, seed=0, epoch=0).tolist()
 
 

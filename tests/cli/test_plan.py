@@ -76,7 +76,7 @@ def test_figures_add_up_to_the_index_and_to_all_steps(made):
     clips = [row for row in range(37) if data.index.lengths(row).modality == "video"]
     assert figures.clip_frames == sum(t for row in clips for t, _, _ in data.index.lengths(row).grids)
     work = (figures.language_work + figures.encoder_work) * figures.steps_in_epoch
-    assert work == pytest.approx(float(plan.sample_costs(np.arange(37)).sum()))
+    assert work == pytest.approx(float(plan.entry_costs(np.arange(37)).sum()))
 
 
 def test_the_command_prints_and_draws(words, tmp_path, capsys):

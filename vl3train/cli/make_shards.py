@@ -78,6 +78,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--skip-bad", action=FormerName, now="--skip-rejected")
     parser.add_argument(
+        "--share-media",
+        action="store_true",
+        help="write media once for the records that show them behind the same text, as one sample of several records; "
+        "with data.share_prefix=true they are trained on together (docs/families.md)",
+    )
+    parser.add_argument(
         "--samples-per-shard",
         type=count,
         default=1000,
@@ -130,6 +136,7 @@ def main(args: Namespace) -> int:
                 skip_rejected=args.skip_rejected,
                 progress=show,
                 media_check=_media_check(args),
+                share_media=args.share_media,
             )
         except RejectedRecordsError as problems:
             progress.stop()

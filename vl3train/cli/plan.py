@@ -78,7 +78,7 @@ def main(args: Namespace) -> int:
 
 def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerprint: str) -> None:
     """All figures that are counted."""
-    epoch, steps = figures.epoch, figures.steps_in_epoch
+    epoch, steps, shared = figures.epoch, figures.steps_in_epoch, figures.shared
     console.print(Text(f"plan {fingerprint}, stage {cfg.stage.number}: {cfg.stage.name}", style="bold"))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
@@ -87,8 +87,8 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
         ("steps", f"{figures.num_steps:,} in the run, {steps:,} in a virtual epoch"),
         (
             "a step",
-            f"{epoch.samples / steps:,.1f} samples, {epoch.tokens / steps:,.0f} tokens, "
-            f"{epoch.patches / steps:,.0f} patches in {counted(cfg.step.global_packs, 'pack')}",
+            f"{epoch.samples / steps:,.1f} samples, {(epoch.tokens - shared.tokens) / steps:,.0f} tokens, "
+            f"{(epoch.patches - shared.patches) / steps:,.0f} patches in {counted(cfg.step.global_packs, 'pack')}",
         ),
         ("supervised", f"{epoch.supervised_tokens / epoch.tokens:.1%} of the tokens"),
         (
@@ -101,6 +101,10 @@ def print_plan(console: Console, cfg: TrainConfig, figures: PlanFigures, fingerp
             f"costliest of {counted(cfg.machine.dp_size, 'rank')} / mean rank: {_spread(figures.rank_balance)}",
         ),
     ]
+    if shared.families:
+        saved = f"{shared.tokens / epoch.tokens:.1%} of the tokens, {shared.patches / epoch.patches:.1%} of the patches"
+        text = f"{shared.families:,} with {shared.samples:,} samples; sharing their prefixes saves {saved}"
+        rows.append(("families", text))
     for name, text in rows:
         facts.add_row(name, text)
     console.print(facts)

@@ -97,6 +97,13 @@ class DataConfig:
     """For shards on remote storage. Shards are shuffled, then samples within windows of this many shards, so that a
     node reads few shards at a time. 0: all samples of a source are shuffled together."""
 
+    share_prefix: bool = False
+    """Encode and prefill an image or clip once for the records of a source that show it behind the same text: a family
+    (docs/families.md). Loss and gradients are those of the separate samples. Off until it is measured on a GPU."""
+
+    max_family_records: int = 16
+    """Most records that share one prefix in a pack; a larger family is divided."""
+
     index_dir: str | None = None
     """Folder for the indexes of all sources, for example where shards lie on a read-only mount; `vl3train index` and
     the run need the same. Unset: each index lies in the folder of its shards."""

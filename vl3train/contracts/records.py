@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +42,9 @@ class RenderSettings:
     stream_supervision: str = "training"  # or "released", "answers"
     grey16: str = "clip"  # or "scale": data/pictures/colours.py
     transparent: str = "drop"  # or "white"
-    rules: int = 3  # raised when the code that samples, resizes, prunes or renders changes its result
+    rules: int = (
+        4  # raised when the code that samples, resizes, prunes, renders or measures changes its result
+    )
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that differ whenever a field does."""
@@ -61,6 +64,11 @@ class SampleLengths:
     merge_sizes: tuple[int, ...]
     kept_tokens: tuple[int, ...]  # visual tokens kept of each item
     modality: str  # "text", "image", "video" or "mixed"
+    prefix_tokens: int = (
+        0  # up to the last visual token, where none of them is supervised; 0 without visual tokens
+    )
+    family: int = field(default=0, compare=False)
+    """Of data/records/families.py, where there are ``prefix_tokens``; 0 for none. Known only where it was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +93,18 @@ class Pack:
     """Samples chosen to share a row. ``samples`` are row numbers of the index."""
 
     samples: tuple[int, ...]
-    num_tokens: int
+    num_tokens: int  # a prefix that samples share once
     num_patches: int
     num_supervised_tokens: int
     cost: int  # integer work units: see data/plan/plan.py
+    families: tuple[int, ...] = ()
+    """How many neighbouring samples share each prefix, 1 for one that shares none; empty where none does."""
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The samples, those that share a prefix together."""
+        ends = itertools.accumulate(self.families or (1,) * len(self.samples))
+        return [self.samples[first:end] for first, end in itertools.pairwise((0, *ends))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

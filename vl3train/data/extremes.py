@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample
+from vl3train.contracts.records import Batch, Cursor, Pack, RenderedSample, SampleLengths
 from vl3train.data.collate import collate
 from vl3train.data.loader import OpenData
 from vl3train.data.plan.plan import Plan
-from vl3train.data.render.samples import blank_sample
+from vl3train.data.render.families import blank_family
 
 STEPS_SCANNED = 2000
 """Most steps that are searched for the worst pack, about a millisecond each."""
@@ -69,14 +69,19 @@ def _next_packs(plan: Plan, first: Cursor, end: int) -> Iterator[tuple[int, Pack
 
 def blank_batch(data: OpenData, pack: Pack, loss_chunk_tokens: int) -> Batch:
     """A micro-batch with every length of the pack, as the index knows them; no sample is read."""
-    samples = [_blank(data, row) for row in pack.samples]
+    samples = [sample for rows in pack.groups for sample in _blank(data, rows)]
     chunks = max(1, -(-pack.num_supervised_tokens // loss_chunk_tokens))
     return collate(samples, pack, num_loss_chunks=chunks)
 
 
-def _blank(data: OpenData, row: int) -> RenderedSample:
-    planned = data.index.lengths(row)
-    sample = blank_sample(planned, key=data.index.key(row), source=data.index.source(row))
+def _blank(data: OpenData, rows: Sequence[int]) -> list[RenderedSample]:
+    planned, keys = [data.index.lengths(row) for row in rows], [data.index.key(row) for row in rows]
+    samples = blank_family(planned, keys=keys, source=data.index.source(rows[0]))
+    prefixes = len(samples) - len(rows)  # 1 where they share one
+    return [*samples[:prefixes], *map(_supervised, samples[prefixes:], planned)]
+
+
+def _supervised(sample: RenderedSample, planned: SampleLengths) -> RenderedSample:
     labels = sample.labels.copy()
     labels[: planned.num_supervised_tokens] = 0  # which tokens are supervised makes no difference
     return dataclasses.replace(sample, labels=labels)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -29,8 +29,8 @@ from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.plan.costs import rank_packs
 from vl3train.data.plan.plan import Plan
 from vl3train.data.render.decode_client import Decoder, decode_server
+from vl3train.data.render.families import FamilyRecord, blank_family
 from vl3train.data.render.processes import clean_processes, end_with_parent
-from vl3train.data.render.samples import blank_sample
 from vl3train.data.shards.index import Index
 from vl3train.data.shards.manifest import IndexPlace
 
@@ -96,10 +96,10 @@ class PackDataset(Dataset[LoadedPack]):
         """The same without pictures, supervised tokens or a sample that counts as failed; reads nothing."""
         pack, num_loss_chunks = self._planned(number)
         index = self.data.index
-        samples = [
-            blank_sample(index.lengths(row), key=index.key(row), source=index.source(row))
-            for row in pack.samples
-        ]
+        samples: list[RenderedSample] = []
+        for rows in pack.groups:
+            planned, keys = [index.lengths(row) for row in rows], [index.key(row) for row in rows]
+            samples += blank_family(planned, keys=keys, source=index.source(rows[0]))
         batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=0)
         return LoadedPack(batch, ())
 
@@ -116,31 +116,37 @@ class PackDataset(Dataset[LoadedPack]):
     def _load(self, pack: Pack, num_loss_chunks: int) -> LoadedPack:
         failed: list[FailedEntry] = []
         samples, first_patch = [], 0
-        for row in pack.samples:
-            samples.append(self._render(row, first_patch, failed))
-            first_patch += len(samples[-1].patches)
+        for rows in pack.groups:
+            found = self._render(rows, first_patch, failed)
+            first_patch += len(found[0].patches)
+            samples += found
         progress.sample("a pack", "collating")
         batch = collate(samples, pack, num_loss_chunks=num_loss_chunks, num_failed_samples=len(failed))
         progress.sample("", IDLE)
         return LoadedPack(batch, tuple(failed))
 
-    def _render(self, row: int, first_patch: int, failed: list[FailedEntry]) -> RenderedSample:
-        """The sample; where it fails, a blank one of its lengths, without pictures or supervised tokens."""
-        index, planned = self.data.index, self.data.index.lengths(row)
-        key, source = index.key(row), index.source(row)
+    def _render(
+        self, rows: Sequence[int], first_patch: int, failed: list[FailedEntry]
+    ) -> list[RenderedSample]:
+        """A sample, or the prefix and the branches of a family; where one fails, blanks of the lengths of all, without
+        pictures or supervised tokens: they show the same media."""
+        index, wait = self.data.index, self.data.retry_seconds
+        planned, keys = [index.lengths(row) for row in rows], [index.key(row) for row in rows]
+        source = index.source(rows[0])
         try:
-            progress.sample(key, "reading")
-            conversation, parts = index.read_sample(row, retry_seconds=self.data.retry_seconds)
-            progress.sample(key, "decoding")
+            progress.sample(keys[0], "reading")
+            read = [index.read_sample(rows[0], retry_seconds=wait)]
+            read += [index.read_text(row, retry_seconds=wait) for row in rows[1:]]
+            progress.sample(keys[0], "decoding")
             decoder = _decoder(self.decode_address, self.data.decode_seconds, self.data.plan.step.max_patches)
-            return decoder.render(
-                conversation, parts, planned, key=key, source=source, first_patch=first_patch
-            )
+            first, *rest = (FamilyRecord(*one, lengths) for one, lengths in zip(read, planned, strict=True))
+            return decoder.render_family(first, rest, keys=keys, source=source, first_patch=first_patch)
         except SampleError as error:
-            failed.append(FailedEntry(str(index.shard(row)), key, str(error)))
-            return blank_sample(planned, key=key, source=source)
+            shards = (str(index.shard(row)) for row in rows)
+            failed += [FailedEntry(shard, key, str(error)) for shard, key in zip(shards, keys, strict=True)]
+            return blank_family(planned, keys=keys, source=source)
         except Exception as error:
-            error.add_note(f"while rendering {key}")
+            error.add_note(f"while rendering {keys[0]}")
             raise
 
 

@@ -150,6 +150,7 @@ def _open_plan(cfg: TrainConfig, sources: list[tuple[str, float, IndexPlace | No
         cfg.step,
         costs=dict(cfg.model.costs),
         order=OrderRules(cfg.data.max_epoch_samples, cfg.data.block_shards),
+        max_family_records=cfg.data.max_family_records if cfg.data.share_prefix else 1,
         cache=plans,
     )
     return index, plan
@@ -211,11 +212,11 @@ def train_steps(
         packs = plan.step_packs(cursor)
         progress.phase(WAITING_FOR_DATA)
         mine = [next(loaded) for _ in range(num_micro_batches)]
-        progress.packs([key for one in mine for key in one.batch.segment_keys])
+        progress.packs([key for one in mine for key in one.batch.sample_keys])
         ledger.append(_ledger_lines(cursor, [entry for one in mine for entry in one.failed]))
         for one in mine:
             failed_keys = {entry.key for entry in one.failed}
-            for key in one.batch.segment_keys:
+            for key in one.batch.sample_keys:
                 failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
                 if failed_in_a_row >= cfg.data.max_consecutive_failed:
                     raise TooManyFailed(

@@ -50,8 +50,14 @@ def render(question: Question, rendering: Rendering, *, key: str) -> RenderedSam
 
 def question_batch(sample: RenderedSample) -> Batch:
     """A rendered question as a pack of its own."""
-    sizes = {"num_tokens": len(sample.input_ids), "num_patches": len(sample.patches)}
-    return collate([sample], Pack(samples=(0,), num_supervised_tokens=1, cost=0, **sizes), num_loss_chunks=1)
+    pack = Pack(
+        samples=(0,),
+        num_tokens=len(sample.input_ids),
+        num_patches=len(sample.patches),
+        num_supervised_tokens=1,
+        cost=0,
+    )
+    return collate([sample], pack, num_loss_chunks=1)
 
 
 def media_problems(question: Question, rendering: Rendering) -> list[str]:

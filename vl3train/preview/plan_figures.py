@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
 from vl3train.config.schema import TrainConfig
 from vl3train.data.plan.costs import rank_packs
+from vl3train.data.plan.plan import Plan
 
 if TYPE_CHECKING:
     from vl3train.data.pipeline import OpenData
 
 STEPS_COUNTED = 200
 MODALITIES = ("text", "image", "video", "mixed")
+
+
+class Shared(NamedTuple):
+    """Families that share a prefix in a pack, and what is not computed again because of it."""
+
+    families: int
+    samples: int  # in families
+    tokens: int
+    patches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +51,9 @@ class PlanFigures:
     modalities: tuple[Group, ...]
     lengths: dict[str, np.ndarray]  # tokens of each sample of the index, by modality
     patches: dict[str, np.ndarray]  # patches likewise, where there are any
-    image_patches: int  # of the epoch
-    clip_frames: int  # of the epoch, sampled ones
+    image_patches: int  # of the epoch, decoded once for a family
+    clip_frames: int  # of the epoch, sampled ones, likewise
+    shared: Shared  # of the epoch
     rejected: tuple[tuple[str, int, str], ...]  # reason, how many, an example's key
     token_fill: np.ndarray  # (steps,) share of the packs' tokens in use, of the steps counted
     patch_fill: np.ndarray  # (steps,)
@@ -73,7 +84,9 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
     costs = np.array([[pack.cost for pack in packs] for packs in found], float)
     ranks = np.array([_rank_costs(packs, cfg.machine.dp_size) for packs in found], float)
     caps = len(found[0]) * cfg.step.max_tokens, len(found[0]) * cfg.step.max_patches
-    language, encoder = plan.language_costs(order).sum(), plan.sample_costs(order).sum()
+    entries = plan.epoch_entries(0)
+    decoded = order if plan.units is None else plan.units.first_rows[entries]
+    language, encoder = plan.language_costs(entries).sum(), plan.entry_costs(entries).sum()
     return PlanFigures(
         num_steps=cfg.run.num_steps or plan.total_steps(cfg.run.num_epochs),
         steps_in_epoch=steps,
@@ -84,8 +97,9 @@ def plan_figures(cfg: TrainConfig, data: OpenData) -> PlanFigures:
         ),
         lengths={name: tokens[modality == name] for name in MODALITIES if np.any(modality == name)},
         patches={name: patches[modality == name] for name in MODALITIES[1:] if np.any(modality == name)},
-        image_patches=int(patches[order][~in_clips[order]].sum()),
-        clip_frames=int(frames[order].sum()),
+        image_patches=int(patches[decoded][~in_clips[decoded]].sum()),
+        clip_frames=int(frames[decoded].sum()),
+        shared=_shared(plan),
         rejected=_rejected(data),
         token_fill=np.array([sum(pack.num_tokens for pack in packs) for packs in found]) / caps[0],
         patch_fill=np.array([sum(pack.num_patches for pack in packs) for packs in found]) / caps[1],
@@ -112,6 +126,21 @@ def advice(cfg: TrainConfig, figures: PlanFigures) -> str | None:
             "raise it, or lower step.global_packs"
         )
     return "single samples cost more than a mean pack, or packs are too full to balance: lower step.fill"
+
+
+def _shared(plan: Plan) -> Shared:
+    units, prefix = plan.units, plan.table.prefix_tokens
+    if units is None or prefix is None:
+        return Shared(0, 0, 0, 0)
+    entries = plan.epoch_entries(0)
+    counts, firsts = units.num_records[entries].astype(np.int64), units.first_rows[entries]
+    more = counts - 1
+    return Shared(
+        families=int((more > 0).sum()),
+        samples=int(counts[more > 0].sum()),
+        tokens=int((more * prefix[firsts]).sum()),
+        patches=int((more * plan.table.num_patches[firsts]).sum()),
+    )
 
 
 def _rank_costs(packs: list, dp_size: int) -> list[int]:

@@ -250,17 +250,26 @@ def _shown_pack(
         token_fill=pack.num_tokens / limits.max_tokens,
         patch_fill=pack.num_patches / limits.max_patches,
         work=pack.cost / mean,
-        samples=[_shown_sample(data, row, tokenizer, decoder) for row in rows],
+        samples=[
+            _shown_sample(data, row, tokenizer, decoder, len(group))
+            for row in rows
+            for group in pack.groups
+            if row in group
+        ],
     )
 
 
-def _shown_sample(data: OpenData, row: int, tokenizer: ChatTokenizer, decoder: Decoder) -> ShownSample:
-    """A sample with its pictures and text, or with the reason why it has none."""
+def _shown_sample(
+    data: OpenData, row: int, tokenizer: ChatTokenizer, decoder: Decoder, num_sharing: int
+) -> ShownSample:
+    """A sample with its pictures and text, or with the reason why it has none; so many share its prefix."""
     lengths = data.index.lengths(row)
     about = (
         f"{lengths.modality}: {lengths.num_tokens:,} tokens, {lengths.num_supervised_tokens:,} supervised, "
         f"{lengths.num_patches:,} patches, {lengths.num_visual_tokens:,} visual tokens"
     )
+    if num_sharing > 1:
+        about += f"; {num_sharing} samples share the first {lengths.prefix_tokens:,} tokens"
     key, sample = data.index.key(row), rendered(data, row, decoder)
     if isinstance(sample, SampleError):
         return ShownSample(key=key, about=about, text=[], pictures=[], fault=str(sample))

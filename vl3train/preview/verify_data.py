@@ -106,6 +106,12 @@ def check_splits(data: OpenData) -> Verdict:
     for pack in packs:
         if pack.num_tokens > plan.step.max_tokens or pack.num_patches > plan.step.max_patches:
             reasons.append(f"a pack holds {pack.num_tokens} tokens and {pack.num_patches} patches")
+    of_source, families = data.index.source, plan.table.families
+    groups = [group for pack in packs for group in pack.groups if len(group) > 1]
+    for group in groups:
+        assert families is not None, "without them no samples share a prefix"
+        if len({(of_source(row), int(families[row])) for row in group}) > 1:
+            reasons.append(f"{data.index.key(group[0])}: samples of other media share its prefix")
     rows, counts = np.unique(plan.epoch_rows(0), return_counts=True)
     expected, bound = data.index.num_samples - len(plan.oversized_samples), plan.order.max_epoch_samples
     if all(weight == 1 for weight in plan.table.weights) and (bound is None or expected <= bound):
@@ -114,4 +120,6 @@ def check_splits(data: OpenData) -> Verdict:
             reasons.append(f"{twice} samples are twice in an epoch, {never} never")
     found = f"{counted(len(packs), 'pack')} can be divided without change over {', '.join(map(str, worlds))}"
     found += " rank" if worlds == [1] else " ranks"
+    if groups:
+        found += f"; {sum(map(len, groups))} of its samples are in {len(groups)} families, which share a prefix each"
     return Verdict("splits", not reasons, found, reasons)

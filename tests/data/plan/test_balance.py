@@ -29,11 +29,13 @@ def drawn(count: int, seed: int, *, longest: int = 100, share_visual: float = 0.
         patches.astype(np.int32),
         items.astype(np.int32),
         patches.astype(np.int64) ** 2 // np.maximum(items, 1),
+        fewer_pairs=np.zeros(1, np.int64),
+        records=np.ones(1, np.int32),
     )
 
 
 def rules_of(columns: balance.Columns, num_packs: int) -> balance.Rules:
-    tokens, patches, _, pairs = (values.astype(np.int64) for values in columns)
+    tokens, patches, _, pairs = (values.astype(np.int64) for values in columns[:4])
     language, encoder = COSTS[0] * tokens + COSTS[1] * tokens**2, COSTS[2] * patches + COSTS[3] * pairs
     share = 90 / max(1, tokens.sum())
     parts = [max(1, int(part.sum() * share)) for part in (language + encoder, language, encoder)]
@@ -60,7 +62,7 @@ def cut(columns, num_packs, fill, max_samples, seed=0):
 def test_the_compiled_planner_is_the_plain_one(count, seed, longest, num_packs, fill, max_samples):
     columns = drawn(count, seed, longest=longest)
     order, cut_order, bounds, aims, rules = cut(columns, num_packs, fill, max_samples, seed)
-    samples = [tuple(int(values[i]) for values in columns) for i in range(count)]
+    samples = [tuple(int(values[i]) for values in columns[:4]) for i in range(count)]
     rest = (COSTS.tolist(), rules.means.tolist(), num_packs, CAPS.tolist())
     steps = reference.cut(order.tolist(), samples, *rest, aims.tolist(), max_samples)
     ends = bounds.tolist()

@@ -17,7 +17,14 @@ def test_doctests():
 
 
 def test_a_mean_pack_is_what_the_first_limit_of_a_step_allows():
-    sums = {"token": 1000, "token_pair": 200_000, "patch": 4000, "patch_pair": 10_000, "item": 10}
+    sums = {
+        "token": 1000,
+        "token_pair": 200_000,
+        "patch": 4000,
+        "patch_pair": 10_000,
+        "item": 10,
+        "record": 10,
+    }
     costs = cost_numbers({"token": 2, "token_pair": 3, "patch": 5, "patch_pair": 7})
     language, encoder = 2 * 1000 + 3 * 200_000, 5 * 4000 + 7 * 10_000
 

@@ -229,6 +229,7 @@ def test_the_planned_count_is_kept_whatever_the_decoder_rounds(parts, tokenizer)
         planned,
         num_tokens=planned.num_tokens + 3,
         num_visual_tokens=planned.num_visual_tokens + 3,
+        prefix_tokens=planned.prefix_tokens + 3,
         kept_tokens=(planned.kept_tokens[0] + 3,),
     )
     sample = render(conversation, parts, tokenizer, planned=other)

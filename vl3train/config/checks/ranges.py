@@ -49,6 +49,7 @@ RANGES: dict[str, Range] = {
     "data.max_consecutive_failed": AT_LEAST_1,
     "data.max_epoch_samples": AT_LEAST_1,
     "data.block_shards": AT_LEAST_0,
+    "data.max_family_records": AT_LEAST_1,
     "step.max_tokens": AT_LEAST_1,
     "step.max_patches": AT_LEAST_1,
     "step.max_visual_items": AT_LEAST_1,

@@ -28,12 +28,17 @@ TOKENS, PATCHES, ITEMS, WORK, LANGUAGE, ENCODER, TOKEN_SHARE, PATCH_SHARE = rang
 
 
 class Columns(NamedTuple):
-    """What the compiled code reads of every sample of a table, n of them."""
+    """What the compiled code reads of every unit of a plan (families.py), n of them: a sample, or records that share a
+    prefix."""
 
     tokens: np.ndarray  # (n,) int32
     patches: np.ndarray  # (n,) int32
     items: np.ndarray  # (n,) int32, images and clips
     pairs: np.ndarray  # (n,) int64, sum over frames of their patches squared
+    fewer_pairs: (
+        np.ndarray
+    )  # (n,) int64, token pairs fewer than a sample of as many tokens has; or (1,): 0 for all
+    records: np.ndarray  # (n,) int32; or (1,): 1 for all
 
 
 class Rules(NamedTuple):
@@ -43,6 +48,12 @@ class Rules(NamedTuple):
     caps: np.ndarray  # (3,) int64 on tokens, patches and items of a pack
     costs: np.ndarray  # (4,) int64 work of a token, a token pair, a patch and a patch pair
     means: np.ndarray  # (5,) int64 a mean pack's WORK, LANGUAGE, ENCODER, TOKENS and PATCHES
+
+
+@njit(cache=True, nogil=True, inline="always")
+def at(values, row):
+    """The row's value in an array that has one for all rows where they are the same."""
+    return values[row] if len(values) > 1 else values[0]
 
 
 @njit(cache=True, nogil=True)
@@ -62,7 +73,7 @@ def measure(rows, columns, rules):
     for i in range(len(rows)):
         row = rows[i]
         t, p = np.int64(columns.tokens[row]), np.int64(columns.patches[row])
-        language = costs[0] * t + costs[1] * t * t
+        language = costs[0] * t + costs[1] * (t * t - at(columns.fewer_pairs, row))
         encoder = costs[2] * p + costs[3] * np.int64(columns.pairs[row])
         measured[i, TOKENS], measured[i, PATCHES], measured[i, ITEMS] = t, p, columns.items[row]
         measured[i, WORK] = (language + encoder) * SHARE // means[0]

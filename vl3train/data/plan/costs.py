@@ -40,15 +40,15 @@ def mean_pack(sums: Mapping[str, int], num_samples: int, costs: np.ndarray, step
     A step has as many mean samples as the first of its limits allows.
 
     Args:
-        sums: over the plan's samples, of ``token``, ``token_pair``, ``patch``, ``patch_pair`` and ``item``.
-        num_samples: of the plan.
+        sums: over the plan's samples, of ``token``, ``token_pair``, ``patch``, ``patch_pair``, ``item`` and ``record``.
+        num_samples: of the plan, those that share a prefix as one.
         costs: (4,), see ``cost_numbers``.
         step: limits of a step.
 
     Returns:
         (5,) int64, at least 1 each
     """
-    samples = [Fraction(step.max_samples)] if step.max_samples else []
+    samples = [Fraction(step.max_samples * num_samples, max(1, sums["record"]))] if step.max_samples else []
     for aim, name in zip(aims_of(step).tolist(), ("token", "patch", "item"), strict=True):
         if sums[name]:
             samples.append(Fraction(aim * num_samples, sums[name]))

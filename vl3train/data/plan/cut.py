@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vl3train.data.plan.balance import assign, measure
+from vl3train.data.plan.balance import assign, at, measure
 
 LOOKAHEAD = 64
 """Samples that a step may put off while it searches for ones that still fit: fill and locality weigh against it."""
@@ -25,7 +25,7 @@ def cut_epoch(order, columns, rules, aims, max_samples):
         columns: ``balance.Columns`` of the whole table.
         rules: ``balance.Rules``.
         aims: (3,) tokens, patches and items at which a step closes; one sample alone may be more.
-        max_samples: of one step.
+        max_samples: of one step, records of families each.
 
     Returns:
         (n,) the same samples in another order, and (steps + 1,) int64 bounds.
@@ -43,12 +43,12 @@ def cut_epoch(order, columns, rules, aims, max_samples):
         while (
             position < total
             and num_waiting < LOOKAHEAD
-            and num_chosen < max_samples
+            and filled[3] < max_samples
             and filled[0] < aims[0] - aims[0] // 2048
         ):
             row = order[position]
             position += 1
-            if num_chosen == 0 or _fits(row, filled, columns, aims):
+            if num_chosen == 0 or _fits(row, filled, columns, aims, max_samples):
                 chosen[num_chosen] = row
                 num_chosen += 1
                 filled = _add(row, filled, columns)
@@ -67,13 +67,13 @@ def _take_waiting(waiting, num_waiting, chosen, columns, aims, max_samples):
     """Choose what fits a new step of the samples that wait.
 
     Returns:
-        How many are chosen, how many still wait, and the tokens, patches and items of those chosen.
+        How many are chosen, how many still wait, and the tokens, patches, items and records of those chosen.
     """
     num_chosen = num_kept = 0
-    filled = (0, 0, 0)
+    filled = (0, 0, 0, 0)
     for w in range(num_waiting):
         row = waiting[w]
-        if num_chosen == 0 or (num_chosen < max_samples and _fits(row, filled, columns, aims)):
+        if num_chosen == 0 or _fits(row, filled, columns, aims, max_samples):
             chosen[num_chosen] = row
             num_chosen += 1
             filled = _add(row, filled, columns)
@@ -108,17 +108,23 @@ def _split(rows, found, cut, written, waiting, num_waiting):
 
 # Inlined: a call would count references of all the arrays for each sample, which makes the cut a quarter slower.
 @njit(cache=True, nogil=True, inline="always")
-def _fits(row, filled, columns, aims):
-    """Whether a step of so many tokens, patches and items stays within its aims with one more sample."""
+def _fits(row, filled, columns, aims, max_samples):
+    """Whether a step of so many tokens, patches, items and records stays within its aims with one more sample."""
     return (
         filled[0] + columns.tokens[row] <= aims[0]
         and filled[1] + columns.patches[row] <= aims[1]
         and filled[2] + columns.items[row] <= aims[2]
+        and filled[3] + at(columns.records, row) <= max_samples
     )
 
 
 @njit(cache=True, nogil=True, inline="always")
 def _add(row, filled, columns):
-    """Tokens, patches and items of a step with one more sample."""
-    tokens, patches, items = filled
-    return tokens + columns.tokens[row], patches + columns.patches[row], items + columns.items[row]
+    """Tokens, patches, items and records of a step with one more sample."""
+    tokens, patches, items, records = filled
+    return (
+        tokens + columns.tokens[row],
+        patches + columns.patches[row],
+        items + columns.items[row],
+        records + at(columns.records, row),
+    )

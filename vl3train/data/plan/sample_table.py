@@ -27,7 +27,7 @@ MAPPED_FROM_SAMPLES = 4096
 REJECTED_KEY = b"rejected"
 """Key of the samples that the index rejected, in the file's own metadata."""
 
-INT32_COLUMNS = ("num_tokens", "num_supervised_tokens", "num_patches")
+INT32_COLUMNS = ("num_tokens", "num_supervised_tokens", "num_patches", "prefix_tokens")
 """Columns in the type that the plan's compiled code reads, so that it reads the mapped file itself."""
 
 
@@ -45,6 +45,10 @@ class SampleTable:
     num_items: np.ndarray | None = None  # (n,) integers: images and clips; None counts none
     shards: np.ndarray | None = None
     """(n,) integers: the shard each sample lies in, for ``OrderRules.block_shards``."""
+    prefix_tokens: np.ndarray | None = None
+    """(n,) integers: tokens that each sample may share with others of its family; 0 for none."""
+    families: np.ndarray | None = None
+    """(n,) int64, the same for samples of the same media behind the same text; 0 for those that share nothing."""
     file: Path | None = None
     """Where the arrays are mapped from. Another process gets this path in place of them."""
 
@@ -71,9 +75,9 @@ def for_the_plan(rows: pa.Table) -> pa.Table:
 
 def columns(rows: pa.Table) -> dict[str, np.ndarray]:
     """The arrays of a ``SampleTable``, by field; views of a mapped file."""
-    names = (*INT32_COLUMNS, "num_patch_pairs", "num_items", "shard")
-    found = {name: _array(rows[name]) for name in names}
-    return {**{name: found[name] for name in names[:-1]}, "shards": found["shard"]}
+    names = {name: name for name in (*INT32_COLUMNS, "num_patch_pairs", "num_items")}
+    names.update(shards="shard", families="family")
+    return {field: _array(rows[name]) for field, name in names.items()}
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

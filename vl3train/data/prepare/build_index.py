@@ -23,6 +23,7 @@ from vl3train.data.shards.index import USABLE
 from vl3train.data.shards.manifest import IndexPlace, MissingIndexError, read_manifest, shard_files
 from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.remote import SHARD_LIST, RemoteError, address_of, local_files
+from vl3train.data.shards.several_records import record_key, split_records
 from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, ShardSample, shard_samples
 
 CHUNK_SAMPLES = 32
@@ -30,6 +31,19 @@ CHUNK_SAMPLES = 32
 MAX_MEDIUM_BYTES = 2_000_000_000
 MAX_TEXT_BYTES = 4_000_000
 """Samples with larger files are rejected before they are read. Such a text would be 60 times the longest pack."""
+
+
+NOTHING = SampleLengths(
+    num_tokens=0,
+    num_supervised_tokens=0,
+    num_visual_tokens=0,
+    num_patches=0,
+    grids=(),
+    merge_sizes=(),
+    kept_tokens=(),
+    modality="",
+)
+"""Lengths of a rejected sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +156,7 @@ def _index_shards(
                 contextlib.closing(_group_rows(samples, files, num_threads, decoding))
             )
             for rows in measured:
-                done += len(rows.rows)
+                done += rows.num_samples
                 progress(done, total)
                 if rows.complete is not None:
                     with _writing(place):
@@ -177,6 +191,7 @@ class _Rows:
 
     shard: Path
     rows: list[dict[str, Any]]
+    num_samples: int  # members measured, of one record or several
     complete: list[dict[str, Any]] | None
 
 
@@ -187,21 +202,22 @@ def _group_rows(
     decoding: _Decoding,
 ) -> Generator[_Rows, None, None]:
     for shard in [shard for shard, members in samples.items() if not members]:
-        yield _Rows(shard, [], [])
+        yield _Rows(shard, [], 0, [])
     chunks = [
         (shard, _Chunk(files[shard], tuple(members[first : first + CHUNK_SAMPLES])))
         for shard, members in samples.items()
         for first in range(0, len(members), CHUNK_SAMPLES)
     ]
     collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
+    left = {shard: len(members) for shard, members in samples.items()}
     if chunks:
         with contextlib.closing(
             _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), decoding)
         ) as measured:
-            for (shard, _), rows in zip(chunks, measured, strict=True):
+            for (shard, chunk), rows in zip(chunks, measured, strict=True):
                 collected[shard] += rows
-                whole = len(collected[shard]) == len(samples[shard])
-                yield _Rows(shard, rows, collected.pop(shard) if whole else None)
+                left[shard] -= len(chunk.samples)
+                yield _Rows(shard, rows, len(chunk.samples), None if left[shard] else collected.pop(shard))
 
 
 def _measured(
@@ -213,7 +229,11 @@ def _measured(
     def measure(chunk: _Chunk) -> list[dict[str, Any]]:
         if not hasattr(own, "decoder"):
             own.decoder = Decoder(decoding.address, decoding.seconds)
-        return [_measure(chunk.shard, sample, own.decoder, decoding.decode) for sample in chunk.samples]
+        return [
+            row
+            for sample in chunk.samples
+            for row in _measure(chunk.shard, sample, own.decoder, decoding.decode)
+        ]
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
     try:
@@ -222,20 +242,10 @@ def _measured(
         pool.shutdown(wait=False, cancel_futures=True)  # those at work end with the decode server
 
 
-def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> dict[str, Any]:
-    """The row of one sample, rejected ones included."""
-    row: dict[str, Any] = {"key": sample.key, "status": USABLE}
-    remarks: set[str] = set()
-    lengths = SampleLengths(
-        num_tokens=0,
-        num_supervised_tokens=0,
-        num_visual_tokens=0,
-        num_patches=0,
-        grids=(),
-        merge_sizes=(),
-        kept_tokens=(),
-        modality="",
-    )
+def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> list[dict[str, Any]]:
+    """The row of each record of one sample, rejected ones included."""
+    crc32s: list[int] = []
+    found: Sequence[tuple[SampleLengths, list[str]] | SampleError]
     try:
         if sample.rejection is not None:
             raise SampleError(sample.rejection)
@@ -245,21 +255,34 @@ def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -
             if part.size > limit:
                 raise SampleError(f"member .{part.name} of {part.size} bytes is over the limit of {limit}")
         data = read_parts(shard, sample.parts)
-        row["part_crc32s"] = [zlib.crc32(data[part.name]) for part in sample.parts]
-        lengths = decoder.measure(data.pop(CONVERSATION_PART, b""), data, decode=decode, remarks=remarks)
+        crc32s = [zlib.crc32(data[part.name]) for part in sample.parts]
+        records = split_records(data.pop(CONVERSATION_PART, b""))
+        found = decoder.measure_records(records, data, decode=decode)
     except SampleError as error:
-        row["status"] = str(error)
+        found = [error]
     except Exception as error:
         error.add_note(f"while indexing {shard}, key {sample.key}")
         raise
+    return [
+        {
+            "key": sample.key if len(found) == 1 else record_key(sample.key, number),
+            "record": number,
+            "part_crc32s": crc32s,
+            "unread_parts": [] if number else list(sample.ignored),  # of the member, so counted once
+            "part_names": [part.name for part in sample.parts],
+            "part_offsets": [part.offset for part in sample.parts],
+            "part_sizes": [part.size for part in sample.parts],
+            **_row(one),
+        }
+        for number, one in enumerate(found)
+    ]
+
+
+def _row(found: tuple[SampleLengths, list[str]] | SampleError) -> dict[str, Any]:
+    lengths, remarks = (NOTHING, []) if isinstance(found, SampleError) else found
     return {
-        "part_crc32s": [],
-        **row,
-        "unread_parts": list(sample.ignored),
+        "status": str(found) if isinstance(found, SampleError) else USABLE,
         "remarks": sorted(remarks),
-        "part_names": [part.name for part in sample.parts],
-        "part_offsets": [part.offset for part in sample.parts],
-        "part_sizes": [part.size for part in sample.parts],
         **dataclasses.asdict(lengths),
         "num_patch_pairs": sum(t * (h * w) ** 2 for t, h, w in lengths.grids),
         "grids": [int(size) for grid in lengths.grids for size in grid],

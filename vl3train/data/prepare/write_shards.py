@@ -15,10 +15,11 @@ from vl3train.contracts.strict_json import json_text
 from vl3train.data.media.picture_lists import LIST_SUFFIX
 from vl3train.data.prepare.annotated_records import AnnotatedRecords, medium_bytes
 from vl3train.data.prepare.check_media import MediaCheck, check_media
+from vl3train.data.prepare.record_families import FamilySizes, Member
 from vl3train.data.prepare.rejections import REJECTED_FILE, RejectedRecordsError, Rejection
-from vl3train.data.records.conversation import Conversation
 from vl3train.data.records.media_files import MediaFile
 from vl3train.data.records.record_files import source_problems
+from vl3train.data.shards.several_records import join_records
 from vl3train.data.shards.tar_headers import CONVERSATION_PART
 
 
@@ -50,10 +51,12 @@ def check_annotations(
     *,
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
+    families: FamilySizes | None = None,
 ) -> CheckReport:
     """Read every record as ``write_shards`` would, and write nothing.
 
-    With ``media_check`` media are read and checked; without it, only whether their files are there.
+    With ``media_check`` media are read and checked; without it, only whether their files are there. ``families``
+    counts the usable records.
 
     Raises:
         ValueError: there is no record; files are missing or of another kind, all of which are named.
@@ -71,6 +74,8 @@ def check_annotations(
         num_records += 1
         if isinstance(found, str):
             rejected.append(Rejection(where, found))
+        elif families is not None:
+            families.count(*found)
         progress("checking", num_records)
     if not num_records:
         raise ValueError(f"no records in {', '.join(records.annotations)}")
@@ -86,6 +91,7 @@ def write_shards(
     skip_rejected: bool,
     progress: Callable[[str, int], None],
     media_check: MediaCheck | None = None,
+    share_media: bool = False,
 ) -> ShardReport:
     """Check every record, then write the usable ones as ``out_dir/shard-000000.tar`` and so on.
 
@@ -99,6 +105,7 @@ def write_shards(
         max_bytes: of media in one shard; a shard closes when it has reached one of the two.
         skip_rejected: write the usable records where some are rejected; REJECTED_FILE lists those with the reasons.
         media_check: check the media of every record first; None: only whether their files are there.
+        share_media: write the records of a family (data/records/families.py) as one member, with their media once.
 
     Raises:
         FileExistsError: ``out_dir`` holds something already.
@@ -109,7 +116,9 @@ def write_shards(
         raise ValueError(f"--out {out_dir} is the folder you are in, and would be replaced; name another")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists already and is left as it is; choose another folder")
-    report = check_annotations(records, progress=progress, media_check=media_check)
+    families = FamilySizes()
+    counted = families if share_media else None
+    report = check_annotations(records, progress=progress, media_check=media_check, families=counted)
     num_records, rejected = report.num_records, report.rejected
     if (rejected and not skip_rejected) or len(rejected) == num_records:
         raise RejectedRecordsError(rejected, num_records)
@@ -120,15 +129,18 @@ def write_shards(
         for where, found in records.read()
         if not isinstance(found, str) and where not in rejected_places
     )
-    num_written = num_shards = 0
+    members = families.together(usable)
+    num_written = num_members = num_shards = 0
     with whole_folder(out_dir) as partial:
         while True:
             shard = partial / f"shard-{num_shards:06d}.tar"
-            count = _write_shard(shard, usable, num_written, max_samples, max_bytes, progress)
+            limits = max_samples, max_bytes
+            count, of_records = _write_shard(shard, members, (num_members, num_written), limits, progress)
             if not count:
                 shard.unlink()
                 break
-            num_written, num_shards = num_written + count, num_shards + 1
+            num_members, num_written = num_members + count, num_written + of_records
+            num_shards += 1
         if num_written + len(rejected) != num_records:
             raise RuntimeError(
                 f"annotations changed while they were read: {num_written} of {num_records} written"
@@ -143,32 +155,33 @@ def write_shards(
 
 def _write_shard(
     shard: Path,
-    samples: Iterator[tuple[Conversation, tuple[MediaFile, ...]]],
-    first: int,
-    max_samples: int,
-    max_bytes: int,
+    members: Iterator[Member],
+    first: tuple[int, int],
+    limits: tuple[int, int],
     progress: Callable[[str, int], None],
-) -> int:
-    """Fill one shard from ``samples``; how many went in."""
-    count = size = 0
+) -> tuple[int, int]:
+    """Fill one shard; how many members and records went in. ``first`` are those before it."""
+    count = num_records = size = 0
+    max_samples, max_bytes = limits
     with shard.open("wb") as file:
         # A fixed time and no names of users: the same input gives the same bytes.
         with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-            while count < max_samples and size < max_bytes:
-                found = next(samples, None)
+            while num_records < max_samples and size < max_bytes:
+                found = next(members, None)
                 if found is None:
                     break
-                conversation, media = found
+                conversations, media = found
                 names = [part_name(number, medium) for number, medium in enumerate(media)]
-                parts = {CONVERSATION_PART: conversation.to_json(names)}
+                parts = {CONVERSATION_PART: join_records([one.to_json(names) for one in conversations])}
                 for name, medium in zip(names, media, strict=True):
                     parts[name] = medium_bytes(medium)
-                writer.write({"__key__": f"{first + count:09d}", **parts})
+                writer.write({"__key__": f"{first[0] + count:09d}", **parts})
                 count, size = count + 1, size + sum(map(len, parts.values()))
-                progress("writing", first + count)
+                num_records += len(conversations)
+                progress("writing", first[1] + num_records)
         file.flush()
         os.fsync(file.fileno())
-    return count
+    return count, num_records
 
 
 def write_members(shard: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:

@@ -125,6 +125,14 @@ class RenderedText:
     labels: np.ndarray  # (T,) int64, shifted: the next id, or IGNORE_INDEX
     placeholder_positions: np.ndarray  # (N,) int64, item after item, in the order of the kept tokens
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens up to the last visual one, if nothing is learned of them: what records of the same media may share."""
+        if not len(self.placeholder_positions):
+            return 0
+        end = int(self.placeholder_positions.max()) + 1
+        return 0 if (self.labels[:end] != IGNORE_INDEX).any() else end
+
 
 def render_conversation(
     conversation: Conversation,

@@ -14,22 +14,23 @@ import mmap
 import os
 import signal
 import socket
-import tempfile
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
+from vl3train.data.render.answers import read_measured, read_sample
 from vl3train.data.render.decode_server import Mailbox, Request, serve
-from vl3train.data.render.processes import clean_processes, folder_of_sockets
+from vl3train.data.render.families import FamilyRecord, cut_family
+from vl3train.data.render.processes import clean_processes, folder_of_sockets, nameless_file
 
 MAILBOX_BYTES = 2**20
 """To begin with; it grows to the largest sample."""
@@ -91,9 +92,9 @@ class Decoder:
             num_patches: most patches that one pack holds; ``render`` writes them into shared memory.
         """
         self._address, self._seconds = address, seconds
-        self._memory = _nameless_file(max(1, num_patches * PATCH_VALUES))
+        self._memory = nameless_file(max(1, num_patches * PATCH_VALUES))
         self._space = np.frombuffer(mmap.mmap(self._memory.fileno(), 0), np.uint8)
-        self._mail = _nameless_file(MAILBOX_BYTES)
+        self._mail = nameless_file(MAILBOX_BYTES)
         self._mailbox = Mailbox(self._mail.fileno())
         self._connection: Connection | None = None
         self._pid = 0
@@ -111,18 +112,25 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        answer, _ = self._request(parts, conversation, decode=decode)
-        found = answer.pop("remarks")
+        (found,) = self.measure_records([conversation], parts, decode=decode)
+        if isinstance(found, SampleError):
+            raise found
+        lengths, noted = found
         if remarks is not None:
-            remarks.update(found)
-        return SampleLengths(
-            **{
-                **answer,
-                "grids": tuple(map(tuple, answer["grids"])),
-                "merge_sizes": tuple(answer["merge_sizes"]),
-                "kept_tokens": tuple(answer["kept_tokens"]),
-            }
-        )
+            remarks.update(noted)
+        return lengths
+
+    def measure_records(
+        self, conversations: Sequence[bytes], parts: Mapping[str, bytes], *, decode: bool
+    ) -> list[tuple[SampleLengths, list[str]] | SampleError]:
+        """``samples.measure_sample`` of each record of the same media, which are decoded once: lengths and remarks.
+
+        Raises:
+            SampleError: they took too long, or the process died of them.
+        """
+        others = tuple(FamilyRecord(conversation, {}) for conversation in conversations[1:])
+        answer, _ = self._request(parts, conversations[0], others=others, decode=decode)
+        return [read_measured(found) for found in answer["records"]]
 
     def check(self, conversation: bytes, parts: Mapping[str, bytes], *, decode: bool) -> list[str]:
         """``visual_items.check_media`` in the decode process: its remarks.
@@ -164,17 +172,53 @@ class Decoder:
         Raises:
             SampleError: as there; or it took too long, or the process died of it.
         """
-        _, content = self._request(parts, conversation, planned=planned, first_patch=first_patch)
+        first = FamilyRecord(conversation, parts, planned)
+        return self.render_family(first, (), keys=[key], source=source, first_patch=first_patch)[0]
+
+    def render_family(
+        self,
+        first: FamilyRecord,
+        others: Sequence[FamilyRecord],
+        *,
+        keys: Sequence[str],
+        source: int,
+        first_patch: int = 0,
+    ) -> list[RenderedSample]:
+        """Records of the same media as a prefix and their branches; one record alone as ``render`` has it.
+
+        Args:
+            first: the record whose parts have their bytes, with its plan.
+            others: records whose media have none, with theirs.
+            keys: of all of them.
+            source: of all of them.
+            first_patch: as for ``render``.
+
+        Raises:
+            SampleError: as ``render``, for any of them.
+        """
+        planned = first.planned
+        assert planned is not None, "what is rendered for a pack was measured"
+        _, content = self._request(
+            first.parts, first.conversation, others=tuple(others), planned=planned, first_patch=first_patch
+        )
         start = first_patch * PATCH_VALUES
-        return _sample(
-            content,
-            key=key,
+        lengths = [other.planned.num_tokens for other in others if other.planned is not None]
+        end = len(content) - 2 * sum(lengths) * np.dtype(np.int64).itemsize
+        sample = read_sample(
+            content[:end],
+            key=keys[0],
             source=source,
             num_tokens=planned.num_tokens,
             num_placed=planned.num_visual_tokens,
             patches=self._space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
             grids=np.array(planned.grids, np.int64).reshape(-1, 3),
             merge_sizes=np.array(planned.merge_sizes, np.int64),
+        )
+        if not others:
+            return [sample]
+        texts = np.split(np.frombuffer(content[end:], np.int64), np.cumsum(np.repeat(lengths, 2))[:-1])
+        return cut_family(
+            sample, list(zip(texts[::2], texts[1::2], strict=True)), keys, planned.prefix_tokens
         )
 
     def render_unplanned(
@@ -188,7 +232,7 @@ class Decoder:
         answer, content = self._request(parts, conversation, unplanned=True)
         grids = np.array(answer["grids"], np.int64).reshape(-1, 3)
         patches = np.frombuffer(content, np.uint8)[len(content) - int(grids.prod(1).sum()) * PATCH_VALUES :]
-        return _sample(
+        return read_sample(
             content[: len(content) - len(patches)],
             key=key,
             source=0,
@@ -254,38 +298,3 @@ class Decoder:
             socket.send_fds(connected, [b"m"], [self._memory.fileno(), self._mail.fileno()])
             self._connection = Connection(connected.detach())
         self._pid = int(self._connection.recv_bytes())
-
-
-def _sample(
-    numbers: bytes,
-    *,
-    num_tokens: int,
-    num_placed: int,
-    grids: np.ndarray,
-    merge_sizes: np.ndarray,
-    **more: Any,
-) -> RenderedSample:
-    """A sample from the ids, labels, places and masks that a decode process has laid end to end."""
-    ids, labels, positions, keep = np.split(
-        np.frombuffer(numbers, np.int64), np.cumsum([num_tokens, num_tokens, num_placed])
-    )
-    num_merged = int((grids.prod(1) // merge_sizes**2).sum())
-    if len(keep) != num_merged:
-        raise SampleError(f"the decode process answered {len(keep)} merged tokens for {num_merged}")
-    return RenderedSample(
-        input_ids=ids,
-        labels=labels,
-        placeholder_positions=positions,
-        keep_mask=keep.astype(bool),
-        grids=grids,
-        merge_sizes=merge_sizes,
-        **more,
-    )
-
-
-def _nameless_file(size: int) -> IO[bytes]:
-    """Memory that processes can share. Not of /dev/shm, which containers keep small."""
-    number = os.memfd_create("vl3train-patches") if hasattr(os, "memfd_create") else tempfile.mkstemp()[0]
-    file = os.fdopen(number, "r+b")
-    os.ftruncate(file.fileno(), size)
-    return file

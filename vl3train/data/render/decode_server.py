@@ -27,7 +27,8 @@ from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import resize_and_patchify
 from vl3train.data.media.resampling import use_whole_vectors
 from vl3train.data.render.chat_tokens import ChatTokenizer
-from vl3train.data.render.samples import measure_sample, render_sample
+from vl3train.data.render.families import FamilyRecord, render_family
+from vl3train.data.render.samples import Seen, measure_sample, render_sample
 from vl3train.data.render.visual_items import check_media, store_sample
 
 OUT_OF_MEMORY_FIRST = "1000"
@@ -78,6 +79,7 @@ class Request:
     conversation: bytes
     sizes: dict[str, int]  # of its parts, one after the other in the mailbox
     seconds: float
+    others: tuple[FamilyRecord, ...] = ()  # more records of the same media
     planned: SampleLengths | None = None  # to render by; None: measure it
     unplanned: bool = False  # render it, whatever lengths it has
     first_patch: int = 0  # where in the shared memory its patches go
@@ -183,33 +185,52 @@ def _answer(
         if request.unplanned:
             return _rendered_unplanned(request, parts, settings, tokenizer, limits)
         if planned is None:
-            remarks: set[str] = set()
-            lengths = measure_sample(
-                request.conversation,
-                parts,
-                settings,
-                tokenizer,
-                limits,
-                decode=request.decode,
-                remarks=remarks,
-            )
-            return {**dataclasses.asdict(lengths), "remarks": sorted(remarks)}, b""
+            return {"records": _measured(request, parts, settings, tokenizer, limits)}, b""
         start = request.first_patch * PATCH_VALUES
-        sample = render_sample(
-            request.conversation,
-            parts,
+        sample, texts = render_family(
+            FamilyRecord(request.conversation, parts, planned),
+            request.others,
             settings,
             tokenizer,
             limits,
-            key="",
-            planned=planned,
             space=space[start : start + planned.num_patches * PATCH_VALUES].reshape(-1, PATCH_VALUES),
         )
     except SampleError as error:
         return {"rejected": str(error)}, b""
     except Exception:
         return {"bug": traceback.format_exc()}, b""
-    return {}, _joined(sample)
+    more = [array.tobytes() for text in texts for array in (text.input_ids, text.labels)]
+    return {}, b"".join((_joined(sample), *more))
+
+
+def _measured(
+    request: Request,
+    parts: Mapping[str, bytes],
+    settings: RenderSettings,
+    tokenizer: ChatTokenizer,
+    limits: DecodeLimits,
+) -> list[dict[str, Any]]:
+    """Of each record of the same media its lengths and remarks, or why it is rejected. Media are decoded once."""
+    found: list[dict[str, Any]] = []
+    seen: Seen = {}
+    for conversation in (request.conversation, *(other.conversation for other in request.others)):
+        remarks: set[str] = set()
+        try:
+            lengths = measure_sample(
+                conversation,
+                parts,
+                settings,
+                tokenizer,
+                limits,
+                decode=request.decode,
+                remarks=remarks,
+                seen=seen,
+            )
+        except SampleError as error:
+            found.append({"rejected": str(error)})
+        else:
+            found.append({**dataclasses.asdict(lengths), "remarks": sorted(remarks)})
+    return found
 
 
 def _rendered_unplanned(

@@ -1,4 +1,4 @@
-"""How this layer starts processes, and how they end with the one that started them."""
+"""How this layer starts processes, how they end with the one that started them, and memory that they share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import threading
 from multiprocessing import util
 from multiprocessing.context import ForkServerContext
+from typing import IO
 
 LONGEST_FOLDER = 72
 """Bytes. The path of a socket may have 104 (108 on Linux), and multiprocessing puts 32 behind the folder's."""
@@ -60,3 +61,11 @@ def end_with_parent(_: int = 0) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def nameless_file(size: int) -> IO[bytes]:
+    """Memory that processes can share. Not of /dev/shm, which containers keep small."""
+    number = os.memfd_create("vl3train-patches") if hasattr(os, "memfd_create") else tempfile.mkstemp()[0]
+    file = os.fdopen(number, "r+b")
+    os.ftruncate(file.fileno(), size)
+    return file

@@ -31,6 +31,7 @@ from vl3train.data.records.conversation import (
     visual_items,
 )
 from vl3train.data.records.shard_records import open_conversation
+from vl3train.data.shards.several_records import join_records, split_records
 from vl3train.data.shards.tar_headers import CONVERSATION_PART
 from vl3train.data.video.timeline import FrameRule
 
@@ -184,7 +185,11 @@ def store_sample(
     Raises:
         SampleError: it cannot be rendered.
     """
-    conversation = open_conversation(conversation_bytes, parts)
+    conversation, *others = (open_conversation(one, parts) for one in split_records(conversation_bytes))
+    if any(visual_items(other) != visual_items(conversation) for other in others):
+        raise SampleError(
+            "the records of the member show its media differently; write them into shards again"
+        )
 
     def store(exact: bool) -> dict[str, bytes]:
         contents = visual_items(conversation)
@@ -198,7 +203,8 @@ def store_sample(
             frames = (resize(frame[None], item.grid[1:])[0] for frame in _frames(item, limits))
             names[content.part] = f"{len(members)}.{STORED_SUFFIX}"
             members[names[content.part]] = pack_frames(frames, item.times, _rule(content, settings))
-        return {CONVERSATION_PART: rename_parts(conversation, names).to_json(), **members}
+        renamed = [rename_parts(one, names).to_json() for one in (conversation, *others)]
+        return {CONVERSATION_PART: join_records(renamed), **members}
 
     return by_packets_else_exact(store)
 

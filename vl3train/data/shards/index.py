@@ -41,7 +41,8 @@ from vl3train.data.shards.manifest import (
 )
 from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.remote import RangeCache
-from vl3train.data.shards.tar_headers import CONVERSATION_PART, Part
+from vl3train.data.shards.several_records import split_records
+from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, Part
 
 USABLE = "ok"
 SCHEMA = pa.schema(
@@ -62,6 +63,9 @@ SCHEMA = pa.schema(
         ("merge_sizes", pa.list_(pa.int32())),
         ("kept_tokens", pa.list_(pa.int32())),
         ("modality", pa.string()),
+        ("record", pa.int64()),  # its number in a member of several; 0 where there is one
+        ("prefix_tokens", pa.int64()),
+        ("family", pa.int64()),
         ("status", pa.string()),  # USABLE, or the reason why not
     ]
 )
@@ -126,6 +130,8 @@ class Index:
             merge_sizes=tuple(values["merge_sizes"]),
             kept_tokens=tuple(values["kept_tokens"]),
             modality=values["modality"],
+            prefix_tokens=values["prefix_tokens"],
+            family=values["family"],
         )
 
     def read_sample(self, row: int, *, retry_seconds: float = 0.0) -> tuple[bytes, dict[str, bytes]]:
@@ -136,19 +142,31 @@ class Index:
         Raises:
             SampleError: the bytes are not those that were indexed.
         """
+        return self._read(row, retry_seconds=retry_seconds, with_media=True)
+
+    def read_text(self, row: int, *, retry_seconds: float = 0.0) -> tuple[bytes, dict[str, bytes]]:
+        """As ``read_sample``, with no bytes for the media: for a record whose family shows them already."""
+        return self._read(row, retry_seconds=retry_seconds, with_media=False)
+
+    def _read(self, row: int, *, retry_seconds: float, with_media: bool) -> tuple[bytes, dict[str, bytes]]:
         values = self._row(row)
-        parts = [
-            Part(*fields)
-            for fields in zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
-        ]
+        fields = zip(values["part_names"], values["part_offsets"], values["part_sizes"], strict=True)
+        crc32s = {Part(*one): crc32 for one, crc32 in zip(fields, values["part_crc32s"], strict=True)}
+        parts = [part for part in crc32s if with_media or part.name in (CONVERSATION_PART, CAPTION_PART)]
         data = read_parts(self.shard(row), parts, self.cache, retry_seconds=retry_seconds)
-        for part, crc32 in zip(parts, values["part_crc32s"], strict=True):
-            if zlib.crc32(data[part.name]) != crc32:
+        for part in parts:
+            if zlib.crc32(data[part.name]) != crc32s[part]:
                 raise SampleError(
                     f"part {part.name}: its bytes differ from those indexed (crc32): {self.shard(row)} was replaced or "
                     "damaged since. Restore it, or start again: the start says what changed"
                 )
-        return data.pop(CONVERSATION_PART, b""), data
+        data = {part.name: data.get(part.name, b"") for part in crc32s}
+        records = split_records(data.pop(CONVERSATION_PART, b""))
+        if values["record"] >= len(records):
+            raise SampleError(
+                f"the member holds {len(records)} records, and number {values['record']} was indexed"
+            )
+        return records[values["record"]], data
 
     def sample_table(self) -> SampleTable:
         """What the plan reads."""

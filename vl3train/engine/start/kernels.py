@@ -24,8 +24,10 @@ class Kernels(NamedTuple):
         return [f"{what}: {choice.name} ({choice.reason})" for what, choice in named]
 
 
-def choose_kernels(machine: MachineConfig, hf_model: Any, rank: Rank) -> Kernels:
-    """Choose the kernels and check them. All ranks call it.
+def choose_kernels(
+    machine: MachineConfig, hf_model: Any, rank: Rank, *, shares_prefix: bool = False
+) -> Kernels:
+    """Choose the kernels and check them, those of ``data.share_prefix`` too. All ranks call it.
 
     Raises RunError on every rank where a kernel that the config asks for cannot be used, or gives wrong results.
     """
@@ -34,7 +36,12 @@ def choose_kernels(machine: MachineConfig, hf_model: Any, rank: Rank) -> Kernels
     dtype = next(hf_model.parameters()).dtype
     try:
         attention = right_attention(
-            machine.attention.value, hf_model.config, rank.device, head_dims(hf_model), dtype
+            machine.attention.value,
+            hf_model.config,
+            rank.device,
+            head_dims(hf_model),
+            dtype,
+            shares_prefix=shares_prefix,
         )
         gemm_backend = choose_gemm_backend(
             machine.gemm_backend.value, hf_model.config, rank.device, dtype, compiled=machine.compile_layers

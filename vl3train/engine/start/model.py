@@ -92,7 +92,7 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
         console.message(
             "checking kernels against float64; up to two minutes where they must be compiled first"
         )
-    kernels = choose_kernels(cfg.machine, hf_model, rank)
+    kernels = choose_kernels(cfg.machine, hf_model, rank, shares_prefix=cfg.data.share_prefix)
     packed = PackedModel(
         hf_model,
         kernels.attention.name,

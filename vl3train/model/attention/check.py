@@ -107,6 +107,11 @@ def right_attention(
         )
     while True:
         choice = choose_attention(requested, device, head_dims, dtype, wrong)
+        if shares_prefix and requested == "auto" and choice.name == "reference" and device.type == "cuda":
+            raise ValueError(
+                f"data.share_prefix=true: no fast attention kernel serves it here ({choice.reason}); "
+                "set data.share_prefix=false"
+            )
         problem = None
         if device.type == "cuda":
             problem = kernel_problem(choice.name, hf_config, device, dtype, shares_prefix=shares_prefix)

@@ -1,0 +1,160 @@
+"""What records of the same clip cost when it is read and decoded once (docs/families.md).
+
+    python -m benchmarks.families [--debug] [--no-keep]
+
+Eight short questions on each clip: shards with a member for each record, each loaded alone, beside shards with one for
+each family, loaded together. Both are indexed with pruning, and loaded for one virtual epoch. Bytes are those that the
+index pass and the loader read of the shards; frames are those that the decode sandbox is asked to decode. ``--debug``
+takes few short clips. Prints one JSON line a figure and keeps them in benchmarks/results/families.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data.drawn_media import write_clip
+from benchmarks.data.drawn_shards import write_tokenizer
+from benchmarks.figures import Figures
+from vl3train.config.choices import Device
+from vl3train.config.schema import (
+    DataConfig,
+    MachineConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    StepConfig,
+    TrainConfig,
+)
+from vl3train.contracts.records import Cursor, SampleError
+from vl3train.data.pipeline import open_data, train_steps
+from vl3train.data.prepare import build_index
+from vl3train.data.prepare.annotated_records import AnnotatedRecords
+from vl3train.data.prepare.write_shards import write_shards
+from vl3train.data.render.decode_client import Decoder
+from vl3train.data.shards import index as shards_index
+
+RECORDS = 8
+"""Questions on each clip."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--debug", action="store_true", help="a minute on one core: three clips of 8 frames")
+    parser.add_argument("--no-keep", action="store_true", help="print only")
+    args = parser.parse_args()
+    num_clips, seconds = (3, 8) if args.debug else (12, 64)
+    figures = Figures("families", keep=not (args.no_keep or args.debug), packages=("av", "numpy", "torch"))
+    with tempfile.TemporaryDirectory() as folder:
+        apart, together = (
+            asked_for(Path(folder) / name, num_clips, seconds, share=share)
+            for name, share in (("apart", False), ("together", True))
+        )
+    note = (
+        f"{num_clips} clips of {seconds} frames and more, {RECORDS} records each; index and one virtual epoch"
+    )
+    ratios = {what: apart[what] / together[what] for what in ("frames", "bytes")}
+    figures.add("family_decode_ratio", ratios["frames"], "times fewer frames", "higher", note, aim=5.0)
+    figures.add("family_read_ratio", ratios["bytes"], "times fewer bytes", "higher", note, aim=5.0)
+
+
+def asked_for(root: Path, num_clips: int, seconds: int, *, share: bool) -> Counter[str]:
+    """Bytes that were read and frames that were to be decoded: of the index pass and one virtual epoch."""
+    media = root / "media"
+    media.mkdir(parents=True)
+    write_tokenizer(root / "tokenizer")
+    lines = []
+    for clip in range(num_clips):
+        write_clip(media / f"{clip}.mp4", seconds + clip, 2)  # of equal bytes they would be one clip
+        for record in range(RECORDS):
+            turns = [
+                {"from": "human", "value": f"<video>\nQuestion {record}: what moves?"},
+                {"from": "gpt", "value": f"A picture, number {record}."},
+            ]
+            lines.append(json.dumps({"video": f"{clip}.mp4", "conversations": turns}))
+    (root / "records.jsonl").write_text("\n".join(lines) + "\n")
+    write_shards(
+        AnnotatedRecords((str(root / "records.jsonl"),), (media,)),
+        root / "shards",
+        max_samples=1000,
+        max_bytes=10**9,
+        skip_rejected=False,
+        progress=lambda *_: None,
+        share_media=share,
+    )
+    recipe = {"name": "clips", "about": "Clips.", "sources": [{"name": "clips", "shards": "shards"}]}
+    (root / "recipe.yaml").write_text(json.dumps(recipe))
+    cfg = _config(root, share)
+    with counted() as found:
+        data = open_data(cfg, tokenizer_dir=root / "tokenizer", held_out=False, build=True)
+        last = data.plan.steps_in_epoch(0)
+        where: dict[str, Any] = {"first": Cursor(), "last_step": last, "rank": 0, "dp_size": 1}
+        samples = 0
+        for step in train_steps(data, cfg, **where, ledger_path=root / "ledger.jsonl"):
+            samples += sum(len(batch.sample_keys) - batch.num_failed_samples for batch in step.batches)
+    assert samples == num_clips * RECORDS, f"{samples} samples of {num_clips * RECORDS}"
+    return found
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts what the index pass and the loader read and decode, in this process, within the block."""
+    found: Counter[str] = Counter()
+    places = [(build_index, "read_parts"), (shards_index, "read_parts")]
+    originals = [getattr(place, name) for place, name in places]
+    measure, render = Decoder.measure_records, Decoder.render_family
+
+    def read_parts(*args: Any, **more: Any) -> dict[str, bytes]:
+        parts: dict[str, bytes] = originals[0](*args, **more)
+        found["bytes"] += sum(map(len, parts.values()))
+        return parts
+
+    def measure_records(self: Decoder, *args: Any, **more: Any) -> Any:
+        answers = measure(self, *args, **more)
+        if not isinstance(answers[0], SampleError):
+            found["frames"] += sum(frames for frames, _, _ in answers[0][0].grids)
+        return answers
+
+    def render_family(self: Decoder, first: Any, *args: Any, **more: Any) -> Any:
+        found["frames"] += sum(frames for frames, _, _ in first.planned.grids)
+        return render(self, first, *args, **more)
+
+    try:
+        for place, name in places:
+            setattr(place, name, read_parts)
+        Decoder.measure_records, Decoder.render_family = measure_records, render_family  # type: ignore[method-assign]
+        yield found
+    finally:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
+        Decoder.measure_records, Decoder.render_family = measure, render  # type: ignore[method-assign]
+
+
+def _config(root: Path, share: bool) -> TrainConfig:
+    return TrainConfig(
+        stage=StageConfig(
+            number=3,
+            name="families",
+            recipe=str(root / "recipe.yaml"),
+            learning_rates={"projector": 1e-3},
+            prune_frames=True,
+        ),
+        model=ModelConfig(name="debug"),
+        data=DataConfig(root=str(root), num_workers=0, share_prefix=share, plan_cache=str(root / "plans")),
+        step=StepConfig(max_tokens=16384, max_patches=65536, global_packs=1, max_samples=None),
+        machine=MachineConfig(device=Device.cpu),
+        run=RunConfig(output_dir=str(root / "run")),
+    )
+
+
+if __name__ == "__main__":
+    main()

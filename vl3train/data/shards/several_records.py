@@ -1,0 +1,40 @@
+"""A member that holds several conversations about the same media: {"records": [...]}."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+RECORDS = "records"
+
+
+def record_key(key: str, number: int) -> str:
+    """What one of several records of a member is called.
+
+    >>> record_key("000000007", 2)
+    '000000007#2'
+    """
+    return f"{key}#{number}"
+
+
+def join_records(conversations: Sequence[bytes]) -> bytes:
+    """The .json member of several conversations, each as ``Conversation.to_json``; of one it is that one."""
+    if len(conversations) == 1:
+        return conversations[0]
+    return b'{"%s": [%s]}' % (RECORDS.encode(), b", ".join(conversations))
+
+
+def split_records(data: bytes) -> list[bytes]:
+    """The conversations of a .json member; whatever else it holds comes as it is."""
+    if RECORDS.encode() not in data:
+        return [data]
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return [data]  # who reads the conversation says what is wrong
+    if not isinstance(found, dict) or found.keys() != {RECORDS}:
+        return [data]
+    records = found[RECORDS]
+    if not isinstance(records, list) or not all(isinstance(one, dict) and "turns" in one for one in records):
+        return [data]
+    return [json.dumps(one, ensure_ascii=False, sort_keys=True).encode() for one in records] or [data]
