@@ -142,7 +142,7 @@ def serve(what, where, *arguments):
     """A decode server that fails, or whose decode processes do; it is started in a process of its own."""
     if where == "decode_server":
         WHATS[what]()
-    decode_server.render_sample = WHATS[what]
+    decode_server.render_family = WHATS[what]
     decode_server.serve(*arguments)
 
 
