@@ -7,10 +7,10 @@ Records with equal heads and equal media are a *family*.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+from vl3train.contracts.strict_json import json_text
 from vl3train.data.records.conversation import Conversation, Text
 
 
@@ -33,7 +33,7 @@ def family_number(conversation: Conversation, digest_of: Callable[[str], bytes])
             end = len(head)
     if not end:
         return 0
-    text = json.dumps(head[:end], sort_keys=True).encode()
+    text = json_text(head[:end], sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1 or 1
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from vl3train.contracts.strict_json import json_text
+
 RECORDS = "records"
 
 
@@ -37,4 +39,4 @@ def split_records(data: bytes) -> list[bytes]:
     records = found[RECORDS]
     if not isinstance(records, list) or not all(isinstance(one, dict) and "turns" in one for one in records):
         return [data]
-    return [json.dumps(one, ensure_ascii=False, sort_keys=True).encode() for one in records] or [data]
+    return [json_text(one, sort_keys=True, letters=True).encode() for one in records] or [data]
