@@ -27,7 +27,7 @@ def even(count: int, rate: Fraction, tick: Fraction, said: Fraction | None) -> T
     return Timeline(tuple(places[:-1]), places[-1], tick, said)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 9000),
     RATES,
