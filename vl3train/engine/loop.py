@@ -22,6 +22,7 @@ from vl3train.engine.checkpoints.random_state import forward_state, set_forward_
 from vl3train.engine.held_out.in_run import EvaluationGivenUp, evaluate_run, write_evaluations
 from vl3train.engine.log_step import log_step
 from vl3train.engine.memory.oom import explain_oom
+from vl3train.engine.mirror.uploads import LAST_SECONDS, STOP_SECONDS
 from vl3train.engine.monitor.collectives import shorten_timeouts
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.monitor.console import Console
@@ -102,7 +103,7 @@ def run_steps(run: Run, stop: StopRequest) -> bool:
     run.console.message(told)
     if run.uploads is not None and run.saver.step:  # with what was written since
         run.uploads.offer(checkpoint_name(run.saver.step))
-        run.uploads.finish()
+        run.uploads.finish(LAST_SECONDS if is_finished else STOP_SECONDS)
     if is_finished:
         run.tracker.alert("run finished", told, is_bad=False)
     return is_finished

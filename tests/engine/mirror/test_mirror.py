@@ -96,12 +96,12 @@ def test_a_store_that_fails_is_told_without_its_secret_and_tried_again(tmp_path,
 
         patch.setattr(type(store), "put_file", refuse)
         uploads.offer("step_00000010")
-        uploads.finish()
+        uploads.finish(30)
     [line] = said
     assert "step_00000010 could not be copied: memory://bucket/runs/mine: PermissionError: 403" in line
     assert "swordfish" not in line
     uploads.offer("step_00000020")
-    uploads.finish()
+    uploads.finish(30)
     assert said[1].startswith("step_00000020 is in memory://bucket/runs/mine: ")
 
 

@@ -63,6 +63,7 @@ class Saver:
             self._writing_rank = dataclasses.replace(rank, group=group)
         self._copies = HostCopies(rank.device) if in_background else None
         self._thread: threading.Thread | None = None
+        self._is_settled = True  # whether it is known that the last save is whole, or why it is not
         self._problem: str | None = None  # of the save in progress, or just written
         self._failure: BaseException | None = None  # of this program
         self._whole_step = step
@@ -83,13 +84,14 @@ class Saver:
         if self._copies is not None:
             self._copies.finish()
         snapshot = Snapshot(step=step, engine=state, random=random_state(), resume=resume)
-        self.step = step
-        self._thread = threading.Thread(
-            target=self._write, args=(snapshot, keep), name=f"save-{step}", daemon=True
-        )
-        self._thread.start()
-        if not self.in_background:
-            self._thread.join()
+        self.step, self._is_settled = step, False
+        if self.in_background:
+            self._thread = threading.Thread(
+                target=self._write, args=(snapshot, keep), name=f"save-{step}", daemon=True
+            )
+            self._thread.start()
+        else:  # here: another thread's collectives would take the first GPU
+            self._write(snapshot, keep)
         self._waited += time.perf_counter() - started
 
     def wait(self) -> str | None:
@@ -98,18 +100,18 @@ class Saver:
         Returns None where it is whole or there is none; else why the disk did not take it, on every rank: ``step`` is
         then that of the checkpoint before.
         """
-        if self._thread is None:
+        if self._is_settled:
             return None
         started = time.perf_counter()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(LONG_WAIT)
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self._say(
                 f"the checkpoint of step {self.step} is still being written; training waits for it. Where that comes "
                 "often, raise run.save_steps, or save to a faster disk"
             )
             self._thread.join()
-        self._thread = None
+        self._thread, self._is_settled = None, True
         self._waited += time.perf_counter() - started
         self.raise_failure()
         if self._problem is None:

@@ -11,6 +11,8 @@ from vl3train.engine.mirror.remote import Mirror, MirrorError
 
 LAST_SECONDS = 1800.0
 """For which the end of a run waits for the copy in progress."""
+STOP_SECONDS = 10.0
+"""The same where it was asked to stop: who asks kills it soon. The checkpoint itself is whole."""
 
 
 class Uploads:
@@ -35,11 +37,11 @@ class Uploads:
             self._wanted = checkpoint
             self._changed.notify_all()
 
-    def finish(self, seconds: float = LAST_SECONDS) -> None:
+    def finish(self, seconds: float) -> None:
         """Wait for what is on its way; say where that does not come to an end."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._wanted is None and not self._is_working, 1.0):
-                self._say(f"waiting for the copy to {self._mirror.shown}, {seconds / 60:.0f} minutes at most")
+                self._say(f"waiting for the copy to {self._mirror.shown}, {seconds:.0f} s at most")
                 if not self._changed.wait_for(lambda: self._wanted is None and not self._is_working, seconds):
                     self._say(f"{self._mirror.shown} does not answer: the newest checkpoint is not there")
 

@@ -62,6 +62,9 @@ class HostCopies:
         if number == len(self._buffers):
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
         if self._buffers[number].nbytes != num_bytes:
+            if self._device.type == "cuda" and self._buffers[number].nbytes:
+                cudart = torch.cuda.cudart()
+                torch.cuda.check_error(int(cudart.cudaHostUnregister(self._buffers[number].data_ptr())))
             self._buffers[number] = page_locked(num_bytes, self._device)
         return self._buffers[number]
 
