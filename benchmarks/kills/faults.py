@@ -38,7 +38,14 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
+def lose_line(file: Path) -> None:
+    """The last line is gone, and what is left can be read."""
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": cut, "zeroed": zero, "removed": remove}
+DAMAGES_OF_LOGS = {**DAMAGES, "a line lost": lose_line}
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
 CHECKPOINT_FILES = [
     *("engine/state/mp_rank_00_model_states.pt", "engine/state/*pp_rank_0*optim_states.pt"),
     *("weights/model.safetensors", "random/rank_1.pt", "resume.json", "MANIFEST.json"),
@@ -51,8 +58,8 @@ FAULTS = [
     ("not finite", "every step"),
     *((damage, "index") for damage in DAMAGES),
     ("removed", "shard"),
-    *((damage, "metrics.jsonl") for damage in ("flipped", "cut")),
-    *((damage, "evaluations.jsonl") for damage in ("flipped", "cut")),
+    *((damage, log) for log in LOGS for damage in ("flipped", "cut")),
+    *((damage, log) for log in LOGS for damage in ("removed", "a line lost")),
 ]
 """What happens, and to what."""
 
@@ -78,7 +85,7 @@ def try_fault(
         if damage in IN_RUN:
             problem = IN_RUN[damage](place, name, straight)
         else:
-            DAMAGES[damage](file)
+            DAMAGES_OF_LOGS[damage](file)
             problem = problem_of_start(place, name, words, file, straight)
     except subprocess.TimeoutExpired:
         problem = f"it hangs: {place.said(name)[-1500:]}"

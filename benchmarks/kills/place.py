@@ -68,11 +68,11 @@ class Place:
     def outcome(self, name: str) -> dict[str, Any]:
         """What must not depend on what happened to a run: the figures of each step, and the last weights."""
         folder = self.folder / name
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        names = ("step", "loss", "grad_norm", "source_losses", "learning_rates", "tokens", "patches")
+        log = folder / "metrics.jsonl"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         last = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return {
-            "steps": [[json.dumps(line[name]) for name in names] for line in lines],
+            "steps": [figures_of(line) for line in lines],
             "weights": (last / "weights" / "model.safetensors").read_bytes(),
             "finished": (folder / "finished.json").exists(),
         }
@@ -88,6 +88,16 @@ class Place:
             except BlockingIOError:
                 return True
         return False
+
+
+def figures_of(line: str) -> list[str]:
+    """Those of a line of metrics.jsonl that must not depend on what happened; a damaged line is its own."""
+    names = ("step", "loss", "grad_norm", "source_losses", "learning_rates", "tokens", "patches")
+    try:
+        entry = json.loads(line)
+        return [json.dumps(entry[name]) for name in names]
+    except (ValueError, KeyError):
+        return [line]
 
 
 def make_place(folder: Path) -> Place:
