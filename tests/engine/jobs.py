@@ -60,6 +60,12 @@ def processes_of(job: str) -> dict[int, str]:
 
 def wait_for_launcher(process: subprocess.Popen[str], job: str) -> int:
     """The process that started the ranks of a job, as soon as a rank has begun: not one of the warm Python's."""
+    rank = wait_for_rank(process, job)
+    return int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def wait_for_rank(process: subprocess.Popen[str], job: str, rank: str = "?") -> int:
+    """The process of a rank, as soon as it has begun; ``?``: of any."""
     while process.poll() is None:
         for pid in processes_of(job):
             try:
@@ -67,8 +73,8 @@ def wait_for_launcher(process: subprocess.Popen[str], job: str) -> int:
             except OSError:
                 continue  # it has just ended
             if found := re.search(r"(/\S+)/rank-\d", maps):  # their records, which a rank keeps in memory
-                rank = int.from_bytes((next(Path(found[1]).glob("rank-?"))).read_bytes()[:8], "little")
-                return int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+                for record in Path(found[1]).glob(f"rank-{rank}"):
+                    return int.from_bytes(record.read_bytes()[:8], "little")
         time.sleep(0.1)
     raise AssertionError(f"the job has ended with {process.returncode}")
 

@@ -8,12 +8,14 @@ import pty
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from tests.engine.ends import LOADED, problem_of_end
-from tests.engine.jobs import kill_job, start_job, wait_for_launcher, wait_until_gone
+from tests.engine.jobs import kill_job, start_job, wait_for_launcher, wait_for_rank, wait_until_gone
 from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import figures
 from tests.engine.small_demo import small_demo_words
@@ -112,9 +114,11 @@ def test_each_way_to_ask_saves_and_the_same_command_goes_on(start, warm_python, 
         before = len(figures(stopped))
         with_workers = "data.num_workers=1"  # which hang from their third pack on
         waits, job = start(stopped, with_workers, out=file, planted=("wait@worker", "1"), environment=mark)
-        launcher = wait_for_launcher(waits, job)
+        asked = wait_for_rank(
+            waits, job, "0"
+        )  # the other one, which waits, gets no signal: as on another node
         wait_for_steps(stopped, before + 2, waits)
-        os.kill(launcher, signal.SIGTERM)
+        os.kill(asked, signal.SIGTERM)
         assert waits.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
         assert not wait_until_gone(job, 10)
         assert_saved(stopped, "a rank that waits for its data for ever")
@@ -138,7 +142,7 @@ def test_each_way_to_ask_saves_and_the_same_command_goes_on(start, warm_python, 
 
 @pytest.mark.two_processes
 def test_a_second_interrupt_means_now(start, tmp_path):
-    """Rank 1 takes for ever to save, and rank 0 waits for it in a collective, where Python hears no signal."""
+    """Rank 1 takes for ever to save, and rank 0 waits for it in a collective."""
     mark, out = tmp_path / "saving", tmp_path / "run"
     with (tmp_path / "log").open("w") as file:
         planted, at = ("wait@save", "1"), {PLANTED_AT: str(mark)}
@@ -179,6 +183,22 @@ def test_a_stop_is_no_failure_after_which_torchrun_starts_the_ranks_again(words,
     monkeypatch.setenv(CODES_FOLDER, str(tmp_path))
     assert main([*words, f"run.output_dir={tmp_path / 'run'}"]) == STOPPED
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_is_heard_while_the_main_thread_waits_for_other_ranks():
+    """In a collective, as here in a store: Python calls no handler before the library comes back."""
+    store = dist.HashStore()
+    with contextlib.closing(StopRequest()) as stop:
+
+        def ask():
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while not stop.requested and time.monotonic() < deadline:
+                time.sleep(0.01)
+            store.set("heard", str(stop.requested))
+
+        threading.Thread(target=ask).start()
+        assert store.get("heard") == b"True"
 
 
 def test_the_time_limit_counts_from_the_start_of_the_process_whatever_the_wall_clock_says(monkeypatch):
