@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.engine.runs import figures, run
+from vl3train.engine.ranks import RunError
 
 
 def test_a_stopped_run_knows_its_best_step_and_ends_when_nothing_gets_better(demo_words, tmp_path):
@@ -28,6 +31,14 @@ def test_a_stopped_run_knows_its_best_step_and_ends_when_nothing_gets_better(dem
         "step_00000002",
     ]
 
+    log = out / "evaluations.jsonl"
+    first, second = log.read_text().splitlines(keepends=True)
+    log.write_text(second)
+    with pytest.raises(
+        RunError, match=r"it had 1 evaluation of steps before 2 .*, and now has 0\. Restore it"
+    ):
+        run(words)
+    log.write_text(first + second)
     run(words)
     best = json.loads((out / "best.json").read_text())
     assert [one["step"] for one in best["history"]] == [1, 2, 3]

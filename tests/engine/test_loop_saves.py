@@ -13,7 +13,7 @@ from tests.engine.runs import figures, run, weights
 from vl3train.engine import loop
 from vl3train.engine.checkpoints import saver
 from vl3train.engine.held_out import in_run
-from vl3train.engine.held_out.losses import read_evaluations
+from vl3train.engine.held_out.evaluations_file import read_evaluations
 from vl3train.engine.ranks import OneRankError, RunError
 
 

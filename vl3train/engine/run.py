@@ -15,6 +15,7 @@ from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best
 from vl3train.engine.checkpoints.saver import Saver
+from vl3train.engine.held_out.evaluations_file import EVALUATIONS, evaluations_before
 from vl3train.engine.mirror.uploads import Uploads
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
@@ -102,5 +103,6 @@ class Run:
             "failed_samples": self.failed_samples.state(),
             "bad_steps": self.bad_steps.state(),
             "metrics": metrics_digest(self.folder),
+            "evaluations": evaluations_before(self.folder / EVALUATIONS, self.cursor.step),
             "config": as_plain(self.cfg),
         }

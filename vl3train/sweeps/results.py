@@ -12,7 +12,7 @@ from pathlib import Path
 from vl3train.config.choices import BestFigure
 from vl3train.contracts.files import write_whole
 from vl3train.engine.best import value_of
-from vl3train.engine.held_out.losses import EVALUATIONS, read_evaluations
+from vl3train.engine.held_out.evaluations_file import EVALUATIONS, read_evaluations
 from vl3train.report.run_log import read_run
 
 RESULTS = "results.csv"

@@ -16,8 +16,8 @@ from vl3train.contracts.records import Cursor
 from vl3train.engine.checkpoints.find import find_checkpoint
 from vl3train.engine.checkpoints.keep import remove_checkpoint
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
-from vl3train.engine.held_out.losses import EVALUATIONS, truncate_evaluations
-from vl3train.engine.ranks import RunError
+from vl3train.engine.held_out.evaluations_file import EVALUATIONS, truncate_evaluations
+from vl3train.engine.ranks import OneRankError, RunError
 from vl3train.engine.run import Run
 from vl3train.engine.start.folder import gone
 from vl3train.model.weights.headers.manifest import checkpoints_in, step_of
@@ -68,10 +68,16 @@ def go_back(run: Run) -> None:
 
 
 def undo_evaluations(run: Run) -> None:
-    """Take the evaluations of undone steps out of the run's files; a later start would count them."""
+    """Take the evaluations of undone steps out of the run's files; a later start would count them.
+
+    Raises OneRankError where evaluations.jsonl is damaged: the same command then goes back again.
+    """
     step = run.cursor.step
     run.unwritten_evaluations = [one for one in run.unwritten_evaluations if one["step"] <= step]
-    truncate_evaluations(run.folder / EVALUATIONS, step)
+    try:
+        truncate_evaluations(run.folder / EVALUATIONS, step)
+    except ValueError as error:
+        raise OneRankError(f"{error}. Then give the same command again") from error
     run.best.write(run.folder)
 
 

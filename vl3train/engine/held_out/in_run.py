@@ -12,7 +12,8 @@ from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import answer_table, generate_predictions
-from vl3train.engine.held_out.losses import EVALUATIONS, evaluate, record_evaluation, table_rows
+from vl3train.engine.held_out.evaluations_file import EVALUATIONS, record_evaluation
+from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.held_out.shown import ShownSamples
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.ranks import OneRankError
@@ -74,16 +75,18 @@ def refuse_given_up(run: Run) -> None:
 
 
 def write_evaluations(run: Run) -> None:
-    """Write those that wait to evaluations.jsonl, on the first rank. Does not raise where the disk fails."""
+    """Write those that wait to evaluations.jsonl, on the first rank. Does not raise where the disk fails, or where the
+    file was damaged in the meantime."""
     path, waiting = run.folder / EVALUATIONS, run.unwritten_evaluations
     try:
         while waiting:
             record_evaluation(path, **waiting[0])
             waiting.pop(0)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = f"{path} cannot be written: {error.strerror or error}" if isinstance(error, OSError) else error
         run.console.message(
-            f"{path} cannot be written: {error.strerror or error}. The run goes on; "
-            f"{counted(len(waiting), 'evaluation')} in memory will be written when that works again"
+            f"{why}. The run goes on; {counted(len(waiting), 'evaluation')} in memory will be written when that works "
+            "again"
         )
 
 

@@ -14,7 +14,12 @@ from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best, start_best
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
-from vl3train.engine.held_out.losses import EVALUATIONS, read_evaluations, truncate_evaluations
+from vl3train.engine.held_out.evaluations_file import (
+    EVALUATIONS,
+    lost_evaluations,
+    read_evaluations,
+    truncate_evaluations,
+)
 from vl3train.engine.monitor.metrics_file import METRICS, changed_metrics, truncate_metrics
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.run import FailedSampleLimit
@@ -65,8 +70,10 @@ def resume(
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
         bad_steps.load(stored)
+        counted = stored.get("evaluations")
+        remarks = refuse_lost_evaluations(folder.path, evaluations, counted, cursor.step, rank)
         if rank.is_first:
-            remarks = [
+            remarks += [
                 *changed_metrics(folder.path, stored.get("metrics")),
                 *held_out_changes(folder.path, data),
             ]
@@ -105,6 +112,20 @@ def evaluations_so_far(folder: Path, rank: Rank) -> list[dict[str, Any]]:
             problem = str(error)
     rank.agree(problem)
     return rank.gather(found)[0]
+
+
+def refuse_lost_evaluations(
+    folder: Path, evaluations: list[dict[str, Any]], stored: dict[str, Any] | None, done: int, rank: Rank
+) -> list[str]:
+    """What ``lost_evaluations`` says, on the first rank; RunError on every rank where it raises."""
+    problem, remarks = None, []
+    if rank.is_first:
+        try:
+            remarks = lost_evaluations(folder / EVALUATIONS, evaluations, stored, done)
+        except ValueError as error:
+            problem = str(error)
+    rank.agree(problem)
+    return remarks
 
 
 def refuse_what_cannot_resume(cfg: TrainConfig, stored: dict[str, Any], num_steps: int) -> None:
