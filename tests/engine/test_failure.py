@@ -10,6 +10,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.contracts.full_disk import files_of_at_most
 from tests.engine.ends import ENDS, RESUMED, RUN, problem_of_end
@@ -80,7 +81,6 @@ def test_the_cause_is_said_where_the_folder_for_temporary_files_is_full(tmp_path
         assert report_failure(IndexError("planted here"), None) == FAILED
     assert "the run ends with IndexError: planted here" in capsys.readouterr().err
     assert not file.exists()
-    assert os.environ[ERROR_FILE] == str(file)
     report_failure(IndexError("planted here"), None)
     assert "planted here" in file.read_text()
 
@@ -152,5 +152,21 @@ def test_what_is_left_for_torchrun_appears_whole(tmp_path, monkeypatch, capsys):
     assert seen == [False], "nothing stands there until it is whole"
     assert "ValueError: why" in json.loads(file.read_text())["message"]["message"]
     assert [one.name for one in tmp_path.iterdir()] == ["error.json"]
-    assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(file)
     assert "why" in capsys.readouterr().err
+
+
+def test_torchruns_table_shows_a_message_for_the_user_without_traceback(tmp_path, monkeypatch, capsys):
+    shown = {}
+    for error in (RunError("disk full; make room"), OneRankError("make room here"), IndexError("our own")):
+        file = tmp_path / f"{type(error).__name__}.json"
+        monkeypatch.setenv(ERROR_FILE, str(file))
+        try:
+            raise error
+        except Exception as caught:
+            report_failure(caught, None)
+        failure = ProcessFailure(local_rank=0, pid=7, exitcode=FAILED, error_file=str(file))
+        shown[type(error)] = str(ChildFailedError("train", {0: failure}))
+    assert "traceback : disk full; make room\n" in shown[RunError]
+    assert "make room here" in shown[OneRankError]
+    assert [("Traceback" in text) for text in shown.values()] == [False, False, True]
+    assert "IndexError: our own" in shown[IndexError]

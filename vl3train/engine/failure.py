@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
+from pathlib import Path
 
 from vl3train.contracts.exit_codes import FAILED, INTERRUPTED
+from vl3train.contracts.files import write_whole
 from vl3train.contracts.progress.deaths import describe_gone_ranks
+from vl3train.contracts.strict_json import json_text
 from vl3train.engine.ranks import OneRankError, Rank, RunError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -50,20 +54,16 @@ def summary(error: BaseException) -> str:
 
 
 def _record_for_torchrun(error: BaseException) -> None:
-    """Record the exception for torchrun, whose closing table names the first rank that failed, and why.
+    """Record the exception for torchrun, whose closing table names the first rank that failed, and why: for what a user
+    can act on the message alone, for all else the traceback.
 
     The file appears whole. When one rank fails, torchrun ends the others by SIGTERM, and reads what all have left: half
     a file of a rank that was ended while it wrote would end torchrun with a traceback in place of the table.
     """
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
     path = os.environ.get(ERROR_FILE)
     if path is None:  # not started by torchrun
         return
-    os.environ[ERROR_FILE] = f"{path}.partial"
-    try:
-        with contextlib.suppress(OSError):  # the disk may be full; the cause is printed all the same
-            get_error_handler().record_exception(error)
-            os.replace(f"{path}.partial", path)
-    finally:
-        os.environ[ERROR_FILE] = path
+    shown = str(error) if isinstance(error, RunError) else "".join(traceback.format_exception(error))
+    details = {"py_callstack": shown, "timestamp": str(int(time.time()))}  # torchrun's form
+    with contextlib.suppress(OSError):  # the disk may be full; the cause is printed all the same
+        write_whole(Path(path), json_text({"message": {"message": summary(error), "extraInfo": details}}))
