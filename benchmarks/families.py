@@ -1,17 +1,27 @@
-"""What records of the same clip cost when it is read and decoded once (docs/families.md).
+"""What records of the same clip or image cost when it is read, decoded, encoded and prefilled once (docs/families.md).
 
-    python -m benchmarks.families [--debug] [--no-keep]
+    python -m benchmarks.families reading [--debug] [--no-keep]
+    python -m benchmarks.families gpu [--mix clip_8 image_4 alone] [--steps 3] [--debug] [--no-keep]
 
-Eight short questions on each clip: shards with a member for each record, each loaded alone, beside shards with one for
-each family, loaded together. Both are indexed with pruning, and loaded for one virtual epoch. Bytes are those that the
-index pass and the loader read of the shards; frames are those that the decode sandbox is asked to decode. ``--debug``
-takes few short clips. Prints one JSON line a figure and keeps them in benchmarks/results/families.jsonl.
+reading: eight short questions on each clip, in shards with a member for each record, each loaded alone, beside shards
+with one for each family, loaded together. Both are indexed with pruning, and loaded for one virtual epoch. Bytes are
+those that the index pass and the loader read of the shards; frames are those that the decode sandbox is asked to
+decode. ``--debug`` takes few short clips.
+
+gpu: optimizer steps of the 2B on one GPU, as row 2b of benchmarks/one_gpu.py makes them, over the same records apart
+and behind shared prefixes (benchmarks/gpu/families.py). clip_8: eight questions of 30 tokens with answers of 20 on
+each clip of 64 frames, about 5 000 visual tokens. image_4: four captions of 150 tokens on each image of 1 600 patches.
+alone: one record a medium, the mix of benchmarks/one_gpu.py. ``--steps`` are those with shared prefixes; apart as many
+as their records fill. ``--debug`` trains two layers on the CPU.
+
+Prints one JSON line a figure and adds it to benchmarks/results/families.jsonl (or $OUT), as soon as it is taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,9 +29,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.data.drawn_media import write_clip
 from benchmarks.data.drawn_shards import write_tokenizer
 from benchmarks.figures import Figures
+from benchmarks.gpu.families import MIX_NAMES, measure_families
+from benchmarks.one_gpu import results_folder
 from vl3train.config.choices import Device
 from vl3train.config.schema import (
     DataConfig,
@@ -39,6 +53,7 @@ from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.data.render.decode_client import Decoder
 from vl3train.data.shards import index as shards_index
+from vl3train.engine.ranks import ALLOCATOR
 
 RECORDS = 8
 """Questions on each clip."""
@@ -49,11 +64,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--debug", action="store_true", help="a minute on one core: three clips of 8 frames")
-    parser.add_argument("--no-keep", action="store_true", help="print only")
+    commands = parser.add_subparsers(dest="what", required=True)
+    reading, gpu = (commands.add_parser(name) for name in ("reading", "gpu"))
+    reading.add_argument("--debug", action="store_true", help="a minute on one core: three clips of 8 frames")
+    gpu.add_argument("--debug", action="store_true", help="two-layer model on the CPU; nothing is kept")
+    gpu.add_argument("--mix", nargs="+", default=list(MIX_NAMES), choices=MIX_NAMES)
+    gpu.add_argument("--steps", type=int, default=3, help="with shared prefixes, of each mix")
+    for command in (reading, gpu):
+        command.add_argument("--no-keep", action="store_true", help="print only")
     args = parser.parse_args()
-    num_clips, seconds = (3, 8) if args.debug else (12, 64)
-    figures = Figures("families", keep=not (args.no_keep or args.debug), packages=("av", "numpy", "torch"))
+    keep = not (args.no_keep or args.debug)
+    if args.what == "reading":
+        packages = ("av", "numpy", "torch")
+        measure_reading(figures_of(keep, packages), args.debug)
+        return
+    if not args.debug and not torch.cuda.is_available():
+        parser.error("gpu needs a CUDA device, and there is none; --debug trains two layers on the CPU")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # torch reads it with the first tensor
+    packages = ("torch", "transformers", "deepspeed")
+    measure_families(args.mix, args.steps, figures_of(keep, packages), debug=args.debug)
+
+
+def figures_of(keep: bool, packages: tuple[str, ...]) -> Figures:
+    """Those of each word are added to the file: the other word's, of another machine, stay."""
+    figures = Figures("families", keep=False, packages=packages)
+    figures.file = results_folder() / "families.jsonl" if keep else None
+    return figures
+
+
+def measure_reading(figures: Figures, debug: bool) -> None:
+    """The figures of bytes read and frames decoded."""
+    num_clips, seconds = (3, 8) if debug else (12, 64)
     with tempfile.TemporaryDirectory() as folder:
         apart, together = (
             asked_for(Path(folder) / name, num_clips, seconds, share=share)

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from vl3train.engine.zero.gradient_sums import add_gradients, put_gradients
 from vl3train.engine.zero.transfer import Reading, Transfer
 from vl3train.model.activations.work import RecomputePlan, uniform_plan
 from vl3train.model.attention.backends import choose_attention
+from vl3train.model.attention.check import right_attention
 from vl3train.model.kernels.check import choose_gemm_backend
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.trainable import count_parameters, parameter_groups
@@ -46,13 +47,64 @@ def own_step(
 
     ``batches`` are all that will come, of all ranks.
     """
+    own = own_engine(row, hf_model, device)
+    if row.zero_stage < 3:
+        started = time.perf_counter()
+        levels = Recompute(row.recompute_vision), Recompute(row.recompute_language)
+        given = uniform_plan(*levels, LAYERS_WARMED_UP)
+        plans = plans_to_warm_up(own.packed) if row.memory == "auto" else [given]
+        warm_up(own.engine, other_batches(row), plans)
+        say(f"warmed_up in {time.perf_counter() - started:.1f} s")
+    if row.memory == "auto" and device.type == "cuda":
+        own.fit(batches)
+    return own.step, own.kernels
+
+
+class OwnEngine(NamedTuple):
+    """The project's engine over a row's model, and whose kernels make attention and products."""
+
+    engine: Any
+    packed: PackedModel
+    device: torch.device
+    kernels: dict[str, str]
+
+    def fit(self, batches: list[Batch]) -> None:
+        """Choose what the layers keep for the largest of ``batches``, which are all that will come, of all ranks."""
+        widths = row_bytes(self.packed)
+        worst = max(
+            batches,
+            key=lambda batch: (
+                len(batch.pixel_values) * sum(widths.vision) + batch.num_planned_tokens * sum(widths.language)
+            ),
+        )
+        memory = device_memory(self.device)
+        fitted = fit_memory(self.engine, self.packed, worst, memory, pack_name="the worst pack", say=say)
+        peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
+        print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.plan}", flush=True)
+
+    def step(self, batches: list[Any], num_supervised: int) -> float:
+        """One step; ``num_supervised`` tokens of all ranks."""
+        return train_step(
+            self.engine, batches, num_supervised_tokens=num_supervised, num_sources=1, stop_requested=False
+        ).loss
+
+
+def own_engine(row: Row, hf_model: Any, device: torch.device, *, shares_prefix: bool = False) -> OwnEngine:
+    """The engine of a row, not warmed up. With ``shares_prefix`` kernels are checked against float64, as a run's are.
+
+    Raises ValueError where none that serves is right.
+    """
     machine = MachineConfig(
         dtype=Dtype.bfloat16,
         zero_stage=row.zero_stage,
         device=Device(device.type),
         offload_optimizer=row.offload_optimizer,
     )
-    attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
+    if shares_prefix:
+        shapes = hf_model.config, device, head_dims(hf_model), torch.bfloat16
+        attention = right_attention(row.attention, *shapes, shares_prefix=True)
+    else:
+        attention = choose_attention(row.attention, device, head_dims(hf_model), torch.bfloat16)
     gemm_backend = choose_gemm_backend(
         row.gemm_backend, hf_model.config, device, torch.bfloat16, compiled=row.compile_layers
     )
@@ -83,31 +135,7 @@ def own_step(
             save_frozen=not row.lora,
         )
     engine.train(True)
-    if row.zero_stage < 3:
-        started = time.perf_counter()
-        levels = Recompute(row.recompute_vision), Recompute(row.recompute_language)
-        given = uniform_plan(*levels, LAYERS_WARMED_UP)
-        warm_up(engine, other_batches(row), plans_to_warm_up(packed) if row.memory == "auto" else [given])
-        say(f"warmed_up in {time.perf_counter() - started:.1f} s")
-    if row.memory == "auto" and device.type == "cuda":
-        widths = row_bytes(packed)
-        worst = max(
-            batches,
-            key=lambda batch: (
-                len(batch.pixel_values) * sum(widths.vision) + batch.num_planned_tokens * sum(widths.language)
-            ),
-        )
-        memory = device_memory(device)
-        fitted = fit_memory(engine, packed, worst, memory, pack_name="the worst pack", say=say)
-        peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
-        print(f"memory: {peak:.1f} of {limit:.1f} GiB: {fitted.plan}", flush=True)
-
-    def step(batches: list[Any], num_supervised: int) -> float:
-        return train_step(
-            engine, batches, num_supervised_tokens=num_supervised, num_sources=1, stop_requested=False
-        ).loss
-
-    return step, {"attention": attention.name, "gemm_backend": gemm_backend.name}
+    return OwnEngine(engine, packed, device, {"attention": attention.name, "gemm_backend": gemm_backend.name})
 
 
 def other_batches(row: Row) -> Iterator[Batch]:

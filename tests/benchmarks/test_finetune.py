@@ -31,8 +31,7 @@ def test_the_trainers_first_loss_is_ours(name):
 
 
 def _parameters(step):
-    [engine] = [cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "engine")]
-    return engine.engine.module.named_parameters()
+    return step.__self__.engine.engine.module.named_parameters()
 
 
 def test_a_steps_samples_become_as_many_micro_batches_in_every_step():
