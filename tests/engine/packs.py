@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.collate import collate
+from vl3train.data.render.families import cut_family
 
 
 def random_samples(config: Any, count: int, seed: int = 0) -> list[RenderedSample]:
@@ -46,6 +48,30 @@ def _sample(rng: np.random.Generator, config: Any, number: int) -> RenderedSampl
         keep_mask=keep_mask,
         placeholder_positions=np.arange(visual, dtype=np.int64),
     )
+
+
+def with_others(samples: list[RenderedSample]) -> list[list[RenderedSample]]:
+    """Each sample with another record of its media, which has other words behind them; a text stays alone."""
+    rng = np.random.default_rng(1)
+    found = []
+    for sample in samples:
+        visual = len(sample.placeholder_positions)
+        words = rng.integers(10, 200, size=len(sample.input_ids) - visual + 3)
+        ids = np.concatenate([sample.input_ids[:visual], words])
+        labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+        labels[-3:-1] = ids[-2:]
+        other = replace(sample, key=f"{sample.key}#1", input_ids=ids, labels=labels)
+        found.append([sample, other] if visual else [sample])
+    return found
+
+
+def behind_a_prefix(records: list[RenderedSample]) -> list[RenderedSample]:
+    """The records as a family, whose prefix ends with the last visual token; one alone as it is."""
+    first, *others = records
+    if not others:
+        return records
+    texts = [(other.input_ids, other.labels) for other in others]
+    return cut_family(first, texts, [one.key for one in records], len(first.placeholder_positions))
 
 
 def collate_samples(samples: list[RenderedSample]) -> Batch:

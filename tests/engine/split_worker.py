@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.engine.packs import collate_samples, random_samples
+from tests.engine.packs import behind_a_prefix, collate_samples, random_samples, with_others
 from vl3train.config.choices import Dtype
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
@@ -31,8 +31,12 @@ def gradient(
     dtype: Dtype = Dtype.float32,
     max_grad_norm: float = 0.0,
     trainable: tuple[str, ...] = ("vision_encoder", "projector", "language_model"),
+    families: bool | None = None,
 ) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
-    """The change of every weight after one SGD step at rate 1, negated, and the gradient norms that were reported."""
+    """The change of every weight after one SGD step at rate 1, negated, and the gradient norms that were reported.
+
+    ``families``: each picture and clip has two records; True lets them share a prefix, False does not.
+    """
     torch.manual_seed(0)
     hf_model = load_model(model_dir, dtype=torch.float32 if dtype is Dtype.float32 else torch.bfloat16)
     set_trainable(hf_model, trainable)
@@ -51,10 +55,13 @@ def gradient(
         rank=rank,
     )
     samples = random_samples(hf_model.config, count=8)
-    total = sum(int((s.labels != -100).sum()) for s in samples)
+    units = [[sample] for sample in samples] if families is None else with_others(samples)
+    total = sum(int((sample.labels != -100).sum()) for unit in units for sample in unit)
     num_packs = rank.dp_size * accumulation
     mine = [
-        collate_samples(samples[p::num_packs])
+        collate_samples(
+            [part for unit in units[p::num_packs] for part in (behind_a_prefix(unit) if families else unit)]
+        )
         for p in range(rank.index * accumulation, (rank.index + 1) * accumulation)
     ]
     for position, batch in enumerate(mine):
@@ -69,7 +76,7 @@ def gradient(
 
 
 def main() -> None:
-    """Every ZeRO stage with one and two micro-batches a rank; rank 0 writes the gradients."""
+    """Every ZeRO stage with one and two micro-batches a rank, and with families; rank 0 writes the gradients."""
     model_dir, out = Path(sys.argv[1]), Path(sys.argv[2])
     rank = join(MachineConfig())
     results = {}
@@ -81,6 +88,10 @@ def main() -> None:
     for accumulation in (1, 2):
         results["bfloat16", accumulation] = gradient(
             model_dir, rank, zero_stage=1, accumulation=accumulation, dtype=Dtype.bfloat16
+        )
+    for zero_stage in (0, 1, 2, 3):
+        results["families", zero_stage] = gradient(
+            model_dir, rank, zero_stage=zero_stage, accumulation=2, families=True
         )
     if rank.is_first:
         torch.save(results, out)

@@ -84,10 +84,16 @@ def in_two_processes(python, module, *arguments):
 
 
 @pytest.mark.two_processes
-def test_two_ranks_any_accumulation_same_gradient(warm_python, tiny_model_dir, whole, tmp_path):
+def test_two_ranks_any_accumulation_same_gradient(warm_python, tiny_model_dir, rank, whole, tmp_path):
+    """Also where records share a prefix: it is that of the records apart, on one rank."""
     out = tmp_path / "gradients.pt"
     in_two_processes(warm_python, "tests.engine.split_worker", tiny_model_dir, out)
     results = torch.load(out)
+    apart, norm, _ = gradient(tiny_model_dir, rank, zero_stage=0, accumulation=1, families=False)
+    for zero_stage in (0, 1, 2, 3):
+        found, found_norm, _ = results.pop(("families", zero_stage))
+        assert_same(found, apart)
+        assert found_norm == pytest.approx(norm, rel=1e-4)
     half = [results.pop(("bfloat16", m)) for m in (1, 2)]
     assert set(results) == {(stage, m) for stage in (0, 1, 2, 3) for m in (1, 2)}
     norms = norms_of_parts(whole[0])
