@@ -11,10 +11,12 @@ from tests.model.conftest import kept_rows
 from vl3train.config.choices import AdapterKind, Recompute
 from vl3train.config.schema import AdapterConfig
 from vl3train.model.adapters import add_adapters
+from vl3train.model.attention.check import segments_of
 from vl3train.model.kernels import gemm_ops as quack_ops
+from vl3train.model.kernels.ops import rope_cos_sin
 from vl3train.model.layers import lora_halves
 from vl3train.model.layers.lora_dispatch import adapter_of
-from vl3train.model.layers.lora_halves import AdaptedSwigluMlp, extend_with_b
+from vl3train.model.layers.lora_halves import AdaptedNormAttention, AdaptedSwigluMlp, extend_with_b
 from vl3train.model.layers.tower import FUNCTIONS_ARE_REPEATED
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import set_trainable
@@ -176,3 +178,55 @@ def test_the_mlp_is_what_it_says(recompute):
 def test_the_mlp_on_a_gpu_is_what_it_says(recompute):
     pytest.importorskip("quack", reason="quack is not installed")
     check_mlp("cuda", torch.bfloat16, 0.03, recompute)
+
+
+def check_attention_of_a_family(device, dtype, tolerance, backend, head_dim):
+    """A prefix of 70 rows with branches of 5, 1 and 9, against the same rows apart: outputs and every gradient."""
+    torch.manual_seed(0)
+    lengths, num_branches, width, rank = (3, 70, 5, 1, 9, 4), (0, 3, 0, 0, 0, 0), 64, 8
+    draw = functools.partial(drawn, device=device, dtype=dtype)
+    rows, norm = draw(sum(lengths), width), draw(width)
+    outs = (4 * head_dim, 2 * head_dim, 2 * head_dim)
+    weights = [draw(out, width, scale=0.1).detach() for out in outs]
+    biases = [draw(out, scale=0.1).detach() for out in outs]
+    a, b = [draw(rank, width, scale=0.1) for _ in outs], [draw(out, rank, scale=0.3) for out in outs]
+    positions = torch.cat([torch.arange(n) + (70 if i in (2, 3, 4) else 0) for i, n in enumerate(lengths)])
+    angles = positions[:, None] * 0.5 ** torch.arange(head_dim // 2)
+    angles = torch.cat((angles, angles), 1).to(device)
+    cos_sin = rope_cos_sin(angles.cos().to(dtype), angles.sin().to(dtype))
+    trained = [rows, norm, *a, *b]
+
+    def attend(place, lengths, num_branches):
+        segments = segments_of(lengths, num_branches, backend, torch.device(device))
+        of_segments = segments.cu_seqlens, head_dim, segments.max_seqlen, backend
+        _, out = AdaptedNormAttention.apply(
+            *(rows[place], norm, 1e-6, cos_sin[place], *of_segments, head_dim**-0.5, 0.5),
+            *(*weights, *biases, *a, *b, *segments.shared),
+        )
+        return out
+
+    everything, prefix = torch.arange(sum(lengths)), torch.arange(3, 73)
+    branches = torch.arange(73, 88).split((5, 1, 9))
+    apart = torch.cat(
+        [torch.arange(3), *(torch.cat((prefix, one)) for one in branches), torch.arange(88, 92)]
+    )
+    shared_out = attend(everything, lengths, num_branches)
+    apart_out = attend(apart, (3, 75, 71, 79, 4), (0,) * 5)
+    grads = torch.randn(apart_out.shape, device=device).to(dtype)
+    summed = torch.zeros_like(shared_out).index_add(0, apart.to(device), grads)  # a prefix has three in one
+    found = [shared_out[apart], *torch.autograd.grad(shared_out, trained, summed)]
+    expected = [apart_out, *torch.autograd.grad(apart_out, trained, grads)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other.double()).abs().max() / other.double().abs().max() < tolerance
+
+
+def test_branches_behind_a_prefix_are_what_they_are_apart():
+    check_attention_of_a_family("cpu", torch.float32, 1e-5, "reference", 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_branches_on_a_gpu_are_what_they_are_apart():
+    pytest.importorskip("quack", reason="quack is not installed")
+    pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    check_attention_of_a_family("cuda", torch.bfloat16, 0.05, "flash_attn_4", 128)
