@@ -93,6 +93,13 @@ def test_a_family_stays_together_as_far_as_it_fits():
     assert set(map(len, groups_of(plan_of(table([8, 8, 1]), most=1)))) == {1}
 
 
+def test_a_step_without_a_limit_of_samples_has_all_that_fit():
+    """A step's records are more than the units that they make."""
+    plan = plan_of(table([8, 8, 8]), most=8, max_tokens=3000, max_patches=10_000, max_samples=None)
+    assert plan.steps_in_epoch(0) == 1
+    assert sum(len(pack.samples) for pack in plan.step_packs(Cursor())) == 24
+
+
 def test_families_of_two_sources_are_never_one():
     records = table([8], sizes=[3, 5])
     for group in groups_of(plan_of(records, most=8, max_tokens=300)):

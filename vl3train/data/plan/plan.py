@@ -29,6 +29,9 @@ from vl3train.data.plan.sample_table import SampleTable
 RULES = 2
 """Raised when order, cut or packing change: an older run is then refused at its resume, as its steps would differ."""
 
+UNLIMITED = 1 << 62
+"""Records of a step where step.max_samples is none."""
+
 CACHED_FROM_SAMPLES = 300_000
 """Smaller epochs are planned faster (under 0.2 s) than it is worth keeping them on disk."""
 
@@ -270,7 +273,7 @@ class Plan:
         )
         if rows is not None:
             order = rows[order].astype(order.dtype)
-        max_samples = len(order) if self.step.max_samples is None else self.step.max_samples
+        max_samples = UNLIMITED if self.step.max_samples is None else self.step.max_samples
         found: tuple[np.ndarray, np.ndarray] = cut_epoch(
             order, self._columns, self._rules, aims_of(self.step), max_samples
         )
