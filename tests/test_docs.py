@@ -49,7 +49,9 @@ def workplace(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-@pytest.mark.parametrize("page", ["prepare_data.md", "planner.md"])  # the second uses the first's files
+@pytest.mark.parametrize(
+    "page", ["prepare_data.md", "planner.md", "families.md"]
+)  # the second uses the first's files
 def test_the_commands_of_a_page_run(page, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("COLUMNS", "200")
@@ -64,8 +66,12 @@ def test_the_commands_of_a_page_run(page, workplace, monkeypatch, capsys):
                 assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
                 commands += 1
     assert commands >= 3
+    if page == "families.md":
+        said = " ".join(capsys.readouterr().out.split())
+        assert "families 2 with 5 samples" in said
+    else:
+        assert (workplace / "step-1.html").is_file()
     assert (workplace / "plan.png").is_file()
-    assert (workplace / "step-1.html").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)
