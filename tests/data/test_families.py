@@ -18,7 +18,7 @@ from tests.data.test_pipeline import contents
 from vl3train.contracts.records import Cursor, SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, PATCH_VALUES
 from vl3train.data.extremes import blank_batch
-from vl3train.data.pipeline import open_data, store_frames, train_steps
+from vl3train.data.pipeline import evaluation_batches, open_data, store_frames, train_steps
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 from vl3train.data.records.conversation import Conversation, Image, Text, Turn
@@ -144,6 +144,18 @@ def test_each_record_is_what_it_is_alone(root, tokenizer_dir, tmp_path):
     assert patches[0] < patches[1] / 2
     for batch in shared:
         assert len(batch.input_ids) == max(batch.num_planned_tokens, 1)
+
+
+def test_held_out_records_share_prefixes_only_where_that_is_asked_for(root, tokenizer_dir):
+    data, cfg = opened(root, tokenizer_dir)
+    found = {
+        share: list(evaluation_batches(data, cfg, rank=0, dp_size=1, share_prefix=share))
+        for share in (False, True)
+    }
+    assert pieces(found[True]) == pieces(found[False])
+    patches = {share: sum(len(batch.pixel_values) for batch in batches) for share, batches in found.items()}
+    assert patches[True] < patches[False] / 2
+    assert not any(sum(batch.num_branches) for batch in found[False])
 
 
 def test_shards_hold_the_media_of_a_family_once(root, shared_root, tokenizer_dir, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.data.test_families import make_records
+from tests.data.test_families import NUM_RECORDS, make_records
 from tests.engine.runs import run
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
@@ -28,7 +28,7 @@ def words(tmp_path_factory, tiny_model_dir):
         progress=lambda *_: None,
         share_media=True,
     )
-    source = {"name": "mixed", "shards": "shards"}
+    source = {"name": "mixed", "shards": "shards", "held_out": "shards"}
     (root / "recipe.yaml").write_text(
         json.dumps({"name": "mixed", "about": "A few media.", "sources": [source]})
     )
@@ -47,6 +47,7 @@ def words(tmp_path_factory, tiny_model_dir):
         "step.global_packs=1",
         "step.max_samples=null",
         f"run.num_steps={STEPS}",
+        "run.evaluate_at_end=true",
     ]
 
 
@@ -60,6 +61,7 @@ def lines(folder):
     ids=["whole", "lora"],
 )
 def test_a_run_with_shared_prefixes_has_the_losses_of_one_without(words, tmp_path, adapter):
+    """Of its steps, and of its held-out samples."""
     shared, apart = (
         run([*words, *adapter, f"data.share_prefix={on}", f"run.output_dir={tmp_path / on}"])
         for on in ("true", "false")
@@ -70,4 +72,9 @@ def test_a_run_with_shared_prefixes_has_the_losses_of_one_without(words, tmp_pat
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert line["supervised_tokens"] == other["supervised_tokens"]
+    [held_out, other] = (
+        json.loads((out / "evaluations.jsonl").read_text())["sources"]["mixed"] for out in (shared, apart)
+    )
+    assert held_out["samples"] == other["samples"] == NUM_RECORDS
+    assert held_out == pytest.approx(other, rel=1e-4)
     assert sum(line["tokens"] for line in found) < 0.7 * sum(line["tokens"] for line in wanted)

@@ -242,14 +242,18 @@ def train_steps(
         cursor = plan.advance(cursor)
 
 
-def evaluation_batches(data: OpenData, cfg: TrainConfig, rank: int, dp_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    data: OpenData, cfg: TrainConfig, rank: int, dp_size: int, *, share_prefix: bool = False
+) -> Iterator[Batch]:
     """All samples that fit a pack, once over all ranks together, in as many batches on each rank.
 
-    A rank with fewer packs than the others ends with filler.
+    A rank with fewer packs than the others ends with filler. ``share_prefix``: samples of a family have one prefix, as
+    ``data.max_family_records`` says.
     """
     step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
+    most = cfg.data.max_family_records if share_prefix else 1
     once = dataclasses.replace(data.index.sample_table(), weights=(1.0,) * len(data.index.sizes))
-    data = dataclasses.replace(data, plan=Plan(once, 0, step, costs=data.plan.costs))
+    data = dataclasses.replace(data, plan=Plan(once, 0, step, costs=data.plan.costs, max_family_records=most))
     dataset = _dataset(data, cfg, Cursor(), rank, dp_size)
     count = data.plan.steps_in_epoch(0)
     for one in load_packs(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):

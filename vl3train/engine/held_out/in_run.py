@@ -43,7 +43,8 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
         run.console.message(f"{told}. The run goes on, without the evaluation after step {step}")
         return None
     progress.phase("evaluation")
-    batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+    mine = {"rank": run.rank.index, "dp_size": run.rank.dp_size}
+    batches = evaluation_batches(run.held_out, run.cfg, **mine, share_prefix=run.cfg.data.share_prefix)
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
