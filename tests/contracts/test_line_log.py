@@ -50,6 +50,22 @@ def test_a_log_that_can_never_be_written_says_so_and_how_much_is_lost(tmp_path):
     assert "last 2 lines" in said[1]
 
 
+def test_lines_that_somebody_takes_away_are_told_once(tmp_path):
+    path, said = tmp_path / "log.jsonl", []
+    log = LineLog(path, said.append)
+    log.append(["first"])
+    path.unlink()
+    log.append(["second"])
+    log.append(["third"])
+    assert path.read_text() == "second\nthird\n"
+    assert len(said) == 1
+    assert "was removed or cut: it had 6 bytes, and has 0." in said[0]
+    path.write_text("third\n")
+    log.was_cut()  # by the run itself
+    log.append(["fourth"])
+    assert len(said) == 1
+
+
 PRINTS = """
 import sys
 from vl3train.contracts.line_log import let_output_fail

@@ -30,6 +30,7 @@ class LineLog:
         self._path, self._say = path, say
         self._waiting: list[str] = []
         self._whole_bytes: int | None = None  # of the file before a try that failed
+        self._bytes = 0  # of the file after the last try
         self._failing = False
 
     def append(self, lines: Iterable[str]) -> None:
@@ -52,6 +53,10 @@ class LineLog:
         self._failing = False
         self._waiting = []
 
+    def was_cut(self) -> None:
+        """The caller has taken lines out of the file."""
+        self._bytes = 0
+
     def close(self) -> None:
         """Try once more, and say how many lines are lost."""
         self.append([])
@@ -63,9 +68,15 @@ class LineLog:
             if self._whole_bytes is not None:
                 file.truncate(self._whole_bytes)
             self._whole_bytes = file.seek(0, 2)
+            if self._whole_bytes < self._bytes:
+                self._say(
+                    f"{self._path} was removed or cut: it had {self._bytes} bytes, and has {self._whole_bytes}. The "
+                    "run goes on; those lines are lost"
+                )
             written = file.write(content)
             while written < len(content):
                 written += file.write(content[written:])
+            self._bytes = self._whole_bytes + written
             self._whole_bytes = None
 
 

@@ -117,6 +117,7 @@ class Console:
         if self._enabled:
             self._log.append([])  # what still waits for the disk belongs before that
             truncate_metrics(self._path, step)
+            self._log.was_cut()
             self._pace = Pace()
 
     def message(self, text: str) -> None:
