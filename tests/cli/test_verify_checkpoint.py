@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 from tests.engine.checkpoints.made import make
 from vl3train.cli.main import main
+from vl3train.model.weights.headers.manifest import write_manifest
 
 
 def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
@@ -26,8 +28,11 @@ def test_whole_and_damaged_checkpoints_are_told(tmp_path, capsys):
 
 
 def test_the_weights_that_adapters_are_on_are_read_too(tmp_path, capsys):
-    (make(tmp_path / "checkpoints", 1) / "adapter").mkdir()
+    checkpoint = make(tmp_path / "checkpoints", 1)
     base = make(tmp_path / "made", 2).rename(tmp_path / "base")
+    assert main(["verify-checkpoint", str(tmp_path)]) == 0
+    assert str(base) not in capsys.readouterr().out, "there are no adapters: it is somebody's own folder"
+    (checkpoint / "adapter").mkdir()
     assert main(["verify-checkpoint", str(tmp_path)]) == 0
     assert f"{base}: whole" in capsys.readouterr().out
     (base / "engine" / "weights.bin").write_bytes(b"x" * 99 + b"z")
@@ -38,6 +43,10 @@ def test_the_weights_that_adapters_are_on_are_read_too(tmp_path, capsys):
         "an earlier build wrote no manifest and no digest of one"
     )
     assert "nobody can say whether these weights" in capsys.readouterr().out
+    (checkpoint / "resume.json").write_text(json.dumps({"base": "0123"}))
+    write_manifest(checkpoint)
+    assert main(["verify-checkpoint", str(tmp_path)]) == 1
+    assert f"{base}: damaged: it has no MANIFEST.json, and had one when" in capsys.readouterr().out
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):

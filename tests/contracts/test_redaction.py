@@ -73,10 +73,12 @@ def test_what_holds_no_key_stays_as_it_is(text):
     assert SampleError(text).args == (text,)
 
 
-@pytest.mark.parametrize("piece", ["a", "+a", "a:", ")", "a://b:c/"])
-def test_a_text_that_is_made_for_patterns_to_choke_on_is_read(piece):
+@pytest.mark.parametrize(
+    ("piece", "letters"), [("a", 2**18), ("+a", 2**17), ("a:", 2**15), (")", 2**15), ("a://b:c/", 2**15)]
+)
+def test_a_text_that_is_made_for_patterns_to_choke_on_is_read(piece, letters):
     """Without limits the time grows with the square of the length: of a megabyte it is hours."""
-    text = piece * (2**15 // len(piece))
+    text = piece * (letters // len(piece))
     for hostile in (text, f"https://{text}", f"https://host/?{text}x"):
         assert isinstance(without_keys(hostile), str)
         assert len(shown_value(hostile, 80)) <= 80

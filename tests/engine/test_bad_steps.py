@@ -131,6 +131,10 @@ def test_a_row_of_bad_steps_sends_the_run_back_and_the_same_from_every_stop(
     plant({7: NAN, 8: NAN}, monkeypatch.setattr)
     ended = run([*words, f"run.output_dir={tmp_path / 'ended'}", "run.save_steps=2"])
     assert (ended / "checkpoints/latest").read_text() == "step_00000009"
+    history = json.loads((ended / "best.json").read_text())["history"]
+    assert [one["step"] for one in history] == [4], (
+        "that of step 8 is undone, and no later one writes the file"
+    )
 
 
 def test_a_second_row_at_the_same_place_ends_the_run_and_says_what_to_do(words, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from tests.engine.runs import figures, run
 from vl3train.engine.ranks import RunError
 
 
-def test_a_stopped_run_knows_its_best_step_and_ends_when_nothing_gets_better(demo_words, tmp_path):
+def test_a_stopped_run_knows_its_best_step_and_ends_when_nothing_gets_better(demo_words, tmp_path, capsys):
     out = tmp_path / "out"
     words = [
         *demo_words,
@@ -39,7 +39,11 @@ def test_a_stopped_run_knows_its_best_step_and_ends_when_nothing_gets_better(dem
     ):
         run(words)
     log.write_text(first + second)
+    capsys.readouterr()
     run(words)
+    said = capsys.readouterr().out
+    assert "stage 1, step 3" in said
+    assert "stage 1, step 2" not in said, "that evaluation was made before the stop"
     best = json.loads((out / "best.json").read_text())
     assert [one["step"] for one in best["history"]] == [1, 2, 3]
     assert (best["step"], best["checkpoint"]) == (1, "checkpoints/step_00000001")

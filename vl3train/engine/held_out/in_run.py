@@ -71,7 +71,6 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
 def refuse_given_up(run: Run) -> None:
     """Raise EvaluationGivenUp on every rank where one has had blank samples."""
     if any(run.rank.gather(data_wait.is_given_up)):
-        run.engine.train(True)
         raise EvaluationGivenUp
 
 
