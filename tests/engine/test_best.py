@@ -79,6 +79,12 @@ def test_a_resumed_run_has_the_history_up_to_its_step(tmp_path):
     assert best_checkpoint(tmp_path) is None, "it was deleted"
     (tmp_path / "checkpoints" / "step_00000020").mkdir(parents=True)
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
-    (tmp_path / BEST_FILE).write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        best_checkpoint(tmp_path)
+    whole = (tmp_path / BEST_FILE).read_text()
+    for damaged in (
+        "{",
+        whole.replace("step_00000020", "step_00000010"),
+        whole.replace('"step": 20', '"step": 30', 1),
+    ):
+        (tmp_path / BEST_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            best_checkpoint(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import pty
@@ -18,8 +19,13 @@ from tests.engine.jobs import ROOT
 from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import EARLIER, EARLIER_WORDS, run
 from tests.engine.small_demo import small_demo_words
+from vl3train.engine import failure
 from vl3train.engine.failure import ERROR_FILE, FAILED, INTERRUPTED, report_failure
 from vl3train.engine.ranks import OneRankError, Rank, RunError
+
+
+def test_doctests():
+    assert doctest.testmod(failure).failed == 0
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +170,8 @@ def test_torchruns_table_shows_a_message_for_the_user_without_traceback(tmp_path
             raise error
         except Exception as caught:
             report_failure(caught, None)
-        failure = ProcessFailure(local_rank=0, pid=7, exitcode=FAILED, error_file=str(file))
-        shown[type(error)] = str(ChildFailedError("train", {0: failure}))
+        ended = ProcessFailure(local_rank=0, pid=7, exitcode=FAILED, error_file=str(file))
+        shown[type(error)] = str(ChildFailedError("train", {0: ended}))
     assert "traceback : disk full; make room\n" in shown[RunError]
     assert "make room here" in shown[OneRankError]
     assert [("Traceback" in text) for text in shown.values()] == [False, False, True]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from vl3train.engine.ranks import RunError
-from vl3train.engine.start.lock import locked_folder
+from vl3train.engine.start.lock import LOCK_FILE, lock, locked_folder
 
 HOLD = """
 import sys, time
@@ -36,6 +37,22 @@ def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path, one_r
             pass  # although a program that it started is still there
     finally:
         subprocess.run(["kill", str(child)], check=False)
+
+
+def test_a_lock_file_that_is_removed_is_made_anew_unless_another_run_was_faster(tmp_path, one_rank):
+    with locked_folder(tmp_path, one_rank) as held:
+        assert held.taken() is None
+        (tmp_path / LOCK_FILE).unlink()
+        assert held.taken() is None
+        with pytest.raises(BlockingIOError):
+            lock(tmp_path)
+        (tmp_path / LOCK_FILE).unlink()
+        os.close(other := lock(tmp_path))
+        assert held.taken() is None, "that one has ended"
+        (tmp_path / LOCK_FILE).unlink()
+        other = lock(tmp_path)
+        assert "is in use by another run: process" in held.taken()
+        os.close(other)
 
 
 def test_it_is_free_again_after_the_block(tmp_path, one_rank):

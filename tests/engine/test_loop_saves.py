@@ -129,8 +129,14 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(words, stra
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
+    processor = [folder / "processor" / one for one in ("tokenizer.json", "processor_config.json")]
+    for one in processor:
+        one.write_bytes(one.read_bytes()[:-20])
     run([*words, f"run.output_dir={folder}"])
     said = capsys.readouterr().out
+    assert all(f"{one.name} has" in said for one in processor)
+    assert "processor is written anew, with the tokenizer of " in said
+    assert all(one.read_bytes() == (straight / "processor" / one.name).read_bytes() for one in processor)
     assert "step_00000005 is not used: " in said
     assert name in said
     assert "resumed after step 4" in said
@@ -138,7 +144,9 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(words, stra
     assert weights(folder).keys() == weights(straight).keys()
 
 
-def test_with_all_checkpoints_damaged_nothing_is_started_over(words, straight, tmp_path):
+def test_with_all_checkpoints_damaged_nothing_is_started_over_until_they_are_moved_away(
+    words, straight, tmp_path, capsys
+):
     folder = tmp_path / "copy"
     shutil.copytree(straight, folder)
     for file in folder.glob("checkpoints/step_*/resume.json"):
@@ -147,6 +155,11 @@ def test_with_all_checkpoints_damaged_nothing_is_started_over(words, straight, t
     with pytest.raises(RunError, match="none of the checkpoints"):
         run([*words, f"run.output_dir={folder}"])
     assert (folder / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(folder / "checkpoints")
+    run([*words, f"run.output_dir={folder}"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "there is no checkpoint: the run starts over from its first step. 5 lines of figures" in said
+    assert figures(folder) == figures(straight)
 
 
 def test_an_evaluation_that_the_disk_does_not_take_comes_later(words, tmp_path, monkeypatch, capsys):
@@ -187,6 +200,10 @@ def test_damaged_evaluations_are_told(words, straight, tmp_path):
     with pytest.raises(
         RunError, match=r"evaluations.jsonl is damaged: line 2 is no evaluation .* move it away"
     ):
+        run([*words, f"run.output_dir={folder}"])
+    (folder / "evaluations.jsonl").unlink()
+    (folder / "evaluations.jsonl").mkdir()
+    with pytest.raises(OneRankError, match=r"evaluations.jsonl: Is a directory. Mend that and give the same"):
         run([*words, f"run.output_dir={folder}"])
 
 

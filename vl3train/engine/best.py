@@ -122,9 +122,12 @@ def best_checkpoint(folder: Path) -> Path | None:
     if not file.is_file():
         return None
     try:
-        found = folder / json.loads(file.read_text(encoding="utf-8"))["checkpoint"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = folder / content["checkpoint"]
         if step_of(found.name) is None:
             raise ValueError(f"{found.name} is no checkpoint")
+        if content["step"] != step_of(found.name):
+            raise ValueError(f"it names {found.name} and step {content['step']}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged ({error!r}); delete it, and name a checkpoint yourself"

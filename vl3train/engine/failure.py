@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -17,6 +18,12 @@ from vl3train.engine.ranks import OneRankError, Rank, RunError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of torchrun: where each rank leaves its exception."""
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""What the operating system says where a disk takes no more: full, over a quota, read-only, over a limit of files."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.ESTALE)
+"""And where a file is not there for this user, is something else, or its disk has failed."""
 
 
 def report_failure(error: BaseException, rank: Rank | None) -> int:
@@ -42,6 +49,18 @@ def report_failure(error: BaseException, rank: Rank | None) -> int:
     traceback.print_exception(error)
     print(f"\n{where}: the run ends with {summary(error)}", *describe_gone_ranks(), sep="\n", file=sys.stderr)
     return FAILED
+
+
+def told_of_file(error: OSError) -> str | None:
+    """What a user does about a file that cannot be used; None where the fault may be ours.
+
+    >>> told_of_file(IsADirectoryError(errno.EISDIR, "Is a directory", "best.json.7.partial", None, "best.json"))
+    'best.json: Is a directory. Mend that'
+    """
+    name = error.filename2 or error.filename  # of a rename, the second
+    if name is not None and error.errno in FULL_DISK:
+        return f"{name} cannot be written: {error.strerror}. Make room for it"
+    return f"{name}: {error.strerror}. Mend that" if name is not None and error.errno in UNUSABLE else None
 
 
 def summary(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.best import BEST_FILE
 from vl3train.engine.checkpoints.keep import Keep
 from vl3train.engine.checkpoints.random_state import forward_state, set_forward_state
+from vl3train.engine.failure import told_of_file
 from vl3train.engine.held_out.in_run import EvaluationGivenUp, evaluate_run, write_evaluations
 from vl3train.engine.log_step import log_step
 from vl3train.engine.memory.oom import explain_oom
@@ -38,9 +38,6 @@ from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
 from vl3train.model.weights.headers.manifest import checkpoint_name
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""What the operating system says where a disk takes no more: full, over a quota, read-only, over a limit of files."""
-
 
 def train(cfg: TrainConfig, rank: Rank) -> bool:
     """Train one stage to its end, from its start or from the newest whole checkpoint in its output folder.
@@ -50,10 +47,10 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
     """
     start_workers_ignoring_signals()
     console = Console(cfg.run.output_dir, stage_name=cfg.stage.name, enabled=rank.is_first)
-    with locked_folder(Path(cfg.run.output_dir), rank), watched(cfg.run, rank):
+    with locked_folder(Path(cfg.run.output_dir), rank) as lock, watched(cfg.run, rank):
         try:
             with explain_oom(cfg, rank, "the run started"):
-                run = start_run(cfg, rank, console)
+                run = start_run(cfg, rank, console, lock)
             with contextlib.closing(StopRequest(cfg.run.max_hours)) as stop:
                 try:
                     is_finished = run_steps(run, stop)
@@ -63,12 +60,9 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
         except TooManyFailed as error:
             raise OneRankError(f"rank {rank.index}: {error}") from error
         except OSError as error:
-            if error.errno not in FULL_DISK or error.filename is None:
-                raise
-            raise OneRankError(
-                f"rank {rank.index}: {error.filename} cannot be written: {error.strerror}. Make room for it and "
-                "give the same command again"
-            ) from error
+            if told := told_of_file(error):
+                raise OneRankError(f"rank {rank.index}: {told} and give the same command again") from error
+            raise
         finally:
             console.close()  # else the bar is drawn below a failure's cause, and the terminal stays without its cursor
         run.tracker.finish()
@@ -239,7 +233,7 @@ def save_run(run: Run, *, ends: bool) -> None:
     """Save the run, whose next step is ``run.cursor``.
 
     Where the disk does not take it, the run goes on with the checkpoint before. Raises RunError on every rank where it
-    cannot go on, because this is the last save (``ends``).
+    cannot go on, because this is the last save (``ends``), or because another run has taken its folder.
     """
     settle(run)
     if told := gone(run.folder, run.rank):
@@ -249,6 +243,7 @@ def save_run(run: Run, *, ends: bool) -> None:
             )
         run.console.message(f"{told}. The run goes on and tries again at its next save")
         return
+    run.rank.agree(run.lock.taken())
     write_evaluations(run)
     run.saver.begin(
         run.cursor.step,

@@ -21,6 +21,7 @@ from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import Meter
 from vl3train.engine.monitor.metrics_file import metrics_digest
 from vl3train.engine.ranks import Rank, RunError
+from vl3train.engine.start.lock import FolderLock
 from vl3train.engine.tracking.tracker import Tracker
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.packed_forward import PackedModel
@@ -67,6 +68,7 @@ class Run:
     cfg: TrainConfig
     rank: Rank
     folder: Path
+    lock: FolderLock
     data: OpenData
     held_out: OpenData | None
     engine: Zero

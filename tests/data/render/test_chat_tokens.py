@@ -15,6 +15,7 @@ from vl3train.contracts.records import SampleError
 from vl3train.contracts.tokens import IGNORE_INDEX, RESERVED_TOKENS, UPSTREAM_ADDED_TOKENS
 from vl3train.data.records.conversation import Conversation, Image, Text, Turn, Video, is_learned
 from vl3train.data.render.chat_tokens import ChatTokenizer, ItemTokens, render_conversation
+from vl3train.model.weights.processor import prepare_tokenizer
 
 WORDS = st.text(
     alphabet=st.one_of(st.sampled_from(" \n\t.aé你'1 "), st.characters(exclude_categories=("Cs",))),
@@ -141,6 +142,12 @@ def test_other_tokenizers_are_refused(tokenizer_dir, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|other|>"))
     with pytest.raises(ValueError, match=r"no <\|im_start\|>"):
         ChatTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text.replace('"vocab"', '"vocaB"'))  # one flipped bit
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read: "):
+        ChatTokenizer.from_folder(tmp_path)
+    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"its tokenizer\.json cannot be read: "):
+        prepare_tokenizer(tmp_path)
 
 
 def test_names_of_special_tokens_in_words_are_words(tokenizer):

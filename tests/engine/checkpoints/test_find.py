@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.checkpoints.made import make
 from vl3train.engine.checkpoints.find import find_checkpoint
+from vl3train.engine.checkpoints.keep import name_latest
 from vl3train.engine.ranks import RunError
 
 
@@ -37,3 +38,21 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path, one_rank):
         find_checkpoint(tmp_path, one_rank)
     assert str(caught.value).count("its digest differs") == 2
     assert "move" in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["a link to ", "a file"])
+def test_a_folder_whose_disk_is_away_is_no_start_over(tmp_path, one_rank, what):
+    checkpoints = tmp_path / "checkpoints"
+    if what == "a file":
+        checkpoints.touch()
+    else:
+        checkpoints.symlink_to(tmp_path / "disk")
+    with pytest.raises(RunError, match=f"checkpoints is {what}.*does not start over"):
+        find_checkpoint(checkpoints, one_rank)
+
+
+def test_the_file_that_names_the_newest_is_mended(tmp_path):
+    for damage in (lambda: None, lambda: (tmp_path / "latest").write_bytes(b"step_0000\xff")):
+        damage()
+        name_latest(tmp_path / "step_00000010")
+        assert (tmp_path / "latest").read_text() == "step_00000010"

@@ -70,14 +70,17 @@ class ChatTokenizer:
         embedding has a row for each is checked where the model is opened.
 
         Raises:
-            ValueError: no tokenizer.json, or no ChatML tokens in it.
+            ValueError: no tokenizer.json, or a damaged one, or no ChatML tokens in it.
         """
         path = Path(folder) / TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(
                 f"{folder} holds no {TOKENIZER_FILE}; save it there with AutoTokenizer.save_pretrained"
             )
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the class of all errors of tokenizers
+            raise ValueError(f"{path} cannot be read: {error}") from error
         if lacking := [token for token in (IM_START, IM_END) if tokenizer.token_to_id(token) is None]:
             raise ValueError(f"{path} has no {', '.join(lacking)}; take a Qwen2 or Qwen2.5 tokenizer")
         for token in (IMAGE_PAD, VIDEO_PAD, *UPSTREAM_ADDED_TOKENS):

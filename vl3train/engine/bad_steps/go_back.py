@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vl3train.contracts.files import write_whole
 from vl3train.contracts.records import Cursor
 from vl3train.engine.checkpoints.find import find_checkpoint
-from vl3train.engine.checkpoints.keep import remove_checkpoint
+from vl3train.engine.checkpoints.keep import name_latest, remove_checkpoint
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.held_out.evaluations_file import EVALUATIONS, truncate_evaluations
 from vl3train.engine.ranks import OneRankError, RunError
@@ -121,7 +120,7 @@ def drop_later(checkpoint: Path) -> None:
 
     A run that is killed before its next save resumes from here, comes to the same row again, and goes the same way.
     """
-    write_whole(checkpoint.parent / "latest", checkpoint.name)
+    name_latest(checkpoint)
     first = step_of(checkpoint.name)
     for step, later in checkpoints_in(checkpoint.parent).items():
         if first is not None and step > first:

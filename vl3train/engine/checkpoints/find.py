@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +20,18 @@ def find_checkpoint(
 
     All ranks call it: each reads its share of the files, so that all of them are read once.
 
-    Raises RunError on every rank where there are checkpoints, and none is whole.
+    Raises RunError on every rank where there are checkpoints, and none is whole, or where their folder is a link to
+    nothing.
     """
     names: list[str] = []
+    problem = None
+    if rank.is_first and os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        what = f"a link to {os.readlink(checkpoints)}" if checkpoints.is_symlink() else "a file"
+        problem = (
+            f"{checkpoints} is {what}, and no folder: the run does not start over by itself. Bring the folder back, as "
+            "by mounting its disk, or move this away: then the same command starts from the first step"
+        )
+    rank.agree(problem)
     if rank.is_first:
         found = reversed(checkpoints_in(checkpoints).items())
         names = [folder.name for step, folder in found if last_step is None or step <= last_step]

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from vl3train.contracts.files import write_whole
 from vl3train.model.weights.headers.manifest import checkpoints_in, step_of
 
 
@@ -17,6 +18,17 @@ class Keep:
     before: int  # the newest up to this step too: a run may go back to it
     every: int = 0  # all of steps that are multiples of this. 0: none
     best: int | None = None  # that of this step, whose held-out figure is the best
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Let the file ``latest`` beside a checkpoint name it."""
+    file = checkpoint.parent / "latest"
+    try:
+        names_it = file.read_text(encoding="utf-8") == checkpoint.name
+    except (FileNotFoundError, UnicodeDecodeError):
+        names_it = False
+    if not names_it:
+        write_whole(file, checkpoint.name)
 
 
 def delete_old(checkpoints: Path, *, newest: str, keep: Keep) -> None:

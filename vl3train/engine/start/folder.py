@@ -12,9 +12,11 @@ import yaml
 from vl3train.config.paths import resolve_start, tokenizer_source
 from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
-from vl3train.contracts.files import write_whole
-from vl3train.engine.checkpoints.find import find_checkpoint
+from vl3train.contracts.files import whole_folder, write_whole
+from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.engine.checkpoints.find import find_checkpoint, shown
 from vl3train.engine.ranks import Rank
+from vl3train.model.weights.headers.manifest import MANIFEST, damage, write_manifest
 from vl3train.model.weights.headers.run_files import base_remark
 from vl3train.model.weights.headers.template import KEPT, start_template
 from vl3train.model.weights.processor import build_processor
@@ -40,7 +42,8 @@ def open_folder(cfg: TrainConfig, rank: Rank) -> OutputFolder:
     checkpoint, remarks = find_checkpoint(folder / "checkpoints", rank)
     if checkpoint is None:
         clear_folder(folder, rank)
-    processor_dir = write_processor(cfg, folder, rank)
+    processor_dir, faults = write_processor(cfg, folder, rank)
+    remarks += faults
     if checkpoint is None and rank.is_first:
         write_config(cfg, folder)  # before the long steps: it marks the folder as that of a run
         remarks = [*remarks, *keep_template(cfg, folder), *merged_start(cfg)]
@@ -81,35 +84,58 @@ def write_config(cfg: TrainConfig, folder: Path) -> None:
     write_whole(folder / "config.yaml", yaml.safe_dump(as_plain(cfg), sort_keys=False))
 
 
-def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> Path:
-    """Write the run's processor to ``<output_dir>/processor``, if it is not there; returns that folder.
+def write_processor(cfg: TrainConfig, folder: Path, rank: Rank) -> tuple[Path, list[str]]:
+    """Write the run's processor to ``<output_dir>/processor``, if it is not there or not what was written; returns that
+    folder, and what was wrong with it.
 
     Raises RunError on every rank where the tokenizer cannot be read or the folder cannot be written.
     """
     target = folder / "processor"
-    problem = None
-    if rank.is_first and not (target / "tokenizer.json").exists():
-        tokenizer_from = tokenizer_source(cfg)
-        try:
-            processor = build_processor(
-                tokenizer_from,
-                data=cfg.data,
-                image_merge_size=cfg.stage.image_merge_size,
-                video_merge_size=cfg.stage.video_merge_size,
-                prune_frames=cfg.stage.prune_frames,
-            )
-        except (OSError, ValueError) as error:
-            problem = f"the tokenizer could not be read from {tokenizer_from}: {error}"
-        else:
-            problem = _save_processor(processor, target)
+    problem, remarks = None, []
+    if rank.is_first:
+        faults = faults_of_processor(target)
+        if faults:
+            tokenizer_from = tokenizer_source(cfg)
+            remarks = [f"{target} is written anew, with the tokenizer of {tokenizer_from}: {shown(faults)}"]
+        if faults or not target.exists():
+            problem = _make_processor(cfg, target)
     rank.agree(problem)
-    return target
+    return target, remarks
 
 
-def _save_processor(processor: Any, target: Path) -> str | None:
-    """Write the processor, the first file of a run; returns why the output folder cannot be written, or None."""
+def faults_of_processor(target: Path) -> list[str]:
+    """What is wrong with the processor of a run; nothing where there is none yet. Builds before 2026-12 wrote no
+    digests: of theirs the tokenizer is read."""
+    if not target.exists():
+        return []
+    if (target / MANIFEST).is_file():
+        return damage(target)
     try:
-        processor.save_pretrained(target)
+        ChatTokenizer.from_folder(target)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _make_processor(cfg: TrainConfig, target: Path) -> str | None:
+    """Write the processor, the first file of a run, in place of what is there; returns why not, or None."""
+    tokenizer_from = tokenizer_source(cfg)
+    try:
+        processor = build_processor(
+            tokenizer_from,
+            data=cfg.data,
+            image_merge_size=cfg.stage.image_merge_size,
+            video_merge_size=cfg.stage.video_merge_size,
+            prune_frames=cfg.stage.prune_frames,
+        )
+    except (OSError, ValueError) as error:
+        return f"the tokenizer could not be read from {tokenizer_from}: {error}"
+    try:
+        if target.exists():
+            shutil.rmtree(target)
+        with whole_folder(target) as partial:
+            processor.save_pretrained(partial)
+            write_manifest(partial)
     except OSError as error:
         return f"run.output_dir={target.parent} cannot be written: {error}; name another folder"
     return None

@@ -17,8 +17,41 @@ from vl3train.engine.ranks import Rank
 LOCK_FILE = "run.lock"
 
 
+class FolderLock:
+    """The lock that the first rank holds; other ranks have none."""
+
+    def __init__(self, folder: Path, handle: int | None) -> None:
+        self._folder, self._handle = folder, handle
+
+    def taken(self) -> str | None:
+        """Why the folder is no longer this run's; None where it is. A lock file that somebody removed is made anew,
+        unless another run was faster. The folder must be there."""
+        if self._handle is None:
+            return None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._handle), os.stat(self._folder / LOCK_FILE)):
+                return None
+        try:
+            handle = lock(self._folder)
+        except BlockingIOError:
+            return (
+                f"run.output_dir={self._folder} is in use by {holder(self._folder)}, because the {LOCK_FILE} of this "
+                "run was removed. This run ends: two at once overwrite each other's checkpoints"
+            )
+        except OSError:
+            return None  # a disk that takes nothing now; the save says so
+        self.close()
+        self._handle = handle
+        return None
+
+    def close(self) -> None:
+        """Free the folder."""
+        if self._handle is not None:
+            os.close(self._handle)
+
+
 @contextlib.contextmanager
-def locked_folder(folder: Path, rank: Rank) -> Iterator[None]:
+def locked_folder(folder: Path, rank: Rank) -> Iterator[FolderLock]:
     """Hold the folder for this run. All ranks call it; rank 0 holds the lock.
 
     The operating system frees the lock when the process ends, however it ends. Python's files close when a program is
@@ -26,20 +59,19 @@ def locked_folder(folder: Path, rank: Rank) -> Iterator[None]:
 
     Raises RunError on every rank where another run holds the folder, or where the folder cannot be written.
     """
-    problem, handle = None, None
+    problem, held = None, FolderLock(folder, None)
     if rank.is_first:
         try:
-            handle = lock(folder)
+            held = FolderLock(folder, lock(folder))
         except BlockingIOError:
             problem = f"run.output_dir={folder} is in use by {holder(folder)}. Wait for it, stop it, or name another"
         except OSError as error:
             problem = f"run.output_dir={folder} cannot be written: {error}; name another folder"
     try:
         rank.agree(problem)
-        yield
+        yield held
     finally:
-        if handle is not None:
-            os.close(handle)
+        held.close()
 
 
 def lock(folder: Path) -> int:

@@ -8,11 +8,13 @@ from typing import Any
 
 from vl3train.config.paths import FINISHED, what_adapts
 from vl3train.config.plain import as_plain
+from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best, start_best
+from vl3train.engine.checkpoints.keep import name_latest
 from vl3train.engine.checkpoints.load import load_checkpoint, refuse_other_identity
 from vl3train.engine.held_out.evaluations_file import (
     EVALUATIONS,
@@ -70,8 +72,8 @@ def resume(
         cursor = Cursor(**stored["cursor"])
         failed_samples.load(stored)
         bad_steps.load(stored)
-        counted = stored.get("evaluations")
-        remarks = refuse_lost_evaluations(folder.path, evaluations, counted, cursor.step, rank)
+        stored_evaluations = stored.get("evaluations")
+        remarks = refuse_lost_evaluations(folder.path, evaluations, stored_evaluations, cursor.step, rank)
         if rank.is_first:
             remarks += [
                 *changed_metrics(folder.path, stored.get("metrics")),
@@ -84,10 +86,16 @@ def resume(
     best = start_best(cfg.run, evaluations, cursor.step)
     if rank.is_first:
         keep_contents(folder.path, data)
-        truncate_metrics(folder.path / METRICS, cursor.step)
+        moved = truncate_metrics(folder.path / METRICS, cursor.step)
         truncate_evaluations(folder.path / EVALUATIONS, cursor.step)
         if folder.checkpoint is not None:
+            name_latest(folder.checkpoint)  # a newer one may be damaged
             best.write(folder.path)  # of a run that was killed while it went back
+        elif moved:
+            remarks.append(
+                f"there is no checkpoint: the run starts over from its first step. {counted(moved, 'line')} of figures "
+                f"of its steps before are now in {folder.path / 'metrics.replaced.jsonl'}"
+            )
         write_config(cfg, folder.path)
         if cursor.step < data.num_steps:  # it was finished, and shall now do more steps
             (folder.path / FINISHED).unlink(missing_ok=True)

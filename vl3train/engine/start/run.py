@@ -28,12 +28,13 @@ from vl3train.engine.start.contents import CONTENTS, fingerprints
 from vl3train.engine.start.data import RunData, data_remarks, open_run_data
 from vl3train.engine.start.engine import start_engine
 from vl3train.engine.start.folder import OutputFolder, open_folder
+from vl3train.engine.start.lock import FolderLock
 from vl3train.engine.start.model import RunModel, start_model
 from vl3train.engine.start.resume import ResumePoint, resume
 from vl3train.engine.tracking.tracker import NoTracker, start_tracker
 
 
-def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
+def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock) -> Run:
     """Build a run, or build it again from the newest whole checkpoint in its output folder. All ranks call it.
 
     The caller closes ``console``, also where this raises: its bar has begun.
@@ -87,6 +88,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console) -> Run:
         cfg=cfg,
         rank=rank,
         folder=folder.path,
+        lock=lock,
         data=data.train,
         held_out=data.held_out,
         engine=engine,

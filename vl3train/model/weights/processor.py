@@ -26,12 +26,17 @@ def prepare_tokenizer(tokenizer_from: str | Path) -> Any:
 
     Qwen2.5's tokenizer has the two placeholders already, Qwen2's does not. The three tokens after them are the
     original code's (train.py:641), in its order, so that their ids agree with its weights. Raises ValueError for a
-    tokenizer of another family.
+    tokenizer of another family, and for one that is damaged.
     """
     from transformers import AutoTokenizer
 
     # Of a folder that brings code of its own (the original's release), only the tokenizer's files are read.
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_from), trust_remote_code=False)
+    except Exception as error:
+        if type(error) is not Exception:  # the class of all errors of tokenizers
+            raise
+        raise ValueError(f"its tokenizer.json cannot be read: {error}") from error
     for reference in ("auto_map", "processor_class"):  # to code that is not in a folder written here
         tokenizer.init_kwargs.pop(reference, None)
     tokenizer.chat_template = CHAT_TEMPLATE
