@@ -15,7 +15,13 @@ from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.preview.check_config import opened
 from vl3train.preview.step_samples import decoding
 from vl3train.preview.verify_data import check_decoding, check_labels, check_splits
-from vl3train.preview.verify_model import check_packed, check_stock, fitting, packed_model
+from vl3train.preview.verify_model import (
+    check_family,
+    check_packed,
+    check_stock,
+    fitting,
+    packed_model,
+)
 
 __all__ = ["words"]
 
@@ -123,6 +129,26 @@ def test_attention_across_samples_is_found_by_losses_and_by_gradients(made, monk
     assert not verdict.passed
     assert any(re.search(r"loss \S+ packed, \S+ alone", why) for why in verdict.reasons)
     assert any("gradient of model.model.language_model" in why for why in verdict.reasons)
+
+
+def test_a_branch_that_forgets_its_prefix_is_found(made, monkeypatch):
+    from vl3train.data import collate as data_collate
+
+    *_, samples, model = made
+    first = next(one for one in shown(samples) if len(one.grids))
+    other = dataclasses.replace(first, key="other", input_ids=first.input_ids.copy())
+    other.input_ids[-3:-1] = first.input_ids[-3:-1][::-1]
+    assert check_family(model, [first, other]).passed
+    real = data_collate.collate
+
+    def without_branches(*args, **kwargs):
+        batch = real(*args, **kwargs)
+        return dataclasses.replace(batch, num_branches=(0,) * len(batch.num_branches))
+
+    monkeypatch.setattr(data_collate, "collate", without_branches)
+    verdict = check_family(model, [first, other])
+    assert verdict.name == "behind a shared prefix equals alone"
+    assert any(why.startswith("other: loss") for why in verdict.reasons)
 
 
 def test_a_forward_that_is_not_transformers_is_found(made, monkeypatch):

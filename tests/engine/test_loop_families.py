@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.data.test_families import NUM_RECORDS, make_records
 from tests.engine.runs import run
+from vl3train.cli.main import main
 from vl3train.data.prepare.annotated_records import AnnotatedRecords
 from vl3train.data.prepare.write_shards import write_shards
 
@@ -78,3 +80,13 @@ def test_a_run_with_shared_prefixes_has_the_losses_of_one_without(words, tmp_pat
     assert held_out["samples"] == other["samples"] == NUM_RECORDS
     assert held_out == pytest.approx(other, rel=1e-4)
     assert sum(line["tokens"] for line in found) < 0.7 * sum(line["tokens"] for line in wanted)
+
+
+@pytest.mark.long
+def test_verify_compares_records_behind_a_prefix_with_themselves_alone(words, tmp_path, capsys):
+    words = [*words, "data.share_prefix=true", "machine.dp_size=1", f"run.output_dir={tmp_path}"]
+    assert main(["index", *words]) == 0
+    assert main(["verify", *words, "--samples", "2"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"passed\s+behind a shared prefix equals alone: 4 samples", said)
+    assert "18 of its samples are in 5 families" in said

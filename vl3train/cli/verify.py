@@ -2,8 +2,9 @@
 
 The command decodes samples drawn at random in the decode sandbox. It compares the supervised text with what the
 assistant says, and divides a step over every possible number of ranks. Then it runs the model: each sample must have
-the same loss and gradients packed and alone, and the loss that transformers' own forward pass gives. The recipe must
-have an index: run `vl3train index` first.
+the same loss and gradients packed and alone, and the loss that transformers' own forward pass gives. With
+data.share_prefix=true samples of the first step that share a prefix are compared with themselves alone, too. The recipe
+must have an index: run `vl3train index` first.
 
 examples:
   vl3train verify stage=1 model=debug data=demo machine=cpu
@@ -28,8 +29,15 @@ from vl3train.preview.verify_data import (
     check_labels,
     check_splits,
     drawn_rows,
+    first_family,
 )
-from vl3train.preview.verify_model import check_packed, check_stock, fitting, packed_model
+from vl3train.preview.verify_model import (
+    check_family,
+    check_packed,
+    check_stock,
+    fitting,
+    packed_model,
+)
 
 MODEL_SAMPLES = 16
 
@@ -64,6 +72,7 @@ def main(args: Namespace) -> int:
         rows = drawn_rows(data, args.samples, cfg.run.seed)
         with decoding(data) as decoder:
             decoded, samples = check_decoding(data, rows, decoder)
+            family = first_family(data, decoder)
         show(decoded)
         show(check_labels(data, samples, tokenizer))
         show(check_splits(data))
@@ -72,6 +81,8 @@ def main(args: Namespace) -> int:
             chosen = fitting(list(samples.values())[:MODEL_SAMPLES], limits)
             model = packed_model(cfg, data.tokenizer_dir)
             show(check_packed(model, chosen))
+            if len(family) > 1:
+                show(check_family(model, family))
             show(check_stock(model, chosen))
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     summary = f"do not start this run yet: {', '.join(failed)} failed" if failed else "this run may start"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vl3train.data.render.decode_client import Decoder
 
 REASONS_SHOWN = 5
+FAMILY_SAMPLES = 4
+"""Most samples of a family that are compared with themselves alone."""
 STREAM_PIECES = (STREAM_START, STREAM_END, IM_START)
 """Supervised beside the answers of a streaming record, by ``data.stream_supervision``."""
 
@@ -55,6 +57,16 @@ def check_decoding(
         f"{len(good)} of {counted(len(rows), 'sample')} drawn at random decode to the lengths in the index"
     )
     return Verdict("decoding", not reasons, found, reasons), good
+
+
+def first_family(data: OpenData, decoder: Decoder) -> list[RenderedSample]:
+    """Samples of the first step that share a prefix, each by itself; fewer than two where there are none.
+
+    Those that cannot be used are left out.
+    """
+    groups = (group for pack in data.plan.step_packs(Cursor()) for group in pack.groups if len(group) > 1)
+    found = (rendered(data, row, decoder) for row in next(groups, ())[:FAMILY_SAMPLES])
+    return [sample for sample in found if not isinstance(sample, SampleError)]
 
 
 def check_labels(data: OpenData, samples: Mapping[int, RenderedSample], tokenizer: ChatTokenizer) -> Verdict:

@@ -13,6 +13,7 @@ from vl3train.config.choices import Device
 from vl3train.config.schema import PARTS, TrainConfig
 from vl3train.contracts.records import Batch, Pack, RenderedSample
 from vl3train.contracts.tokens import IGNORE_INDEX
+from vl3train.data.render.families import cut_family
 from vl3train.preview.verify_data import Verdict
 
 if TYPE_CHECKING:
@@ -40,13 +41,30 @@ def check_packed(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
         model: a PackedModel, on its device.
         samples: rendered.
     """
+    return _compared(model, samples, samples, "packed equals alone")
+
+
+def check_family(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
+    """The same of samples that share a prefix, which ends with their last visual token, behind it and each alone."""
+    first, *others = samples
+    texts = [(sample.input_ids, sample.labels) for sample in others]
+    shared = int(first.placeholder_positions[-1]) + 1
+    members = cut_family(first, texts, [sample.key for sample in samples], shared)
+    return _compared(model, members, samples, "behind a shared prefix equals alone")
+
+
+def _compared(
+    model: Any, members: Sequence[RenderedSample], samples: Sequence[RenderedSample], name: str
+) -> Verdict:
+    """``members`` are the segments of the pack, of which the last are those of ``samples``."""
     import torch
 
     in_float32 = next(model.parameters()).dtype == torch.float32
     # Sums over a sample's tokens; kernels add in another order for another row.
     allowed, allowed_apart = (1e-3, 1e-3) if in_float32 else (3e-2, 1e-1)
     with _watched(model) as weights:
-        together, packed = _losses_and_gradients(model, samples, weights)
+        together, packed = _losses_and_gradients(model, members, weights)
+        together = together[-len(samples) :]
         alone, summed = [], [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
         for sample in samples:
             losses, gradients = _losses_and_gradients(model, [sample], weights)
@@ -70,13 +88,13 @@ def check_packed(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
     ]
     if len(samples) < 2:
         reasons.append("fewer than two samples fit into one pack: nothing to compare")
-    tokens = sum(len(sample.input_ids) for sample in samples)
+    tokens = sum(len(member.input_ids) for member in members)
     found = (
         f"{len(samples)} samples, {tokens:,} tokens: losses differ by at most {max(off, default=0.0):.1e} "
         f"({allowed:g} allowed), gradients of {len(apart)} weights by {max(apart.values(), default=0.0):.1e} "
         f"({allowed_apart:g} allowed)"
     )
-    return Verdict("packed equals alone", not reasons, found, reasons)
+    return Verdict(name, not reasons, found, reasons)
 
 
 def check_stock(model: Any, samples: Sequence[RenderedSample]) -> Verdict:
@@ -200,6 +218,7 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
 
     from vl3train.engine.start.model import build_model
     from vl3train.model.attention.backends import choose_attention
+    from vl3train.model.attention.check import right_attention
     from vl3train.model.kernels.check import choose_gemm_backend
     from vl3train.model.packed_forward import PackedModel, head_dims
 
@@ -208,7 +227,11 @@ def packed_model(cfg: TrainConfig, processor_dir: Path) -> Any:
     model = build_model(cfg, None, processor_dir)
     model = model.to(device) if on_cuda else model.float()
     dtype, machine = next(model.parameters()).dtype, cfg.machine
-    attention = choose_attention(machine.attention.value, device, head_dims(model), dtype)
+    if cfg.data.share_prefix:
+        shapes = model.config, device, head_dims(model), dtype
+        attention = right_attention(machine.attention.value, *shapes, shares_prefix=True)
+    else:
+        attention = choose_attention(machine.attention.value, device, head_dims(model), dtype)
     gemm_backend = choose_gemm_backend(
         machine.gemm_backend.value, model.config, device, dtype, compiled=machine.compile_layers
     )

@@ -174,6 +174,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool,
         settings = head_dim, num_heads, max_seqlen, segments.backend, causal, scale
         out, _ = qkv_attention(rows, cu_seqlens, segments.shared, *settings)
         return out.unflatten(1, (num_heads, head_dim))
+    assert not segments.shared, f"{segments.backend} would attend to no prefix: right_attention refuses it"
     kernel = _kernel(segments.backend)
     if segments.backend == "flash_attn":
         return kernel(
