@@ -2,6 +2,7 @@
 
     python -m benchmarks.families reading [--debug] [--no-keep]
     python -m benchmarks.families gpu [--mix clip_8 image_4 alone] [--steps 3] [--debug] [--no-keep]
+    python -m benchmarks.families curve [--debug] [--no-keep]
 
 reading: eight short questions on each clip, in shards with a member for each record, each loaded alone, beside shards
 with one for each family, loaded together. Both are indexed with pruning, and loaded for one virtual epoch. Bytes are
@@ -13,6 +14,8 @@ and behind shared prefixes (benchmarks/gpu/families.py). clip_8: eight questions
 each clip of 64 frames, about 5 000 visual tokens. image_4: four captions of 150 tokens on each image of 1 600 patches.
 alone: one record a medium, the mix of benchmarks/one_gpu.py. ``--steps`` are those with shared prefixes; apart as many
 as their records fill. ``--debug`` trains two layers on the CPU.
+
+curve: 200 steps of the train command on the CPU, with shared prefixes and apart (benchmarks/curves/family_runs.py).
 
 Prints one JSON line a figure and adds it to benchmarks/results/families.jsonl (or $OUT), as soon as it is taken.
 """
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.curves.family_runs import measure_curve
 from benchmarks.data.drawn_media import write_clip
 from benchmarks.data.drawn_shards import write_tokenizer
 from benchmarks.figures import Figures
@@ -65,12 +69,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True)
-    reading, gpu = (commands.add_parser(name) for name in ("reading", "gpu"))
+    reading, gpu, curve = (commands.add_parser(name) for name in ("reading", "gpu", "curve"))
     reading.add_argument("--debug", action="store_true", help="a minute on one core: three clips of 8 frames")
     gpu.add_argument("--debug", action="store_true", help="two-layer model on the CPU; nothing is kept")
     gpu.add_argument("--mix", nargs="+", default=list(MIX_NAMES), choices=MIX_NAMES)
     gpu.add_argument("--steps", type=int, default=3, help="with shared prefixes, of each mix")
-    for command in (reading, gpu):
+    curve.add_argument("--debug", action="store_true", help="a few steps; nothing is kept")
+    for command in (reading, gpu, curve):
         command.add_argument("--no-keep", action="store_true", help="print only")
     args = parser.parse_args()
     keep = not (args.no_keep or args.debug)
@@ -78,10 +83,14 @@ def main() -> None:
         packages = ("av", "numpy", "torch")
         measure_reading(figures_of(keep, packages), args.debug)
         return
+    packages = ("torch", "transformers", "deepspeed")
+    if args.what == "curve":
+        with tempfile.TemporaryDirectory() as folder:
+            measure_curve(Path(folder) / "curve", figures_of(keep, packages), 4 if args.debug else 200)
+        return
     if not args.debug and not torch.cuda.is_available():
         parser.error("gpu needs a CUDA device, and there is none; --debug trains two layers on the CPU")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # torch reads it with the first tensor
-    packages = ("torch", "transformers", "deepspeed")
     measure_families(args.mix, args.steps, figures_of(keep, packages), debug=args.debug)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks import families
+from benchmarks.curves.family_runs import measure_curve
 from benchmarks.data.packs import TINY, pack_batch
+from benchmarks.figures import Figures
 from benchmarks.gpu.family_packs import MIXES, TINY_MIXES, apart, draw_shared
 from benchmarks.gpu.model import build_model
 from vl3train.config.schema import PARTS
@@ -71,3 +73,13 @@ def test_figures_of_one_word_stay_where_the_others_are_taken(monkeypatch, tmp_pa
         families.figures_of(True, ("torch",)).add(name, 1.0, "", "higher")
     kept = [json.loads(line)["figure"] for line in (tmp_path / "families.jsonl").read_text().splitlines()]
     assert kept == ["first", "second"]
+
+
+@pytest.mark.long
+def test_runs_with_shared_prefixes_draw_the_curve_of_the_records_apart(tmp_path, capsys):
+    measure_curve(tmp_path / "curve", Figures("families", keep=False, packages=("torch",)), steps=4)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    found = {line["figure"]: line for line in lines}
+    assert found["family_curve_distance"]["value"] < 1e-5
+    assert len(found["family_curve_shared"]["losses"]) == 4
+    assert found["family_curve_shared"]["losses"][3] < found["family_curve_shared"]["losses"][0]
