@@ -162,17 +162,27 @@ def test_with_all_checkpoints_damaged_nothing_is_started_over_until_they_are_mov
     assert figures(folder) == figures(straight)
 
 
-def test_an_evaluation_that_the_disk_does_not_take_comes_later(words, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_that_cannot_be_written_comes_later(words, tmp_path, monkeypatch, capsys):
+    """The disk is full when the first shall be written; the file is damaged before the second, and moved away then."""
     record, calls = in_run.record_evaluation, []
 
-    def first_full(path, **entry):
+    def disturbed(path, **entry):
         calls.append(entry["step"])
+        if calls == [1, 1, 2]:
+            path.write_text(path.read_text() + "{")
+        if calls == [1, 1, 2, 2]:
+            path.unlink()
         with files_of_at_most(0) if len(calls) == 1 else contextlib.nullcontext():
             record(path, **entry)
 
-    monkeypatch.setattr(in_run, "record_evaluation", first_full)
-    run([*words, f"run.output_dir={tmp_path}", "run.num_steps=3", "run.evaluate_steps=2"])
-    assert "evaluations.jsonl cannot be written: File too large. The run goes on" in capsys.readouterr().out
+    monkeypatch.setattr(in_run, "record_evaluation", disturbed)
+    run([*words, f"run.output_dir={tmp_path}", "run.num_steps=3", "run.evaluate_steps=1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "evaluations.jsonl cannot be written: File too large. The run goes on; 1 evaluation in memory" in said
+    )
+    assert "evaluations.jsonl is damaged: line 2 is no evaluation" in said
+    assert "no longer count. The run goes on; 1 evaluation in memory" in said
     assert [line["step"] for line in read_evaluations(tmp_path / "evaluations.jsonl")] == [2]
     assert (tmp_path / "finished.json").exists()
 
