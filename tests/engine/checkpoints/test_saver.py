@@ -156,20 +156,50 @@ def test_what_a_checkpoint_takes_is_known_before_the_first_step(
     assert can_copy(trained.engine, one_rank, tmp_path, is_wanted=True, say=print)
 
 
-def test_copies_are_of_the_moment_and_their_memory_is_used_again():
-    copies = HostCopies(torch.device("cpu"))
-    weight = torch.arange(6.0).view(2, 3)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=[pytest.mark.gpu, NEEDS_GPU])]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_copies_are_of_the_moment_and_their_memory_is_used_again(device, tmp_path):
+    copies = HostCopies(device)
+    copies.reserve(3 * 2**20)
+    weight = torch.arange(6.0, device=device).view(2, 3)
+    large = torch.arange(2.0**18, device=device)
     state = {"a": weight.t(), "again": [weight, (weight, 3)], "none": torch.empty(0), "half": weight.half()}
     copies.begin()
-    first = copies.copy(state)
+    first = copies.copy(
+        {**state, "large": [large, large + 1, large + 2, large + 3]}
+    )  # more than is set aside
+    copies.finish()
     weight.zero_()
     assert first["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert first["again"][0] is first["again"][1][0]
     assert first["again"][1][1] == 3
     assert first["half"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    held = copies.num_bytes
+    assert [one[-1].item() - 2**18 for one in first["large"]] == [-1, 0, 1, 2]
+    assert copies.problem is None
+    torch.save(first, tmp_path / "first")
+    assert (tmp_path / "first").stat().st_size < 4.1 * 2**20  # of each tensor what is its own
     copies.begin()
     second = copies.copy({**state, "again": [weight + 1]})
-    assert copies.num_bytes == held
+    copies.finish()
     assert second["again"][0].tolist() == [[1, 1, 1], [1, 1, 1]]
     assert second["a"].data_ptr() == first["a"].data_ptr()
+    assert first["a"].is_pinned() == (device.type == "cuda")
+    del copies
+    assert not first["a"].is_pinned()
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_small_copies_share_no_locked_page_with_what_comes_after_them():
+    for _ in range(3):
+        copies = HostCopies(torch.device("cuda", 0))
+        copies.reserve(1000)
+        copies.begin()
+        kept = [copies.copy(torch.full((3,), number, device="cuda")) for number in range(100)]
+        copies.finish()
+        assert [int(one[0]) for one in kept] == list(range(100))
+        del copies, kept
+        assert torch.arange(100_000).cuda().sum().item() == 4999950000

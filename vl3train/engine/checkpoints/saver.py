@@ -62,6 +62,9 @@ class Saver:
             group: Any = dist.new_group(backend="gloo")
             self._writing_rank = dataclasses.replace(rank, group=group)
         self._copies = HostCopies(rank.device) if in_background else None
+        if self._copies is not None:
+            self._copies.reserve(engine.bytes_to_save())
+        self._is_told = False  # that its memory is not page-locked
         self._thread: threading.Thread | None = None
         self._is_settled = True  # whether it is known that the last save is whole, or why it is not
         self._problem: str | None = None  # of the save in progress, or just written
@@ -83,6 +86,7 @@ class Saver:
         state = self._engine.take_state(self._copies)
         if self._copies is not None:
             self._copies.finish()
+            self._tell_of_pages(self._copies)
         snapshot = Snapshot(step=step, engine=state, random=random_state(), resume=resume)
         self.step, self._is_settled = step, False
         if self.in_background:
@@ -138,6 +142,14 @@ class Saver:
     def went_back(self, step: int) -> None:
         """The run has gone back to the checkpoint of ``step``."""
         self.step = self._whole_step = step
+
+    def _tell_of_pages(self, copies: HostCopies) -> None:
+        if copies.problem is not None and not self._is_told:
+            self._is_told = True
+            self._say(
+                f"CUDA did not page-lock the host's memory for a copy of the state ({copies.problem}): training stands "
+                "still some times as long at each save. Look at the limit of locked memory (ulimit -l)"
+            )
 
     def _write(self, snapshot: Snapshot, keep: Keep) -> None:
         try:
