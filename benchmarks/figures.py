@@ -56,7 +56,7 @@ class Figures:
 
 
 def machine() -> str:
-    """The processor's name and how many cores this process may use."""
+    """Processor and number of cores this process may use, behind the GPU's name where torch is loaded and has one."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -64,4 +64,6 @@ def machine() -> str:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
         ]
         name = models[0] if models else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    torch = sys.modules.get("torch")
+    gpu = f"{torch.cuda.get_device_name()}; " if torch and torch.cuda.is_available() else ""
+    return f"{gpu}{name}, {len(os.sched_getaffinity(0))} cores"
