@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -86,14 +87,21 @@ def assert_same_state(one, other):
 
 def test_a_save_waits_for_the_one_before_and_says_so(words, at_once, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(saver, "LONG_WAIT", 0.01)
-    write = saver.write_checkpoint
+    write, wait, next_save = saver.write_checkpoint, saver.Saver.wait, threading.Event()
 
     def write_slowly(checkpoints, snapshot, **settings):
         if snapshot.step == 2:
-            threading.Event().wait(3)
+            assert next_save.wait(60)
+            time.sleep(0.5)
         return write(checkpoints, snapshot, **settings)
 
+    def wait_for_it(self):
+        if self.step == 2:
+            next_save.set()
+        return wait(self)
+
     monkeypatch.setattr(saver, "write_checkpoint", write_slowly)
+    monkeypatch.setattr(saver.Saver, "wait", wait_for_it)
     run([*words, f"run.output_dir={tmp_path}"])
     said = capsys.readouterr().out
     assert "the checkpoint of step 2 is still being written; training waits for it" in said
