@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -97,16 +98,22 @@ def main() -> None:
 def figures_of(keep: bool, packages: tuple[str, ...]) -> Figures:
     """Those of each word are added to the file: the other word's, of another machine, stay."""
     figures = Figures("families", keep=False, packages=packages)
+    figures.command = " ".join(["python -m benchmarks.families", *sys.argv[1:]])
     figures.file = results_folder() / "families.jsonl" if keep else None
     return figures
 
 
 def measure_reading(figures: Figures, debug: bool) -> None:
     """The figures of bytes read and frames decoded."""
-    num_clips, seconds = (3, 8) if debug else (12, 64)
+    num_clips, seconds = (3, 8) if debug else (4, 64)
     with tempfile.TemporaryDirectory() as folder:
+        media = Path(folder) / "media"
+        media.mkdir()
+        for clip in range(num_clips):
+            write_clip(media / f"{clip}.mp4", seconds + clip, 2)  # of equal bytes they would be one clip
+        print(f"{num_clips} clips drawn", flush=True)
         apart, together = (
-            asked_for(Path(folder) / name, num_clips, seconds, share=share)
+            asked_for(Path(folder) / name, media, num_clips, share=share)
             for name, share in (("apart", False), ("together", True))
         )
     note = (
@@ -117,14 +124,11 @@ def measure_reading(figures: Figures, debug: bool) -> None:
     figures.add("family_read_ratio", ratios["bytes"], "times fewer bytes", "higher", note, aim=5.0)
 
 
-def asked_for(root: Path, num_clips: int, seconds: int, *, share: bool) -> Counter[str]:
+def asked_for(root: Path, media: Path, num_clips: int, *, share: bool) -> Counter[str]:
     """Bytes that were read and frames that were to be decoded: of the index pass and one virtual epoch."""
-    media = root / "media"
-    media.mkdir(parents=True)
     write_tokenizer(root / "tokenizer")
     lines = []
     for clip in range(num_clips):
-        write_clip(media / f"{clip}.mp4", seconds + clip, 2)  # of equal bytes they would be one clip
         for record in range(RECORDS):
             turns = [
                 {"from": "human", "value": f"<video>\nQuestion {record}: what moves?"},
@@ -152,6 +156,7 @@ def asked_for(root: Path, num_clips: int, seconds: int, *, share: bool) -> Count
         for step in train_steps(data, cfg, **where, ledger_path=root / "ledger.jsonl"):
             samples += sum(len(batch.sample_keys) - batch.num_failed_samples for batch in step.batches)
     assert samples == num_clips * RECORDS, f"{samples} samples of {num_clips * RECORDS}"
+    print(f"{root.name}: {found['bytes']:,} bytes, {found['frames']:,} frames", flush=True)
     return found
 
 

@@ -81,5 +81,6 @@ def test_runs_with_shared_prefixes_draw_the_curve_of_the_records_apart(tmp_path,
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     found = {line["figure"]: line for line in lines}
     assert found["family_curve_distance"]["value"] < 1e-5
-    assert len(found["family_curve_shared"]["losses"]) == 4
-    assert found["family_curve_shared"]["losses"][3] < found["family_curve_shared"]["losses"][0]
+    losses = found["family_curve_shared"]["more"]["losses"]
+    assert len(losses) == 4
+    assert losses[3] < losses[0]
