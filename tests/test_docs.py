@@ -33,7 +33,7 @@ FOLDERS = sorted(
 PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*)`")
 OPTION = re.compile(
     rf"(?<![\w.])((?:{'|'.join(sorted({key.partition('.')[0] for key in OPTIONS}))})"
-    r"\.(?!(?:py|md|yaml|ipynb|jsonl)\b)[a-z]\w+)"  # no file's name
+    r"\.(?!(?:py|md|yaml|ipynb|jsonl|lock)\b)[a-z]\w+)"  # no file's name
 )
 
 
