@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -23,7 +24,7 @@ from vl3train.config.schema import TrackingConfig, TrainConfig
 from vl3train.contracts.progress.record import GONE, process_state
 from vl3train.engine.tracking import wandb_tracker
 from vl3train.engine.tracking.tracker import ShownAnswer, flat_figures
-from vl3train.engine.tracking.wandb_tracker import WandbTracker
+from vl3train.engine.tracking.wandb_tracker import WandbTracker, _within
 from vl3train.launch import children
 
 BLOCK_BYTES = 32768
@@ -254,6 +255,13 @@ def test_a_process_of_wandb_that_hangs_at_the_end_does_not_keep_the_run(tmp_path
         assert "W&B has not taken all of this run: it hangs for 0.5 s. To upload it: wandb sync" in said
     finally:
         os.kill(core, signal.SIGKILL)
+
+
+def test_what_an_end_came_to_is_known_also_where_wandb_asks_to_exit():
+    """teardown raises SystemExit where its process did not end with 0; a thread would lose that."""
+    assert _within(60, lambda: sys.exit(3)) == "its process ended with 3"
+    assert _within(60, lambda: {}["key"]) == "KeyError('key')"
+    assert _within(60, lambda: None) is None
 
 
 def test_nested_figures_are_flat_and_none_is_left_out():
