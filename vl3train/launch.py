@@ -7,11 +7,13 @@ ended (contracts/exit_codes.py): 0 it is finished, 75 it was asked to stop and h
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from vl3train.contracts.exit_codes import (
 )
 from vl3train.contracts.progress.deaths import Ended, describe_deaths
 
+SECONDS_TO_END = 3.0
+"""For the workers of a job whose ranks have ended. They take milliseconds."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -59,7 +63,35 @@ def main(arguments: list[str] | None = None) -> int:
                 }
                 print(*describe_deaths(ended, Path(folder)), sep="\n", file=sys.stderr)
             return code
+        finally:
+            end_left(Path(folder))
     return FINISHED
+
+
+def end_left(folder: Path) -> None:
+    """Kill what is left of the job on this node after its ranks have ended. Their workers end by themselves, at once,
+    unless they are stopped (SIGSTOP, a debugger) and hear nothing."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while left := processes_of(folder):
+        if time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The live processes that were started with this launch's CODES_FOLDER, or keep a record there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            texts = [(process / name).read_bytes() for name in ("environ", "maps")]
+        except OSError:
+            continue  # it has just ended, or is another user's
+        if int(process.name) != os.getpid() and any(os.fsencode(folder) in text for text in texts):
+            found.append(int(process.name))
+    return found
 
 
 def hide_stops(folder: Path) -> None:

@@ -10,12 +10,20 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from tests.engine.ends import LOADED, problem_of_end
-from tests.engine.jobs import kill_job, start_job, wait_for_launcher, wait_for_rank, wait_until_gone
+from tests.engine.jobs import (
+    kill_job,
+    processes_of,
+    start_job,
+    wait_for_launcher,
+    wait_for_rank,
+    wait_until_gone,
+)
 from tests.engine.planted import PLANTED_AT
 from tests.engine.runs import figures
 from tests.engine.small_demo import small_demo_words
@@ -118,6 +126,8 @@ def test_each_way_to_ask_saves_and_the_same_command_goes_on(start, warm_python, 
             waits, job, "0"
         )  # the other one, which waits, gets no signal: as on another node
         wait_for_steps(stopped, before + 2, waits)
+        for worker in loader_workers(job):
+            os.kill(worker, signal.SIGSTOP)  # it does not hear that its rank ends
         os.kill(asked, signal.SIGTERM)
         assert waits.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
         assert not wait_until_gone(job, 10)
@@ -209,6 +219,14 @@ def test_the_time_limit_counts_from_the_start_of_the_process_whatever_the_wall_c
     for more, wanted in ((-1, True), (3600, False)):
         with contextlib.closing(StopRequest((age + more) / 3600)) as stop:
             assert stop.requested is wanted
+
+
+def loader_workers(job):
+    """The processes that torch names so."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in processes_of(job)}
+    found = [pid for pid, name in names.items() if name.startswith("pt_data_worker")]
+    assert len(found) == 2, names
+    return found
 
 
 def wait_for_steps(folder, count, process):
