@@ -74,7 +74,7 @@ def test_what_holds_no_key_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize(
-    ("piece", "letters"), [("a", 2**18), ("+a", 2**17), ("a:", 2**15), (")", 2**15), ("a://b:c/", 2**15)]
+    ("piece", "letters"), [("a", 2**18), ("+a", 2**15), ("a:", 2**17), (")", 2**15), ("a://b:c/", 2**15)]
 )
 def test_a_text_that_is_made_for_patterns_to_choke_on_is_read(piece, letters):
     """Without limits the time grows with the square of the length: of a megabyte it is hours."""
