@@ -4,12 +4,13 @@
     python -m benchmarks.generate --rows images clips     # the 2B on a GPU
     python -m benchmarks.generate --rows cpu --questions 8 --no-keep
 
-A row draws pictures or clips, writes shards of them, and a model with random weights. vl3train reads the shards
-through its loader workers and decodes with a cache of many slots. transformers reads the files in as many loader
-workers and answers batches, padded on the left, with a dynamic cache and, on a GPU, with a static one, for which it
-compiles its decoding step (untimed); batch sizes double while that is faster and memory is there, and the best
-counts. Every answer has the same number of tokens; no token ends one. In float32 both give the same ids, and the row
-fails where they do not. Both sides run a few questions first, untimed.
+A row draws pictures or clips, writes shards of them, and a model with random weights. Eight questions ask about each
+picture or clip; in the rows that end with _apart each has a picture of its own. vl3train reads the shards through its
+loader workers, encodes and prefills what questions share once, and decodes with a cache of many slots. transformers
+reads the files in as many loader workers and answers batches, padded on the left, with a dynamic cache and, on a GPU,
+with a static one, for which it compiles its decoding step (untimed); batch sizes double while that is faster and memory
+is there, and the best counts. Every answer has the same number of tokens; no token ends one. In float32 both give the
+same ids, and the row fails where they do not. Both sides run a few questions first, untimed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-ROWS = ("images", "clips", "cpu")
+ROWS = ("images", "images_apart", "clips", "cpu", "cpu_apart")
 
 
 def main() -> None:

@@ -28,12 +28,10 @@ from vl3train.data.prepare.write_shards import write_shards
 from vl3train.demo.parts import PartSizes
 from vl3train.inference.requests import Request
 from vl3train.model.attention.backends import choose_attention
+from vl3train.model.attention.qkv_op import SERVED
 from vl3train.model.generation.generate import Generator
 from vl3train.model.packed_forward import PackedModel, head_dims
 from vl3train.model.weights.processor import build_processor
-
-DRAWN = 64
-"""Different pictures or clips; questions beyond that ask about them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +42,38 @@ class Row:
     kind: str  # image or video
     size: str  # of the model
     num_questions: int
+    num_media: int  # different pictures or clips, with as many questions each
     side: int  # pixels of a picture or frame
     num_frames: int
     answer_tokens: int
     first_batch: int  # of transformers
-    aim: float
+    aim: float | None
 
 
 WORK = {
     "images": Row(
         figure="generate_ratio_images",
-        kind="image", size="2b", num_questions=512, side=560, num_frames=1, answer_tokens=32,
+        kind="image", size="2b", num_questions=512, num_media=64, side=560, num_frames=1, answer_tokens=32,
         first_batch=32, aim=4,
+    ),
+    "images_apart": Row(
+        figure="generate_ratio_images_apart",
+        kind="image", size="2b", num_questions=512, num_media=512, side=560, num_frames=1, answer_tokens=32,
+        first_batch=64, aim=None,
     ),
     "clips": Row(
         figure="generate_ratio_clips",
-        kind="video", size="2b", num_questions=64, side=224, num_frames=180, answer_tokens=32,
+        kind="video", size="2b", num_questions=64, num_media=8, side=224, num_frames=180, answer_tokens=32,
         first_batch=8, aim=3,
+    ),
+    "cpu_apart": Row(
+        figure="generate_ratio_cpu_apart",
+        kind="image", size="debug", num_questions=256, num_media=256, side=140, num_frames=1, answer_tokens=32,
+        first_batch=8, aim=None,
     ),
     "cpu": Row(
         figure="generate_ratio_cpu",
-        kind="image", size="debug", num_questions=256, side=140, num_frames=1, answer_tokens=32,
+        kind="image", size="debug", num_questions=256, num_media=32, side=140, num_frames=1, answer_tokens=32,
         first_batch=8, aim=3,
     ),
 }  # fmt: skip
@@ -74,7 +83,7 @@ def draw(folder: Path, row: Row) -> list[Request]:
     """The media as files and as shards below ``folder``; the questions about the files."""
     media = folder / "media"
     media.mkdir()
-    drawn = min(DRAWN if row.kind == "image" else 8, row.num_questions)
+    drawn = min(row.num_media, row.num_questions)
     suffix = ".jpg" if row.kind == "image" else ".mp4"
     for number in range(drawn):
         path = media / f"{number}{suffix}"
@@ -226,7 +235,9 @@ def packed_answers(
 
     def first() -> Iterator[Any]:
         given = 0
-        for batch in evaluation_batches(data, cfg, rank=0, dp_size=1):
+        for batch in evaluation_batches(
+            data, cfg, rank=0, dp_size=1, share_prefix=packed.attention in SERVED
+        ):
             if given >= most:
                 return
             given += len(batch.segment_keys)

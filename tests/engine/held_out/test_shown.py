@@ -6,6 +6,7 @@ import numpy as np
 
 from tests.engine.packs import collate_samples
 from vl3train.contracts.records import RenderedSample
+from vl3train.data.render.families import cut_family
 from vl3train.engine.held_out.shown import ShownSamples, frames_of, side_by_side
 from vl3train.preview.step_samples import sample_pictures
 
@@ -43,6 +44,16 @@ def test_frames_are_those_that_inspect_shows_wherever_the_sample_lies_in_its_pac
         as_bytes = sorted(picture.tobytes() for picture in wanted)
         assert sorted(picture.tobytes() for picture in found) == as_bytes, one.key
         assert {picture.shape for picture in found} == {picture.shape for picture in wanted}
+
+
+def test_of_a_sample_with_a_shared_prefix_the_prefixs_pictures_are_shown():
+    first, other = sample("a", 0, [(1, 4, 6)], [1], 1), sample("b", 0, [(1, 2, 2)], [1], 2)
+    prefix, *branches = cut_family(first, [(first.input_ids, first.labels)], ["a", "a2"], 26)
+    batch = collate_samples([other, prefix, *branches, other])
+    for segment, one in ((0, other), (2, first), (3, first), (4, other)):
+        [wanted] = [picture for item in sample_pictures(one) for picture in item]
+        [found] = frames_of(batch, segment)
+        assert np.array_equal(found, wanted)
 
 
 def test_long_clips_show_their_first_and_last_frame():

@@ -53,7 +53,7 @@ def generate_predictions(
         source = source_names[number]
         if (source not in sources and (number, key) not in samples) or (source, key, prompt.answer) in there:
             return False
-        ids = batch.input_ids[prompt.start : prompt.start + prompt.length].tolist()
+        ids = [one for rows in prompt.rows for one in batch.input_ids[rows].tolist()]
         questions[key, prompt.answer] = question_of(tokenizer.decode(ids))
         return True
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from vl3train.config.choices import Tracker as TrackerKind
 from vl3train.config.problems import counted
 from vl3train.contracts.progress.record import progress
+from vl3train.contracts.records import Batch
 from vl3train.data.data_wait import data_wait
+from vl3train.data.loader import OpenData
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
@@ -43,8 +46,7 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
         run.console.message(f"{told}. The run goes on, without the evaluation after step {step}")
         return None
     progress.phase("evaluation")
-    mine = {"rank": run.rank.index, "dp_size": run.rank.dp_size}
-    batches = evaluation_batches(run.held_out, run.cfg, **mine, share_prefix=run.cfg.data.share_prefix)
+    batches = held_out_packs(run, run.held_out)
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
@@ -66,6 +68,14 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     if shown:
         run.tracker.answers(shown, step)
     return figures
+
+
+def held_out_packs(run: Run, held_out: OpenData) -> Iterator[Batch]:
+    """This rank's packs, with shared prefixes where the run trains with them: its start has checked the kernel."""
+    share = run.cfg.data.share_prefix
+    return evaluation_batches(
+        held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size, share_prefix=share
+    )
 
 
 def refuse_given_up(run: Run) -> None:
@@ -120,7 +130,7 @@ def answer_questions(
     )
     mine = []
     if metrics or run.rank.is_first:
-        batches = evaluation_batches(run.held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size)
+        batches = held_out_packs(run, run.held_out)
         try:
             mine = generate_predictions(
                 generator,

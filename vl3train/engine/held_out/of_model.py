@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.records import Batch
 from vl3train.data.loader import OpenData
 from vl3train.data.pipeline import evaluation_batches, open_data
 from vl3train.data.recipe import Recipe, load_recipe
@@ -16,6 +17,7 @@ from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, join
 from vl3train.model.attention.backends import choose_attention
+from vl3train.model.attention.qkv_op import SERVED
 from vl3train.model.generation.ends import end_ids
 from vl3train.model.generation.generate import Generator
 from vl3train.model.packed_forward import PackedModel, head_dims
@@ -57,7 +59,7 @@ def evaluate_model(
     packed = load_packed(cfg, model_dir, rank)
     figures = evaluate(
         lambda batch: packed(batch.to(rank.device)),
-        evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size),
+        packs(held_out, cfg, packed, rank),
         list(held_out.index.source_names),
         dp_size=rank.dp_size,
     )
@@ -90,6 +92,12 @@ def load_packed(cfg: TrainConfig, model_dir: Path, rank: Rank) -> PackedModel:
     dtype = next(model.parameters()).dtype
     attention = choose_attention(cfg.machine.attention.value, rank.device, head_dims(model), dtype)
     return PackedModel(model, attention.name).eval()
+
+
+def packs(held_out: OpenData, cfg: TrainConfig, packed: PackedModel, rank: Rank) -> Iterator[Batch]:
+    """This rank's packs. Samples of the same media share a prefix where the attention backend can."""
+    can_share = packed.attention in SERVED
+    return evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size, share_prefix=can_share)
 
 
 def metrics_of_sources(
@@ -161,7 +169,7 @@ def answer_all(
         {tokenizer.im_end_id, *end_ids(packed.model)},
         max_new_tokens=cfg.run.evaluate_max_new_tokens,
     )
-    batches = evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size)
+    batches = packs(held_out, cfg, packed, rank)
     places = {one.place for one in known}
     mine = generate_predictions(generator, batches, tokenizer, names, sources=chosen, known=places, tell=tell)
     return [*known, *mine]

@@ -63,11 +63,15 @@ class ShownSamples:
 def frames_of(batch: Batch, segment: int) -> list[np.ndarray]:
     """Up to FRAMES_SHOWN pictures and frames of one sample of a pack on the host, as the encoder sees them.
 
-    Frames of which every token is pruned are left out: they look like the frame before. Each is (h, w, 3) uint8.
+    They may be those of a prefix that it shares. Frames of which every token is pruned are left out: they look like the
+    frame before. Each is (h, w, 3) uint8.
     """
     bounds = np.concatenate([[0], np.cumsum(batch.segment_lengths)])
     places = batch.placeholder_positions.numpy()
-    mine = (bounds[segment] <= places) & (places < bounds[segment + 1])
+    first = next(
+        (prefix for prefix, its in enumerate(batch.num_branches) if prefix < segment <= prefix + its), segment
+    )
+    mine = (bounds[first] <= places) & (places < bounds[segment + 1])
     patches = first_patches(batch.patches_by_merge)[batch.kept.numpy()[mine]]
     ends = np.cumsum(batch.frame_lengths)
     frames = np.unique(np.searchsorted(ends, patches, side="right"))

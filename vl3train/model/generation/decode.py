@@ -5,6 +5,7 @@ B slots, C rows of a slot, L layers, Hkv key and value heads, G query heads of e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,10 +55,13 @@ class Slots:
         self._random = random
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def put(self, slot: int, keys_values: Tensor, token: int) -> None:
-        """Begin an answer: ``keys_values`` (L, 2, length, Hkv, D) of its prompt, and its first token."""
-        length = keys_values.shape[2]
-        self.cache[:, :, slot, :, :length] = keys_values.transpose(2, 3)
+    def put(self, slot: int, pieces: Sequence[Tensor], token: int) -> None:
+        """Begin an answer: keys and values (L, 2, length, Hkv, D) of the pieces of its prompt, and its first token."""
+        length = 0
+        for keys_values in pieces:
+            end = length + keys_values.shape[2]
+            self.cache[:, :, slot, :, length:end] = keys_values.transpose(2, 3)
+            length = end
         self.tokens_B[slot] = token
         self.places_B[slot] = length
         self.in_use_B[slot] = 1

@@ -140,8 +140,8 @@ class Generator:
             if free is None:
                 return
             one = waiting.popleft()
-            start, length = one.answer.prompt.start, one.answer.prompt.length
-            self._slots.put(free, one.filled.keys_values[:, :, start : start + length], one.token)
+            pieces = [one.filled.keys_values[:, :, rows] for rows in one.answer.prompt.rows]
+            self._slots.put(free, pieces, one.token)
             busy[free] = one.answer
 
     def _new_slots(self, longest: int) -> Slots:
