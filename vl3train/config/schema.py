@@ -209,8 +209,8 @@ class RunConfig:
     """Steps between checkpoints; the last step also writes one."""
 
     save_in_background: bool = True
-    """Write checkpoints while training goes on, from a copy of the state in host memory. false: training waits, and no
-    memory is needed."""
+    """Write checkpoints while training goes on, from a copy of the state in host memory, which is set aside at the
+    start. false: training waits, and no memory is needed."""
 
     upload_to: str | None = None
     """Folder elsewhere that gets a copy of this run's folder after each save, while training goes on:

@@ -39,7 +39,8 @@ def can_copy(
         )
     elif needed >= 2**30:
         say(
-            f"while a checkpoint is written, this host holds a copy of the state, {gib(needed)}; {gib(free)} are free"
+            f"a copy of the state, from which checkpoints are written, takes {gib(needed)} of this host's memory from now "
+            f"on; {gib(free)} are free"
         )
     return not too_small
 
