@@ -39,8 +39,8 @@ def can_copy(
         )
     elif needed >= 2**30:
         say(
-            f"a copy of the state, from which checkpoints are written, takes {gib(needed)} of this host's memory from now "
-            f"on; {gib(free)} are free"
+            f"from now on {gib(needed)} of this host's memory are for a copy of the state, from which checkpoints are "
+            f"written; {gib(free)} were free"
         )
     return not too_small
 
