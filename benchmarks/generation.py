@@ -229,22 +229,25 @@ def stock_runs(
 
 def packed_answers(
     packed: PackedModel, data: Any, cfg: TrainConfig, row: Row, most: int
-) -> Iterator[tuple[str, list[int]]]:
-    """Key and ids of the answers to the first ``most`` questions or a few more."""
+) -> tuple[dict[str, list[int]], float]:
+    """Ids of the answers to the first ``most`` questions or a few more, by key; seconds of waiting for packs."""
     generator = Generator(packed, (), max_new_tokens=row.answer_tokens)
+    waited = 0.0
 
     def first() -> Iterator[Any]:
+        nonlocal waited
         given = 0
-        for batch in evaluation_batches(
-            data, cfg, rank=0, dp_size=1, share_prefix=packed.attention in SERVED
-        ):
-            if given >= most:
+        packs = evaluation_batches(data, cfg, rank=0, dp_size=1, share_prefix=packed.attention in SERVED)
+        while given < most:
+            started = time.perf_counter()
+            batch = next(packs, None)
+            waited += time.perf_counter() - started
+            if batch is None:
                 return
-            given += len(batch.segment_keys)
+            given += len(batch.sample_keys)
             yield batch
 
-    for answer in generator.answers(first()):
-        yield answer.key, answer.ids
+    return {answer.key: answer.ids for answer in generator.answers(first())}, waited
 
 
 def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
@@ -255,19 +258,20 @@ def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
         requests = draw(folder, row)
         model, processor = make_model(row, folder / "tokenizer", device)
         words = ["stage=4", "model=2b", "stage.image_merge_size=1", f"data.num_workers={workers}"]
-        words += [f"data.recipe={folder / 'recipe.yaml'}", f"data.root={folder}", "machine=cpu"]
+        words += [f"data.recipe={folder / 'recipe.yaml'}", f"data.root={folder}"]
+        words += ["machine=cpu" if device.type == "cpu" else "machine=one_gpu"]
         words += [f"data.plan_cache={folder / 'plans'}", f"run.output_dir={folder / 'run'}"]
         cfg = checked(words, None)
         data = open_data(cfg, tokenizer_dir=folder / "tokenizer", held_out=True, build=True)
         attention = choose_attention("auto", device, head_dims(model), model.dtype).name
         packed = PackedModel(model, attention).eval()
-        list(packed_answers(packed, data, cfg, row, 8))
+        packed_answers(packed, data, cfg, row, 8)
         started = time.perf_counter()
-        ours = dict(packed_answers(packed, data, cfg, row, len(requests)))
+        ours, waited = packed_answers(packed, data, cfg, row, len(requests))
         our_seconds = wait(device) - started
         if len(ours) != len(requests):
             raise RuntimeError(f"{len(ours)} answers to {len(requests)} questions")
-        print(f"{name}: vl3train: {our_seconds:.1f} s", flush=True)
+        print(f"{name}: vl3train: {our_seconds:.1f} s, {waited:.1f} s of them waiting for packs", flush=True)
         best, best_way, theirs, best_size = float("inf"), "", [], row.first_batch
         for cache in ("dynamic", "static") if device.type == "cuda" else ("dynamic",):
             # A static cache from the best size of a dynamic one on: each size compiles a decoding step.
@@ -286,7 +290,8 @@ def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
         if model.dtype == torch.float32 and same != len(requests):
             raise RuntimeError(f"only {same} of {len(requests)} answers are the same in float32")
     note = (
-        f"{len(requests)} questions, {row.answer_tokens} tokens each: vl3train {our_seconds:.2f} s, transformers "
+        f"{len(requests)} questions, {row.answer_tokens} tokens each: vl3train {our_seconds:.2f} s, "
+        f"{waited:.2f} s of them waiting for packs, transformers "
         f"{best:.2f} s {best_way}; {same} answers the same; {workers} loader workers"
     )
     figures.add(row.figure, best / our_seconds, "x", "higher", note, row.aim)
