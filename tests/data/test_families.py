@@ -214,9 +214,11 @@ def test_media_are_read_and_decoded_once(root, tokenizer_dir, tmp_path, monkeypa
 
 
 def test_a_failure_names_all_records(root, tokenizer_dir, tmp_path):
+    """And counts once among failures in a row."""
     broken = tmp_path / "broken"
     shutil.copytree(root, broken)
     data, cfg = opened(broken, tokenizer_dir)
+    cfg.data.max_consecutive_failed = 2
     rows = {}
     for row in range(data.index.num_samples):
         rows.setdefault(data.index.lengths(row).family, []).append(row)

@@ -87,7 +87,7 @@ class DataConfig:
     """The run stops when more than this share of its samples so far has failed: could not be read or decoded."""
 
     max_consecutive_failed: int = 20
-    """The run stops when this many samples in a row have failed."""
+    """The run stops when this many samples in a row have failed; records that share a prefix count once."""
 
     max_epoch_samples: int | None = 10_000_000
     """Most samples of one virtual epoch; it bounds the memory and time of the plan. A larger mixture continues in the
@@ -99,7 +99,8 @@ class DataConfig:
 
     share_prefix: bool = False
     """Encode and prefill an image or clip once for the records of a source that show it behind the same text: a family
-    (docs/families.md). Loss and gradients are those of the separate samples. Off until it is measured on a GPU."""
+    (docs/families.md). Loss and gradients are those of the separate samples. Off by default: records of one picture
+    come in one step, and on a GPU only flash-attn-4 serves it."""
 
     max_family_records: int = 16
     """Most records that share one prefix in a pack; a larger family is divided."""

@@ -172,6 +172,14 @@ class Batch:
         both = zip(self.segment_keys, self.segment_sources, strict=True)
         return tuple(key for key, source in both if source >= 0)
 
+    @property
+    def media_keys(self) -> tuple[str, ...]:
+        """``sample_keys`` with one for each family: what was read and decoded, or failed, by itself."""
+        starts = [i + 1 for i, count in enumerate(self.num_branches) if count]
+        others = {row for first in starts for row in range(first + 1, first + self.num_branches[first - 1])}
+        numbered = enumerate(zip(self.segment_keys, self.segment_sources, strict=True))
+        return tuple(key for i, (key, source) in numbered if source >= 0 and i not in others)
+
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {

@@ -194,7 +194,8 @@ def train_steps(
     Samples that fail are written to ``ledger_path`` (one for each rank) when their step is handed out.
 
     Raises:
-        TooManyFailed: ``data.max_consecutive_failed`` of this rank's samples failed one after the other.
+        TooManyFailed: ``data.max_consecutive_failed`` of this rank's samples failed one after the other; a family,
+            which fails as one, counts once.
     """
     plan, num_micro_batches = data.plan, data.plan.step.global_packs // dp_size
     dataset = _dataset(data, cfg, first, rank, dp_size)
@@ -216,7 +217,7 @@ def train_steps(
         ledger.append(_ledger_lines(cursor, [entry for one in mine for entry in one.failed]))
         for one in mine:
             failed_keys = {entry.key for entry in one.failed}
-            for key in one.batch.sample_keys:
+            for key in one.batch.media_keys:
                 failed_in_a_row = failed_in_a_row + 1 if key in failed_keys else 0
                 if failed_in_a_row >= cfg.data.max_consecutive_failed:
                     raise TooManyFailed(

@@ -32,17 +32,19 @@ class FailedSampleLimit:
     """Counts samples that failed, and stops the run when they are too many."""
 
     max_fraction: float
+    most_at_once: int = 1  # samples that one damaged file may cost: the records of a shared prefix
     seen: int = 0
     failed: int = 0
 
     def count(self, step: int, seen: int, failed: int) -> None:
         """Add the samples of ``step``, 1 for the first; all ranks count the same numbers.
 
-        Raises RunError when more than ``max_fraction`` of the samples (of a thousand, while fewer were seen) failed.
+        Raises RunError when more than ``max_fraction`` of the samples failed: of a thousand times ``most_at_once``,
+        while fewer were seen.
         """
         self.seen += seen
         self.failed += failed
-        if self.failed > self.max_fraction * max(self.seen, 1000):
+        if self.failed > self.max_fraction * max(self.seen, 1000 * self.most_at_once):
             raise RunError(
                 f"step {step}: {self.failed} of {self.seen} samples failed, more than "
                 f"data.max_failed_fraction={self.max_fraction} allows. ledger.rank*.jsonl in the output folder lists "

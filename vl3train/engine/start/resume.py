@@ -62,7 +62,10 @@ def resume(
         identity["base_4bit"] = model.base_digest
     cursor = Cursor()
     evaluations = evaluations_so_far(folder.path, rank)
-    failed_samples = FailedSampleLimit(max_fraction=cfg.data.max_failed_fraction)
+    failed_samples = FailedSampleLimit(
+        max_fraction=cfg.data.max_failed_fraction,
+        most_at_once=cfg.data.max_family_records if cfg.data.share_prefix else 1,
+    )
     bad_steps = BadSteps(cfg.optim)
     remarks: list[str] = []
     if folder.checkpoint is not None:
