@@ -27,16 +27,19 @@ def join_records(conversations: Sequence[bytes]) -> bytes:
 
 
 def split_records(data: bytes) -> list[bytes]:
-    """The conversations of a .json member; whatever else it holds comes as it is."""
+    """The conversations of a .json member, damaged ones too; whatever else it holds comes as it is."""
     if RECORDS.encode() not in data:
         return [data]
     try:
         found = json.loads(data)
+        if not isinstance(found, dict) or found.keys() != {RECORDS}:
+            return [data]
+        records = found[RECORDS]
+        if not isinstance(records, list) or not any(
+            isinstance(one, dict) and "turns" in one for one in records
+        ):
+            return [data]
+        # In ASCII: half of a surrogate pair, which a damaged text may hold, has no UTF-8.
+        return [json_text(one, sort_keys=True).encode() for one in records]
     except (ValueError, RecursionError):
         return [data]  # who reads the conversation says what is wrong
-    if not isinstance(found, dict) or found.keys() != {RECORDS}:
-        return [data]
-    records = found[RECORDS]
-    if not isinstance(records, list) or not all(isinstance(one, dict) and "turns" in one for one in records):
-        return [data]
-    return [json_text(one, sort_keys=True, letters=True).encode() for one in records] or [data]
