@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.data.plan.test_plan import all_steps, step_config
 from vl3train.contracts.families import doubled_pairs
 from vl3train.contracts.records import Cursor
+from vl3train.data.plan.families import what_sharing_saves
 from vl3train.data.plan.order import OrderRules
 from vl3train.data.plan.plan import Plan
 from vl3train.data.plan.sample_table import SampleTable
@@ -141,3 +142,30 @@ def test_half_a_weight_and_blocks(block_shards):
     rows = np.concatenate([plan.epoch_rows(0), plan.epoch_rows(1)])
     assert Counter(rows.tolist()) == Counter(range(80))
     assert plan.step_packs(Cursor())
+
+
+@pytest.mark.parametrize("sizes", [None, (100, 91, 9)])
+def test_what_sharing_would_save_is_what_it_saves(sizes):
+    records = table([8, 2, 3, 1, 6] * 10, sizes=sizes)
+    tokens = {
+        most: sum(
+            pack.num_tokens
+            for step in all_steps(plan_of(records, most=most, max_tokens=100), 0)
+            for pack in step
+        )
+        for most in (1, 4)
+    }
+    found = what_sharing_saves(records, 100, 4)
+    assert found.tokens == pytest.approx(1 - tokens[4] / tokens[1]) != 0
+    together = [group for group in groups_of(plan_of(records, max_tokens=100)) if len(group) > 1]
+    assert found.samples == pytest.approx(sum(map(len, together)) / len(records.families))
+
+
+def test_of_a_large_index_some_families_tell_what_sharing_saves():
+    records = table([4, 1, 3] * 300)
+    whole = what_sharing_saves(records, 100, 4)
+    part = what_sharing_saves(records, 100, 4, counted=500)
+    assert part != whole
+    assert part == pytest.approx(whole, rel=0.15)
+    nothing = dataclasses.replace(records, families=np.zeros_like(records.families))
+    assert what_sharing_saves(nothing, 100, 4) == (0, 0)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vl3train.config.schema import TrainConfig
 from vl3train.data.pipeline import OpenData, open_data
+from vl3train.data.plan.families import what_sharing_saves
+from vl3train.data.plan.sample_table import SampleTable
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank
 from vl3train.engine.start.folder import OutputFolder
@@ -51,6 +53,23 @@ def open_run_data(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: C
         num_steps=cfg.run.num_steps or train.plan.total_steps(cfg.run.num_epochs),
         changed=changed,
     )
+
+
+WORTH_TELLING = 0.05
+"""Share of the tokens that ``data.share_prefix`` must save to be named where a run does not set it."""
+
+
+def sharing_remarks(cfg: TrainConfig, table: SampleTable) -> list[str]:
+    """That records of the same media could be trained on together, where that saves much. Said once at the start."""
+    if cfg.data.share_prefix:
+        return []
+    found = what_sharing_saves(table, cfg.step.max_tokens, cfg.data.max_family_records)
+    if found.tokens < WORTH_TELLING:
+        return []
+    return [
+        f"data: {found.samples:.0%} of the samples show the same picture or clip as another; data.share_prefix=true "
+        f"would take {found.tokens:.0%} fewer tokens (docs/families.md says when it suits)"
+    ]
 
 
 def data_remarks(data: OpenData) -> list[str]:
