@@ -62,12 +62,16 @@ def lines(folder):
     [(), pytest.param(("adapter=lora", "adapter.rank=8"), marks=pytest.mark.long)],
     ids=["whole", "lora"],
 )
-def test_a_run_with_shared_prefixes_has_the_losses_of_one_without(words, tmp_path, adapter):
-    """Of its steps, and of its held-out samples."""
+def test_a_run_with_shared_prefixes_has_the_losses_of_one_without(words, tmp_path, adapter, capsys):
+    """Of its steps, and of its held-out samples. The one without says what it misses."""
     shared, apart = (
         run([*words, *adapter, f"data.share_prefix={on}", f"run.output_dir={tmp_path / on}"])
         for on in ("true", "false")
     )
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.findall(r"(\d\d%) of the samples show .*share_prefix=true would take (\d\d%)", said) == [
+        ("82%", "39%")
+    ]
     found, wanted = lines(shared), lines(apart)
     assert len(found) == len(wanted) == STEPS
     for line, other in zip(found, wanted, strict=True):
