@@ -29,6 +29,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("vl3train.demo.command", "draw the images and videos of the demo, and make a tiny model"),
+    "parts": Command(
+        "vl3train.cli.parts", "make a small model's parts: a Llama as a Qwen2, and a new encoder"
+    ),
     "options": Command("vl3train.cli.options", "list the options with type, default and meaning"),
     "shards": Command("vl3train.cli.make_shards", "write annotations and media into webdataset shards"),
     "index": Command("vl3train.cli.build_index", "measure every sample of a recipe once, before training"),

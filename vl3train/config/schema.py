@@ -66,7 +66,7 @@ class ModelConfig:
     """The model's size, and the published parts that stage 1 builds it from."""
 
     name: str = MISSING
-    """Size: debug, 2b or 7b."""
+    """Size: debug, smollm2, 2b or 7b."""
 
     vision_encoder_from: str | None = None
     """Stage 1: SigLIP checkpoint in Hugging Face form (folder or hub name), or a VideoLLaMA3 (folder or run), whose

@@ -52,6 +52,10 @@ class PartSizes:
     learning_rate: float = 2e-3
 
 
+SMALL_ENCODER = PartSizes(vision_hidden=384, vision_layers=6, head_dim=64)
+"""Of `vl3train parts`: width and heads of ViT-S (arXiv:2106.10270, table 2), half its layers."""
+
+
 def make_debug_parts(
     folder: Path,
     questions: Sequence[Question],
