@@ -15,7 +15,7 @@ from vl3train.inference.rendering import Rendering, trained_rendering
 from vl3train.inference.requests import Request, as_line, as_question
 from vl3train.model.attention.backends import choose_attention
 from vl3train.model.generation.ends import end_ids
-from vl3train.model.generation.generate import SLOTS, free_cache_bytes
+from vl3train.model.generation.generate import NUM_SLOTS, free_cache_bytes
 from vl3train.model.generation.sampling import Sampling
 from vl3train.model.packed_forward import PackedModel, head_dims
 
@@ -118,8 +118,8 @@ class Asker:
         return in_order(self.answering(len(requests)).answers(asked()), keys)
 
     def answering(self, num_questions: int) -> Answering:
-        """What answers one question alone, or many together: a slot without an answer costs as much as one with."""
-        num_slots = 1 if num_questions == 1 else SLOTS[self.packed.model.device.type]
+        """What answers one question alone, or many together: on a GPU an empty slot costs as much as an answer."""
+        num_slots = 1 if num_questions == 1 else NUM_SLOTS
         if num_slots not in self._by_slots:
             self._by_slots[num_slots] = self.new_answering(num_slots, self.sampling)
         return self._by_slots[num_slots]

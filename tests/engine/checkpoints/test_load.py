@@ -40,6 +40,8 @@ def test_another_plan_is_refused_with_every_difference(tmp_path):
     assert "model.projector: the checkpoint has 7, this run has 8" in text
     assert "index" not in text.split("Either")[0].replace("plan.index", "")
     assert "stage.init_from" not in text, "there are no weights"
+    with pytest.raises(RunError, match=r"or None without data\.share_prefix=true"):
+        refuse_other_identity(folder, {**identity, "plan": {**identity["plan"], "max_family_records": 16}})
     (folder / "weights").mkdir()
     with pytest.raises(RunError, match=f"stage.init_from={folder / 'weights'}"):
         refuse_other_identity(folder, {"stage": 2})

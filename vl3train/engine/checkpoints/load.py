@@ -65,6 +65,7 @@ def start_of(checkpoint: Path) -> Path:
 
 FREE = ("machine.dp_size", "machine.zero_stage")
 """What of a run's identity may change: load_checkpoint moves the state."""
+MOST_TOGETHER = "plan.max_family_records"
 
 
 def refuse_other_identity(
@@ -87,6 +88,10 @@ def refuse_other_identity(
     if differences:
         if saved.get("plan.index") != now.get("plan.index"):
             differences += [f"  data: {line}" for line in data_changes()]
+        if saved.get(MOST_TOGETHER) != now.get(MOST_TOGETHER):
+            differences.append(
+                f"  ({MOST_TOGETHER} is data.max_family_records, or None without data.share_prefix=true)"
+            )
         if stored["adapter"]["kind"] == "lora" and "modules_to_save" not in stored["adapter"]:
             differences.append(ADAPTERS_CHANGED)
         holds_weights = any((folder / name).is_dir() for name in ("weights", "adapter"))

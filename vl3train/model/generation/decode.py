@@ -71,22 +71,30 @@ class Slots:
         self.places_B[slot] = self.in_use_B[slot] = 0
 
     @torch.no_grad()
-    def step(self, longest: int) -> None:
-        """The next token of every answer, into ``tokens_B``; ``longest`` is the most rows that a slot then has."""
+    def step(self, longest: int, num_busy: int) -> None:
+        """The next token of every answer, into ``tokens_B``.
+
+        Args:
+            longest: the most rows that a slot then has.
+            num_busy: no slot from this one on has an answer. A CPU leaves them out; a GPU's graphs are of all slots.
+        """
         rows_step = ROWS_STEP[self.device.type]
         num_rows = min(-(-longest // rows_step) * rows_step, self.num_rows)
         if self.device.type != "cuda":
-            return self._step(num_rows)
+            return self._step(num_rows, num_busy)
         if num_rows not in self._graphs:
             self._graphs[num_rows] = self._captured(num_rows)
         self._graphs[num_rows].replay()
         return None
 
-    def _step(self, num_rows: int) -> None:
+    def _step(self, num_rows: int, num_busy: int) -> None:
         language_model = self.hf_model.model.language_model
-        hidden_BH = language_model.embed_tokens(self.tokens_B)
-        cos_1BD, sin_1BD = language_model.rotary_emb(hidden_BH.unsqueeze(0), self.places_B.unsqueeze(0))
-        visible = (self._rows[:num_rows] <= self.places_B[:, None])[:, None, None]  # (B, 1, 1, rows)
+        tokens_B, places_B, every_slot = (
+            x[:num_busy] for x in (self.tokens_B, self.places_B, self._every_slot)
+        )
+        hidden_BH = language_model.embed_tokens(tokens_B)
+        cos_1BD, sin_1BD = language_model.rotary_emb(hidden_BH.unsqueeze(0), places_B.unsqueeze(0))
+        visible = (self._rows[:num_rows] <= places_B[:, None])[:, None, None]  # (B, 1, 1, rows)
         for number, layer in enumerate(language_model.layers):
 
             def cached(
@@ -97,8 +105,8 @@ class Slots:
                 scale: float = layer.self_attn.scaling,
             ) -> Tensor:
                 for store, new in zip(of_layer, (k, v), strict=True):
-                    store[self._every_slot, :, self.places_B] = new
-                keys, values = of_layer[:, :, :, :num_rows]
+                    store[every_slot, :, places_B] = new
+                keys, values = of_layer[:, :num_busy, :, :num_rows]
                 # The query heads of a key and value head stand where attention has its rows: no head is repeated.
                 grouped = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, D)
                 out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scale)
@@ -106,8 +114,8 @@ class Slots:
 
             hidden_BH = layer_rows(layer, hidden_BH, cos_1BD.squeeze(0), sin_1BD.squeeze(0), cached)
         logits_BV = self.hf_model.lm_head(language_model.norm(hidden_BH))
-        self.tokens_B.copy_(next_tokens(logits_BV, self.sampling, self._random))
-        self.places_B.add_(self.in_use_B)
+        tokens_B.copy_(next_tokens(logits_BV, self.sampling, self._random))
+        places_B.add_(self.in_use_B[:num_busy])
 
     def _captured(self, num_rows: int) -> torch.cuda.CUDAGraph:
         """A CUDA graph of the step; nothing is changed by capturing it."""
@@ -115,12 +123,12 @@ class Slots:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # libraries set themselves up in a first run, which no graph may hold
-            self._step(num_rows)
+            self._step(num_rows, self.num_slots)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._random)
         with torch.cuda.graph(graph):
-            self._step(num_rows)
+            self._step(num_rows, self.num_slots)
         self.tokens_B.copy_(before[0])
         self.places_B.copy_(before[1])
         return graph

@@ -15,7 +15,7 @@ from vl3train.model.generation.prefill import Prefilled, Prompt, find_prompts, p
 from vl3train.model.generation.sampling import GREEDY, Sampling, next_tokens
 from vl3train.model.packed_forward import PackedModel
 
-SLOTS = {"cuda": 256, "cpu": 64}
+NUM_SLOTS = 256
 """Answers in progress at a time, where memory allows."""
 
 CACHE_SHARE = 0.5
@@ -55,7 +55,7 @@ class Generator:
             model: its weights may change between calls.
             end_ids: tokens that end an answer.
             max_new_tokens: an answer is cut after so many, the end token included.
-            num_slots: answers in progress at a time; None: ``SLOTS``. Fewer where ``cache_bytes`` hold fewer.
+            num_slots: answers in progress at a time; None: ``NUM_SLOTS``. Fewer where ``cache_bytes`` hold fewer.
             cache_bytes: memory for keys and values; None: ``CACHE_SHARE`` of what is free on a GPU, 2 GiB on a CPU.
             sampling: greedy by default.
             goes_on: called after each token of an answer, which lies at the end of its ``ids``; False cuts it there.
@@ -69,7 +69,7 @@ class Generator:
         self.model, self.end_ids = model, frozenset(end_ids)
         self.max_new_tokens, self.sampling, self.goes_on = max_new_tokens, sampling, goes_on
         self.device = next(model.parameters()).device
-        self.num_slots = num_slots if num_slots is not None else SLOTS[self.device.type]
+        self.num_slots = num_slots if num_slots is not None else NUM_SLOTS
         self.cache_bytes = cache_bytes if cache_bytes is not None else free_cache_bytes(self.device)
         self._random = torch.Generator(self.device).manual_seed(sampling.seed)
         self._slots: Slots | None = None
@@ -162,7 +162,7 @@ class Generator:
         assert self._slots is not None
         longest = max(answer.prompt.length + len(answer.ids) for answer in busy.values())
         # Of a step that is not read yet, the tokens are not in ``ids``.
-        self._slots.step(min(longest + 1, self._slots.num_rows))
+        self._slots.step(min(longest + 1, self._slots.num_rows), num_busy=max(busy) + 1)
         tokens_B = self._slots.tokens_B
         if self.device.type != "cuda":
             return _Step(dict(busy), tokens_B.clone(), None)
