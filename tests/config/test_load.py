@@ -101,6 +101,9 @@ def test_a_saved_config_is_read_back_whole(workplace: Path):
     assert as_plain(read(config_file=write_run_config(cfg, workplace))) == as_plain(cfg)
 
 
+HUGE = "1" + "0" * 5000  # Python reads no number of so many digits
+
+
 def test_mistakes_are_told_all_at_once_with_what_exists():
     found = told(
         "stage=1",
@@ -111,6 +114,7 @@ def test_mistakes_are_told_all_at_once_with_what_exists():
         "machine.attention=flash",
         "run.num_steps=1.5",
         "optim.beta1",
+        f"run.save_steps={HUGE}",
         "model=dbug",
         "run.seed=1,2",
         "~step.fill",
@@ -123,6 +127,7 @@ def test_mistakes_are_told_all_at_once_with_what_exists():
         "machine.attention=flash: no such choice; there are: auto, flash_attn_4,",
         "run.num_steps=1.5: is of the wrong kind; it takes a whole number, or null",
         "optim.beta1: is not key=value",
+        f"run.save_steps={HUGE}: is not key=value",
         "model=dbug: no such choice; did you mean debug? the choices are 2b, 7b, debug",
         "run.seed=1,2: is several values; give one",
         "~step.fill: only an entry of a dict",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 TEXT = "_text"
+LARGEST_FLOAT = sys.float_info.max
+"""JSON has whole numbers of any length. A larger one than this is below infinity for Python, and yet no float."""
 
 
 def json_text(

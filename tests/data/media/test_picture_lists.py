@@ -52,6 +52,8 @@ def test_any_zip_tool_reads_it():
         (PICTURES, {"fps": 1, "times": [0, 1, 2]}, "not both"),
         (PICTURES, {"fps": 0}, "fps=0 is no rate"),
         (PICTURES, {"fps": True}, "is no rate"),
+        (PICTURES, {"fps": 10**400}, "is no rate"),
+        (PICTURES, {"times": [*range(len(PICTURES) - 1), 10**400]}, "no number of seconds"),
         (PICTURES, {"times": [0, 1]}, "2 times for 3 pictures"),
         (PICTURES, {"times": [0, 2, 1]}, "after 2 comes 1"),
         (PICTURES, {"times": [0, "1", 2]}, "'1' among the times"),

@@ -82,6 +82,13 @@ def test_golden(tmp_path, name):
         assert f"no {name} record" in str(bad)
 
 
+def test_a_time_that_is_no_float_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"video": "a.mp4", "timestamps": [[0, 10**400]], "sentences": ["He runs."]}))
+    [(_, bad)] = read_annotations(f"moments:{path}")
+    assert "no moments record: OverflowError" in str(bad)
+
+
 def test_parquet_with_bytes_of_pictures_and_clips_becomes_shards(tmp_path):
     captions = [
         {"image": {"bytes": jpeg(number), "path": None}, "caption": f"Number {number}."}

@@ -194,7 +194,21 @@ def test_what_is_said_of_a_clip_is_kept(clip, expected):
     assert read_record(record, where="")[0].turns[0].content[0] == expected
 
 
-@pytest.mark.parametrize("wrong", [{"fps": 0}, {"fps": "fast"}, {"fps": True}, {"start": "a"}, {"end": [1]}])
+HUGE = 10**400  # JSON allows it, and it is below infinity, but it is no float
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fps": 0},
+        {"fps": "fast"},
+        {"fps": True},
+        {"fps": HUGE},
+        {"start": "a"},
+        {"start": HUGE},
+        {"end": [1]},
+    ],
+)
 def test_a_wrong_rate_or_time_is_rejected(wrong):
     with pytest.raises(SampleError, match="is no"):
         files({"video": "a.mp4"}, **wrong)

@@ -46,6 +46,13 @@ def test_a_byte_order_mark_is_no_word():
     )
 
 
+@pytest.mark.parametrize("key", ["start", "end", "fps"])
+def test_a_number_of_a_clip_that_is_no_float_is_told(key):
+    turns = [{"role": "user", "content": [{"type": "video", "part": "0.mp4", key: 10**400}]}]
+    with pytest.raises(SampleError, match=f"{key}=10+ is no"):
+        open_conversation(json.dumps({"turns": turns}).encode(), {"0.mp4": MP4})
+
+
 def test_half_a_character_is_refused_whoever_wrote_it():
     turns = [{"role": "assistant", "content": [{"type": "text", "text": "a \ud83d"}]}]
     for record in ({"caption": "a \ud83d"}, {"turns": turns}):

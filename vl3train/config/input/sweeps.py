@@ -69,7 +69,7 @@ def has_several_values(overrides: Sequence[str]) -> bool:
 def _parsed(text: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException:
+    except (HydraException, ValueError):  # ValueError: a number of thousands of digits
         return None
 
 

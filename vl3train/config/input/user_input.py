@@ -58,7 +58,7 @@ class UserInput:
         """Add one ``key=value`` of the command line."""
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError):  # ValueError: a number of thousands of digits
             self._reject(text, "", "is not key=value", _intended(text))
             return
         key = override.key_or_group

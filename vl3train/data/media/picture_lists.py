@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from vl3train.contracts.records import SampleError
-from vl3train.contracts.strict_json import json_text
+from vl3train.contracts.strict_json import LARGEST_FLOAT, json_text
 
 LIST_SUFFIX = "zip"
 """Of the part in a shard that holds such a clip."""
@@ -62,7 +61,7 @@ def pack_pictures(
         raise SampleError("a list of pictures has times or fps, not both; leave one away")
     if times is None:
         rate = DEFAULT_FPS if fps is None else fps
-        if not _is_number(rate) or not 0 < rate < math.inf:
+        if not _is_number(rate) or not 0 < rate <= LARGEST_FLOAT:
             raise SampleError(f"fps={rate!r} is no rate; give pictures a second, such as 3")
         shown, end = [number / rate for number in range(len(pictures))], len(pictures) / rate
     else:
@@ -119,7 +118,7 @@ def read_picture_list(data: bytes) -> PictureList:
             f"{HEADER_MEMBER} of a list of pictures is damaged: {error!r}; pack it again"
         ) from error
     reason = _wrong_times(times, len(pictures)) if pictures else "a list without pictures"
-    if reason is None and (not _is_number(end) or not times[-1] <= end < math.inf):
+    if reason is None and (not _is_number(end) or not times[-1] <= end <= LARGEST_FLOAT):
         reason = f"end={end!r} is no time behind the last picture's, {times[-1]}"
     if reason:
         raise SampleError(f"{HEADER_MEMBER} of a list of pictures is damaged: {reason}; pack it again")
@@ -130,7 +129,7 @@ def _wrong_times(times: Any, num_pictures: int) -> str | None:
     if not isinstance(times, (list, tuple)) or len(times) != num_pictures:
         found = f"{len(times)} times" if isinstance(times, (list, tuple)) else f"times {times!r:.80}"
         return f"{found} for {num_pictures} pictures; give one number of seconds for each picture"
-    if wrong := [second for second in times if not _is_number(second) or not 0 <= second < math.inf]:
+    if wrong := [second for second in times if not _is_number(second) or not 0 <= second <= LARGEST_FLOAT]:
         return f"{wrong[0]!r} among the times is no number of seconds from 0 on"
     if back := [(early, late) for early, late in pairwise(times) if late <= early]:
         return f"times must rise: after {back[0][0]} comes {back[0][1]}; sort the pictures by time"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vl3train.contracts.records import SampleError
+from vl3train.contracts.strict_json import LARGEST_FLOAT
 from vl3train.data.records.media_files import is_nothing
 
 START_KEYS = ("start_time", "video_start", "start")
@@ -45,7 +46,7 @@ def seconds(key: str, value: Any) -> float:
     """
     if isinstance(value, str) and re.fullmatch(r"\s*(\d+:){0,2}\d+(\.\d*)?\s*", value):
         value = sum(float(part) * 60**power for power, part in enumerate(reversed(value.split(":"))))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_FLOAT:
         raise SampleError(f"{key}={value!r} is no time in seconds")
     return float(value)
 
@@ -62,6 +63,6 @@ def clip_rate(said: Mapping[str, Any]) -> float | None:
     value = said[key]
     if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*", value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_FLOAT:
         raise SampleError(f"{key}={said[key]!r} is no rate; give frames a second, such as 2")
     return float(value)

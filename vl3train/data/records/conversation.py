@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vl3train.contracts.records import SampleError
-from vl3train.contracts.strict_json import json_text
+from vl3train.contracts.strict_json import LARGEST_FLOAT, json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,18 @@ def _wrong_value(content: Content) -> str | None:
             return reason
         if key in ("start", "end", "until") and not (
             (value is None and key != "until")
-            or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"))
+            or (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) <= LARGEST_FLOAT
+            )
         ):
             return f"{key}={value!r} is no time in seconds"
         if (
             key == "fps"
             and value is not None
             and not (
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST_FLOAT
             )
         ):
             return f"fps={value!r} is no number of frames a second"

@@ -279,7 +279,7 @@ def _ways_out(record: Mapping[str, Any]) -> str:
     for name, read in IMPORTERS.items():
         try:
             read(record)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
             continue
         readers.append(f"{name}:FILE")
     keys = [key for key in record if not is_nothing(record[key])]

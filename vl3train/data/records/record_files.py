@@ -107,7 +107,7 @@ def _suffix(source: str) -> str:
 def _imported(name: str, row: Any) -> Any | SampleError:
     try:
         return IMPORTERS[name](row)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return SampleError(f"no {name} record: {error!r}")
 
 
