@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.engine.checkpoints.made import make
 from vl3train.engine.checkpoints.load import layout_of, refuse_other_identity
@@ -23,7 +24,7 @@ from vl3train.engine.checkpoints.random_state import (
 from vl3train.engine.ranks import RunError
 from vl3train.engine.zero.reshard.layouts import Layout
 from vl3train.engine.zero.reshard.shards import Shards
-from vl3train.engine.zero.state_files import StateFiles
+from vl3train.engine.zero.state_files import MODEL, SAME, WEIGHTS_IN, StateFiles, read_state
 
 
 def test_another_plan_is_refused_with_every_difference(tmp_path):
@@ -109,6 +110,16 @@ class MakesFolder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
+
+
+def test_weights_that_somebody_laid_beside_the_runs_own_are_not_read(tmp_path):
+    state, weights = tmp_path / "engine" / "state" / "state.pt", tmp_path / "weights"
+    state.parent.mkdir(parents=True)
+    weights.mkdir()
+    torch.save({WEIGHTS_IN: "weights", SAME: {}, "module": {}}, state)
+    save_file({"w": torch.ones(2)}, weights / "model.safetensors")
+    save_file({"w": torch.zeros(2)}, weights / "other.safetensors")
+    assert read_state(state)["module"][f"{MODEL}w"].tolist() == [1.0, 1.0]
 
 
 def read_for_another_layout(path):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vl3train.engine.zero.host_copies import HostCopies
+from vl3train.model.weights.headers.files import read_stored
 
 SAFE_CLASSES = [ZeroStageEnum, LossScaler, fragment_address]
 """The only classes, beside torch's tensors and Python's own containers, that DeepSpeed 0.19.8 writes: plain numbers."""
@@ -71,7 +72,7 @@ def read_state(path: Path, *, map_location: Any = "cpu", mmap: bool | None = Non
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     if WEIGHTS_IN in content:
         folder = path.parents[2] / content[WEIGHTS_IN]
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in read_stored(folder).files:  # not what somebody laid beside them, which no digest covers
             content["module"].update({MODEL + name: value for name, value in load_file(file).items()})
         for one, other in content[SAME].items():
             content["module"][one] = content["module"][other]
