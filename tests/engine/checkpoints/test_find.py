@@ -27,6 +27,22 @@ def test_the_newest_whole_one_is_found_and_damage_is_named(tmp_path, one_rank):
     assert "60 of 100 bytes" in remarks[3]
 
 
+@pytest.mark.parametrize(
+    "name", ["weights/zzz.safetensors", "weights/model.safetensors", "engine/state/more.pt"]
+)
+def test_a_strange_file_that_would_be_read_is_damage_and_a_note_is_none(tmp_path, one_rank, name):
+    good, newest = make(tmp_path, 10), make(tmp_path, 20)
+    (newest / "weights").mkdir()
+    (newest / "notes.txt").touch()
+    (newest / "weights" / "notes.json").touch()
+    assert find_checkpoint(tmp_path, one_rank) == (newest, [])
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).touch()
+    folder, [remark] = find_checkpoint(tmp_path, one_rank)
+    assert folder == good
+    assert f"{name} is no file of the checkpoint; take it out" in remark
+
+
 def test_no_checkpoint_is_no_error(tmp_path, one_rank):
     assert find_checkpoint(tmp_path / "none", one_rank) == (None, [])
 

@@ -20,6 +20,7 @@ from vl3train.contracts.strict_json import json_text
 
 MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 16 * 2**20
+READ_BY_NAME = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
 
 
 def checkpoint_name(step: int) -> str:
@@ -131,7 +132,7 @@ def _whole_number(value: Any) -> int:
 
 
 def wrong_sizes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
-    """Files that are missing or of another size. A file that the manifest does not list is no damage."""
+    """Files that are missing or of another size."""
     have = list_files(folder)
     return [
         f"{name} has {have[name]} of {size} bytes" if name in have else f"{name} is missing ({size} bytes)"
@@ -167,5 +168,18 @@ def damage(folder: Path, *, index: int = 0, count: int = 1, below: str = "") -> 
         sizes, digests = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
+    strange = unlisted(folder, sizes, below)
     sizes = {name: size for name, size in sizes.items() if name.startswith(below)}
-    return wrong_sizes(folder, sizes) or wrong_digests(folder, digests, share_of(sizes, index, count))
+    return (
+        strange or wrong_sizes(folder, sizes) or wrong_digests(folder, digests, share_of(sizes, index, count))
+    )
+
+
+def unlisted(folder: Path, sizes: Mapping[str, int], below: str) -> list[str]:
+    """Files with the name of a state or of weights that the manifest does not list: who reads the folder would take
+    them, as DeepSpeed and transformers do. Others, as notes, are no damage."""
+    return [
+        f"{name} is no file of the checkpoint; take it out"
+        for name in list_files(folder)
+        if name.startswith(below) and name not in sizes and name.endswith(READ_BY_NAME)
+    ]
