@@ -64,7 +64,7 @@ def test_damage_that_only_reading_finds_is_found_by_reading(run_folder, capsys):
 
 
 def test_old_ones_are_deleted_and_the_best_and_regular_ones_stay(run_folder, capsys):
-    (run_folder / BEST_FILE).write_text(json.dumps({"checkpoint": "checkpoints/step_00000010"}))
+    (run_folder / BEST_FILE).write_text(json.dumps({"checkpoint": "checkpoints/step_00000010", "step": 10}))
     assert main(["checkpoint", str(run_folder), "--keep", "1"]) == 0
     assert steps_of(run_folder) == [10, 20, 40]
     said = capsys.readouterr().out
