@@ -102,9 +102,11 @@ def test_a_save_waits_for_the_one_before_and_says_so(words, at_once, tmp_path, m
 
     monkeypatch.setattr(saver, "write_checkpoint", write_slowly)
     monkeypatch.setattr(saver.Saver, "wait", wait_for_it)
+    monkeypatch.setattr(HostCopies, "problem", "no memory to lock")
     run([*words, f"run.output_dir={tmp_path}"])
     said = capsys.readouterr().out
     assert "the checkpoint of step 2 is still being written; training waits for it" in said
+    assert said.count("did not page-lock the host's memory for a copy of the state (no memory to lock)") == 1
     assert figures(tmp_path) == figures(at_once)
     [waited] = [line for line in figures(tmp_path, "save_seconds") if line[0] == "5"]
     assert float(waited[-1]) > 0.01

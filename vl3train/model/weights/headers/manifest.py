@@ -20,7 +20,10 @@ from vl3train.contracts.strict_json import json_text
 
 MANIFEST = "MANIFEST.json"
 CHUNK_BYTES = 16 * 2**20
-READ_BY_NAME = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
+READ_BY_NAME = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt"),
+    "adapter_config.json",  # transformers then takes the folder for adapters
+)
 
 
 def checkpoint_name(step: int) -> str:
