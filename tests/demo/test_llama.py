@@ -130,6 +130,20 @@ def test_other_models_and_missing_files_are_named(tokenizer_folder, tmp_path, ca
     assert "it is a Qwen2 already; name it in model.language_model_from" in capsys.readouterr().err
     assert main(["parts", str(tmp_path / "no.gguf"), str(tmp_path / "parts")]) == 1
     assert "there is no file" in capsys.readouterr().err
+    for name, content in (
+        ("no model", None),
+        ("cut", '{"model_type": "llama", '),
+        ("no weights", '{"model_type": "llama"}'),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        if content is not None:
+            (folder / "config.json").write_text(content)
+        assert main(["parts", str(folder), str(tmp_path / "parts")]) == 1
+        said = capsys.readouterr().err
+        assert f"{folder} cannot be read as a language model (" in said
+        assert "SOURCE is a folder with config.json" in said
+    assert not (tmp_path / "parts").exists()
 
 
 def test_a_wrong_mapping_is_seen(tokenizer_folder: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -43,18 +44,18 @@ def write_language_model(source: str, out: Path) -> int:
         out: an empty folder.
 
     Raises:
-        ValueError: the source is no Llama, has something that a Qwen2 has not, or lacks ChatML's tokens.
+        ValueError: the source cannot be read, is no Llama, has what a Qwen2 has not, or lacks ChatML's tokens.
     """
     place, more = _opened(source)
-    config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False, **more)
+    config: Any = _read(source, AutoConfig, place, **more)
     refuse(source, faults_of(config))
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **more)
+    tokenizer: Any = _read(source, AutoTokenizer, place, **more)
     # This class keeps what tokenizer.json says. Qwen2's own would cut text into words by Qwen2's pattern.
     FastTokenizer(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(out)
     prepared = prepare_tokenizer(out)
     prepared.save_pretrained(out)
     dtype = torch.float32 if more else "auto"
-    llama: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **more)
+    llama: Any = _read(source, AutoModelForCausalLM, place, dtype=dtype, **more)
     qwen2 = as_qwen2(llama.eval(), num_tokens=len(prepared))
     qwen2.config.eos_token_id = prepared.convert_tokens_to_ids(IM_END)
     qwen2.config.pad_token_id = prepared.convert_tokens_to_ids(END_OF_TEXT)
@@ -139,3 +140,15 @@ def _opened(source: str) -> tuple[str, dict[str, str]]:
     if find_spec("gguf") is None:
         raise ValueError(f"{file} needs a package to be read: pip install gguf")
     return str(file.parent), {"gguf_file": file.name}
+
+
+def _read(source: str, auto_class: Any, place: str, **more: Any) -> Any:
+    """``from_pretrained``, whose many kinds of error for a wrong or damaged source become one."""
+    try:
+        return auto_class.from_pretrained(place, trust_remote_code=False, **more)
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{source} cannot be read as a language model ({' '.join(str(error).split())[:300]}). SOURCE is a folder "
+            "with config.json, tokenizer.json and weights, a .gguf file, or a hub name; where there is no network, "
+            f"download it elsewhere: hf download {source} --local-dir FOLDER"
+        ) from error
