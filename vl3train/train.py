@@ -17,9 +17,11 @@ from vl3train.config.paths import is_finished
 from vl3train.config.problems import ConfigError
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.exit_codes import FINISHED, STOPPED, left_code
+from vl3train.contracts.imports.lean import import_leanly, no_garbage
 from vl3train.contracts.line_log import let_output_fail
 from vl3train.contracts.progress.job import keep_record_of_rank
 from vl3train.contracts.progress.record import progress
+from vl3train.engine.stop import start_workers_ignoring_signals
 from vl3train.preview.check_config import check_config
 
 EXAMPLES = """\
@@ -77,17 +79,22 @@ def start(cfg: TrainConfig) -> int:
                 f"{cfg.run.output_dir}: this run is finished; name another run.output_dir to start a new one"
             )
         return 0
-    from vl3train.engine.failure import report_failure
-    from vl3train.engine.monitor.collectives import record_collectives
-    from vl3train.engine.ranks import join
-
+    if os.environ.get("RANK", "0") == "0":
+        print("importing torch, DeepSpeed and transformers", flush=True)
+    import_leanly()
+    start_workers_ignoring_signals()  # they import what they need while this process does
+    with no_garbage():
+        from vl3train.engine.failure import report_failure
+        from vl3train.engine.monitor.collectives import record_collectives
+        from vl3train.engine.ranks import join
     rank = None
     try:
         keep_record_of_rank()
         progress.phase("start: joining the other ranks")
         record_collectives(Path(cfg.run.output_dir))
         rank = join(cfg.machine)  # before DeepSpeed is imported: it reads the device from the environment
-        from vl3train.engine.loop import train
+        with no_garbage():
+            from vl3train.engine.loop import train
 
         return FINISHED if train(cfg, rank) else STOPPED
     except BaseException as error:  # any exception ends this process now: the other ranks wait for it

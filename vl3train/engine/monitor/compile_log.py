@@ -7,18 +7,16 @@ function nor reason. Its records give both at no cost: torch 2.11 and 2.14 write
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch._dynamo.utils import (
-    CompilationMetrics,
-    clear_compilation_metrics,
-    counters,
-    get_compilation_metrics,
-)
+from typing import TYPE_CHECKING
 
 from vl3train.engine.monitor.console import Console
+
+if TYPE_CHECKING:
+    from torch._dynamo.utils import CompilationMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +55,10 @@ def print_compiles(console: Console, when: str, compiles: Compiles, reasons: Seq
 
 def take_compiles() -> Compiles:
     """Everything that this process compiled since the last call; torch then forgets it. 0.6 us where nothing was."""
+    if "torch._dynamo" not in sys.modules:  # to import it takes 3 s
+        return Compiles()
+    from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
     records = get_compilation_metrics()
     if not records:
         return Compiles()

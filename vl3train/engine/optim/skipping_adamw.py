@@ -7,10 +7,14 @@ steps. On the CPU torch has no such kernel, and reading the flag waits for nothi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+update: Callable[[torch.optim.AdamW], object] = inspect.unwrap(torch.optim.AdamW.step)
+"""torch's own step, without what asks torch's compiler for a break in its graph, and so imports it."""
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -25,7 +29,7 @@ class SkippingAdamW(torch.optim.AdamW):
         assert closure is None, "this optimizer does not evaluate the loss again"
         flag = self.found_inf
         if flag is None or flag.is_cuda:
-            super().step()
+            update(self)
             return
         if flag > 0:
             for group in self.param_groups:  # DeepSpeed looks for the state after the first step
@@ -33,6 +37,6 @@ class SkippingAdamW(torch.optim.AdamW):
             return
         self.found_inf = None  # torch refuses it beside a kernel that is not fused
         try:
-            super().step()
+            update(self)
         finally:
             self.found_inf = flag

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vl3train.config.schema import TrainConfig
+from vl3train.contracts.imports.lean import run_uncompiled
 from vl3train.engine.memory.host import require
 from vl3train.engine.optim.build import build_optimizer
 from vl3train.engine.ranks import Rank
@@ -19,6 +20,8 @@ def start_engine(cfg: TrainConfig, model: RunModel, rank: Rank, say: Callable[[s
     Raises RunError on every rank where the host cannot hold the optimizer states that machine.offload_optimizer
     puts there; ``say`` gets a warning where it only seems too small.
     """
+    if not cfg.machine.compile_layers:
+        run_uncompiled()
     engine = Zero(
         model.packed,
         build_optimizer(

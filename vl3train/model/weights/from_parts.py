@@ -15,6 +15,7 @@ from transformers import AutoConfig, Qwen2Config, VideoLlama3Config, VideoLlama3
 from vl3train.config.paths import encoder_folder, model_type
 from vl3train.contracts.shapes import ENCODER
 from vl3train.contracts.tokens import PATCH_SIZE
+from vl3train.model.meta_build import MetaBuild
 from vl3train.model.weights.headers.faults import read_object, refuse
 from vl3train.model.weights.headers.files import read_stored
 from vl3train.model.weights.headers.folder import Kind, inspect_folder
@@ -103,12 +104,7 @@ def load_model(
         weights = convert_original_keys(dict(_read_weights(folder)))
         config = convert_original_config(described, **placeholder_ids(tokenizer_from or folder))
         return _build(config, weights, dtype, str(folder_or_name))
-    return _checked(
-        VideoLlama3ForConditionalGeneration.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
-        ),
-        str(folder_or_name),
-    )
+    return _load_checked(str(folder_or_name), str(folder), dtype=dtype)
 
 
 def placeholder_ids(folder: Path) -> dict[str, int]:
@@ -191,21 +187,16 @@ def _build(
         head = weights.pop("lm_head.weight", embedding)
         if head is not None and (embedding is None or not torch.equal(head, embedding)):
             raise ValueError(f"{source}: config.json ties lm_head and embed_tokens, but they differ")
-    return _checked(
-        VideoLlama3ForConditionalGeneration.from_pretrained(
-            None,
-            config=config,
-            state_dict={name: tensor.to(dtype) for name, tensor in weights.items()},
-            dtype=dtype,
-            output_loading_info=True,
-            attn_implementation="sdpa",
-        ),
-        source,
-    )
+    state = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    return _load_checked(source, None, config=config, state_dict=state, dtype=dtype)
 
 
-def _checked(loaded: Any, source: str) -> VideoLlama3ForConditionalGeneration:
-    """The model of a (model, loading info) pair. Raises ValueError unless every key fitted."""
+def _load_checked(source: str, folder: str | None, **what: Any) -> VideoLlama3ForConditionalGeneration:
+    """The model by transformers' ``from_pretrained``. Raises ValueError unless every key fitted."""
+    with MetaBuild():
+        loaded: Any = VideoLlama3ForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True, attn_implementation="sdpa", **what
+        )
     model, info = loaded
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

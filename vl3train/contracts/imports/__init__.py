@@ -1,0 +1,1 @@
+"""Importing large libraries without what a run does not use of them."""
