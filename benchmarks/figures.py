@@ -27,8 +27,8 @@ class Figures:
 
     def add(
         self, figure: str, value: float, unit: str, better: str, note: str = "", aim: float | None = None
-    ) -> None:
-        """One figure; ``aim`` is what it was to reach."""
+    ) -> dict[str, Any]:
+        """One figure; ``aim`` is what it was to reach. Returns its line."""
         line = {
             "figure": figure,
             "value": round(value, 6),
@@ -45,6 +45,7 @@ class Figures:
             "command": self.command,
         }
         self.write(line)
+        return line
 
     def write(self, line: dict[str, Any]) -> None:
         """Print a line, and keep it where that was asked for."""
