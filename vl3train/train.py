@@ -21,7 +21,7 @@ from vl3train.contracts.imports.lean import import_leanly, no_garbage
 from vl3train.contracts.line_log import let_output_fail
 from vl3train.contracts.progress.job import keep_record_of_rank
 from vl3train.contracts.progress.record import progress
-from vl3train.engine.stop import start_workers_ignoring_signals
+from vl3train.data.render.processes import start_workers_ignoring_signals
 from vl3train.preview.check_config import check_config
 
 EXAMPLES = """\

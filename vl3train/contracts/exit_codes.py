@@ -1,9 +1,13 @@
-"""What a run's exit code says, and how each rank tells the launcher its own."""
+"""The signals that end a run, what its exit code says, and how each rank tells the launcher its own."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
+"""Of queues before SIGKILL, of Ctrl-C, of Slurm's ``--signal``, of a terminal that is closed."""
 
 FINISHED = 0
 FAILED = 1

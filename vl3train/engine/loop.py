@@ -13,6 +13,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import TooManyFailed
 from vl3train.data.pipeline import StepBatches
+from vl3train.data.render.processes import start_workers_ignoring_signals
 from vl3train.engine.bad_steps.go_back import go_back, refuse_untrained
 from vl3train.engine.bad_steps.report import report_skipped
 from vl3train.engine.best import BEST_FILE
@@ -35,7 +36,7 @@ from vl3train.engine.start.lock import locked_folder
 from vl3train.engine.start.run import start_run
 from vl3train.engine.step import train_step
 from vl3train.engine.steps import steps_to_do
-from vl3train.engine.stop import StopRequest, start_workers_ignoring_signals
+from vl3train.engine.stop import StopRequest
 from vl3train.model.weights.headers.manifest import checkpoint_name
 
 

@@ -11,16 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver, resource_tracker
 
 import torch.distributed as dist
 
-from vl3train.contracts.exit_codes import INTERRUPTED, STOPPED, leave_code
+from vl3train.contracts.exit_codes import INTERRUPTED, STOP_SIGNALS, STOPPED, leave_code
 from vl3train.data.data_wait import GIVE_UP_SIGNAL, data_wait
-from vl3train.data.render.processes import clean_processes
 
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
-"""Of queues before SIGKILL, of Ctrl-C, of Slurm's ``--signal``, of a terminal that is closed."""
 SECONDS_WITHOUT_LAUNCHER = 40.0
 """For the step in progress and the save; then the process ends. Nobody restarts it, and its GPU is wanted."""
 SECONDS_FOR_DATA = 10.0
@@ -164,19 +160,3 @@ def seconds_since_start() -> float:
     with open("/proc/uptime", encoding="ascii") as file:
         up = float(file.read().split()[0])
     return up - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def start_workers_ignoring_signals() -> None:
-    """Start the fork server of loader workers and decode processes with the stop signals blocked.
-
-    torchrun and schedulers send these signals to every process of a group. A worker that ended by one would end the run
-    before it has saved. Forked processes inherit the block; the SIGTERM handler that torch gives its workers never
-    runs. The workers end with the loader, or with this process.
-    """
-    clean_processes()  # sets what the fork server imports
-    resource_tracker.ensure_running()  # the fork server needs it; starting it later would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,7 @@ import torch
 from multiprocessing import util
 from vl3train.data.render.processes import clean_processes
 from vl3train.engine.ranks import leave
-from vl3train.engine.stop import start_workers_ignoring_signals
+from vl3train.data.render.processes import start_workers_ignoring_signals
 
 start_workers_ignoring_signals()
 with clean_processes().Pool(1) as pool:

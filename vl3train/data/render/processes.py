@@ -8,9 +8,11 @@ import shutil
 import signal
 import tempfile
 import threading
-from multiprocessing import util
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 from typing import IO
+
+from vl3train.contracts.exit_codes import STOP_SIGNALS
 
 LONGEST_FOLDER = 72
 """Bytes. The path of a socket may have 104 (108 on Linux), and multiprocessing puts 32 behind the folder's."""
@@ -26,6 +28,22 @@ def clean_processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vl3train.data.loader"])
     return context
+
+
+def start_workers_ignoring_signals() -> None:
+    """Start the fork server of loader workers and decode processes with the stop signals blocked.
+
+    torchrun and schedulers send these signals to every process of a group. A worker that ended by one would end the run
+    before it has saved. Forked processes inherit the block; the SIGTERM handler that torch gives its workers never
+    runs. The workers end with the loader, or with this process.
+    """
+    clean_processes()  # sets what the fork server imports
+    resource_tracker.ensure_running()  # the fork server needs it; starting it later would unblock SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def folder_of_sockets() -> str:
