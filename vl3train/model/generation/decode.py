@@ -127,7 +127,8 @@ class Slots:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._random)
-        with torch.cuda.graph(graph):
+        # The loader's thread page-locks batches meanwhile, which ends a capture that forbids it to other threads.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(num_rows, self.num_slots)
         self.tokens_B.copy_(before[0])
         self.places_B.copy_(before[1])
