@@ -19,11 +19,6 @@ os.environ.setdefault("WANDB__DISABLE_STATS", "true")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers would import torch anew
 
 import pytest
-from llvmlite.binding import get_host_cpu_features
-
-# As decode servers do for themselves (use_whole_vectors in data/media/resampling.py): now all processes compile alike,
-# and what one has compiled the others find on the disk. All of it takes 30 s.
-os.environ.setdefault("NUMBA_CPU_FEATURES", f"{get_host_cpu_features().flatten()},-prefer-256-bit")
 
 try:
     ctypes.CDLL("libcuda.so.1")

@@ -47,9 +47,10 @@ MAY_IMPORT = {
 
 INSIDE_DATA = {
     # The same between the rooms of data, a folder or a file each.
-    "plan": set(),
+    "compiled.py": set(),
+    "plan": {"compiled.py"},
     "video": set(),
-    "media": {"video"},
+    "media": {"compiled.py", "video"},
     "pictures": {"media", "video"},
     "shards": {"plan", "media"},
     "records": {"plan", "media", "shards"},
@@ -58,6 +59,7 @@ INSIDE_DATA = {
     "collate.py": set(),
     "prepare": {"plan", "media", "shards", "records", "render", "recipe.py"},
     "loader.py": {"plan", "media", "shards", "records", "render", "collate.py"},
+    "preload.py": {"plan", "media", "loader.py"},
     "extremes.py": {"plan", "loader.py", "collate.py", "render"},
     "pipeline.py": {"plan", "media", "shards", "render", "recipe.py", "prepare", "loader.py"},
 }
@@ -70,13 +72,7 @@ DOORS = {
     "wandb": {"engine/tracking/wandb_tracker.py"},
     "tensorboard": {"engine/tracking/tensorboard_tracker.py"},
     "torch.utils.tensorboard": {"engine/tracking/tensorboard_tracker.py"},
-    "numba": {
-        "data/plan/balance.py",
-        "data/plan/cut.py",
-        "data/plan/families.py",
-        "data/media/resampling.py",
-        "data/media/resampling_kernels.py",
-    },
+    "numba": {"data/compiled.py"},
     "lmms_eval": {"serving/lmms.py"},
     "bitsandbytes": {"model/kernels/nf4.py"},
     "aiohttp": {
@@ -108,7 +104,7 @@ NOT_IMPORTED = {
     ("cli/train.py", "vl3train.launch"): "this process becomes it",
     (
         "data/render/processes.py",
-        "vl3train.data.loader",
+        "vl3train.data.preload",
     ): "the fork server loads it for the processes to come",
 }
 """Modules that a file names in a string without importing them, with the reason."""

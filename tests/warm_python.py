@@ -60,7 +60,7 @@ MODULES = (
     "transformers.models.video_llama_3.modeling_video_llama_3",
     "transformers.models.video_llama_3.processing_video_llama_3",
     "transformers.models.video_llama_3.video_processing_video_llama_3",
-    "vl3train.data.loader",
+    "vl3train.data.preload",
     "vl3train.engine.failure",
     "vl3train.engine.loop",
     "vl3train.preview.check_config",
@@ -81,31 +81,12 @@ def warm_up() -> None:
     """What an import does not do, and each process would do anew: compile or load kernels, parse a first config, and
     read all modules' files, which torchrun does for the name of one function. It starts no thread.
     """
-    import numpy as np
-
     from vl3train.config.load import read_config
-    from vl3train.data.media.patches import resize_and_patchify
-    from vl3train.data.plan.plan import Plan
-    from vl3train.data.plan.sample_table import SampleTable
 
     inspect.stack()
     for stage in range(1, 5):  # their groups stay merged
         cfg, _ = read_config([f"stage={stage}", "model=debug", "data=demo", "machine=cpu"])
     assert cfg is not None
-    for size in ((110, 166), (112, 168)):  # resampled, and only cut
-        resize_and_patchify(np.zeros((*size, 3), np.uint8), grid=(8, 12), merge_size=2)
-    ones = np.ones(9, np.int64)
-    table = SampleTable(
-        sizes=(9,),
-        weights=(1.0,),
-        num_tokens=ones,
-        num_supervised_tokens=ones,
-        num_patches=ones,
-        num_patch_pairs=ones,
-        fingerprint="",
-    )
-    plan = Plan(table, 0, cfg.step)
-    plan.step_packs(plan.cursor_at(0))
 
 
 @contextlib.contextmanager

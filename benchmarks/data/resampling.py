@@ -35,7 +35,7 @@ from vl3train.contracts.geometry import picture_grid
 from vl3train.contracts.tokens import PATCH_SIZE, PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
 from vl3train.data.media.patches import resize, resize_and_patchify
-from vl3train.data.media.resampling import cut_into_patches, use_whole_vectors
+from vl3train.data.media.resampling import cut_into_patches
 from vl3train.data.pictures.images import decode_image
 from vl3train.data.render.decode_server import keep_freed_memory
 
@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds: fewer turns")
     turns = 3 if parser.parse_args().quick else 15
     torch.set_num_threads(1)
-    use_whole_vectors()  # as the decode server does
     keep_freed_memory()
     about = {
         "machine": machine(),

@@ -12,12 +12,11 @@ power of two. Here they are float32, and as exact: every sum is a whole number o
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
-from numba import config, njit
 
+from vl3train.data.compiled import njit
 from vl3train.data.media.resampling_kernels import TAPS, cut_whole, resample
 
 MEAN_RUN = 20
@@ -31,16 +30,6 @@ class Resampling(NamedTuple):
     weights: np.ndarray  # (TAPS, n) float32
     taps: int  # 4, or 5 where the last weights are not all zero
     long_runs: bool  # whether as columns they are for ``resample_into_patches``
-
-
-def use_whole_vectors() -> None:
-    """Let numba take 64 bytes at a time where the processor can; its compiler stops at 32.
-
-    For all that this process compiles from here on. Resizing a picture takes a tenth less.
-    """
-    settings: Any = config
-    if not settings.CPU_FEATURES:  # NUMBA_CPU_FEATURES
-        settings.CPU_FEATURES = f"{get_host_cpu_features().flatten()},-prefer-256-bit"
 
 
 @lru_cache(256)

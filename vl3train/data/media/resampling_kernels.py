@@ -7,9 +7,9 @@ of the inner loops. No slices in them either: each would count references, which
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from vl3train.contracts.tokens import PATCH_SIZE
+from vl3train.data.compiled import njit
 
 TAPS = 5
 """Most weights of a value that are not zero: bicubic has 4 pixels, and one more where it shrinks."""

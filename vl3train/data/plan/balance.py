@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from vl3train.data.compiled import njit
 
 SHARE = 1 << 20
 """What a pack of mean work counts: work is compared in these units, of the language model and of the encoder."""

@@ -8,8 +8,8 @@ go into its packs, and any step can be put together again by itself.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from vl3train.data.compiled import njit
 from vl3train.data.plan.balance import assign, at, measure
 
 LOOKAHEAD = 64

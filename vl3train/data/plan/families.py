@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from vl3train.data.compiled import njit
 from vl3train.data.plan.balance import Columns
 from vl3train.data.plan.sample_table import SampleTable
 

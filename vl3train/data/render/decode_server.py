@@ -24,8 +24,6 @@ import torch
 from vl3train.contracts.records import RenderedSample, RenderSettings, SampleError, SampleLengths
 from vl3train.contracts.tokens import PATCH_VALUES
 from vl3train.data.media.clips import DecodeLimits
-from vl3train.data.media.patches import resize_and_patchify
-from vl3train.data.media.resampling import use_whole_vectors
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.data.render.families import FamilyRecord, render_family
 from vl3train.data.render.samples import Seen, measure_sample, render_sample
@@ -112,10 +110,6 @@ def serve(
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     torch.set_num_threads(1)
     keep_freed_memory()
-    use_whole_vectors()
-    # Compiled, or read from numba's cache, here once: the decode processes forked from this one have it then.
-    resize_and_patchify(np.zeros((57, 57, 3), np.uint8), grid=(4, 4), merge_size=2)
-    resize_and_patchify(np.zeros((56, 56, 3), np.uint8), grid=(4, 4), merge_size=2)
     tokenizer = None if tokenizer_dir is None else ChatTokenizer.from_folder(tokenizer_dir)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)

@@ -26,7 +26,7 @@ def clean_processes() -> ForkServerContext:
     """
     folder_of_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vl3train.data.loader"])
+    context.set_forkserver_preload(["vl3train.data.preload"])
     return context
 
 
