@@ -64,7 +64,7 @@ WORK = {
     "clips": Row(
         figure="generate_ratio_clips",
         kind="video", size="2b", num_questions=64, num_media=8, side=224, num_frames=180, answer_tokens=32,
-        first_batch=8, aim=3,
+        first_batch=16, aim=3,
     ),
     "cpu_apart": Row(
         figure="generate_ratio_cpu_apart",
@@ -215,7 +215,7 @@ def stock_runs(
     while batch_size <= len(requests):
         try:
             # Untimed: with a static cache transformers compiles a step for each batch size on a GPU.
-            stock_answers(model, processor, requests[:batch_size], row, batch_size, cache, workers=0)
+            stock_answers(model, processor, requests[:batch_size], row, batch_size, cache, workers)
             started = time.perf_counter()
             found = stock_answers(model, processor, requests, row, batch_size, cache, workers)
             seconds = wait(model.device) - started
