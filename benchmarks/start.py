@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     figures = Figures("start", keep=False, packages=("torch", "deepspeed", "transformers"))
+    figures.machine = "; ".join([*gpu_names(), figures.machine])
     with tempfile.TemporaryDirectory(prefix="vl3train-start-") as temporary:
         work = (args.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,14 @@ def main() -> None:
                     line = measure(name, side, build, work, args.limit, figures)
                     if args.keep and line is not None:
                         keep(line)
+
+
+def gpu_names() -> list[str]:
+    """Of the GPUs here. This process must not ask torch: that takes memory of the GPU, which a run would miss."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return []
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, check=False, capture_output=True, text=True).stdout.strip().splitlines()
 
 
 def keep(line: dict[str, Any]) -> None:

@@ -46,6 +46,10 @@ ROWS: dict[str, StartRow] = {
         words=(*DEBUG, "machine=one_cpu"),
         phase="start: data",
     ),
+    "compiled_cpu": StartRow(  # what a start with compiled layers costs on the host
+        figure="start_warm_compiled_cpu_seconds",
+        words=(*DEBUG, "machine=one_cpu", "machine.compile_layers=true", "data.num_workers=0"),
+    ),
     "debug_gpu": StartRow(figure="start_warm_debug_seconds", aim=8, words=(*DEBUG, "machine=one_gpu")),
     "2b_cold": StartRow(figure="start_cold_2b_seconds", cold=True, data="2b_train_command"),
     "2b_warm": StartRow(figure="start_warm_2b_seconds", data="2b_train_command"),

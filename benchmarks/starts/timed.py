@@ -36,6 +36,7 @@ class Started:
     phases: dict[str, dict[str, float]]  # of the first rank: seconds of each kind, by phase
     cpu: dict[str, float]  # of the first rank: seconds of all its threads, user and system, by phase
     places: dict[str, float]  # of the first rank: seconds by the innermost frames
+    compiler: dict[str, float]  # of the first rank: seconds of torch's compiler by its own clocks, nested
     lines: list[tuple[float, str]]  # what it wrote, and when
 
     def phase_seconds(self, phase: str) -> float | None:
@@ -113,8 +114,8 @@ def _watched(folder: Path) -> dict[str, Any]:
     """What the thread of watch/sitecustomize.py saw of the first rank."""
     for path in sorted(folder.glob("rank-0-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"phases": found["kinds"], "cpu": found["cpu"], "places": found["places"]}
-    return {"phases": {}, "cpu": {}, "places": {}}
+        return {"phases": found["kinds"], **{name: found[name] for name in ("cpu", "places", "compiler")}}
+    return {"phases": {}, "cpu": {}, "places": {}, "compiler": {}}
 
 
 def timeline(started: Started, most: int = 6) -> list[str]:
@@ -128,6 +129,7 @@ def timeline(started: Started, most: int = 6) -> list[str]:
     return rows
 
 
-def common_places(started: Started, most: int = 25) -> list[str]:
-    """Where the main thread was most often: a line each."""
-    return [f"{seconds:6.2f} s  {place}" for place, seconds in Counter(started.places).most_common(most)]
+def common_places(started: Started, most: int = 15) -> list[str]:
+    """Where the main thread was most often, and the parts of torch's compiler: a line each."""
+    found = [Counter(started.places).most_common(most), Counter(started.compiler).most_common(2 * most)]
+    return [f"{seconds:6.2f} s  {place}" for part in found for place, seconds in part if seconds > 0.05]

@@ -26,10 +26,6 @@ KINDS = (
     # the first whose words are in the file of a frame, looking from the innermost frame outwards
     ("flash-attn-4", ("/flash_attn/",)),
     ("quack", ("/quack/",)),
-    ("compile: triton", ("/triton/",)),
-    ("compile: inductor", ("/torch/_inductor/",)),
-    ("compile: autograd", ("/torch/_functorch/", "/torch/_higher_order_ops/")),
-    ("compile: tracing", ("/torch/_dynamo/", "/torch/_guards", "/torch/fx/")),
     ("numba", ("/numba/", "/llvmlite/")),
     ("read weights", ("/safetensors/", "/transformers/modeling_utils", "/transformers/core_model_loading")),
     ("deepspeed", ("/deepspeed/",)),
@@ -38,21 +34,26 @@ KINDS = (
     ("data", ("/vl3train/data/",)),
     ("other of vl3train", ("/vl3train/",)),
 )
-COMPILES = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
-"""Frames within which torch compiles. Compiled code that only runs has frames of torch._dynamo too."""
+COMPILER = "torch._dynamo.convert_frame"
+"""Once torch's compiler is there, stacks are left alone: in Python 3.11 it puts frames of its own between others, and a
+walk over them from another thread has met freed memory. Its own clocks say what it is busy with."""
 
 
 def kind_of(files: list[str]) -> str:
     """What a stack is busy with; ``files`` from the innermost frame outwards."""
     if any(file.startswith("<frozen importlib") for file in files):
         return "imports"
-    compiles = any(word in file for file in files for word in COMPILES)
-    known = [(name, words) for name, words in KINDS if compiles or not name.startswith("compile")]
     for file in files:
-        for name, words in known:
+        for name, words in KINDS:
             if any(word in file for word in words):
                 return name
     return "other"
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds of each part of torch's compiler, which lie within each other."""
+    times = getattr(sys.modules.get("torch._dynamo.utils"), "compilation_time_metrics", None)
+    return {name: sum(found) for name, found in list(times.items())} if isinstance(times, dict) else {}
 
 
 def frames_of(frame: FrameType | None) -> list[tuple[str, str]]:
@@ -92,17 +93,22 @@ def watch(folder: str, main_thread: int, age: float) -> None:
     before, cpu_before, written = time.perf_counter(), 0.0, 0.0
     while True:
         time.sleep(LOOK_SECONDS)
-        frames = frames_of(sys._current_frames().get(main_thread))
+        is_walked = COMPILER not in sys.modules
+        frames = frames_of(sys._current_frames().get(main_thread)) if is_walked else []
         now, phase = time.perf_counter(), phase_now()
         used = resource.getrusage(resource.RUSAGE_SELF)
         cpu_now = used.ru_utime + used.ru_stime
-        kinds[phase][kind_of([file for file, _ in frames])] += now - before
+        kinds[phase][kind_of([file for file, _ in frames]) if is_walked else "not looked into"] += (
+            now - before
+        )
         cpu[phase] += cpu_now - cpu_before
-        places[short(frames)] += now - before
+        if is_walked:
+            places[short(frames)] += now - before
         before, cpu_before = now, cpu_now
         if now - written > WRITE_SECONDS:
             written = now
-            text = json.dumps({"kinds": kinds, "cpu": cpu, "places": dict(places.most_common(60))})
+            found = {"kinds": kinds, "cpu": cpu, "places": dict(places.most_common(60))}
+            text = json.dumps({**found, "compiler": compile_seconds()})
             with open(f"{path}.new", "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(f"{path}.new", path)
