@@ -94,9 +94,12 @@ def start(cfg: TrainConfig) -> int:
         record_collectives(Path(cfg.run.output_dir))
         rank = join(cfg.machine)  # before DeepSpeed is imported: it reads the device from the environment
         with no_garbage():
+            from vl3train.model.kernels.prove import prove_early
+
+            proving = prove_early(cfg, rank.device)
             from vl3train.engine.loop import train
 
-        return FINISHED if train(cfg, rank) else STOPPED
+        return FINISHED if train(cfg, rank, proving) else STOPPED
     except BaseException as error:  # any exception ends this process now: the other ranks wait for it
         return report_failure(error, rank)
 

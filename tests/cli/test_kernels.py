@@ -7,7 +7,8 @@ from vl3train.model.attention import backends
 from vl3train.model.attention import check as attention_check
 
 
-def test_the_table_has_every_backend_and_the_one_taken_is_right(capsys, monkeypatch):
+def test_the_table_has_every_backend_and_the_one_taken_is_right(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VL3TRAIN_CACHE_DIR", str(tmp_path))
     if not torch.cuda.is_available():  # kernels that need long segments to go wrong are a GPU's
         monkeypatch.setattr(attention_check, "LENGTHS", ((60, 60, 35, 1), (1, 14)))
     assert main(["kernels", "--check"]) == 0

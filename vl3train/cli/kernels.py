@@ -3,7 +3,7 @@
 Every backend of attention that can run here is run with the heads of the encoder (head dimension 72, full attention)
 and of the 2B and 7B language models (128, causal). quack's matrix products are run with their rows and weights. A
 kernel is wrong when a relative error is over 0.01. The exit code is 1 when a kernel that machine.attention=auto or
-machine.gemm_backend=auto would take is wrong here.
+machine.gemm_backend=auto would take is wrong here. Each is run anew; a run that trains remembers which were right.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def head_dims() -> list[int]:
 def check_attention(console: Console, device: torch.device, dtype: torch.dtype, chosen: str) -> bool:
     """Print the table of the attention backends; whether the ``chosen`` one is wrong."""
     from vl3train.model.attention.backends import BACKENDS, choose_attention
-    from vl3train.model.attention.check import check_kernel
+    from vl3train.model.attention.check import proven_kernel
 
     table = Table("backend", "shape", "out", "dq", "dk", "dv", "")
     wrong = False
@@ -71,15 +71,7 @@ def check_attention(console: Console, device: torch.device, dtype: torch.dtype, 
             table.add_row(backend, "", "", "", "", "", str(error).split(": it ")[-1].split(";")[0])
             continue
         for name, shape in TOWERS.items():
-            found = check_kernel(
-                backend,
-                device,
-                heads=shape.num_heads,
-                kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                causal=shape.is_decoder,
-                dtype=dtype,
-            )
+            found = proven_kernel(backend, device, shape, dtype, shares_prefix=False, anew=True)
             verdict = "right" if found.is_right else found.failed or "WRONG: do not train with it"
             wrong |= backend == chosen and not found.is_right
             table.add_row(backend, name, *(f"{error:.4f}" for error in found.errors.values()), verdict)
@@ -89,14 +81,14 @@ def check_attention(console: Console, device: torch.device, dtype: torch.dtype, 
 
 def check_gemms(console: Console, device: torch.device, dtype: torch.dtype) -> bool:
     """Print the table of quack's matrix products, or why there is none; whether one of them is wrong."""
-    from vl3train.model.kernels.check import gemm_errors, why_not_quack
+    from vl3train.model.kernels.check import proven_gemms, why_not_quack
 
     if problem := why_not_quack(list(TOWERS.values()), device, dtype, compiled=True):
         console.print(f"matrix products: auto takes torch; not quack, {problem}")
         return False
     table, wrong = Table("quack's op", "shape", "error", ""), False
     for name, shape in TOWERS.items():
-        for found in gemm_errors(shape, device, dtype):
+        for found in proven_gemms(shape, device, dtype, anew=True):
             wrong |= not found.is_right
             verdict = found.failed or "WRONG: machine.gemm_backend=auto takes torch"
             table.add_row(found.name, name, f"{found.error:.4f}", "right" if found.is_right else verdict)

@@ -37,11 +37,14 @@ from vl3train.engine.start.run import start_run
 from vl3train.engine.step import train_step
 from vl3train.engine.steps import steps_to_do
 from vl3train.engine.stop import StopRequest
+from vl3train.model.kernels.prove import Proving
 from vl3train.model.weights.headers.manifest import checkpoint_name
 
 
-def train(cfg: TrainConfig, rank: Rank) -> bool:
+def train(cfg: TrainConfig, rank: Rank, proving: Proving | None = None) -> bool:
     """Train one stage to its end, from its start or from the newest whole checkpoint in its output folder.
+
+    ``proving``: the kernels that are proven already beside this process.
 
     Returns whether the run is finished; else it was asked to stop, and has saved. Raises RunError on every rank, or
     OneRankError on one, for what a user can act on.
@@ -51,7 +54,7 @@ def train(cfg: TrainConfig, rank: Rank) -> bool:
     with locked_folder(Path(cfg.run.output_dir), rank) as lock, watched(cfg.run, rank):
         try:
             with explain_oom(cfg, rank, "the run started"):
-                run = start_run(cfg, rank, console, lock)
+                run = start_run(cfg, rank, console, lock, proving or Proving())
             with contextlib.closing(StopRequest(cfg.run.max_hours)) as stop:
                 try:
                     is_finished = run_steps(run, stop)

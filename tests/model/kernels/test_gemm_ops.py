@@ -15,6 +15,7 @@ from vl3train.model.kernels.check import (
     GemmError,
     choose_gemm_backend,
     gemm_errors,
+    proven_gemms,
     quack_import_problem,
 )
 from vl3train.model.kernels.ops import rotate
@@ -187,7 +188,7 @@ def test_a_wrong_kernel_never_serves(config, monkeypatch):
     monkeypatch.setattr(check, "why_not_quack", lambda *_, **__: None)
     errors = {"linear_gelu": 0.002}
     found = lambda *_: [GemmError(name, error) for name, error in errors.items()]  # noqa: E731
-    monkeypatch.setattr(check, "gemm_errors", found)
+    monkeypatch.setattr(check, "proven_gemms", found)
     assert choose("auto", config).name == "quack"
     errors["linear_swiglu"] = float("nan")
     choice = choose("auto", config)
@@ -255,8 +256,9 @@ def test_quack_that_fails_otherwise_is_not_wholly_installed(fake_quack, folder, 
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_check_sees_what_is_wrong(gated, monkeypatch):
+def test_the_check_sees_what_is_wrong(gated, monkeypatch, tmp_path):
     """On a CPU the ops are the formulas: right, until one of them is broken."""
+    monkeypatch.setenv("VL3TRAIN_CACHE_DIR", str(tmp_path))
     shape, cpu = small_tower(is_decoder=gated), torch.device("cpu")
     found = {one.name: one for one in gemm_errors(shape, cpu, torch.bfloat16)}
     assert len(found) == (11 if gated else 7)
@@ -291,6 +293,21 @@ def test_the_check_sees_what_is_wrong(gated, monkeypatch):
     monkeypatch.setattr(gemm_ops, broken, raises)
     problem = check.wrong_gemm([shape], cpu, torch.bfloat16)
     assert problem == f"its {broken} does not run here (TypeError: no such kernel)"
+
+
+def test_ops_that_were_right_are_not_run_again_and_shares_make_the_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("VL3TRAIN_CACHE_DIR", str(tmp_path))
+    shape, cpu = small_tower(is_decoder=False), torch.device("cpu")
+
+    def wrong(**of):
+        return [one.name for one in proven_gemms(shape, cpu, torch.bfloat16, **of) if not one.is_right]
+
+    assert [wrong(part=part, parts=2) for part in range(2)] == [[], []]
+    monkeypatch.setattr(gemm_ops, "linear_add", lambda rows, weight, bias, added: added)
+    assert wrong() == [], "each op was right in one of the shares"
+    assert list(proven_gemms(shape, cpu, torch.bfloat16)) == [], "known as a whole"
+    assert wrong(anew=True) == ["linear_add"]
+    assert wrong() == ["linear_add"], "taken back"
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from vl3train.engine.ranks import Rank
 from vl3train.model.attention.backends import KernelChoice
 from vl3train.model.attention.check import right_attention
 from vl3train.model.kernels.check import choose_gemm_backend
+from vl3train.model.kernels.prove import Proving
 from vl3train.model.packed_forward import head_dims
 
 
@@ -25,12 +26,22 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(
-    machine: MachineConfig, hf_model: Any, rank: Rank, *, shares_prefix: bool = False
+    machine: MachineConfig,
+    hf_model: Any,
+    rank: Rank,
+    proving: Proving | None = None,
+    *,
+    shares_prefix: bool = False,
 ) -> Kernels:
     """Choose the kernels and check them, those of ``data.share_prefix`` too. All ranks call it.
 
+    What ``proving`` has begun is waited for: its kernels then need no check here.
+
     Raises RunError on every rank where a kernel that the config asks for cannot be used, or gives wrong results.
     """
+    if proving is not None:
+        proving.wait()
+        rank.barrier()  # one rank of each node has started it
     attention = gemm_backend = KernelChoice("none", "never used: a problem is raised below")
     problem = None
     dtype = next(hf_model.parameters()).dtype

@@ -25,6 +25,7 @@ from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, RunError
 from vl3train.engine.start.folder import OutputFolder, load_processor
 from vl3train.engine.start.kernels import Kernels, choose_kernels
+from vl3train.model.kernels.prove import Proving
 from vl3train.model.layers.nf4_linear import digest_in_4_bits, hold_in_4_bits
 from vl3train.model.packed_forward import PackedModel
 from vl3train.model.trainable import count_parameters, parameter_groups, set_trainable
@@ -64,7 +65,9 @@ class RunModel:
             )
 
 
-def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console) -> RunModel:
+def start_model(
+    cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console, proving: Proving
+) -> RunModel:
     """Build the model, choose what trains, add adapters, choose and check kernels. All ranks call it.
 
     Raises RunError on every rank where the weights cannot be read or have another size than model=NAME says, or
@@ -90,9 +93,10 @@ def start_model(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Con
     hf_model.to(rank.device)
     if rank.device.type == "cuda":
         console.message(
-            "checking kernels against float64; up to two minutes where they must be compiled first"
+            "checking kernels against float64, where this machine has not done so before; a minute and more where they "
+            "must be compiled first"
         )
-    kernels = choose_kernels(cfg.machine, hf_model, rank, shares_prefix=cfg.data.share_prefix)
+    kernels = choose_kernels(cfg.machine, hf_model, rank, proving, shares_prefix=cfg.data.share_prefix)
     packed = PackedModel(
         hf_model,
         kernels.attention.name,

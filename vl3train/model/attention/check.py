@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vl3train.contracts.families import family_lengths, family_rows
-from vl3train.contracts.shapes import tower_shapes
+from vl3train.contracts.kept import forget, keep, read_kept
+from vl3train.contracts.shapes import TowerShape, tower_shapes
 from vl3train.model.attention.backends import (
     BACKENDS,
     SEQLEN_STEP,
@@ -21,6 +23,7 @@ from vl3train.model.attention.backends import (
     varlen_attention,
 )
 from vl3train.model.attention.qkv_op import SERVED
+from vl3train.model.machine_key import machine_key
 
 LENGTHS = ((600, 600, 600, 35, 1), (1, 1047, 130), (9, 40, 1, 14) * 65)
 """Segments of the rows that are checked: equal lengths, one token alone, lengths that fill no tile, and many segments.
@@ -38,6 +41,9 @@ CANNOT_SHARE = "cannot share the prefix of records with the same media"
 MAX_ERROR = 0.01
 """A bfloat16 kernel is right below this relative error (norm of the difference over the norm). Right kernels had 0.002
 to 0.004 on an H100; a wrong dq had 1.2."""
+
+
+ERRORS = ("out", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def check_kernel(
 
     With ``shares_prefix``, which needs ``causal``, rows of families too.
     """
-    worst = dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
+    worst = dict.fromkeys(ERRORS, 0.0)
     failed = ""
     try:
         rows = [(lengths, (0,) * len(lengths)) for lengths in LENGTHS]
@@ -84,6 +90,45 @@ def check_kernel(
     except (RuntimeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
         failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return KernelError(backend, heads, kv_heads, head_dim, causal, worst, failed)
+
+
+def proven_kernel(
+    backend: str,
+    device: torch.device,
+    shape: TowerShape,
+    dtype: torch.dtype,
+    *,
+    shares_prefix: bool,
+    anew: bool = False,
+) -> KernelError:
+    """``check_kernel`` for a tower, or what it found on this machine before, where the kernel was right.
+
+    A wrong kernel is not remembered: its errors may have had another cause. With ``anew`` nothing is taken from before.
+    """
+    shares = shares_prefix and shape.is_decoder
+    of: dict[str, Any] = {
+        "heads": shape.num_heads,
+        "kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "causal": shape.is_decoder,
+    }
+    key = {"attention": backend, **of, "shares_prefix": shares, "dtype": str(dtype), **machine_key(device)}
+    if not anew:
+        before = KernelError(backend, **of, errors=errors_in(read_kept(key), ERRORS))
+        if before.is_right:
+            return before
+    found = check_kernel(backend, device, **of, shares_prefix=shares, dtype=dtype)
+    if found.is_right:
+        keep(key, found.errors)
+    else:
+        forget(key)
+    return found
+
+
+def errors_in(value: Any, names: Sequence[str]) -> dict[str, float]:
+    """Errors as they were kept, NaN for each that is not there."""
+    found = value if isinstance(value, dict) else {}
+    return {name: error if isinstance(error := found.get(name), float) else math.nan for name in names}
 
 
 def right_attention(
@@ -97,8 +142,9 @@ def right_attention(
 ) -> KernelChoice:
     """``choose_attention``, and on a GPU a check that the kernel is right for this model's heads and masks.
 
-    With ``shares_prefix`` it must serve branches too. The check takes some seconds. Where a kernel is wrong, ``auto``
-    tries the next backend and says why. Raises ValueError, with the error measured, where a wrong one was asked for.
+    With ``shares_prefix`` it must serve branches too. The check takes some seconds, once on a machine. Where a kernel
+    is wrong, ``auto`` tries the next backend and says why. Raises ValueError, with the error measured, where a wrong
+    one was asked for.
     """
     wrong: dict[str, str] = dict.fromkeys(set(BACKENDS) - set(SERVED), CANNOT_SHARE) if shares_prefix else {}
     if requested in wrong:
@@ -129,16 +175,7 @@ def kernel_problem(
 ) -> str | None:
     """What is wrong with a backend for the heads and masks of this model, or None."""
     for shape in tower_shapes(hf_config):
-        found = check_kernel(
-            backend,
-            device,
-            heads=shape.num_heads,
-            kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            causal=shape.is_decoder,
-            shares_prefix=shares_prefix and shape.is_decoder,
-            dtype=dtype,
-        )
+        found = proven_kernel(backend, device, shape, dtype, shares_prefix=shares_prefix)
         if not found.is_right:
             figures = ", ".join(f"{name} {error:.2g}" for name, error in found.errors.items())
             return (
@@ -172,7 +209,7 @@ def _errors(
     right = (exact, *torch.autograd.grad(exact, (q, k, v), upstream.double()))
     return {
         name: float(((a.double() - b.double()).norm() / b.double().norm()).detach())
-        for name, a, b in zip(("out", "dq", "dk", "dv"), ours, right, strict=True)
+        for name, a, b in zip(ERRORS, ours, right, strict=True)
     }
 
 

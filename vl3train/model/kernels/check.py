@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vl3train.contracts.kept import forget, keep, read_kept
 from vl3train.contracts.shapes import TowerShape, tower_shapes
 from vl3train.model.attention.backends import KernelChoice
-from vl3train.model.attention.check import MAX_ERROR, largest
-from vl3train.model.kernels.gemm_cases import gemm_cases
+from vl3train.model.attention.check import MAX_ERROR, errors_in, largest
+from vl3train.model.kernels.gemm_cases import GemmCase, gemm_cases
+from vl3train.model.machine_key import machine_key
 
 INSTALLED_FOLDERS = ("site-packages", "dist-packages")
 """Folders whose packages quack takes as installed (quack/gemm_runtime/identity.py)."""
@@ -38,7 +40,8 @@ class GemmError:
 def choose_gemm_backend(
     requested: str, hf_config: Any, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> KernelChoice:
-    """``quack`` or ``torch``. ``auto`` takes quack where it can serve and is right; the check takes some seconds.
+    """``quack`` or ``torch``. ``auto`` takes quack where it can serve and is right. The check takes some seconds, once
+    on a machine.
 
     Raises ValueError where quack was asked for and cannot serve, or is wrong; the message has the error measured.
     """
@@ -101,7 +104,7 @@ def _folder_of(package: str) -> Path:
 def wrong_gemm(shapes: Sequence[TowerShape], device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with quack's matrix products for these shapes, or None."""
     for shape in shapes:
-        for found in gemm_errors(shape, device, dtype):
+        for found in proven_gemms(shape, device, dtype):
             if found.failed:
                 return f"its {found.name} does not run here ({found.failed})"
             if not found.is_right:
@@ -110,16 +113,54 @@ def wrong_gemm(shapes: Sequence[TowerShape], device: torch.device, dtype: torch.
     return None
 
 
+def proven_gemms(
+    shape: TowerShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    anew: bool = False,
+) -> Iterator[GemmError]:
+    """``gemm_errors``, but for ops that were right on this machine before. A wrong one is not remembered.
+
+    Of the cases only each ``parts``th, from number ``part`` on, so that several processes can share the work. With
+    ``anew`` nothing is taken from before.
+    """
+    of = {"gemms": asdict(shape), "dtype": str(dtype), **machine_key(device)}
+    if not anew and read_kept(of) is True:
+        return
+    all_right = parts == 1
+    for number, case in enumerate(gemm_cases(shape, device, dtype)):
+        if number % parts != part:
+            continue
+        key = {"case": case.name, **of}
+        found = GemmError(case.name, errors_in(None if anew else read_kept(key), ["error"])["error"])
+        if not found.is_right:
+            found = _error_of(case)
+            if found.is_right:
+                keep(key, {"error": found.error})
+            else:
+                forget(key)
+                forget(of)
+        all_right &= found.is_right
+        yield found
+    if all_right:
+        keep(of, True)
+
+
 def gemm_errors(shape: TowerShape, device: torch.device, dtype: torch.dtype) -> Iterator[GemmError]:
     """Errors, against float64, of the ops for a tower of this shape. An op that raises is reported, not raised."""
-    for case in gemm_cases(shape, device, dtype):
-        try:
-            found = case.op(*case.arguments)
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            message = str(error).splitlines()[0][:200] if str(error) else ""
-            yield GemmError(case.name, float("nan"), f"{type(error).__name__}: {message}")
-            continue
-        yield GemmError(case.name, _relative_error(found, case.reference, case.arguments))
+    yield from map(_error_of, gemm_cases(shape, device, dtype))
+
+
+def _error_of(case: GemmCase) -> GemmError:
+    try:
+        found = case.op(*case.arguments)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        message = str(error).splitlines()[0][:200] if str(error) else ""
+        return GemmError(case.name, float("nan"), f"{type(error).__name__}: {message}")
+    return GemmError(case.name, _relative_error(found, case.reference, case.arguments))
 
 
 def _relative_error(
