@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
 from vl3train.engine.loop import train
 from vl3train.engine.memory import fit as memory_module
+from vl3train.engine.memory import fit_run as fit_run_module
+from vl3train.engine.memory.device import device_memory
 from vl3train.engine.memory.fit import fit_memory
 from vl3train.engine.ranks import RunError, join
 from vl3train.engine.zero.engine import Zero
@@ -179,7 +182,7 @@ def test_what_does_not_fit_at_all_names_the_pack_and_the_way_out(small, extremes
 
 def test_a_cpu_is_refused(rank):
     with pytest.raises(RunError, match=r"machine\.memory=given"):
-        memory_module.device_memory(rank.device)
+        device_memory(rank.device)
 
 
 def test_a_frozen_encoder_keeps_nothing_and_costs_nothing(rank):
@@ -191,30 +194,44 @@ def test_a_frozen_encoder_keeps_nothing_and_costs_nothing(rank):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="machine.device=auto would take the GPU")
-def test_a_run_with_auto_gives_the_losses_of_one_without(demo_words, tmp_path, monkeypatch, capsys):
-    def fit_counted(engine, packed, batch, memory, *, pack_name, say):
-        assert memory is None
+def test_a_run_with_auto_gives_the_losses_of_one_without_and_the_next_needs_one_dry_run(
+    demo_words, tmp_path, monkeypatch, capsys
+):
+    def fit_counted(engine, packed, batch, memory, **rest):
         with counted(engine, batch, ROOMY) as memory:
-            return fit_memory(engine, packed, batch, memory, pack_name=pack_name, say=say)
+            return fit_memory(engine, packed, batch, memory, **rest)
 
-    monkeypatch.setattr(memory_module, "device_memory", lambda device: None)
-    monkeypatch.setattr(memory_module, "fit_memory", fit_counted)
+    monkeypatch.setenv("VL3TRAIN_CACHE_DIR", str(tmp_path))
+    room = SimpleNamespace(limit=lambda: ROOMY)  # which names what is kept
+    monkeypatch.setattr(fit_run_module, "device_memory", lambda device: room)
+    monkeypatch.setattr(fit_run_module, "fit_memory", fit_counted)
     words = [*demo_words, "stage=1", "machine.device=auto", "run.num_steps=2", "run.evaluate_at_end=false"]
-    figures = {}
-    for name in ("given", "auto"):
-        cfg = load_config([*words, f"machine.memory={name}", f"run.output_dir={tmp_path / name}"])
+    figures, tried = {}, {}
+    for name in ("given", "auto", "again"):
+        memory = "given" if name == "given" else "auto"
+        cfg = load_config([*words, f"machine.memory={memory}", f"run.output_dir={tmp_path / name}"])
         train(cfg, join(cfg.machine))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         figures[name] = [json.loads(line) for line in lines]
-    for given, auto in zip(figures["given"], figures["auto"], strict=True):
+        said = capsys.readouterr().out
+        tried[name] = re.findall(
+            r"memory: tried encoder \d x (\w+), language model \d x \w+.*: \d.* GiB, \d.* s", said
+        )
+        if name == "auto":
+            assert "layer" in tried[name]
+        if name != "given":
+            assert re.search(
+                r"memory: \d.* GiB on the worst pack \(step [12], [\d,]+ patches, [\d,]+ tokens\): encoder \d x elem",
+                said,
+            )
+    for given, auto, again in zip(*figures.values(), strict=True):
         assert (given["loss"], given["grad_norm"]) == (auto["loss"], auto["grad_norm"])
-        assert 0 < given["recompute_fraction"] == auto["recompute_fraction"] < 1, "of the logits alone"
-    said = capsys.readouterr().out
-    assert re.search(r"memory: tried encoder \d x layer, language model \d x layer: \d.* GiB, \d.* s", said)
-    assert re.search(
-        r"memory: \d.* GiB on the worst pack \(step [12], [\d,]+ patches, [\d,]+ tokens\): encoder \d x elem",
-        said,
-    )
+        assert (given["loss"], given["grad_norm"]) == (again["loss"], again["grad_norm"])
+        recomputed = {line["recompute_fraction"] for line in (given, auto, again)}
+        assert len(recomputed) == 1
+        assert 0 < recomputed.pop() < 1, "of the logits alone"
+    assert len(tried["auto"]) > 3
+    assert tried["again"] == ["elementwise"]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +293,7 @@ def test_on_a_gpu_real_packs_stay_within_the_limit(monkeypatch, compile_layers):
     engine, packed = engine_of(
         rank, model, dtype=Dtype.bfloat16, attention="torch_varlen", compile_layers=compile_layers
     )
-    memory, worst = memory_module.device_memory(rank.device), pack(64, 3000)
+    memory, worst = device_memory(rank.device), pack(64, 3000)
     peaks = {}
     for level in (Recompute.elementwise, Recompute.offload):
         for _ in range(2):

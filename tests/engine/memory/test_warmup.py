@@ -14,7 +14,13 @@ from vl3train.config.load import load_config
 from vl3train.config.schema import MachineConfig
 from vl3train.engine.loop import train
 from vl3train.engine.memory import warmup
-from vl3train.engine.memory.warmup import LAYERS_WARMED_UP, plans_to_warm_up, warm_up, warm_up_run
+from vl3train.engine.memory.warmup import (
+    LAYERS_WARMED_UP,
+    plans_of_levels,
+    plans_to_warm_up,
+    warm_up,
+    warm_up_run,
+)
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import join
 from vl3train.engine.start import run as start
@@ -56,6 +62,16 @@ def test_layers_unlike_each_other_run_at_each_level_in_turn(rank, monkeypatch):
     ran.clear()
     engine.forward(batches[0])
     assert len(ran) == 8, "a forward pass without a plan runs all layers"
+
+
+def test_levels_of_an_earlier_start_come_once_each_and_offload_as_layer():
+    plans = plans_of_levels(((Recompute.mlp, Recompute.offload), (Recompute.nothing,)))
+    assert [(plan.vision[0].value, plan.language[0].value) for plan in plans] == [
+        ("mlp", "nothing"),
+        ("layer", "nothing"),
+    ]
+    assert {(len(plan.vision), len(plan.language)) for plan in plans} == {LAYERS_WARMED_UP}
+    assert plans_of_levels(((), ())) == []
 
 
 @pytest.mark.parametrize(
@@ -107,7 +123,8 @@ def test_a_run_warms_up_with_packs_of_its_plan_and_trains_as_without(
 
     console = Console(tmp_path, stage_name="stage", enabled=True)
     # A CPU has neither a budget to find nor kernels to load: the one stands in for the other.
-    monkeypatch.setattr(start, "fit_run", lambda *args: warm_up_run(*args[:-1], console))
+    monkeypatch.setattr(start, "to_fit", lambda *run: run)
+    monkeypatch.setattr(start, "fit_run", lambda run, *_: warm_up_run(*run, console))
     monkeypatch.setattr(warmup, "warm_up", recorded)
     words = [*demo_words, "stage=1", "machine.device=auto", "run.num_steps=2", "run.evaluate_at_end=false"]
     figures = []

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from vl3train.config.choices import Recompute
-from vl3train.config.schema import TrainConfig
-from vl3train.contracts.records import Batch, Cursor
-from vl3train.data.extremes import blank_batch, worst_pack
-from vl3train.data.loader import OpenData
-from vl3train.engine.memory.device import DeviceMemory, device_memory
+from vl3train.contracts.records import Batch
+from vl3train.engine.memory.device import DeviceMemory
 from vl3train.engine.memory.host import require
+from vl3train.engine.memory.known import KnownFit
 from vl3train.engine.ranks import RunError
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.activations.budget import ActivationBudget, level_scale
@@ -45,38 +43,6 @@ class DryRun(NamedTuple):
 
     kept_bytes: int  # what its forward pass left in memory
     peak_bytes: int
-
-
-def fit_run(
-    cfg: TrainConfig,
-    engine: Zero,
-    packed: PackedModel,
-    data: OpenData,
-    first: Cursor,
-    last_step: int,
-    say: Callable[[str], None],
-) -> None:
-    """Fit the activations of steps ``first.step`` to ``last_step`` into the device; report what is tried and chosen.
-
-    All ranks call it. Raises RunError on every rank where the worst pack does not fit.
-    """
-    memory, widths = device_memory(engine.rank.device), row_bytes(packed)
-    worst = worst_pack(
-        data.plan,
-        first,
-        last_step,
-        lambda patches, tokens: patches * sum(widths.vision) + tokens * sum(widths.language),
-    )
-    pack = worst.pack
-    name = f"the worst pack (step {worst.step + 1}, {pack.num_patches:,} patches, {pack.num_tokens:,} tokens"
-    if worst.steps_scanned < worst.steps_left:
-        name += f"; {worst.steps_scanned:,} of {worst.steps_left:,} steps looked at"
-    keys = [data.index.key(row) for row in pack.samples[:5]]
-    batch = blank_batch(data, pack, cfg.machine.loss_chunk_tokens)
-    pack_name = f"{name}; samples {', '.join(keys)}, ...)"
-    fitted = fit_memory(engine, packed, batch, memory, pack_name=pack_name, say=say)
-    peak, limit = fitted.peak_bytes / 2**30, fitted.limit_bytes / 2**30
-    say(f"memory: {peak:.1f} of {limit:.1f} GiB on {name}): {fitted.plan}")
 
 
 class RowBytes(NamedTuple):
@@ -110,23 +76,33 @@ def fit_memory(
     *,
     pack_name: str,
     say: Callable[[str], None],
+    known: KnownFit | None = None,
 ) -> Fitted:
     """Find the budget of activation memory, and let ``engine`` choose its plans by it from now on.
 
     ``batch`` is the worst pack, ``pack_name`` says which it is. ``say`` gets a line for each dry run: most compile
-    something, which takes seconds. All ranks call it with the same arguments. Raises RunError on every rank where the
-    pack does not fit even with every layer's input on the host.
+    something, which takes seconds. A budget that is ``known`` needs one dry run, where it still fits. All ranks call it
+    with the same arguments. Raises RunError on every rank where the pack does not fit even with every layer's input on
+    the host.
     """
     fitting = Fitting(engine, packed, batch, memory, pack_name, say)
     with torch.random.fork_rng([engine.rank.device] if engine.rank.device.type == "cuda" else []):
-        fitted = fitting.run()
+        fitted = fitting.confirm(known.budget) if known is not None and known.budget is not None else None
+        fitted = fitted or fitting.run()
+    if known is not None:
+        known.found(fitted.budget)
     if engine.zero_stage == 3:
         # To recompute a layer, all ranks gather its weights: all must recompute the same layers.
         engine.choose_plans_by(lambda batch, reserved_bytes: fitted.plan)
     else:
-        engine.choose_plans_by(
-            lambda batch, reserved_bytes: fitted.budget.plan(pack_size(batch), reserved_bytes=reserved_bytes)
-        )
+
+        def choose(batch: Batch, reserved_bytes: int) -> RecomputePlan:
+            plan = fitted.budget.plan(pack_size(batch), reserved_bytes=reserved_bytes)
+            if known is not None:
+                known.note(plan)
+            return plan
+
+        engine.choose_plans_by(choose)
     if engine.offload_schedule is not None:
         engine.offload_schedule.budget = fitted.budget
     return fitted
@@ -151,6 +127,17 @@ class Fitting:
         self.row_bytes = row_bytes(packed)
         self.out_of_memory = ""  # the device's newest message
         self.host_bytes = 0  # that layers' inputs took on the host in dry runs; torch keeps this memory
+
+    def confirm(self, budget: ActivationBudget) -> Fitted | None:
+        """The budget of an earlier start, where a dry run shows that it fits; None where it does not."""
+        plan = budget.plan(self.size)
+        for _ in range(2):  # in the first, compiling, tuning and loading kernels take memory of their own
+            dry = self._dry_run(plan)
+            if dry is None:
+                return None
+            if dry.peak_bytes <= (limit := self._limit()):
+                return Fitted(budget, plan, dry.peak_bytes, limit)
+        return None
 
     def run(self) -> Fitted:
         """The largest budget that a dry run has shown to fit; RunError on every rank where none fits."""

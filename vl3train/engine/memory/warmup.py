@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,6 +19,7 @@ from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch, Cursor
 from vl3train.data.extremes import blank_batch, packs_of_many_sizes
 from vl3train.data.loader import OpenData
+from vl3train.engine.memory.known import NO_LEVELS, TowerLevels
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.zero.engine import Zero
 from vl3train.model.activations.budget import level_scale
@@ -49,8 +51,11 @@ def warm_up_run(
     first: Cursor,
     last_step: int,
     console: Console,
+    levels: TowerLevels = NO_LEVELS,
 ) -> None:
     """Warm up the kernels for the pack sizes that the run will meet. All ranks call it.
+
+    With machine.memory=auto at the ``levels`` that steps of an earlier run took; at all where there was none.
 
     Not for a CPU, which loads no kernels. Not for ZeRO-3, whose prefetching learns the order of modules from its first
     forward pass.
@@ -58,16 +63,21 @@ def warm_up_run(
     machine = cfg.machine
     packs = packs_of_many_sizes(data.plan, first, last_step, num_sizes(cfg.step.max_tokens))
     if machine.memory is Memory.auto:
-        plans = plans_to_warm_up(packed)
+        plans = plans_of_levels(levels) or plans_to_warm_up(packed)
     else:
         plans = [uniform_plan(machine.recompute_vision, machine.recompute_language, LAYERS_WARMED_UP)]
 
     def batches() -> Iterator[Batch]:
-        for number, pack in enumerate(packs):
-            console.count(
-                "loading kernels, compiling those that are new", number, len(packs), "sizes of pack"
-            )
-            yield blank_batch(data, pack, machine.loss_chunk_tokens)
+        with ThreadPoolExecutor(1) as thread:  # the next one is made while the device works
+            ahead = thread.submit(blank_batch, data, packs[0], machine.loss_chunk_tokens)
+            for number in range(len(packs)):
+                batch = ahead.result()
+                if number + 1 < len(packs):
+                    ahead = thread.submit(blank_batch, data, packs[number + 1], machine.loss_chunk_tokens)
+                console.count(
+                    "loading kernels, compiling those that are new", number, len(packs), "sizes of pack"
+                )
+                yield batch
 
     started = time.perf_counter()
     warm_up(engine, batches(), plans)
@@ -75,6 +85,24 @@ def warm_up_run(
         f"kernels: those for packs of {packs[-1].num_patches:,} to {packs[0].num_patches:,} patches are loaded, "
         f"{time.perf_counter() - started:.0f} s"
     )
+
+
+def plans_of_levels(levels: TowerLevels) -> list[RecomputePlan]:
+    """Plans in which each level of each tower comes once; none where there are no levels.
+
+    Offload runs layer's kernels.
+    """
+    vision, language = (
+        list(dict.fromkeys(Recompute.layer if one is Recompute.offload else one for one in tower))
+        for tower in levels
+    )
+    if not vision or not language:
+        return []
+    count = max(len(vision), len(language))
+    return [
+        uniform_plan(vision[number % len(vision)], language[number % len(language)], LAYERS_WARMED_UP)
+        for number in range(count)
+    ]
 
 
 def plans_to_warm_up(packed: PackedModel) -> list[RecomputePlan]:

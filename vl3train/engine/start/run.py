@@ -15,7 +15,8 @@ from vl3train.contracts.progress.record import progress
 from vl3train.data.recipe import find_recipe
 from vl3train.engine.checkpoints.cost import can_copy
 from vl3train.engine.checkpoints.saver import Saver
-from vl3train.engine.memory.fit import fit_run
+from vl3train.engine.memory.fit_run import fit_run, to_fit
+from vl3train.engine.memory.known import NO_LEVELS
 from vl3train.engine.memory.warmup import warm_up_run
 from vl3train.engine.mirror.remote import Mirror, MirrorError
 from vl3train.engine.mirror.uploads import Uploads
@@ -32,9 +33,10 @@ from vl3train.engine.start.lock import FolderLock
 from vl3train.engine.start.model import RunModel, start_model
 from vl3train.engine.start.resume import ResumePoint, resume
 from vl3train.engine.tracking.tracker import NoTracker, start_tracker
+from vl3train.model.kernels.prove import Proving
 
 
-def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock) -> Run:
+def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock, proving: Proving) -> Run:
     """Build a run, or build it again from the newest whole checkpoint in its output folder. All ranks call it.
 
     The caller closes ``console``, also where this raises: its bar has begun.
@@ -47,7 +49,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock) 
     progress.phase("start: data")
     data = open_run_data(cfg, folder, rank, console)
     progress.phase("start: model")
-    model = start_model(cfg, folder, rank, console)
+    model = start_model(cfg, folder, rank, console, proving)
     # Before the engine: ZeRO-3 cuts the weights whose sizes the meter reads.
     meter = make_meter(model.hf_model, rank.device, recomputes_logits=not model.packed.makes_logits_once)
     progress.phase("start: engine")
@@ -57,10 +59,12 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock) 
     for remark in start_remarks(cfg, rank, folder, data, model, point):
         console.message(remark)
     progress.phase("start: memory and warm-up")
+    to_do = cfg, engine, model.packed, data.train, point.cursor, data.num_steps
+    fit = to_fit(*to_do) if cfg.machine.memory is Memory.auto else None
     if rank.device.type == "cuda" and cfg.machine.zero_stage < 3:
-        warm_up_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console)
-    if cfg.machine.memory is Memory.auto:
-        fit_run(cfg, engine, model.packed, data.train, point.cursor, data.num_steps, console.message)
+        warm_up_run(*to_do, console, NO_LEVELS if fit is None else fit.known.levels)
+    if fit is not None:
+        fit_run(fit, engine, model.packed, console.message)
     console.start(first_step=point.cursor.step, total_steps=data.num_steps)
     tracker = start_tracker(cfg, folder.path, step=point.cursor.step, is_first=rank.is_first)
     if not isinstance(tracker, NoTracker):
