@@ -11,7 +11,7 @@ T tokens, R of them in branches, Q in prefixes, F families, H query heads, Hkv k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,10 @@ Bounds = tuple[Tensor, Tensor]
 """Segment bounds (S+1,) int32 of the queries and of the keys."""
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries (T, H, D), keys and values (T, Hkv, D)."""
+
+
+SCORES_AT_A_TIME = 1 << 22
+"""Of a head, by the reference: pieces of many segments fit a cache, and one long segment is a piece of its own."""
 
 
 class SharedPrefixes(NamedTuple):
@@ -106,19 +110,20 @@ def attend_shared_backward(
 
 
 class PlainKernel:
-    """The reference: softmax attention in float32 or more, one segment after the other, by its definition."""
+    """The reference: softmax attention in float32 or more, by its definition; segments of one length together."""
 
     @staticmethod
     def attend(
         q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, longest: int, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel``."""
-        outputs, sums = [], []
-        for q_s, k_s, v_s in _segments(q, k, v, bounds):
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+        for of_q, of_k in _alike(bounds):
+            q_s, k_s, v_s = _heads(q[of_q], k[of_k], v[of_k])
             scores = _scores(q_s, k_s, causal, scale)
-            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_s))
-            sums.append(scores.logsumexp(-1))
-        return torch.cat(outputs).to(q.dtype), torch.cat(sums, 1).float()
+            out[of_q] = torch.einsum("shqk,skhd->sqhd", scores.softmax(-1), v_s).to(out.dtype)
+            sums[:, of_q] = scores.logsumexp(-1).transpose(0, 1).float()
+        return out, sums
 
     @staticmethod
     def attend_backward(
@@ -134,32 +139,53 @@ class PlainKernel:
         """See ``Kernel``."""
         q, k, v = qkv
         out, log_sum_exp = outputs
-        lengths = bounds[0].diff().tolist()
-        rows = zip(d_out.split(lengths), out.split(lengths), log_sum_exp.split(lengths, 1), strict=True)
-        grads = []
-        for (q_s, k_s, v_s), (d_s, out_s, lse_s) in zip(_segments(q, k, v, bounds), rows, strict=True):
-            d_s, out_s = d_s.to(q_s.dtype), out_s.to(q_s.dtype)
-            shares = (_scores(q_s, k_s, causal, scale) - lse_s[:, :, None]).exp()
-            d_shares = torch.einsum("qhd,khd->hqk", d_s, v_s) - (d_s * out_s).sum(-1).t()[:, :, None]
+        d_q, d_k, d_v = d_qkv
+        for of_q, of_k in _alike(bounds):
+            q_s, k_s, v_s = _heads(q[of_q], k[of_k], v[of_k])
+            d_s, out_s = d_out[of_q].to(q_s.dtype), out[of_q].to(q_s.dtype)
+            lse = log_sum_exp[:, of_q].transpose(0, 1)[..., None]
+            shares = (_scores(q_s, k_s, causal, scale) - lse).exp()
+            d_shares = (
+                torch.einsum("sqhd,skhd->shqk", d_s, v_s) - (d_s * out_s).sum(-1).transpose(1, 2)[..., None]
+            )
             d_scores = shares * d_shares * scale
-            d_k = torch.einsum("hqk,qhd->khd", d_scores, q_s)
-            d_v = torch.einsum("hqk,qhd->khd", shares, d_s)
-            of_heads = (d.unflatten(1, (k.shape[1], -1)).sum(2) for d in (d_k, d_v))
-            grads.append((torch.einsum("hqk,khd->qhd", d_scores, k_s), *of_heads))
-        for d, parts in zip(d_qkv, zip(*grads, strict=True), strict=True):
-            d.copy_(torch.cat(parts))
+            d_q[of_q] = torch.einsum("shqk,skhd->sqhd", d_scores, k_s).to(d_q.dtype)
+            of_heads = (
+                torch.einsum("shqk,sqhd->skhd", d_scores, q_s),
+                torch.einsum("shqk,sqhd->skhd", shares, d_s),
+            )
+            for d, more in zip((d_k, d_v), of_heads, strict=True):
+                d[of_k] = more.unflatten(2, (k.shape[1], -1)).sum(3).to(d.dtype)
 
 
-def _segments(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> list[Heads]:
-    """Queries, keys and values of each segment, the heads of keys repeated, in float32 or more."""
+def _alike(bounds: Bounds) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the queries (n, tokens of each) and of the keys, of n segments with as many; every segment once."""
+    starts = [one[:-1].tolist() for one in bounds]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for segment, lengths in enumerate(zip(*(one.diff().tolist() for one in bounds), strict=True)):
+        alike.setdefault(lengths, []).append(segment)
+    for lengths, segments in alike.items():
+        most = max(1, SCORES_AT_A_TIME // max(1, lengths[0] * lengths[1]))
+        for first in range(0, len(segments), most):
+            of_q, of_k = (
+                torch.tensor([own[one] for one in segments[first : first + most]], device=bounds[0].device)[
+                    :, None
+                ]
+                + torch.arange(length, device=bounds[0].device)
+                for own, length in zip(starts, lengths, strict=True)
+            )
+            yield of_q, of_k
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> Heads:
+    """The same in float32 or more, the heads of keys and values repeated: all (n, tokens, H, D)."""
     q, k, v = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    of_q, of_k = (one.diff().tolist() for one in bounds)
-    return list(zip(q.split(of_q), k.split(of_k), v.split(of_k), strict=True))
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    return q, k, v
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = torch.einsum("sqhd,skhd->shqk", q, k) * scale
     if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf)
     return scores
