@@ -295,9 +295,8 @@ def compare(name: str, row: Row, workers: int, figures: Figures) -> None:
         f"{best:.2f} s {best_way}; {same} answers the same; {workers} loader workers"
     )
     figures.add(row.figure, best / our_seconds, "x", "higher", note, row.aim)
-    figures.add(
-        f"{row.figure}_questions_per_second", len(requests) / our_seconds, "questions/s", "higher", note
-    )
+    rate = "evaluate_questions_per_second" + ("" if name == "images" else f"_{name}")
+    figures.add(rate, len(requests) / our_seconds, "questions/s", "higher", note)
 
 
 def wait(device: torch.device) -> float:
