@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from benchmarks.lessons.figures import write_figures
-from benchmarks.lessons.parts import make_parts
-from benchmarks.lessons.runs import SCALES, Place, train_all
+from benchmarks.lessons.parts import SIZES, make_parts
+from benchmarks.lessons.runs import SCALES, Place, index, train_all
 from benchmarks.lessons.variants import ABLATIONS, VARIANTS, WRONG
 from benchmarks.lessons.write import write_data
 
@@ -71,17 +71,23 @@ def prepare(place: Place, seeds: int, device: str) -> None:
     written = write_data(place.data, counts, DATA_SEED)
     print(f"{written} samples in {time.perf_counter() - began:.0f} s", flush=True)
     if not (place.data / "parts").is_dir():
-        make_parts(place.data / "parts", scale.parts, seeds, device)
+        make_parts(place.data / "parts", SIZES[scale.parts], seeds, device)
+    if written:
+        index(place, "full")
+    print(f"prepared after {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def prepare_changes(place: Place, name: str) -> None:
     """The shards that a variant has for itself."""
     variant, scale = VARIANTS[name], place.scale
+    written = 0
     if variant.changed_train:
-        write_data(place.data, {"train": scale.train}, DATA_SEED, variant.changed_train)
+        written = write_data(place.data, {"train": scale.train}, DATA_SEED, variant.changed_train)
     if variant.changed_held_out:
         counts = {"same": scale.held_out, "new": scale.held_out}
-        write_data(place.data, counts, DATA_SEED, variant.changed_held_out)
+        written += write_data(place.data, counts, DATA_SEED, variant.changed_held_out)
+    if written:
+        index(place, name)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from vl3train.demo.clips import Clip, encode
-from vl3train.demo.scenes import COLOURS, SHAPES, Scene, draw
+from vl3train.demo.scenes import COLOURS, MORE_SHAPES, SHAPES, Scene, draw
 
 HELD_OUT_SPLITS = ("same", "new")
 """``same`` is held out and drawn as ``train`` is. ``new`` is held out and draws what ``train`` never does."""
-THINGS = [(colour, kind) for colour in COLOURS for kind in SHAPES]
-HELD_OUT = [
-    (colour, kind)
-    for i, colour in enumerate(COLOURS)
-    for j, kind in enumerate(SHAPES)
-    if (i - 2 * j) % 6 in (0, 3)
-]
-"""Colours of shapes that only ``new`` draws: each colour once, each shape twice."""
+KINDS = (*SHAPES, *MORE_SHAPES)
+THINGS = [(colour, kind) for colour in COLOURS for kind in KINDS]
+HELD_OUT = [(colour, kind) for colour, kind in zip(COLOURS, KINDS, strict=False)]
+"""Colours of shapes that only ``new`` draws: one of each shape. Each shape is seen in five colours, so that its colour
+and its kind can be told apart."""
 SEEN = [thing for thing in THINGS if thing not in HELD_OUT]
 
 

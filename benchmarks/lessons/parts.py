@@ -21,8 +21,8 @@ SIZES = {
         text_hidden=512,
         text_layers=8,
         head_dim=64,
-        steps=1200,
-        batch_samples=64,
+        steps=300,
+        batch_samples=32,
         learning_rate=1e-3,
     ),
     "tiny": PartSizes(steps=250),
@@ -34,13 +34,12 @@ TEXTS = 400
 """Of each task, for the tokenizer."""
 
 
-def make_parts(folder: Path, size: str, seeds: int, device: str) -> None:
+def make_parts(folder: Path, sizes: PartSizes, seeds: int, device: str) -> None:
     """Write ``folder/language_model`` and ``folder/vision_encoder-SEED`` of each seed.
 
     The language model is trained on the answers, with words in place of what is shown; it has seen no picture. Its
     texts come from the training split, but not from the samples that the stages train on (another seed).
     """
-    sizes = SIZES[size]
     disable_progress_bar()
     for seed in range(seeds):
         make_vision_encoder(folder / f"vision_encoder-{seed}", seed, sizes)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.lessons.tasks import TASKS
 from benchmarks.lessons.variants import VARIANTS
 from benchmarks.lessons.write import write_recipe
 from vl3train.contracts.exit_codes import FINISHED
@@ -44,9 +45,9 @@ GPU = (
 SCALES = {
     "small": Scale(
         parts="small",
-        train=6000,
-        held_out=128,
-        steps=(400, 500, 900, 900),
+        train=5000,
+        held_out=96,
+        steps=(250, 350, 600, 600),
         samples=128,
         words=GPU,
         rates=(1e-3, 6e-4),
@@ -152,6 +153,22 @@ def train(place: Place, name: str, seed: int) -> dict[int, float]:
 def environment() -> dict[str, str]:
     """One thread a process: many run side by side."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def index(place: Place, name: str) -> None:
+    """Measure every sample of a variant once, on all cores: runs that start side by side would each do it.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of its output.
+    """
+    everything = place.data / f"{name}-all.yaml"
+    write_recipe(everything, dict.fromkeys(TASKS, 1.0), VARIANTS[name].folders)
+    words = [word for word in options(place, name, 0, 1, None) if not word.startswith("data.recipe=")]
+    words += [f"data.recipe={everything}", f"data.num_workers={len(os.sched_getaffinity(0))}"]
+    command = [sys.executable, "-m", "vl3train.cli.main", "index", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-3000:]}")
 
 
 def train_all(place: Place, wanted: Sequence[tuple[str, int]], at_a_time: int) -> None:

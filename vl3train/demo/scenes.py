@@ -17,6 +17,8 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 SHAPES = ("circle", "square", "triangle")
+MORE_SHAPES = ("diamond", "cross")
+"""Those that the demo has not; benchmarks/lessons draw them, too."""
 SIDES = ("left", "right", "top", "bottom")
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 WORDS = ("GO", "BUS", "STOP", "TAXI", "MILK")
@@ -74,8 +76,14 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape) -> None:
         pen.rectangle(box, fill=fill)
     elif shape.kind == "triangle":
         pen.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
+    elif shape.kind == "diamond":
+        pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=fill)
+    elif shape.kind == "cross":
+        third = radius / 3
+        pen.rectangle((x - radius, y - third, x + radius, y + third), fill=fill)
+        pen.rectangle((x - third, y - radius, x + third, y + radius), fill=fill)
     else:
-        raise ValueError(f"no shape named {shape.kind!r}; there are {SHAPES}")
+        raise ValueError(f"no shape named {shape.kind!r}; there are {(*SHAPES, *MORE_SHAPES)}")
 
 
 def draw_word(pen: ImageDraw.ImageDraw, scene: Scene, word: str) -> None:
