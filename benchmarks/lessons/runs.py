@@ -109,6 +109,7 @@ def options(place: Place, name: str, seed: int, stage: int, start: Path | None) 
         f"run.num_steps={steps}",
         f"run.seed={seed}",
         "run.evaluate_max_new_tokens=40",
+        "run.save_steps=200",
         f"run.output_dir={place.run(name, seed, stage)}",
         *scale.words,
         *variant.words(stage),
