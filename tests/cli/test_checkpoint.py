@@ -13,6 +13,7 @@ from tests.engine.checkpoints.made import make
 from vl3train.cli.main import main
 from vl3train.engine.best import BEST_FILE
 from vl3train.engine.start.lock import lock
+from vl3train.model.weights.headers.manifest import MANIFEST, list_files
 
 MACHINE = {"machine.dp_size": 4, "machine.zero_stage": 3, "machine.dtype": "bfloat16"}
 
@@ -76,6 +77,33 @@ def test_the_newest_that_is_not_damaged_stays(run_folder):
     (run_folder / "checkpoints/step_00000040/MANIFEST.json").unlink()
     assert main(["checkpoint", str(run_folder), "--keep", "1"]) == 1
     assert steps_of(run_folder) == [20, 30, 40]
+
+
+def test_a_newest_with_a_flipped_byte_does_not_cost_the_ones_before(run_folder, capsys):
+    newest = run_folder / "checkpoints/step_00000040"
+    (newest / "engine/weights.bin").write_bytes(b"x" * 99 + b"z")
+    text = run_folder / "checkpoints/step_00000050"
+    text.write_text("a file with a checkpoint's name")
+    assert main(["checkpoint", str(run_folder), "--keep", "1"]) == 1
+    assert steps_of(run_folder) == [20, 30, 40, 50]
+    said = capsys.readouterr().out
+    assert f"{newest}: engine/weights.bin is not what was written" in said
+    assert f"deleted {text}" not in said, "it is still there"
+
+
+def test_a_newest_without_digests_whose_options_are_lost_deletes_nothing(run_folder, capsys):
+    newest = run_folder / "checkpoints/step_00000040"
+    (newest / "resume.json").write_text("[]")
+    (newest / MANIFEST).write_text(json.dumps(list_files(newest)))  # as before 2026-12
+    assert main(["checkpoint", str(run_folder), "--keep", "1"]) == 1
+    assert "resume.json cannot be read" in capsys.readouterr().err
+    assert steps_of(run_folder) == [10, 20, 30, 40]
+
+
+def test_an_address_is_not_taken_for_a_folder(capsys):
+    assert main(["checkpoint", "s3://me:swordfish@bucket/runs/mine"]) == 1
+    said = capsys.readouterr().err
+    assert "s3://bucket/runs/mine is elsewhere: bring its newest checkpoint with --fetch DIR" in said
 
 
 def test_nothing_is_deleted_where_it_should_not(run_folder, capsys):

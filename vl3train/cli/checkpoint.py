@@ -1,8 +1,8 @@
 """List a run's checkpoints: step, size, state of their files, ranks and ZeRO stage of the run that saved them.
 
 A run goes on from any of them with another number of ranks or another ZeRO stage: give the train command with the new
-machine. The list compares sizes. --read reads every file and compares its digest. The command needs no GPU and no
-torch to list. It returns 1 where a checkpoint is damaged, else 0.
+machine. The list compares sizes. --read reads every file and compares its digest; --keep reads the newest before it
+deletes another. The command needs no GPU and no torch to list. It returns 1 where a checkpoint is damaged, else 0.
 
 examples:
   vl3train checkpoint runs/2b/2_alignment
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vl3train.cli.verify_checkpoint import checkpoints_of
+from vl3train.contracts.redaction import shown_address
 from vl3train.engine.checkpoints.listing import Listed, list_checkpoint
 
 
@@ -66,6 +67,10 @@ def main(args: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if args.fetch is not None:
         return fetch(args.folder, args.fetch, console)
+    if "://" in args.folder:
+        raise ValueError(
+            f"{shown_address(args.folder)} is elsewhere: bring its newest checkpoint with --fetch DIR"
+        )
     args.folder = Path(args.folder)
     if args.keep is not None and args.keep < 1:
         raise ValueError(f"--keep {args.keep}: the newest stays at least, so 1 or more")
@@ -73,8 +78,9 @@ def main(args: Namespace) -> int:
     if args.keep is not None:
         if listed[0].folder.parent != args.folder / "checkpoints":
             raise ValueError(f"--keep: {args.folder} is no output folder of a run; name that")
-        from vl3train.engine.checkpoints.prune import prune  # it imports torch
+        from vl3train.engine.checkpoints.prune import prune, read_newest  # it imports torch
 
+        listed = read_newest(listed)
         for one in prune(args.folder, listed, args.keep):
             console.print(f"deleted {one.folder}: {one.num_bytes / 2**30:.2f} GiB", markup=False)
             listed.remove(one)
