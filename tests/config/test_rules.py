@@ -288,3 +288,24 @@ def test_an_output_folder_below_a_file_is_found_before_the_launch(tmp_path):
         if problem.key == "run.output_dir"
     )
     assert f"cannot be made: {tmp_path / 'file'} is a file; name a folder" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("{run}", "lies in run.output_dir"),
+        ("file://{run}/copy", "lies in run.output_dir"),
+        ("{run}/../mine/copy", "lies in run.output_dir"),
+        ("' '", "is empty"),
+        ("memory://copy", "is the memory of this process"),
+        ("s3:/bucket/copy", "is no address"),
+        ("{run}-copy", None),
+        ("{run}/..", None),
+        ("s3://bucket/copy", None),
+        ("null", None),
+    ],
+)
+def test_a_run_is_not_copied_into_itself_or_to_a_place_that_is_none(tmp_path, place, said):
+    words = f"run.output_dir={tmp_path}/mine", f"run.upload_to={place.format(run=tmp_path / 'mine')}"
+    found = [str(one) for one in problems(config("stage=1", *words)) if one.key == "run.upload_to"]
+    assert [said in text for text in found] == ([] if said is None else [True])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vl3train.config.checks.adapters import adapter_problems
 from vl3train.config.checks.budgets import budget_problems, cost_problems
+from vl3train.config.checks.copies import copy_problems
 from vl3train.config.checks.machine import machine_problems
 from vl3train.config.checks.ranges import range_problems
 from vl3train.config.checks.start import start_problems
@@ -32,6 +33,7 @@ def problems(cfg: TrainConfig) -> list[Problem]:
         *machine_problems(cfg),
         *adapter_problems(cfg),
         *folder_problems(cfg),
+        *copy_problems(cfg),
         *silence_problems(cfg),
         *best_problems(cfg),
         *tracking_problems(cfg),

@@ -11,7 +11,7 @@ from tests.engine.checkpoints.made import make
 from tests.engine.runs import figures, run
 from vl3train.cli.main import main
 from vl3train.engine.mirror.remote import Mirror, MirrorError
-from vl3train.engine.mirror.uploads import Uploads
+from vl3train.engine.mirror.uploads import Uploads, other_run_there
 from vl3train.engine.ranks import RunError
 from vl3train.model.weights.headers.manifest import MANIFEST
 
@@ -73,6 +73,68 @@ def test_a_copy_that_is_not_whole_does_not_count(tmp_path, store):
     with pytest.raises(MirrorError, match=r"did not come whole: engine/weights.bin is not what was written"):
         mirror.get(tmp_path / "again", print)
     assert not list(tmp_path.glob("again/checkpoints/step_????????"))
+
+
+def test_an_older_one_comes_where_the_newest_is_damaged(tmp_path, store):
+    folder, mirror, said = run_folder(tmp_path), Mirror(ADDRESS), []
+    for name in ("step_00000010", "step_00000020"):
+        mirror.put(folder, name)
+    store.pipe_file("/bucket/runs/mine/checkpoints/step_00000020/engine/weights.bin", b"y" * 100)
+    assert mirror.get(tmp_path / "back", said.append) == "step_00000010"
+    assert any("step_00000020 did not come whole" in line for line in said)
+    assert sorted(path.name for path in (tmp_path / "back/checkpoints").iterdir()) == [
+        "latest",
+        "step_00000010",
+    ]
+
+
+def test_a_step_that_is_copied_anew_is_not_whole_before_its_end(tmp_path, store, monkeypatch):
+    folder = run_folder(tmp_path)
+    Mirror(ADDRESS).put(folder, "step_00000020")
+    with monkeypatch.context() as patch:  # the process dies at its first file
+        patch.setattr(type(store), "put_file", lambda *_, **__: 1 / 0)
+        with pytest.raises(MirrorError):
+            Mirror(ADDRESS).put(folder, "step_00000020")
+    resumed = Mirror(ADDRESS)
+    (folder / "checkpoints/step_00000020/engine/weights.bin").write_bytes(b"z" * 100)
+    put = store.put_file
+
+    def dies_at_the_manifest(_, source, target, **more):
+        if target.endswith(MANIFEST) and "step_" in target:
+            raise OSError("died")
+        return put(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "put_file", dies_at_the_manifest)
+        with pytest.raises(MirrorError, match="died"):
+            resumed.put(folder, "step_00000020")
+    with pytest.raises(MirrorError, match="holds no whole checkpoint"):
+        resumed.get(tmp_path / "back", print)
+
+
+def test_a_run_does_not_replace_the_copy_of_another(tmp_path, store):
+    folder, said = run_folder(tmp_path), []
+    mirror = Mirror(ADDRESS)
+    assert other_run_there(mirror, folder, False, said.append) is None, "nothing is there"
+    mirror.put(folder, "step_00000010")
+    assert other_run_there(Mirror(ADDRESS), folder, True, said.append) is None, "it goes on"
+    lost = other_run_there(Mirror(ADDRESS), tmp_path / "new", False, said.append)
+    assert "has step_00000010 of another run, or of this one before its folder was lost" in lost
+    (folder / "metrics.jsonl").write_text("figures of another run")
+    assert "or name another place" in other_run_there(Mirror(ADDRESS), folder, True, said.append)
+    (folder / "metrics.jsonl").unlink()
+    assert other_run_there(Mirror(ADDRESS), folder, True, said.append) is None, "its figures are lost"
+    assert not said
+
+
+def test_a_place_that_does_not_say_what_it_holds_keeps_no_run_from_its_start(tmp_path, store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("403")
+
+    monkeypatch.setattr(type(store), "exists", refuse)
+    said = []
+    assert other_run_there(Mirror(ADDRESS), run_folder(tmp_path), True, said.append) is None
+    assert "PermissionError: 403. The run goes on, and each checkpoint is tried" in said[0]
 
 
 def test_the_manifest_comes_last(tmp_path, store, monkeypatch):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from vl3train.contracts.files import sync, sync_tree, write_whole
 from vl3train.contracts.redaction import shown_address, without_secrets
 from vl3train.data.shards.addresses import SCHEMES
-from vl3train.model.weights.headers.manifest import MANIFEST, damage
+from vl3train.engine.monitor.metrics_file import METRICS
+from vl3train.model.weights.headers.manifest import MANIFEST, damage, step_of
 
 CHECKPOINTS = "checkpoints"
 STAY = ("run.lock", CHECKPOINTS)
@@ -55,12 +56,14 @@ class Mirror:
         try:
             num_bytes = sum(self._put_file(run, path) for path in _others(run))
             folder = run / CHECKPOINTS / checkpoint
+            self._unname(checkpoint)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             for path in sorted(files, key=lambda path: path.name == MANIFEST):
                 num_bytes += self._put_file(run, path)
             self._system.pipe_file(f"{self._root}/{CHECKPOINTS}/latest", checkpoint.encode())
-            for name in self.names():
-                if name < checkpoint and not (run / CHECKPOINTS / name).exists():
+            names = [*self.names(), checkpoint]
+            for name in names[: names.index(checkpoint)]:  # those before it
+                if not (run / CHECKPOINTS / name).exists():
                     self._system.rm(f"{self._root}/{CHECKPOINTS}/{name}", recursive=True)
         except Exception as error:  # each store has errors of its own
             if not (run / CHECKPOINTS / checkpoint).is_dir():
@@ -68,55 +71,102 @@ class Mirror:
             raise MirrorError(self._said(error)) from None
         return num_bytes
 
+    def other_run(self, run: Path, *, has_begun: bool) -> str | None:
+        """Why a run may not be copied there: another one was, or this one before its folder was lost. None where it
+        may, or where its own figures are lost.
+
+        ``has_begun``: the run's folder has a checkpoint. The first line of metrics.jsonl tells runs apart: it holds
+        measured seconds. Raises MirrorError where the place does not say.
+        """
+        try:
+            if not (names := self._whole()):
+                return None
+            first = b""
+            if has_begun and self._system.exists(f"{self._root}/{METRICS}"):
+                with self._system.open(f"{self._root}/{METRICS}", "rb") as file:
+                    first = file.readline()
+        except Exception as error:
+            raise MirrorError(self._said(error)) from None
+        own = run / METRICS
+        if has_begun and (not first or not own.is_file() or own.read_bytes().startswith(first)):
+            return None
+        return (
+            f"{self.shown} has {names[-1]} of another run, or of this one before its folder was lost; its files would "
+            f"be replaced. Go on from it (vl3train checkpoint {self.shown} --fetch {run}), or name another place"
+        )
+
     def names(self) -> list[str]:
         """The checkpoints there, oldest first, whole or not."""
         if not self._system.exists(f"{self._root}/{CHECKPOINTS}"):
             return []
         listed = self._system.ls(f"{self._root}/{CHECKPOINTS}", detail=False)
         names = (path.rstrip("/").rpartition("/")[2] for path in listed)
-        return sorted(name for name in names if name.startswith("step_"))
+        found = {step: name for name in names if (step := step_of(name)) is not None}
+        return [found[step] for step in sorted(found)]
 
-    def get(self, run: Path, say: Any) -> str:
+    def get(self, run: Path, say: Callable[[str], object]) -> str:
         """Bring the newest whole checkpoint, and what else is there, into a folder that has no checkpoint.
 
-        Returns the checkpoint's name. Raises MirrorError where there is none, or one came damaged.
+        ``say`` gets the name of each file, and why a newer checkpoint is not taken. Returns the checkpoint's name.
+        Raises MirrorError where none is whole.
         """
         if list(run.glob(f"{CHECKPOINTS}/step_*")):
             raise MirrorError(f"{run} has checkpoints already; name another folder")
+        faults: list[str] = []
         try:
-            whole = [
-                name
-                for name in self.names()
-                if self._system.exists(f"{self._root}/{CHECKPOINTS}/{name}/{MANIFEST}")
-            ]
-            if not whole:
+            if not (names := self._whole()):
                 raise MirrorError(f"{self.shown} holds no whole checkpoint")
-            partial = run / CHECKPOINTS / f"{whole[-1]}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            for path in self._system.find(self._root):
-                name = path[len(self._root) :].lstrip("/")
-                if name.startswith(f"{CHECKPOINTS}/{whole[-1]}/"):
-                    target = partial / name.split("/", 2)[2]
-                elif name.startswith(f"{CHECKPOINTS}/"):
-                    continue
-                else:
-                    target = run / name
-                if run.resolve() not in target.resolve().parents:
-                    raise MirrorError(f"{self.shown} holds a file that lies outside of it: {name!r}")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                say(name)
-                self._system.get_file(path, str(target))
+            files = {path[len(self._root) :].lstrip("/"): path for path in self._system.find(self._root)}
+            for name in reversed(names):
+                partial = run / CHECKPOINTS / f"{name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                of_it = f"{CHECKPOINTS}/{name}/"
+                self._get_files(
+                    {file: path for file, path in files.items() if file.startswith(of_it)}, run, say
+                )
+                if not (found := damage(partial)):
+                    break
+                faults.append(f"{self.shown}: {name} did not come whole: {'; '.join(found[:5])}")
+                say(faults[-1])
+                shutil.rmtree(partial)
+            else:
+                raise MirrorError("\n".join(faults))
+            beside = {file: path for file, path in files.items() if not file.startswith(f"{CHECKPOINTS}/")}
+            self._get_files(beside, run, say)
         except MirrorError:
             raise
         except Exception as error:
             raise MirrorError(self._said(error)) from None
-        if found := damage(partial):
-            raise MirrorError(f"{self.shown}: {whole[-1]} did not come whole: {'; '.join(found[:5])}")
         sync_tree(partial)
         partial.rename(partial.with_suffix(""))
         sync(run / CHECKPOINTS)
-        write_whole(run / CHECKPOINTS / "latest", whole[-1])
-        return whole[-1]
+        write_whole(run / CHECKPOINTS / "latest", name)
+        return name
+
+    def _get_files(self, files: Mapping[str, str], run: Path, say: Callable[[str], object]) -> None:
+        """Copy files, by their names in the run's folder; those of a checkpoint go into its ``.partial``."""
+        for name, path in files.items():
+            first, _, rest = name.partition("/")
+            checkpoint, _, inner = rest.partition("/")
+            target = run / first / f"{checkpoint}.partial" / inner if first == CHECKPOINTS else run / name
+            if run.resolve() not in target.resolve().parents:
+                raise MirrorError(f"{self.shown} holds a file that lies outside of it: {name!r}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            say(name)
+            self._system.get_file(path, str(target))
+
+    def _whole(self) -> list[str]:
+        return [name for name in self.names() if self._system.exists(self._manifest(name))]
+
+    def _manifest(self, checkpoint: str) -> str:
+        return f"{self._root}/{CHECKPOINTS}/{checkpoint}/{MANIFEST}"
+
+    def _unname(self, checkpoint: str) -> None:
+        """Take away the manifest of a checkpoint there that this object did not copy: of the same step, from before a
+        resume. It is not whole until all its files are new."""
+        manifest = self._manifest(checkpoint)
+        if f"{CHECKPOINTS}/{checkpoint}/{MANIFEST}" not in self._copied and self._system.exists(manifest):
+            self._system.rm_file(manifest)
 
     def _put_file(self, run: Path, path: Path) -> int:
         """Copy one file where it has changed since this object copied it; returns its bytes, else 0."""

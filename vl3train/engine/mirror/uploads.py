@@ -13,6 +13,29 @@ LAST_SECONDS = 1800.0
 """For which the end of a run waits for the copy in progress."""
 STOP_SECONDS = 10.0
 """The same where it was asked to stop: who asks kills it soon. The checkpoint itself is whole."""
+FIRST_SECONDS = 30.0
+"""For which a start waits for the place to say whether another run is there."""
+
+
+def other_run_there(mirror: Mirror, run: Path, has_begun: bool, say: Callable[[str], object]) -> str | None:
+    """Why the run may not be copied there, as ``Mirror.other_run``; None also where the place does not say, which is
+    told."""
+    answers: list[str | None] = []
+    told: list[str] = ["it does not answer"]
+
+    def ask() -> None:
+        try:
+            answers.append(mirror.other_run(run, has_begun=has_begun))
+        except MirrorError as error:
+            told[0] = str(error)
+
+    asking = threading.Thread(target=ask, name="upload-place", daemon=True)
+    asking.start()
+    asking.join(FIRST_SECONDS)
+    if not answers:
+        say(f"run.upload_to={mirror.shown}: {told[0]}. The run goes on, and each checkpoint is tried")
+        return None
+    return answers[0]
 
 
 class Uploads:

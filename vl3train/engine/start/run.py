@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from vl3train.engine.memory.fit_run import fit_run, to_fit
 from vl3train.engine.memory.known import NO_LEVELS
 from vl3train.engine.memory.warmup import warm_up_run
 from vl3train.engine.mirror.remote import Mirror, MirrorError
-from vl3train.engine.mirror.uploads import Uploads
+from vl3train.engine.mirror.uploads import Uploads, other_run_there
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.monitor.meter import make_meter
 from vl3train.engine.optim.build import optimizer_cost
@@ -46,6 +45,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock, 
     seed_everything(cfg.run.seed)
     progress.phase("start: output folder")
     folder = open_folder(cfg, rank)
+    uploads = start_uploads(cfg, folder, rank, console)
     progress.phase("start: data")
     data = open_run_data(cfg, folder, rank, console)
     progress.phase("start: model")
@@ -71,7 +71,6 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock, 
         recipe = find_recipe(cfg.data.recipe or cfg.stage.recipe)
         tracker.data([folder.path / CONTENTS, recipe], fingerprints(data))
 
-    uploads = start_uploads(cfg, folder.path, rank, console)
     saver = Saver(
         folder.path / "checkpoints",
         engine=engine,
@@ -114,18 +113,20 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock, 
     )
 
 
-def start_uploads(cfg: TrainConfig, folder: Path, rank: Rank, console: Console) -> Uploads | None:
+def start_uploads(cfg: TrainConfig, folder: OutputFolder, rank: Rank, console: Console) -> Uploads | None:
     """What copies checkpoints elsewhere, on the first rank of a run that wants it.
 
-    Raises RunError on every rank where fsspec does not know the place.
+    Raises RunError on every rank where fsspec does not know the place, or where another run is.
     """
     uploads = problem = None
     if cfg.run.upload_to is not None and rank.is_first:
         try:
-            uploads = Uploads(folder, Mirror(cfg.run.upload_to), console.message)
+            mirror = Mirror(cfg.run.upload_to)
+            problem = other_run_there(mirror, folder.path, folder.checkpoint is not None, console.message)
+            uploads = Uploads(folder.path, mirror, console.message)
         except MirrorError as error:
-            problem = f"run.upload_to: {error}"
-    rank.agree(problem)
+            problem = str(error)
+    rank.agree(None if problem is None else f"run.upload_to: {problem}")
     return uploads
 
 
