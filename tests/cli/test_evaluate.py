@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from vl3train.cli.evaluate import main
 from vl3train.config.load import read_config
 from vl3train.config.problems import ConfigError
 from vl3train.engine.held_out import of_model
+from vl3train.engine.held_out.answers import PredictionsInProgress
 from vl3train.inference.answer import Asker
 from vl3train.inference.requests import Request
 from vl3train.scoring.predictions import read_predictions
@@ -23,7 +25,11 @@ def test_what_a_run_started_from_need_not_be_there_and_other_mistakes_are_told(t
     cfg, _ = read_config([*words, f"data.root={tmp_path / 'nowhere'}", f"run.output_dir={tmp_path}"])
     write_run_config(cfg, tmp_path)
     with pytest.raises(ConfigError) as caught:
-        main(Namespace(run=tmp_path, overrides=["step.max_tokens=0"], max_new_tokens=None))
+        main(
+            Namespace(
+                run=tmp_path, overrides=["step.max_tokens=0"], max_new_tokens=None, out=Path("p"), json=None
+            )
+        )
     keys = [problem.key for problem in caught.value.problems]
     assert {"step.max_tokens", "data.root"} <= set(keys)
     assert "stage.init_from" not in keys
@@ -113,12 +119,29 @@ def test_an_evaluation_that_was_stopped_goes_on(lively_model_dir, recipe, tmp_pa
     assert found[asked[0].place] == "kept"
     assert not list(tmp_path.glob("*.partial"))
 
+    monkeypatch.chdir(tmp_path)
+    for strange in ("", "{", text + '{"key": 1}\n[]\nnull\n{"cut', "\0\n" + text):
+        partial.write_text(strange)
+        assert len(
+            PredictionsInProgress(Path("predictions.jsonl"), json.loads(text.split("\n")[0]), 0).known
+        ) == (3 if strange.startswith(text) else 0)
+    partial.write_text(text + '{"cut')
+    again = PredictionsInProgress(Path("predictions.jsonl"), json.loads(text.split("\n")[0]), 0)
+    again.add(asked[0])
+    assert partial.read_text().splitlines()[:-1] == text.splitlines(), "nothing was added to the cut line"
+    partial.unlink()
+
     other = tmp_path / "other"
     other.mkdir()
     (other / partial.name).write_text(text)
     assert main(evaluation(lively_model_dir, recipe, other, max_new_tokens=5)) == 0
     found = {one.place: one.prediction for one in read_predictions(other / "predictions.jsonl")}
     assert found[asked[0].place] != "kept"
+
+
+def test_files_that_cannot_be_written_are_told_before_the_work(lively_model_dir, recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*away; make it first\n.* is a folder"):
+        main(evaluation(lively_model_dir, recipe, tmp_path, out=tmp_path / "away/p.jsonl", json=tmp_path))
 
 
 def test_metrics_that_cannot_be_used_are_told_together_before_anything_runs(

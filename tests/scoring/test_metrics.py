@@ -12,6 +12,7 @@ from vl3train.scoring.captions import cider, rouge_l
 from vl3train.scoring.intervals import mean_with_interval, wilson
 from vl3train.scoring.matches import anls, exact, letter, multiple_choice, number, relaxed
 from vl3train.scoring.metrics import EACH, TOGETHER, Scored, metric_problem, score
+from vl3train.scoring.predictions import Prediction, score_predictions
 from vl3train.scoring.temporal import span, temporal_iou
 
 
@@ -123,6 +124,36 @@ def test_functions_of_the_users_own(tmp_path):
     with pytest.raises(ValueError, match=r"mine.py:broken failed on the answer 'a b c d' to 'one two'"):
         score("mine.py:broken", answers, tmp_path)
     assert "no file" in metric_problem("gone.py:words", tmp_path)
+    (tmp_path / "mine.txt").write_bytes(b"\xffdef words(")
+    assert "ends in .py" in metric_problem("mine.txt:words", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nothing_there\ndef f(p, r, q): return 1", "cannot be imported: ModuleNotFoundError"),
+        ("class A:\n    def f(p, r, q): return 1", "cannot be imported: AttributeError"),
+        ("\xff def f(p, r, q): return 1", "cannot be imported: SyntaxError"),
+        ("def f(p, r, q): raise SystemExit(3)", "failed on the answer 'a' to 'q': SystemExit"),
+        ("def f(p, r, q): return float('nan')", "it gave nan, of which there is no mean"),
+        ("def f(p, r, q): return 10 ** 400", "OverflowError"),
+        ("def f(p, r): return 1", "takes 2 positional arguments"),
+    ],
+)
+def test_a_function_that_gives_nonsense_costs_its_own_figure_only(tmp_path, code, said):
+    (tmp_path / "mine.py").write_text(code, encoding="latin-1")
+    assert metric_problem("mine.py:f", tmp_path) is None
+    answer = Prediction(
+        key="k", answer_number=0, source="s", question="q", reference="a", prediction="a", is_cut=False
+    )
+    figures, [problem] = score_predictions([answer], {"s": ("mine.py:f", "exact")}, tmp_path)
+    assert problem.startswith("source s: metric mine.py:f ")
+    assert said in problem
+    assert set(figures["s"]) == {"questions", "cut", "exact", "exact_low", "exact_high"}
+
+
+def test_names_of_functions_that_are_not_there(tmp_path):
+    (tmp_path / "mine.py").write_text("")
     assert "defines no function gone" in metric_problem("mine.py:gone", tmp_path)
 
 

@@ -14,6 +14,7 @@ command. docs/evaluation.md has the metrics.
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Print the tables; returns 0. Raises ValueError or OSError for a folder or recipe that cannot be used."""
+    refuse_places(args.out, args.json)
     overrides = list(args.overrides)
     if args.max_new_tokens is not None:
         overrides.append(f"run.evaluate_max_new_tokens={args.max_new_tokens}")
@@ -80,6 +82,20 @@ def main(args: Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json_text(figures, indent=1))
     return 0
+
+
+def refuse_places(*files: Path | None) -> None:
+    """Raise ValueError, before the work, for files that could not be written after it."""
+    found = []
+    for file in (file for file in files if file is not None):
+        if file.is_dir():
+            found.append(f"{file} is a folder; name a file")
+        elif not file.absolute().parent.is_dir():
+            found.append(f"{file} cannot be written: there is no folder {file.parent}; make it first")
+        elif not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            found.append(f"{file} cannot be written; name another file")
+    if found:
+        raise ValueError("\n".join(found))
 
 
 def checked(overrides: list[str], config_file: Path | None) -> TrainConfig:

@@ -12,6 +12,7 @@ from vl3train.config.plain import as_plain
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Cursor
 from vl3train.data.pipeline import OpenData
+from vl3train.data.recipe import Recipe
 from vl3train.engine.bad_steps.record import BadSteps
 from vl3train.engine.best import Best
 from vl3train.engine.checkpoints.saver import Saver
@@ -73,6 +74,7 @@ class Run:
     lock: FolderLock
     data: OpenData
     held_out: OpenData | None
+    recipe: Recipe  # as it was at the start: the file may be edited meanwhile
     engine: Zero
     packed: PackedModel
     num_steps: int

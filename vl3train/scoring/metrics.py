@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,11 @@ def metric_problem(name: str, folder: Path) -> str | None:
     """Why a metric of a recipe in ``folder`` cannot be used, with the way out; None where it can."""
     if ":" in name:
         path, function = _own(name, folder)
-        if not path.is_file():
-            return f"metric {name}: there is no file {path}"
-        if f"def {function}(" not in path.read_text(encoding="utf-8"):
+        if not path.is_file() or path.suffix != ".py":
+            return f"metric {name}: there is no file {path}" + (
+                "" if path.suffix == ".py" else " that ends in .py"
+            )
+        if f"def {function}(" not in path.read_text(encoding="utf-8", errors="replace"):
             return f"metric {name}: {path} defines no function {function}(prediction, reference, question)"
         return None
     known = [*EACH, *TOGETHER]
@@ -65,22 +68,33 @@ def score(name: str, answers: Sequence[Scored], folder: Path) -> list[float]:
     """One score for each answer, by a metric that ``metric_problem`` found nothing wrong with.
 
     Raises:
-        ValueError: a function of the user's own failed, or gave no number; the message has the question.
+        ValueError: a function of the user's own cannot be imported, failed, or gave no number; the message has the
+            question.
     """
     if name in TOGETHER:
         return TOGETHER[name]([one.prediction for one in answers], [one.reference for one in answers])
     if name in EACH:
         return [EACH[name](one.prediction, one.reference) for one in answers]
-    function = _load(*_own(name, folder))
+    try:
+        function = _load(*_own(name, folder))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"metric {name} cannot be imported: {error!r}") from error
     scores = []
     for one in answers:
         try:
-            scores.append(float(function(one.prediction, one.reference, one.question)))
-        except Exception as error:
+            scores.append(_number(function(one.prediction, one.reference, one.question)))
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"metric {name} failed on the answer {one.prediction!r} to {one.question!r}: {error!r}"
             ) from error
     return scores
+
+
+def _number(value: Any) -> float:
+    found = float(value)
+    if not math.isfinite(found):
+        raise ValueError(f"it gave {value!r}, of which there is no mean")
+    return found
 
 
 def _own(name: str, folder: Path) -> tuple[Path, str]:

@@ -35,7 +35,7 @@ class Prediction:
 
 def score_predictions(
     predictions: Sequence[Prediction], metrics: Mapping[str, Sequence[str]], folder: Path
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Put the scores of each source's metrics into its predictions; figures of each source.
 
     Args:
@@ -45,12 +45,11 @@ def score_predictions(
 
     Returns:
         For each source its number of ``questions``, how many answers were ``cut``, and for each metric its mean, and
-        ``_low`` and ``_high``, the bounds of its 95 % confidence interval.
-
-    Raises:
-        ValueError: a metric of the user's own failed.
+        ``_low`` and ``_high``, the bounds of its 95 % confidence interval. Then what is wrong with metrics of the
+        user's own that failed, which have no figures.
     """
     figures: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     for source, names in metrics.items():
         mine = [one for one in predictions if one.source == source]
         if not mine:
@@ -58,12 +57,16 @@ def score_predictions(
         scored = [Scored(one.question, one.reference, one.prediction) for one in mine]
         figures[source] = {"questions": len(mine), "cut": sum(one.is_cut for one in mine)}
         for name in names:
-            scores = score(name, scored, folder)
+            try:
+                scores = score(name, scored, folder)
+            except ValueError as error:
+                problems.append(f"source {source}: {error}")
+                continue
             for one, value in zip(mine, scores, strict=True):
                 one.scores[name] = value
             mean, low, high = mean_with_interval(scores, [one.key for one in mine])
             figures[source] |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return figures
+    return figures, problems
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:

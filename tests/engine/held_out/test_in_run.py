@@ -56,7 +56,15 @@ def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(
     for source in scored:
         source["metrics"] = ["exact", "anls"]
     recipe["sources"] = [*scored, next(source for source in recipe["sources"] if source["name"] == "when")]
+    right = yaml.safe_dump(recipe)
+    recipe["sources"][0] = {**recipe["sources"][0], "metrics": ["mine.py:fails", "exact", "anls"]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "mine.py").write_text(
+        "import pathlib\n"
+        "def fails(prediction, reference, question):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'recipe.yaml').unlink(missing_ok=True)\n"
+        "    return prediction['no text']\n"
+    )
     words = [*demo_words, "stage=1", "run.num_steps=2", f"data.recipe={tmp_path / 'recipe.yaml'}"]
     words += [f"model.language_model_from={talkative(demo_root / 'parts/language_model', tmp_path / 'lm')}"]
     words += ["run.evaluate_max_new_tokens=6", "run.evaluate_steps=1", "run.best_figure=loss"]
@@ -66,6 +74,7 @@ def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(
         "predictions/step_000001.jsonl cannot be written: File too large. The run goes on; these answers"
         in said
     )
+    assert said.count("metric mine.py:fails failed on the answer") == 2, "also where the recipe is away"
     assert "best.json cannot be written: File too large. The run goes on" in said
     assert not (folder / "predictions" / "step_000001.jsonl").exists()
     assert [one["step"] for one in json.loads((folder / "best.json").read_text())["history"]] == [1, 2]
@@ -85,6 +94,7 @@ def test_a_run_answers_its_held_out_questions_and_evaluate_gives_the_same(
         assert row["anls_low"] <= row["anls"] <= row["anls_high"]
     assert any(one.prediction for one in found)
 
+    (tmp_path / "recipe.yaml").write_text(right)
     given = {"overrides": [], "model": None, "metrics": None, "max_new_tokens": None}
     given |= {"out": tmp_path / "after.jsonl", "json": tmp_path / "figures.json"}
     assert evaluate(Namespace(run=folder, **given)) == 0

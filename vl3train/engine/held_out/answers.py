@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +114,13 @@ class PredictionsInProgress:
     """
 
     def __init__(self, file: Path, of: Mapping[str, Any], rank: int) -> None:
-        self._of, self._paths = json.loads(json_text(of)), sorted(file.parent.glob(f"{file.name}.*.partial"))
+        self._of, self._all = json.loads(json_text(of)), f"{escape(file.name)}.*.partial"
+        self._paths = sorted(file.parent.glob(self._all))
         self.known = [one for path in self._paths for one in self._read(path)]
         self._path = file.with_name(f"{file.name}.{rank}.partial")
         self._is_new = not any(self._read(self._path))
+        if not self._is_new:  # a line that was cut short does not get the next one at its end
+            os.truncate(self._path, self._path.read_bytes().rindex(b"\n") + 1)
 
     def add(self, prediction: Prediction) -> None:
         """Append one; it is kept when this process is killed."""
@@ -127,14 +132,28 @@ class PredictionsInProgress:
 
     def finish(self) -> None:
         """Remove the files; for one rank, when the whole file is written."""
-        for path in {*self._paths, *self._path.parent.glob(f"{self._path.name.rsplit('.', 2)[0]}.*.partial")}:
+        for path in {*self._paths, *self._path.parent.glob(self._all)}:
             path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> Iterator[Prediction]:
         if not path.is_file():
             return
-        first, *lines = path.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # a line without its end was cut short
-        if json.loads(first) == self._of:
-            yield from (Prediction(**without_texts(json.loads(line))) for line in lines)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        found = [_parsed(line) for line in lines]  # one without its end was cut short
+        if found and found[0] == self._of:
+            yield from (one for row in found[1:] if (one := _prediction(row)) is not None)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return without_texts(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _prediction(row: Any) -> Prediction | None:
+    """One of the lines, or None of a line that is damaged: it is answered again."""
+    try:
+        return Prediction(**row)
+    except TypeError:
+        return None

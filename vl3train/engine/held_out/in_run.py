@@ -12,7 +12,6 @@ from vl3train.contracts.records import Batch
 from vl3train.data.data_wait import data_wait
 from vl3train.data.loader import OpenData
 from vl3train.data.pipeline import evaluation_batches
-from vl3train.data.recipe import load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import answer_table, generate_predictions
 from vl3train.engine.held_out.evaluations_file import EVALUATIONS, record_evaluation
@@ -106,10 +105,9 @@ def answer_questions(
     """Figures of generated answers of each source with metrics, on every rank, and on the first rank what a tracker
     shows: answers to its first samples of each source, with metrics or without.
 
-    The first rank writes predictions/step_N.jsonl. Raises RunError on every rank where a metric fails.
+    The first rank writes predictions/step_N.jsonl. A metric of the user's own that fails is told, and has no figures.
     """
-    recipe = load_recipe(run.cfg.data.recipe or run.cfg.stage.recipe, run.cfg.data.root)
-    metrics = {source.name: source.metrics for source in recipe.sources if source.metrics}
+    metrics = {source.name: source.metrics for source in run.recipe.sources if source.metrics}
     metrics = {name: metrics[name] for name in names if name in metrics}
     assert run.held_out is not None
     tracking = run.cfg.tracking
@@ -149,16 +147,15 @@ def answer_questions(
     refuse_given_up(run)
     predictions = [one for part in run.rank.gather(mine) for one in part]
     figures: dict[str, dict[str, Any]] = {}
-    problem = None
     if run.rank.is_first:
-        try:
-            figures = score_predictions(predictions, metrics, recipe.path.parent)
-        except ValueError as error:
-            problem = str(error)
+        figures, problems = score_predictions(predictions, metrics, run.recipe.path.parent)
+        for problem in problems:
+            run.console.message(
+                f"{problem}. The run goes on without this figure; `vl3train evaluate` makes it later"
+            )
         scored = [one for one in predictions if one.source in metrics]
         if scored:
             keep_predictions(run, step, scored)
-    run.rank.agree(problem)
     return run.rank.gather(figures)[0], shown.rows(predictions, names)
 
 

@@ -73,10 +73,9 @@ def evaluate_model(
     answers: dict[str, dict[str, Any]] = {}
     problem = None
     if rank.is_first:
-        try:
-            answers = score_predictions(list(gathered.values()), chosen, folder)
-        except ValueError as error:
-            problem = f"{error}. The answers are kept; the same command scores them"
+        answers, problems = score_predictions(list(gathered.values()), chosen, folder)
+        if problems:
+            problem = "\n".join([*problems, "The answers are kept; the same command scores them"])
     rank.agree(problem)
     if rank.is_first:
         write_predictions(out, gathered.values())

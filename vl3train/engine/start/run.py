@@ -11,7 +11,7 @@ from vl3train.config.choices import Memory
 from vl3train.config.problems import counted
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.progress.record import progress
-from vl3train.data.recipe import find_recipe
+from vl3train.data.recipe import find_recipe, load_recipe
 from vl3train.engine.checkpoints.cost import can_copy
 from vl3train.engine.checkpoints.saver import Saver
 from vl3train.engine.memory.fit_run import fit_run, to_fit
@@ -94,6 +94,7 @@ def start_run(cfg: TrainConfig, rank: Rank, console: Console, lock: FolderLock, 
         lock=lock,
         data=data.train,
         held_out=data.held_out,
+        recipe=load_recipe(cfg.data.recipe or cfg.stage.recipe, cfg.data.root),
         engine=engine,
         packed=model.packed,
         num_steps=data.num_steps,
