@@ -26,26 +26,22 @@ def call_compiled_code() -> None:
     torch.set_num_threads(1)
     for side in (57, 56):
         resize_and_patchify(np.zeros((side, side, 3), np.uint8), grid=(4, 4), merge_size=2)
-    for families, writeable in ((None, True), (None, False), (np.ones(2, np.int64), True)):
-        Plan(
-            _two_samples(families, writeable), 0, StepConfig(global_packs=1), max_family_records=2
-        ).step_packs(Cursor())
+    Plan(_two_samples(), 0, StepConfig(global_packs=1), max_family_records=2).step_packs(Cursor())
 
 
-def _two_samples(families: np.ndarray | None, writeable: bool) -> SampleTable:
-    """``writeable``: as a short index is sent to a worker. A long one is mapped, which to numba is another type."""
-    two, pairs = np.ones(2, np.int32), np.ones(2, np.int64)
-    two.flags.writeable = pairs.flags.writeable = writeable
+def _two_samples() -> SampleTable:
+    """Of one family."""
+    two, of_64_bits = np.ones(2, np.int32), np.ones(2, np.int64)
     return SampleTable(
         sizes=(2,),
         weights=(1.0,),
         num_tokens=two,
         num_supervised_tokens=two,
         num_patches=two,
-        num_patch_pairs=pairs,
+        num_patch_pairs=of_64_bits,
         num_items=two,
         prefix_tokens=two,
-        families=families,
+        families=of_64_bits,
         fingerprint="two",
     )
 

@@ -68,7 +68,7 @@ def resample(pixels, height, width, rows, columns, merge_size, out):
         num_runs = _find_runs(columns.starts, columns.weights, left, num, strip_weights, moves, sources)
         line[:] = 0
         num_done = 0
-        y = 0
+        y = np.int64(0)  # a literal is a type of its own: what is called with it would be compiled twice
         while y < len(row_starts):
             start = row_starts[y]
             # Two rows of neighbouring places share three of four rows that they are made of.
@@ -87,9 +87,9 @@ def resample(pixels, height, width, rows, columns, merge_size, out):
                 _two_along_columns_4(ring, start, height, row_weights, y, made, U(num))
             else:
                 _along_columns_5(ring, start, height, row_weights, y, made, U(num))
-            _cut(halves, 0, num, left, new_width, y, merge_size, out)
+            _cut(halves, np.int64(0), num, left, new_width, y, merge_size, out)
             if two:
-                _cut(halves, 1, num, left, new_width, y + 1, merge_size, out)
+                _cut(halves, np.int64(1), num, left, new_width, y + 1, merge_size, out)
             y += 1 + two
 
 
@@ -122,7 +122,7 @@ def cut_whole(pixels, height, width, merge_size, out):
         columns = min(strip, width - left)
         for y in range(height):
             _spread(pixels, U(3 * (y * width + left)), made, U(0), U(columns))
-            _cut(halves, 0, columns, left, width, y, merge_size, out)
+            _cut(halves, np.int64(0), columns, left, width, y, merge_size, out)
 
 
 @njit(cache=True, nogil=True)

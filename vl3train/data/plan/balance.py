@@ -188,7 +188,7 @@ def _best_exchange(a, load, measured, held, caps, first, after):
         tried[b] = True
         i = first[a]
         while i != NO_SAMPLE:
-            j, more = NO_SAMPLE, first[b]  # a move first, then a swap with each sample of b
+            j, more = np.int64(NO_SAMPLE), first[b]  # a move first, then a swap with each sample of b
             while True:
                 most = _load_after(i, j, a, b, measured, held, best)
                 if most < best and _fits_after(i, j, a, b, measured, held, caps):

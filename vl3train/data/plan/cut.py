@@ -33,7 +33,8 @@ def cut_epoch(order, columns, rules, aims, max_samples):
     total = len(order)
     cut, bounds = np.empty_like(order), np.empty(total + 1, np.int64)
     waiting, chosen = np.empty_like(order), np.empty_like(order)
-    num_waiting = position = written = num_steps = 0
+    # Not 0 alone: numba gives a literal a type of its own, and compiles what is called with it once more.
+    num_waiting = position = written = num_steps = np.int64(0)
     while written < total:
         bounds[num_steps] = written
         num_steps += 1

@@ -173,7 +173,7 @@ def columns_of(table: SampleTable, units: Units | None) -> Columns:
         fewer, records = units.fewer_pairs, units.num_records
     tokens, patches, items, pairs = values
     # One dtype for the compiled code, without a copy where it is that already.
-    return Columns(
+    columns = Columns(
         np.ascontiguousarray(tokens, np.int32),
         np.ascontiguousarray(patches, np.int32),
         np.ascontiguousarray(items, np.int32),
@@ -181,3 +181,11 @@ def columns_of(table: SampleTable, units: Units | None) -> Columns:
         fewer,
         records,
     )
+    return Columns(*(_read_only(values) for values in columns))
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    """A view as of a mapped file: to numba an array that may be written has another type, compiled a second time."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
