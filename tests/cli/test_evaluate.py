@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -137,6 +139,36 @@ def test_an_evaluation_that_was_stopped_goes_on(lively_model_dir, recipe, tmp_pa
     assert main(evaluation(lively_model_dir, recipe, other, max_new_tokens=5)) == 0
     found = {one.place: one.prediction for one in read_predictions(other / "predictions.jsonl")}
     assert found[asked[0].place] != "kept"
+
+
+def test_samples_without_figures_are_told_and_old_answers_to_other_samples_are_not_used(
+    lively_model_dir, tmp_path, capsys, monkeypatch
+):
+    """A clip's bytes change behind the index; then the shard is indexed again, in an evaluation that goes on."""
+    make_source(tmp_path / "test", images=2, clips=1, texts=1, seed=4, per_shard=9)
+    (tmp_path / "recipe.yaml").write_text(
+        "name: small\nabout: tests\nsources: [{name: test, held_out: test/shards, metrics: [exact]}]\n"
+    )
+    finish = PredictionsInProgress.finish
+    monkeypatch.setattr(PredictionsInProgress, "finish", lambda one: None)
+    assert main(evaluation(lively_model_dir, tmp_path / "recipe.yaml", tmp_path)) == 0
+    assert "could not be read" not in capsys.readouterr().out
+    [shard] = tmp_path.glob("test/shards/*.tar")
+    with tarfile.open(shard) as tar:
+        [clip] = [member for member in tar if member.name.endswith(".mp4")]
+    before, bytes_ = shard.stat(), bytearray(shard.read_bytes())
+    bytes_[clip.offset_data + 40 : clip.offset_data + clip.size] = bytes(clip.size - 40)
+    shard.write_bytes(bytes_)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert main(evaluation(lively_model_dir, tmp_path / "recipe.yaml", tmp_path)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 held-out sample could not be read, and no figure counts them: " in said
+    shard.touch()
+    monkeypatch.setattr(PredictionsInProgress, "finish", finish)
+    assert main(evaluation(lively_model_dir, tmp_path / "recipe.yaml", tmp_path)) == 0
+    assert "held-out samples: the index rejected 1 samples" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())["test"]
+    assert figures["questions"] == figures["samples"] == 3
 
 
 def test_files_that_cannot_be_written_are_told_before_the_work(lively_model_dir, recipe, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from vl3train.cli import main as front
 from vl3train.cli.main import COMMANDS, main
+from vl3train.engine.ranks import OneRankError, RunError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
@@ -91,6 +92,27 @@ def test_our_own_refusal_is_one_line_and_a_librarys_error_is_not(capsys, monkeyp
 
     install(monkeypatch, fails)
     with pytest.raises(ValueError, match="three"):
+        main(["trial"])
+
+
+def test_what_stops_a_run_on_all_ranks_is_said_once_and_without_a_traceback(capsys, monkeypatch):
+    def command(error: Exception):
+        def refuses(args: Namespace) -> int:
+            raise error
+
+        return refuses
+
+    install(monkeypatch, command(RunError("a shard is gone")))
+    assert main(["trial"]) == 1
+    assert capsys.readouterr().err == "vl3train trial: a shard is gone\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(["trial"]) == 1
+    assert capsys.readouterr().err == "", "the first rank says it"
+    install(monkeypatch, command(OneRankError("rank 1 found code")))
+    assert main(["trial"]) == 1
+    assert capsys.readouterr().err == "vl3train trial: rank 1 found code\n"
+    install(monkeypatch, command(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
         main(["trial"])
 
 

@@ -340,7 +340,7 @@ def test_everything_that_is_wrong_is_told_at_once(address):
         "messages[2].content[0] has no type of text, image_url, video_url",
         "messages[2].content[1] holds <|image_pad|>",
         "messages[3].content[0].speed is not known here",
-        "messages[3].content[0].video_url.fps must be a number, 0 or more, not 0",
+        "messages[3].content[0].video_url.fps must be a number, 0 or more, not 0, and less than 1e9",
         "messages[4].content[0] 'half \\ud83d' holds half a character",
         "messages[4] is not the user's",
         "temperature must be a number, 0 or more, and at most 2",

@@ -108,10 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nvl3train {name}: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("VL3TRAIN_TRACEBACK") or not is_foreseen(error):
             raise
-        print(f"vl3train {name}: {error}", file=sys.stderr)
+        if not is_said_elsewhere(error):
+            print(f"vl3train {name}: {error}", file=sys.stderr)
         return 1
 
 
@@ -129,12 +130,24 @@ def is_foreseen(error: BaseException) -> bool:
     """Whether ``error`` is a message to the user: our own code raised it, or one of their files cannot be used.
 
     An OSError with a file name says what the system refused: no such file, no permission, not a folder. A ValueError
-    from within a library is taken as a bug, and keeps its traceback.
+    from within a library is taken as a bug, and keeps its traceback, as does a RuntimeError that is no RunError.
     """
+    if isinstance(error, RuntimeError):
+        ranks = sys.modules.get("vl3train.engine.ranks")  # nothing else raises one; importing it costs torch
+        return ranks is not None and isinstance(error, ranks.RunError)
     if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.filename is not None):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def is_said_elsewhere(error: BaseException) -> bool:
+    """Whether the first rank says the same: it is raised on every rank, unless it is of one."""
+    ranks = sys.modules.get("vl3train.engine.ranks")
+    of_all = (
+        ranks is not None and isinstance(error, ranks.RunError) and not isinstance(error, ranks.OneRankError)
+    )
+    return of_all and os.environ.get("RANK", "0") != "0"
 
 
 if __name__ == "__main__":

@@ -244,12 +244,19 @@ def train_steps(
 
 
 def evaluation_batches(
-    data: OpenData, cfg: TrainConfig, rank: int, dp_size: int, *, share_prefix: bool = False
+    data: OpenData,
+    cfg: TrainConfig,
+    rank: int,
+    dp_size: int,
+    *,
+    share_prefix: bool = False,
+    tell: Callable[[FailedEntry], object] = lambda _: None,
 ) -> Iterator[Batch]:
     """All samples that fit a pack, once over all ranks together, in as many batches on each rank.
 
     A rank with fewer packs than the others ends with filler. ``share_prefix``: samples of a family have one prefix, as
-    ``data.max_family_records`` says.
+    ``data.max_family_records`` says. ``tell`` gets each sample of this rank that failed, which has no answer in its
+    pack.
     """
     step = dataclasses.replace(data.plan.step, global_packs=dp_size, max_samples=None)
     most = cfg.data.max_family_records if share_prefix else 1
@@ -258,6 +265,8 @@ def evaluation_batches(
     dataset = _dataset(data, cfg, Cursor(), rank, dp_size)
     count = data.plan.steps_in_epoch(0)
     for one in load_packs(dataset, count, num_workers=cfg.data.num_workers, pin_memory=_on_cuda(cfg)):
+        for entry in one.failed:
+            tell(entry)
         yield one.batch
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vl3train.config.choices import Tracker as TrackerKind
@@ -10,13 +10,14 @@ from vl3train.config.problems import counted
 from vl3train.contracts.progress.record import progress
 from vl3train.contracts.records import Batch
 from vl3train.data.data_wait import data_wait
-from vl3train.data.loader import OpenData
+from vl3train.data.loader import FailedEntry, OpenData
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import answer_table, generate_predictions
 from vl3train.engine.held_out.evaluations_file import EVALUATIONS, record_evaluation
 from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.held_out.shown import ShownSamples
+from vl3train.engine.held_out.unread import unread_remarks
 from vl3train.engine.monitor.compile_log import print_compiles, take_compiles
 from vl3train.engine.ranks import OneRankError
 from vl3train.engine.run import Run
@@ -45,11 +46,14 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
         run.console.message(f"{told}. The run goes on, without the evaluation after step {step}")
         return None
     progress.phase("evaluation")
-    batches = held_out_packs(run, run.held_out)
+    failed: list[FailedEntry] = []
+    batches = held_out_packs(run, run.held_out, failed.append)
     run.engine.train(False)
     names = list(run.held_out.index.source_names)
     figures = evaluate(run.engine.forward, batches, names, dp_size=run.rank.dp_size)
     refuse_given_up(run)
+    for remark in unread_remarks(failed, run.rank):
+        run.console.message(remark)
     answers, shown = answer_questions(run, names, step)
     run.engine.train(True)
     print_compiles(run.console, "held-out samples", take_compiles())
@@ -69,11 +73,13 @@ def evaluate_run(run: Run, *, step: int, when: str) -> dict[str, dict[str, Any]]
     return figures
 
 
-def held_out_packs(run: Run, held_out: OpenData) -> Iterator[Batch]:
+def held_out_packs(
+    run: Run, held_out: OpenData, tell: Callable[[FailedEntry], object] = lambda _: None
+) -> Iterator[Batch]:
     """This rank's packs, with shared prefixes where the run trains with them: its start has checked the kernel."""
     share = run.cfg.data.share_prefix
     return evaluation_batches(
-        held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size, share_prefix=share
+        held_out, run.cfg, rank=run.rank.index, dp_size=run.rank.dp_size, share_prefix=share, tell=tell
     )
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vl3train.config.schema import TrainConfig
 from vl3train.contracts.records import Batch
-from vl3train.data.loader import OpenData
+from vl3train.data.loader import FailedEntry, OpenData
 from vl3train.data.pipeline import evaluation_batches, open_data
 from vl3train.data.recipe import Recipe, load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
 from vl3train.engine.held_out.answers import PredictionsInProgress, answer_table, generate_predictions
 from vl3train.engine.held_out.losses import evaluate, table_rows
+from vl3train.engine.held_out.unread import unread_remarks
 from vl3train.engine.monitor.console import Console
 from vl3train.engine.ranks import Rank, join
+from vl3train.engine.start.data import unused_remarks
 from vl3train.model.attention.backends import choose_attention
 from vl3train.model.attention.qkv_op import SERVED
 from vl3train.model.generation.ends import end_ids
@@ -56,13 +58,18 @@ def evaluate_model(
     held_out = open_held_out(cfg, tokenizer_dir, rank, console)
     if not held_out.index.num_samples:
         raise ValueError(f"the recipe {recipe.path} has no held-out samples")
+    for remark in unused_remarks(held_out, "held-out samples", "evaluated"):
+        console.message(remark)
     packed = load_packed(cfg, model_dir, rank)
+    failed: list[FailedEntry] = []
     figures = evaluate(
         lambda batch: packed(batch.to(rank.device)),
-        packs(held_out, cfg, packed, rank),
+        packs(held_out, cfg, packed, rank, failed.append),
         list(held_out.index.source_names),
         dp_size=rank.dp_size,
     )
+    for remark in unread_remarks(failed, rank):
+        console.message(remark)
     console.table(f"held-out samples, {model_dir}", table_rows(figures))
     if not chosen:
         return figures
@@ -93,10 +100,19 @@ def load_packed(cfg: TrainConfig, model_dir: Path, rank: Rank) -> PackedModel:
     return PackedModel(model, attention.name).eval()
 
 
-def packs(held_out: OpenData, cfg: TrainConfig, packed: PackedModel, rank: Rank) -> Iterator[Batch]:
-    """This rank's packs. Samples of the same media share a prefix where the attention backend can."""
+def packs(
+    held_out: OpenData,
+    cfg: TrainConfig,
+    packed: PackedModel,
+    rank: Rank,
+    tell: Callable[[FailedEntry], object] = lambda _: None,
+) -> Iterator[Batch]:
+    """This rank's packs. Samples of the same media share a prefix where the attention backend can. ``tell`` gets
+    those that failed."""
     can_share = packed.attention in SERVED
-    return evaluation_batches(held_out, cfg, rank=rank.index, dp_size=rank.dp_size, share_prefix=can_share)
+    return evaluation_batches(
+        held_out, cfg, rank=rank.index, dp_size=rank.dp_size, share_prefix=can_share, tell=tell
+    )
 
 
 def metrics_of_sources(
@@ -133,6 +149,7 @@ def what_is_evaluated(cfg: TrainConfig, model_dir: Path, held_out: OpenData) -> 
     return {
         "weights": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "sources": list(held_out.index.source_names),
+        "samples": held_out.plan.table.fingerprint,
         "rendering": held_out.settings.fingerprint(),
         "max_new_tokens": cfg.run.evaluate_max_new_tokens,
     }

@@ -74,15 +74,22 @@ def sharing_remarks(cfg: TrainConfig, table: SampleTable) -> list[str]:
 
 def data_remarks(data: OpenData) -> list[str]:
     """How many samples there are, and which of them are not trained on, with the reason. Said once at the start."""
-    index, plan = data.index, data.plan
-    remarks = [f"data: {index.num_samples:,} samples of {len(index.source_names)} sources"]
+    return [
+        f"data: {data.index.num_samples:,} samples of {len(data.index.source_names)} sources",
+        *unused_remarks(data, "data", "trained on"),
+    ]
+
+
+def unused_remarks(data: OpenData, what: str, used: str) -> list[str]:
+    """Which samples are left out, with the reason; no line where all are ``used``."""
+    index, plan, remarks = data.index, data.plan, []
     if plan.oversized_samples:
         keys = [index.key(row) for row in plan.oversized_samples[:3]]
         remarks.append(
-            f"data: {len(plan.oversized_samples):,} samples are not trained on, because they are larger than a pack "
+            f"{what}: {len(plan.oversized_samples):,} samples are not {used}, because they are larger than a pack "
             f"(step.max_tokens={plan.step.max_tokens}, step.max_patches={plan.step.max_patches}): {', '.join(keys)}"
         )
     if index.rejected:
         shown = "; ".join(f"{key}: {reason}" for key, reason in index.rejected[:3])
-        remarks.append(f"data: the index rejected {len(index.rejected):,} samples: {shown}")
+        remarks.append(f"{what}: the index rejected {len(index.rejected):,} samples: {shown}")
     return remarks

@@ -25,7 +25,7 @@ from vl3train.engine.optim.build import optimizer_cost
 from vl3train.engine.ranks import Rank
 from vl3train.engine.run import Run
 from vl3train.engine.start.contents import CONTENTS, fingerprints
-from vl3train.engine.start.data import RunData, data_remarks, open_run_data, sharing_remarks
+from vl3train.engine.start.data import RunData, data_remarks, open_run_data, sharing_remarks, unused_remarks
 from vl3train.engine.start.engine import start_engine
 from vl3train.engine.start.folder import OutputFolder, open_folder
 from vl3train.engine.start.lock import FolderLock
@@ -155,6 +155,7 @@ def start_remarks(
         optimizer_cost(num_trained, cfg.optim, cfg.machine),
         *model.kernels.remarks(),
         *data_remarks(data.train),
+        *(unused_remarks(data.held_out, "held-out samples", "evaluated") if data.held_out else ()),
         *(sharing_remarks(cfg, data.train.plan.table) if rank.is_first else ()),
         f"{counted(data.num_steps, 'step')} of {counted(cfg.step.global_packs, 'pack')} on "
         f"{counted(rank.dp_size, 'rank')}{resumed}",

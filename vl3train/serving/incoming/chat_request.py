@@ -209,9 +209,8 @@ class _Reading:
         for name, value in times.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
             if value is not None and not (is_number and (value > 0 or name != "fps")):
-                self.wrong(
-                    f"{where}.{kind}.{name}", "must be a number, 0 or more" + (", not 0" * (name == "fps"))
-                )
+                what = "must be a number, 0 or more" + ", not 0" * (name == "fps") + ", and less than 1e9"
+                self.wrong(f"{where}.{kind}.{name}", what)
                 return None
         name = f"{where.replace('.content', '')} {kind.partition('_')[0]}"
         self.media[name] = fields["url"]
