@@ -63,6 +63,9 @@ COMMANDS = {
     "serve": Command("vl3train.cli.serve", "answer OpenAI's chat API with a trained model"),
     "chat": Command("vl3train.cli.chat", "talk to one or two models in the browser, and see what they see"),
     "kernels": Command("vl3train.cli.kernels", "show this machine's kernels, and compare them with float64"),
+    "warm": Command(
+        "vl3train.cli.warm", "fill a node's caches ahead of a job: compiled code, kernels, index"
+    ),
     "report": Command("vl3train.cli.report", "make one page of runs: loss, accuracy, sample answers"),
 }
 

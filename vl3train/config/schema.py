@@ -248,7 +248,7 @@ class RunConfig:
 
     stop_after_steps: int | None = None
     """Save a checkpoint and stop after this many steps of this launch. The learning-rate schedule stays that of the
-    whole run."""
+    whole run. 0: stop when the first step could begin."""
 
     max_hours: float | None = None
     """Save a checkpoint and stop at the end of the first step after this many hours of this launch: for queues with a

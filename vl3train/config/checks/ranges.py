@@ -85,7 +85,7 @@ RANGES: dict[str, Range] = {
     "run.log_steps": AT_LEAST_1,
     "run.evaluate_steps": AT_LEAST_0,
     "run.evaluate_max_new_tokens": AT_LEAST_1,
-    "run.stop_after_steps": AT_LEAST_1,
+    "run.stop_after_steps": AT_LEAST_0,
     "run.max_hours": POSITIVE,
     "run.silence_seconds": POSITIVE,
     "run.start_silence_seconds": POSITIVE,
