@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import pickle
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from vl3train.config.choices import Recompute
 from vl3train.engine.monitor.compile_log import take_compiles
 from vl3train.model.attention.backends import make_segments
-from vl3train.model.compiling import compiled, sources_tag
+from vl3train.model.compiling import compiled, fix_shape, sources_tag
 from vl3train.model.layers.layers import decoder_layer
 from vl3train.model.layers.tower import Tower, layer_runner, run_layers
 from vl3train.model.packed_forward import PackedModel
@@ -97,6 +99,18 @@ def test_another_backward_pass_is_not_taken_from_the_disk(empty_cache):
         compiled(function.apply, enabled=True)(rows).sum().backward()
         assert torch.equal(rows.grad, torch.full((5, 3), factor))
         assert take_compiles().on_disk == on_disk
+
+
+def test_a_process_in_which_another_module_imported_torch_first_finds_it(empty_cache, monkeypatch):
+    """By itself pickle names a memory format by the first module that has torch, and so does the key of a graph."""
+    for on_disk in (0, 1):
+        as_a_new_process()
+        rows = torch.ones(5, 3, requires_grad=True)
+        fix_shape(rows)
+        compiled(Doubled.apply, enabled=True)(rows).sum().backward()
+        assert take_compiles().on_disk == on_disk
+        monkeypatch.setattr(abc, "torch", torch, raising=False)  # a module that was there before torch
+    assert pickle.loads(pickle.dumps(torch.channels_last)) is torch.channels_last
 
 
 def test_an_op_whose_backward_pass_is_another_is_not_taken_from_the_disk(empty_cache):

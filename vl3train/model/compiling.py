@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import warnings
@@ -34,6 +35,9 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
     if (tag := sources_tag(Path(__file__).parent)) not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += tag
+    # Part of a graph's key too, where a size is fixed. pickle would name a memory format by the first module of
+    # sys.modules that has torch, so that a process in which another module came first would compile all anew.
+    copyreg.pickle(torch.memory_format, _reduce_memory_format)
     # Two towers, with and without gradients, short rows and long: more graphs than torch's own limit of 8. Past its
     # limit torch would run uncompiled with only a warning; here it is an error.
     dynamo_config.recompile_limit = 32
@@ -55,6 +59,16 @@ def compiled(function: Callable[..., Any], *, enabled: bool) -> Callable[..., An
 def fix_shape(tensor: Tensor) -> None:
     """Let the compiler treat the shape of ``tensor`` as a constant, as it does for weights: no pack changes it."""
     torch._dynamo.mark_static(tensor)
+
+
+def _reduce_memory_format(
+    which: torch.memory_format,
+) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    return _memory_format, (str(which).removeprefix("torch."),)
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    return getattr(torch, name)
 
 
 @functools.cache
