@@ -296,3 +296,25 @@ def test_a_pass_that_fails_stops_its_threads_while_the_error_is_kept(tmp_path, b
             assert not thread.is_alive()
     assert kept.tb is not None
     assert len(read) < 200
+
+
+def test_small_sources_are_measured_side_by_side_and_told_in_order(tmp_path, build, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        make_tar(tmp_path / name / "0.tar", [("0.json", b"{")])
+    both = threading.Barrier(2)
+
+    def read_when_both_do(shard, parts):
+        both.wait(30)
+        return read_parts(shard, parts)
+
+    monkeypatch.setattr(build_index_module, "read_parts", read_when_both_do)
+    told = []
+    build(tmp_path / "a", tmp_path / "b", num_workers=2, progress=lambda *now: told.append(now))
+    assert told == [("a", 1, 1), ("b", 1, 1)]
+    assert build(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_shards_that_two_sources_have_are_measured_once(shards, build):
+    calls = build(shards, shards, num_workers=2)
+    assert calls.count((14, 14)) == 1

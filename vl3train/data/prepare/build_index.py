@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, Sh
 
 CHUNK_SAMPLES = 32
 """Samples that are measured at a time: small enough for a live progress bar and even work."""
+
 MAX_MEDIUM_BYTES = 2_000_000_000
 MAX_TEXT_BYTES = 4_000_000
 """Samples with larger files are rejected before they are read. Such a text would be 60 times the longest pack."""
-
 
 NOTHING = SampleLengths(
     num_tokens=0,
@@ -45,11 +47,8 @@ NOTHING = SampleLengths(
 )
 """Lengths of a rejected sample."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    shard: Path
-    samples: tuple[ShardSample, ...]
+_Begun = tuple[int, Future[list[dict[str, Any]]]]
+"""Some samples of a shard: how many, and their rows."""
 
 
 def build_indexes(
@@ -77,29 +76,59 @@ def build_indexes(
         MissingIndexError: shards cannot be read, or an index cannot be written; every source with a problem is in the
             message, and the others are indexed.
     """
-    problems: list[str] = []
+    if not sources:
+        return []
+    problems: dict[int, str] = {}
     changed: list[str] = []
+    begun: deque[tuple[int, Generator[None, None, None]]] = deque()
+
+    def go_on(number: int, source: Generator[None, None, None]) -> bool:
+        """Whether it waits for its samples, and is not at its end."""
+        try:
+            return next(source, source) is not source
+        except MissingIndexError as error:
+            problems[number] = str(error)
+            return False
+
     with contextlib.ExitStack() as stack:
-        decoding: _Decoding | None = None
-        for name, place in sources:
-            try:
-                todo = _shards_to_do(place, decode, changed)
-                if todo and decoding is None:  # one server for all: it takes two seconds to start
-                    server = decode_server(place.settings, tokenizer_dir, place.limits)
-                    decoding = _Decoding(stack.enter_context(server), decode_seconds, decode)
-                if todo is not None:
-                    _index_shards(
-                        place, todo, max(1, num_workers), decoding, lambda *n, name=name: progress(name, *n)
-                    )
-                    with _writing(place):
-                        before, now = write_manifest(place, shard_files(place.shards))
-                    if before is not None:
-                        changed += manifest_changes(name, before, now)
-            except MissingIndexError as error:
-                problems.append(str(error))
+        _, first = sources[0]
+        server = decode_server(first.settings, tokenizer_dir, first.limits)
+        measuring = stack.enter_context(
+            contextlib.closing(_Measuring(server, decode_seconds, decode, max(1, num_workers)))
+        )
+        for number, (name, place) in enumerate(sources):
+            # Small sources are measured side by side, but for two of the same shards.
+            while begun and (
+                measuring.is_busy or any(sources[one][1].folder == place.folder for one, _ in begun)
+            ):
+                go_on(*begun.popleft())
+            told = functools.partial(progress, name)
+            source = _index_source(name, place, measuring, changed, told)
+            if go_on(number, stack.enter_context(contextlib.closing(source))):
+                begun.append((number, source))
+        while begun:
+            go_on(*begun.popleft())
     if problems:
-        raise MissingIndexError("\n".join(problems))
+        raise MissingIndexError("\n".join(problems[number] for number in sorted(problems)))
     return changed
+
+
+def _index_source(
+    name: str,
+    place: IndexPlace,
+    measuring: _Measuring,
+    changed: list[str],
+    progress: Callable[[int, int], None],
+) -> Generator[None, None, None]:
+    """Index one source. Yields once, if there is something to measure, when its local shards have been begun."""
+    todo = _shards_to_do(place, measuring.decode, changed)
+    if todo is None:
+        return
+    yield from _index_shards(place, todo, measuring, progress)
+    with _writing(place):
+        before, now = write_manifest(place, shard_files(place.shards))
+    if before is not None:
+        changed += manifest_changes(name, before, now)
 
 
 def _shards_to_do(place: IndexPlace, decode: bool, damaged: list[str]) -> list[Path] | None:
@@ -120,18 +149,17 @@ def _shards_to_do(place: IndexPlace, decode: bool, damaged: list[str]) -> list[P
 def _index_shards(
     place: IndexPlace,
     todo: Sequence[Path],
-    num_threads: int,
-    decoding: _Decoding | None,
+    measuring: _Measuring,
     progress: Callable[[int, int], None],
-) -> None:
-    """Measure some shards and write their rows.
+) -> Generator[None, None, None]:
+    """Measure some shards and write their rows. Yields when the local ones have been begun.
 
     Raises:
         MissingIndexError: some cannot be read; the others are written.
     """
     # Remote shards one after the other: each is fetched whole, as every sample of it is read.
     local = [shard for shard in todo if address_of(shard) is None]
-    groups = [*([local] if local else []), *([shard] for shard in todo if shard not in local)]
+    groups = [local, *([shard] for shard in todo if shard not in local)]
     done = total = 0
     problems = []
     for group in groups:
@@ -141,26 +169,30 @@ def _index_shards(
             except RemoteError as error:
                 problems.append(f"{error}; correct {SHARD_LIST}, or run the command again")
                 continue
-            samples = {}
+            begun: dict[Path, deque[_Begun]] = {}
             for shard, file in files.items():
                 try:
-                    samples[shard] = shard_samples(file)
+                    samples = shard_samples(file)
                 except OSError as error:
                     problems.append(
                         f"{shard} cannot be read: {error.strerror}; make it readable, or remove it"
                     )
-            total += sum(map(len, samples.values()))
-            assert decoding is not None, "made where there is a shard"
-            # Closed where the body fails, too: its threads would otherwise go on for as long as the error is kept.
-            measured = stack.enter_context(
-                contextlib.closing(_group_rows(samples, files, num_threads, decoding))
-            )
-            for rows in measured:
-                done += rows.num_samples
-                progress(done, total)
-                if rows.complete is not None:
-                    with _writing(place):
-                        write_rows(place, rows.shard, rows.complete, decoding.decode)
+                    continue
+                total += len(samples)
+                parts = [samples[at : at + CHUNK_SAMPLES] for at in range(0, len(samples), CHUNK_SAMPLES)]
+                begun[shard] = deque((len(part), measuring.begin(file, part)) for part in parts)
+            if group is local:
+                yield
+            while begun:
+                shard = next(iter(begun))
+                measured, rows = begun.pop(shard), list[dict[str, Any]]()
+                while measured:  # what is written need not be held
+                    num_samples, found = measured.popleft()
+                    rows += found.result()
+                    done += num_samples
+                    progress(done, total)
+                with _writing(place):
+                    write_rows(place, shard, rows, measuring.decode)
     if problems:
         raise MissingIndexError("\n".join(problems))
 
@@ -176,70 +208,44 @@ def _writing(place: IndexPlace) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoding:
-    """How samples are decoded: the decode server's address, a sample's time limit, whether all is decoded."""
+class _Measuring:
+    """Threads that measure samples for all sources. Each reads, and waits for a decode process of its own.
+    ``server`` is started before the first sample."""
 
-    address: str
-    seconds: float
-    decode: bool
+    def __init__(
+        self, server: AbstractContextManager[str], seconds: float, decode: bool, num_threads: int
+    ) -> None:
+        self.decode = decode
+        self._server, self._seconds, self._most = server, seconds, num_threads
+        self._address: str | None = None
+        self._stack = contextlib.ExitStack()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
+        self._own = threading.local()
+        self._unfinished: set[Future[list[dict[str, Any]]]] = set()
 
+    def begin(self, shard: Path, samples: Sequence[ShardSample]) -> Future[list[dict[str, Any]]]:
+        """Have some samples of a shard's file measured, after those of earlier calls; their rows, in order."""
+        if self._address is None:
+            self._address = self._stack.enter_context(self._server)
+        future = self._pool.submit(self._rows, self._address, shard, samples)
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
+        return future
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows just measured; ``complete`` are all of the shard once it is done."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether every thread has enough to do until its caller comes again."""
+        return len(self._unfinished) >= 4 * self._most
 
-    shard: Path
-    rows: list[dict[str, Any]]
-    num_samples: int  # members measured, of one record or several
-    complete: list[dict[str, Any]] | None
+    def close(self) -> None:
+        """Begin nothing more. Threads at work end with the decode server."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._stack.close()
 
-
-def _group_rows(
-    samples: dict[Path, list[ShardSample]],
-    files: dict[Path, Path],
-    num_threads: int,
-    decoding: _Decoding,
-) -> Generator[_Rows, None, None]:
-    for shard in [shard for shard, members in samples.items() if not members]:
-        yield _Rows(shard, [], 0, [])
-    chunks = [
-        (shard, _Chunk(files[shard], tuple(members[first : first + CHUNK_SAMPLES])))
-        for shard, members in samples.items()
-        for first in range(0, len(members), CHUNK_SAMPLES)
-    ]
-    collected: dict[Path, list[dict[str, Any]]] = {shard: [] for shard in samples}
-    left = {shard: len(members) for shard, members in samples.items()}
-    if chunks:
-        with contextlib.closing(
-            _measured([chunk for _, chunk in chunks], min(num_threads, len(chunks)), decoding)
-        ) as measured:
-            for (shard, chunk), rows in zip(chunks, measured, strict=True):
-                collected[shard] += rows
-                left[shard] -= len(chunk.samples)
-                yield _Rows(shard, rows, len(chunk.samples), None if left[shard] else collected.pop(shard))
-
-
-def _measured(
-    chunks: Sequence[_Chunk], num_threads: int, decoding: _Decoding
-) -> Generator[list[dict[str, Any]], None, None]:
-    """The rows of every chunk, in order. A thread reads, and waits for a decode process of its own."""
-    own = threading.local()
-
-    def measure(chunk: _Chunk) -> list[dict[str, Any]]:
-        if not hasattr(own, "decoder"):
-            own.decoder = Decoder(decoding.address, decoding.seconds)
-        return [
-            row
-            for sample in chunk.samples
-            for row in _measure(chunk.shard, sample, own.decoder, decoding.decode)
-        ]
-
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="index")
-    try:
-        yield from pool.map(measure, chunks)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # those at work end with the decode server
+    def _rows(self, address: str, shard: Path, samples: Sequence[ShardSample]) -> list[dict[str, Any]]:
+        if not hasattr(self._own, "decoder"):
+            self._own.decoder = Decoder(address, self._seconds)
+        return [row for sample in samples for row in _measure(shard, sample, self._own.decoder, self.decode)]
 
 
 def _measure(shard: Path, sample: ShardSample, decoder: Decoder, decode: bool) -> list[dict[str, Any]]:
