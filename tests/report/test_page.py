@@ -18,7 +18,7 @@ import vl3train.cli.report as report_module
 import vl3train.report.figures as figures_module
 from vl3train.cli.main import main
 from vl3train.report.lineage import PlacedRun
-from vl3train.report.run_log import RunLog
+from vl3train.report.run_log import RunLog, read_lines
 
 TASKS = {"count": 0.30, "colour <b>": 0.25, "clip_order": 0.50}
 
@@ -240,3 +240,17 @@ def test_everything_that_is_missing_is_told_at_once(tmp_path, capsys):
     assert "expected.jsonl, line 1 lacks key, answer" in told
     assert "answers.jsonl, line 1 lacks answer" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_log_that_is_no_text_is_told_and_other_ends_of_lines_are_letters(tmp_path):
+    file, problems = tmp_path / "log.jsonl", []
+    file.write_text('{"answer": "a\u2028b\x85c"}\n\n5\nnull\n' + "[" * 100_000 + '\n{"cut', encoding="utf-8")
+    assert read_lines(file, ("answer",), problems) == [{"answer": "a\u2028b\x85c"}]
+    assert [text.partition(", ")[2].partition(":")[0] for text in problems] == [
+        "line 3 is no JSON object",
+        "line 4 is no JSON object",
+        "line 5 is not JSON",
+    ]
+    file.write_bytes(b"\xff\xfe\n")
+    assert read_lines(file, (), problems) == []
+    assert "is no text in UTF-8" in problems[-1]

@@ -12,7 +12,7 @@ from vl3train.scoring.captions import cider, rouge_l
 from vl3train.scoring.intervals import mean_with_interval, wilson
 from vl3train.scoring.matches import anls, exact, letter, multiple_choice, number, relaxed
 from vl3train.scoring.metrics import EACH, TOGETHER, Scored, metric_problem, score
-from vl3train.scoring.predictions import Prediction, score_predictions
+from vl3train.scoring.predictions import Prediction, read_predictions, score_predictions
 from vl3train.scoring.temporal import span, temporal_iou
 
 
@@ -150,6 +150,31 @@ def test_a_function_that_gives_nonsense_costs_its_own_figure_only(tmp_path, code
     assert problem.startswith("source s: metric mine.py:f ")
     assert said in problem
     assert set(figures["s"]) == {"questions", "cut", "exact", "exact_low", "exact_high"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"null",
+        b'{"key": 1}',
+        b'{"scores": 5',
+        b'{"scores": {"exact": "x"}',
+        b'{"question": null',
+    ],
+)
+def test_damaged_predictions_are_told(tmp_path, damage):
+    good = '"key": "k", "answer_number": 0, "source": "s", "reference": "a", "prediction": "\u2028", "is_cut": false'
+    if not damage.endswith((b"}", b"l")) or b"x" in damage:
+        damage += (("" if b"question" in damage else ', "question": "q"') + ", " + good + "}").encode()
+    file = tmp_path / "predictions.jsonl"
+    whole = "{" + good + ', "question": "q"}\n'
+    file.write_bytes(whole.encode())
+    assert read_predictions(file)[0].prediction == "\u2028"
+    file.write_bytes(damage + b"\n" + whole.encode())
+    with pytest.raises(ValueError, match="move the file away"):
+        read_predictions(file)
 
 
 def test_names_of_functions_that_are_not_there(tmp_path):

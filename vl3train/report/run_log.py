@@ -66,14 +66,23 @@ def read_lines(file: Path, keys: tuple[str, ...], problems: list[str]) -> list[d
     if not file.exists():
         problems.append(f"{file} does not exist")
         return []
+    try:
+        # Not splitlines: an answer may hold one of the other ends of lines that it knows, as U+2028.
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        problems.append(f"{file} is no text in UTF-8: {error}")
+        return []
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{file}, line {number} is not JSON: {error}")
+            continue
+        if not isinstance(entry, dict):
+            problems.append(f"{file}, line {number} is no JSON object")
             continue
         if lacking := [key for key in keys if key not in entry]:
             problems.append(f"{file}, line {number} lacks {', '.join(lacking)}")

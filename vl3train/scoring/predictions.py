@@ -79,19 +79,34 @@ def read_predictions(file: Path) -> list[Prediction]:
     """The predictions of a file; of one that a stop cut short, the whole lines.
 
     Raises:
-        ValueError: a line that is not the last one is no prediction.
+        ValueError: a line that is not the last one is no prediction, or the file is no text.
     """
     if not file.is_file():
         return []
     found = []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no text in UTF-8 ({error}); move the file away") from error
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            found.append(Prediction(**without_texts(json.loads(line))))
-        except (ValueError, TypeError) as error:
+            found.append(_checked(Prediction(**without_texts(json.loads(line)))))
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines):  # no newline after it: its writing was cut short
                 break
             raise ValueError(f"{file}, line {number}: no prediction ({error}); move the file away") from error
     return found
+
+
+def _checked(one: Prediction) -> Prediction:
+    """The same prediction; ValueError where a field is of another kind."""
+    texts = (one.key, one.source, one.question, one.reference, one.prediction)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(one.answer_number, int):
+        raise ValueError("a text or a number is something else")
+    if not isinstance(one.scores, dict) or not all(
+        isinstance(value, float | int) for value in one.scores.values()
+    ):
+        raise ValueError("scores are no numbers by name")
+    return one
