@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.engine.packs import behind_a_prefix, collate_samples, random_samples, with_others
-from vl3train.config.choices import Dtype
+from vl3train.config.choices import Dtype, Recompute
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import MachineConfig
 from vl3train.engine.ranks import Rank, join, leave
@@ -32,6 +33,8 @@ def gradient(
     max_grad_norm: float = 0.0,
     trainable: tuple[str, ...] = ("vision_encoder", "projector", "language_model"),
     families: bool | None = None,
+    compile_layers: bool = False,
+    recompute: Recompute = Recompute.nothing,
 ) -> tuple[dict[str, torch.Tensor], float, dict[str, float]]:
     """The change of every weight after one SGD step at rate 1, negated, and the gradient norms that were reported.
 
@@ -41,7 +44,14 @@ def gradient(
     hf_model = load_model(model_dir, dtype=torch.float32 if dtype is Dtype.float32 else torch.bfloat16)
     set_trainable(hf_model, trainable)
     before = {name: p.detach().clone().double() for name, p in hf_model.named_parameters()}
-    packed = PackedModel(hf_model, "reference")
+    packed = PackedModel(
+        hf_model,
+        "reference",
+        recompute_vision=recompute,
+        recompute_language=recompute,
+        compile_layers=compile_layers,
+        partitioned_weights=zero_stage == 3,
+    )
     groups = parameter_groups(hf_model, dict.fromkeys(trainable, 1.0), weight_decay=0.1)  # two for each part
     for group in groups:
         group["weight_decay"] = 0.0
@@ -66,6 +76,9 @@ def gradient(
     ]
     for position, batch in enumerate(mine):
         output = engine.forward(batch)
+        if zero_stage == 3 and position == 0:  # later, DeepSpeed keeps what it will gather again soon
+            held = sum(p.numel() for p in hf_model.model.language_model.layers.parameters())
+            assert held == 0, "what a layer keeps for its backward pass is not its whole weights"
         engine.backward(output.loss_sum / total)
         if position < len(mine) - 1:
             engine.finish_micro_batch()
@@ -76,10 +89,31 @@ def gradient(
 
 
 def main() -> None:
-    """Every ZeRO stage with one and two micro-batches a rank, and with families; rank 0 writes the gradients."""
+    """Every ZeRO stage with one and two micro-batches a rank, and with families; rank 0 writes the gradients.
+
+    With a third word, compiled layers under ZeRO-3 instead.
+    """
     model_dir, out = Path(sys.argv[1]), Path(sys.argv[2])
     rank = join(MachineConfig())
-    results = {}
+    results = compiled_gradients(model_dir, rank) if sys.argv[3:] else all_gradients(model_dir, rank)
+    if rank.is_first:
+        torch.save(results, out)
+    leave()
+
+
+def compiled_gradients(model_dir: Path, rank: Rank) -> dict[Any, Any]:
+    """Two levels of recomputation."""
+    return {
+        recompute: gradient(
+            model_dir, rank, zero_stage=3, accumulation=2, compile_layers=True, recompute=recompute
+        )
+        for recompute in (Recompute.nothing, Recompute.mlp)
+    }
+
+
+def all_gradients(model_dir: Path, rank: Rank) -> dict[Any, Any]:
+    """Each stage and number of micro-batches."""
+    results: dict[Any, Any] = {}
     for zero_stage in (0, 1, 2, 3):
         for accumulation in (1, 2):
             results[zero_stage, accumulation] = gradient(
@@ -93,9 +127,7 @@ def main() -> None:
         results["families", zero_stage] = gradient(
             model_dir, rank, zero_stage=zero_stage, accumulation=2, families=True
         )
-    if rank.is_first:
-        torch.save(results, out)
-    leave()
+    return results
 
 
 if __name__ == "__main__":

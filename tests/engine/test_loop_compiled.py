@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import pytest
 import torch
 
 from tests.engine.runs import run
@@ -20,9 +21,12 @@ def compiled_run(words, folder, monkeypatch, *, dynamic):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_later_pack_compiles_nothing_anew(demo_words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [[], pytest.param(["machine.zero_stage=3"], marks=pytest.mark.long)], ids=["ZeRO-1", "ZeRO-3"]
+)
+def test_a_later_pack_compiles_nothing_anew(demo_words, tmp_path, monkeypatch, words):
     """Neither the encoder, which trains, nor the frozen language model."""
-    first, second = compiled_run(demo_words, tmp_path, monkeypatch, dynamic=True)
+    first, second = compiled_run([*demo_words, *words], tmp_path, monkeypatch, dynamic=True)
     assert first["recompiles"] > 0 == second["recompiles"]
     assert first["tokens"] != second["tokens"]
 

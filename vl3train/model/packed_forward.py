@@ -24,6 +24,7 @@ from vl3train.model.attention.backends import make_segments
 from vl3train.model.compiling import compiled
 from vl3train.model.layers.layers import GradientSums, Layer, decoder_layer, encoder_layer
 from vl3train.model.layers.tower import NO_CALLBACKS, LayerCallbacks, Tower, layer_runner, run_layers
+from vl3train.model.layers.whole_layers import call_layers
 from vl3train.model.loss import grade_logits, loss_with_gradients, score_logits, supervised_loss
 
 
@@ -41,7 +42,8 @@ class PackedModel(nn.Module):
     ``hf_model`` may carry adapters (model/adapters.py). Its own forward and generate() still work. ``attention`` is the
     name of a backend, from choose_attention. ``recompute_vision`` and ``recompute_language`` make ``given_plan``, the
     plan of a forward pass in training that is given none. ``compile_layers`` fuses the layers' elementwise work, and
-    ``gemm_backend`` (model/kernels/check.py) makes the matrix products of compiled layers.
+    ``gemm_backend`` (model/kernels/check.py) makes the matrix products of compiled layers. ``partitioned_weights`` says
+    that ZeRO-3 will hold the weights: it then gathers ``whole_layers`` as they are, each with all that is in it.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PackedModel(nn.Module):
         recompute_language: Recompute = Recompute.nothing,
         compile_layers: bool = False,
         gemm_backend: str = "torch",
+        partitioned_weights: bool = False,
     ) -> None:
         super().__init__()
         _refuse_what_packs_cannot(hf_model)
@@ -65,10 +68,16 @@ class PackedModel(nn.Module):
         self.given_plan = uniform_plan(recompute_vision, recompute_language, num_layers)
         self._nothing = uniform_plan(Recompute.nothing, Recompute.nothing, num_layers)
         self.compile_layers, self.gemm_backend = compile_layers, gemm_backend
+        self.partitioned_weights = partitioned_weights
         self._run_layer = layer_runner(compiled=compile_layers)
+        self.whole_layers: list[nn.Module] = []
+        if compile_layers and partitioned_weights:
+            towers = hf_model.model.vision_model.encoder.layers, hf_model.model.language_model.layers
+            self.whole_layers = [layer for layers in towers for layer in layers]
+            self._run_layer = call_layers(self.whole_layers, self._run_layer)
         self._score = compiled(score_logits, enabled=compile_layers)
         self._grade = compiled(grade_logits, enabled=compile_layers)
-        self._norm = compiled(_last_norm, enabled=compile_layers)
+        self._norm = compiled(_last_norm, enabled=compile_layers and not partitioned_weights)
         self._scale_pixels = compiled(_scale_pixels, enabled=compile_layers)
         hf_model.model.vision_model.embeddings.patch_embedding.__class__ = PatchLinear
 
@@ -76,9 +85,17 @@ class PackedModel(nn.Module):
     def makes_logits_once(self) -> bool:
         """Whether the loss computes its gradients from the logits while it has them, and never recomputes logits.
 
-        With compiled layers it does: their weights are whole on every rank.
+        With compiled layers it does, where their weights are whole on every rank.
         """
-        return self.compile_layers
+        return self.compile_layers and not self.partitioned_weights
+
+    @property
+    def recomputes_in_part(self) -> bool:
+        """Whether a part of a layer can be recomputed.
+
+        Not where ZeRO-3 gathers the weights of each linear layer by itself. Of a compiled layer it gathers all.
+        """
+        return self.compile_layers or not self.partitioned_weights
 
     @property
     def keeps_more_at_nothing(self) -> bool:

@@ -166,9 +166,10 @@ def chosen(cfg: TrainConfig, sizes: ModelSizes, room: int, width: int) -> tuple[
 
     Recomputed attention is not counted, so a run may choose slightly differently.
     """
+    in_part = cfg.machine.compile_layers or cfg.machine.zero_stage < 3
     towers: dict[str, tuple[dict[Recompute, int], TowerWork]] = {}
     for name, tower in (("vision", sizes.encoder), ("language", sizes.language)):
-        kept = {level: width * values_kept(level, tower) for level in level_scale(cfg.machine.zero_stage)}
+        kept = {level: width * values_kept(level, tower) for level in level_scale(in_part=in_part)}
         mlp = 2 * tower.hidden_size * tower.intermediate_size * (1 + tower.is_decoder)
         every = mlp + 8 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
         work = TowerWork(

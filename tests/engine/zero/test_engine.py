@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from tests.engine.jobs import start_job
 from tests.engine.packs import collate_samples, random_samples
 from tests.engine.split_worker import gradient
-from vl3train.config.choices import Dtype, MasterDtype
+from vl3train.config.choices import Dtype, MasterDtype, Recompute
 from vl3train.config.optim_options import OptimConfig
 from vl3train.config.schema import PARTS, MachineConfig
 from vl3train.engine import step as step_module
@@ -78,6 +78,19 @@ def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, ze
     assert part_norms == pytest.approx(norms_of_parts(whole[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(one, marks=() if one is Recompute.mlp else pytest.mark.long) for one in Recompute],
+)
+def test_compiled_layers_under_zero_3_at_every_level(tiny_model_dir, rank, whole, recompute):
+    """It gathers whole layers, and what these keep for the backward pass is not their weights."""
+    found, norm, _ = gradient(
+        tiny_model_dir, rank, zero_stage=3, accumulation=2, compile_layers=True, recompute=recompute
+    )
+    assert_same(found, whole[0])
+    assert norm == pytest.approx(whole[1], rel=1e-4)
+
+
 def in_two_processes(python, module, *arguments):
     process, _ = start_job(python, module, [str(argument) for argument in arguments])
     assert process.wait(timeout=300) == 0
@@ -105,6 +118,16 @@ def test_two_ranks_any_accumulation_same_gradient(warm_python, tiny_model_dir, r
         assert_same(found, whole[0])
         assert norm == pytest.approx(whole[1], rel=1e-4)
         assert part_norms == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.two_processes
+def test_two_ranks_with_compiled_layers_under_zero_3(warm_python, tiny_model_dir, whole, tmp_path):
+    out = tmp_path / "gradients.pt"
+    in_two_processes(warm_python, "tests.engine.split_worker", tiny_model_dir, out, "compiled")
+    for found, norm, _ in torch.load(out).values():
+        assert_same(found, whole[0])
+        assert norm == pytest.approx(whole[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

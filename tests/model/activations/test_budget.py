@@ -13,7 +13,7 @@ from vl3train.config.choices import Recompute
 from vl3train.model.activations.budget import OFFLOAD_WORK_A_BYTE, ActivationBudget, level_scale
 from vl3train.model.activations.work import PackSize, RecomputePlan, RecomputeRates, TowerWork
 
-SCALE = level_scale(1)
+SCALE = level_scale(in_part=True)
 L, NOTHING, ELEMENTWISE = Recompute.layer, Recompute.nothing, Recompute.elementwise
 
 

@@ -77,22 +77,20 @@ def _offload_problems(cfg: TrainConfig) -> list[Problem]:
 
 
 def _recompute_problems(cfg: TrainConfig) -> list[Problem]:
-    """Recomputation and compiled layers that the machine or ZeRO-3 does not allow."""
+    """Recomputation that the machine or ZeRO-3 does not allow."""
     machine = cfg.machine
     found = []
     for key in ("recompute_vision", "recompute_language"):
         level = getattr(machine, key)
         in_part = level in (Recompute.elementwise, Recompute.mlp)
-        if machine.zero_stage == 3 and machine.memory is Memory.given and in_part:
-            what = "with ZeRO-3 a part of a layer cannot be recomputed"
-            found.append(Problem(f"machine.{key}", show(level), what, "use layer or nothing"))
+        given = machine.memory is Memory.given and not machine.compile_layers
+        if machine.zero_stage == 3 and given and in_part:
+            what = "with ZeRO-3 a part of a layer that is not compiled cannot be recomputed"
+            way_out = "use layer or nothing, or machine.compile_layers=true"
+            found.append(Problem(f"machine.{key}", show(level), what, way_out))
     if machine.memory is Memory.auto and machine.device is Device.cpu:
         what = "auto measures a GPU, and machine.device=cpu"
         found.append(Problem("machine.memory", show(machine.memory), what, "use given"))
-    if machine.compile_layers and machine.zero_stage == 3:
-        what = "ZeRO-3 fetches weights in hooks that cannot be compiled"
-        way_out = "set it to false, or use machine.zero_stage=1 or 2"
-        found.append(Problem("machine.compile_layers", True, what, way_out))
     return found
 
 

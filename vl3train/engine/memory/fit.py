@@ -91,7 +91,7 @@ def fit_memory(
         fitted = fitted or fitting.run()
     if known is not None:
         known.found(fitted.budget)
-    if engine.zero_stage == 3:
+    if not packed.recomputes_in_part:
         # To recompute a layer, all ranks gather its weights: all must recompute the same layers.
         engine.choose_plans_by(lambda batch, reserved_bytes: fitted.plan)
     else:
@@ -223,7 +223,7 @@ class Fitting:
 
     def _kept(self, start: RecomputePlan, first: DryRun) -> dict[str, dict[Recompute, int]]:
         """Bytes that one layer of each tower keeps of a row, by level: from dry runs that change one layer's level."""
-        scale = level_scale(self.engine.zero_stage)
+        scale = level_scale(in_part=self.packed.recomputes_in_part)
         if self.packed.keeps_more_at_nothing:
             scale = (Recompute.nothing, *scale)
         return {

@@ -107,7 +107,7 @@ def plans_of_levels(levels: TowerLevels) -> list[RecomputePlan]:
 
 def plans_to_warm_up(packed: PackedModel) -> list[RecomputePlan]:
     """One plan for each level that machine.memory=auto chooses from, without offload, which runs layer's kernels."""
-    scale = ((Recompute.nothing,) if packed.keeps_more_at_nothing else ()) + level_scale(zero_stage=1)
+    scale = ((Recompute.nothing,) if packed.keeps_more_at_nothing else ()) + level_scale(in_part=True)
     return [uniform_plan(level, level, LAYERS_WARMED_UP) for level in scale if level is not Recompute.offload]
 
 

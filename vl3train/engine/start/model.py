@@ -104,6 +104,7 @@ def start_model(
         recompute_language=cfg.machine.recompute_language,
         compile_layers=cfg.machine.compile_layers,
         gemm_backend=kernels.gemm_backend.name,
+        partitioned_weights=cfg.machine.zero_stage == 3,
     )
     return RunModel(
         hf_model=hf_model,

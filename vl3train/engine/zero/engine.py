@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 
 from vl3train.config.choices import MasterDtype
@@ -81,6 +82,8 @@ class Zero:
         self.zero_stage = machine.zero_stage
         self.state_bytes = state_bytes(optim)  # of AdamW, for each parameter of this rank's share
         offload_adamw = optimizer if isinstance(optimizer, OffloadAdamW) else None
+        for layer in model.whole_layers:
+            set_z3_leaf_module(layer, True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -20,13 +20,13 @@ OFFLOAD_WORK_A_BYTE = 2 * WORK_A_CROSSING
 offload is chosen last."""
 
 
-def level_scale(zero_stage: int) -> tuple[Recompute, ...]:
+def level_scale(*, in_part: bool) -> tuple[Recompute, ...]:
     """The levels that ``machine.memory=auto`` chooses from, the one that keeps most first.
 
-    ZeRO-3's linear layers cannot be recomputed in part. engine/memory/fit.py adds ``nothing`` to ``elementwise`` where
-    layers keep more at it; it gets what is left of the budget.
+    ``in_part``: whether a part of a layer can be recomputed (PackedModel.recomputes_in_part). engine/memory/fit.py adds
+    ``nothing`` to ``elementwise`` where layers keep more at it; it gets what is left of the budget.
     """
-    if zero_stage == 3:
+    if not in_part:
         return (Recompute.nothing, Recompute.layer, Recompute.offload)
     return (Recompute.elementwise, Recompute.mlp, Recompute.layer, Recompute.offload)
 
