@@ -104,7 +104,7 @@ def main() -> None:
 def compiled_gradients(model_dir: Path, rank: Rank) -> dict[Any, Any]:
     """Two levels of recomputation."""
     return {
-        recompute: gradient(
+        recompute.value: gradient(
             model_dir, rank, zero_stage=3, accumulation=2, compile_layers=True, recompute=recompute
         )
         for recompute in (Recompute.nothing, Recompute.mlp)
