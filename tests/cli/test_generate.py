@@ -86,6 +86,9 @@ def test_every_bad_line_is_told_at_once(lively_model_dir, media, tmp_path, capsy
         f'{{"prompt": "see {IMAGE_PAD}"}}\n'
         "[1]\n"
         '{"prompt": "x", "video": 7}\n'
+        '{"prompt": "one line\u2028more"}\n'
+        '{"prompt": "half \\ud83d"}\n' + "[" * 100_000 + "\n",
+        encoding="utf-8",
     )
     words = ["--model", lively_model_dir, "--batch", batch, "--out", tmp_path / "out", "--media-root", media]
     assert main(["generate", *map(str, words)]) == 1
@@ -98,9 +101,12 @@ def test_every_bad_line_is_told_at_once(lively_model_dir, media, tmp_path, capsy
         f"line 5: prompt holds {IMAGE_PAD}",
         "line 6: is a list",
         "line 7: video is neither a path nor a list",
+        "line 9: 'half \\ud83d' holds half a character",
+        "line 10: is not JSON",
     ):
         assert text in told
     assert "line 1:" not in told
+    assert "line 8:" not in told
     assert not (tmp_path / "out").exists()
 
 

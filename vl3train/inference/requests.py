@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vl3train.contracts.tokens import RESERVED_TOKENS
-from vl3train.data.records.conversation import Content, Image, Text, Turn, Video
+from vl3train.data.records.conversation import Content, Image, Text, Turn, Video, half_character
 from vl3train.inference.questions import Question
 
 REQUEST_KEYS = ("prompt", "image", "video", "system")
@@ -28,13 +28,18 @@ def read_requests(file: Path, media_root: Path) -> list[tuple[str, Request]]:
     """The requests of a JSON-lines file. Raises ValueError that names every wrong line."""
     found: list[tuple[str, Request]] = []
     problems = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as such") from error
+    lines = text.split("\n")  # not splitlines: a prompt may hold other ends of lines that it knows, as U+2028
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}: "
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}is not JSON ({error})")
             continue
         request, wrong = parse_request(fields, media_root)
@@ -62,6 +67,7 @@ def parse_request(fields: Any, media_root: Path) -> tuple[Request | None, list[s
         if not isinstance(text, str) and not (key == "system" and text is None):
             problems.append(f"{key} is {'missing' if text is None else 'not text'}")
             continue
+        problems.extend(filter(None, [half_character(text or "")]))
         taken = [token for token in RESERVED_TOKENS if token in (text or "")]
         problems.extend(
             f"{key} holds {token}, which is a special token of the chat template; remove it"
