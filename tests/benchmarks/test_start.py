@@ -25,6 +25,7 @@ waits()
 def test_a_rank_is_looked_at_and_another_process_is_not(tmp_path):
     path = os.pathsep.join([str(WATCH), os.getcwd()])
     env = {**os.environ, "PYTHONPATH": path, "VL3TRAIN_WATCH": str(tmp_path)}
+    env.pop("RANK", None)  # of a run within the tests' process
     for rank in ({}, {"RANK": "0"}):
         assert not list(tmp_path.iterdir())
         subprocess.run([sys.executable, "-c", BUSY, "vl3train.train"], env=env | rank, check=True, timeout=60)
