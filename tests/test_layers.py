@@ -59,7 +59,7 @@ INSIDE_DATA = {
     "collate.py": set(),
     "prepare": {"plan", "media", "shards", "records", "render", "recipe.py"},
     "loader.py": {"plan", "media", "shards", "records", "render", "collate.py"},
-    "preload.py": {"plan", "media", "loader.py"},
+    "preload.py": {"plan", "media", "loader.py", "compiled.py"},
     "extremes.py": {"plan", "loader.py", "collate.py", "render"},
     "pipeline.py": {"plan", "media", "shards", "render", "recipe.py", "prepare", "loader.py"},
 }

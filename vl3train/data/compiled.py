@@ -49,6 +49,11 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def is_on_disk(function: Any) -> bool:
+    """Whether a process has compiled a function of ``njit`` on this machine, for any types."""
+    return bool(function._cache._cache_file._load_index())
+
+
 class _SharedCache(FunctionCache):
     """numba's cache of a function on disk. Who finds nothing in it holds a lock until it has compiled.
 
