@@ -99,7 +99,8 @@ def measure(
         folder = work / f"{name}-{side}-{number}"
         while folder.exists():
             folder = folder.with_name(f"{folder.name}-again")
-        started = start_once(build, words, folder, caches, ranks=row.ranks, limit=limit)
+        indexes = (folder if row.new_index else caches) / "indexes"
+        started = start_once(build, words, folder, caches, indexes=indexes, ranks=row.ranks, limit=limit)
         what = "no first step" if started.seconds is None else f"first step after {started.seconds:.1f} s"
         print(f"\n## {name}, {side} build, start {number}: {what}\n", *timeline(started), "", sep="\n")
         print(*common_places(started), sep="\n")

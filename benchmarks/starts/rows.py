@@ -22,6 +22,7 @@ class StartRow:
     figure: str
     aim: float | None = None
     cold: bool = False  # nothing compiled, checked or indexed before; else the same start ran once, untimed
+    new_index: bool = False  # the untimed start does not leave its index
     ranks: int = 1
     data: str = "demo"  # demo, sources (of the demo), or a row of benchmarks/gpu/rows.py
     words: tuple[str, ...] = ()
@@ -41,7 +42,7 @@ ROWS: dict[str, StartRow] = {
     "index": StartRow(
         figure="index_11_sources_seconds",
         aim=3,
-        cold=True,
+        new_index=True,
         data="sources",
         words=(*DEBUG, "machine=one_cpu"),
         phase="start: data",

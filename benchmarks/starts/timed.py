@@ -60,13 +60,13 @@ def environment(build: Path, caches: Path, watched: Path) -> dict[str, str]:
 
 
 def start_once(
-    build: Path, words: list[str], folder: Path, caches: Path, *, ranks: int, limit: float
+    build: Path, words: list[str], folder: Path, caches: Path, *, indexes: Path, ranks: int, limit: float
 ) -> Started:
     """Start a run in ``folder``, which is new, and kill it after its first step, or after ``limit`` seconds."""
     folder.mkdir(parents=True)
     run, log = folder / "run", folder / "log.txt"
     words = [*words, f"run.output_dir={run}", f"data.plan_cache={caches / 'plans'}", "run.log_steps=1"]
-    words += [f"data.index_dir={caches / 'indexes'}", "run.num_steps=1000", "run.save_steps=1000"]
+    words += [f"data.index_dir={indexes}", "run.num_steps=1000", "run.save_steps=1000"]
     words += ["run.evaluate_at_end=false"]
     env = environment(build, caches, folder)
     if ranks == 1:
