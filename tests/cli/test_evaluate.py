@@ -66,6 +66,12 @@ def evaluation(lively_model_dir, recipe, folder, **changed):
     return Namespace(**{**given, **changed})
 
 
+def open_member(path):
+    """The bytes of a member, of a path through its tar."""
+    with tarfile.open(Path(path).parent) as tar:
+        return tar.extractfile(Path(path).name).read()
+
+
 def test_an_export_answers_as_generate_does(lively_model_dir, recipe, tmp_path, capsys):
     assert main(evaluation(lively_model_dir, recipe, tmp_path)) == 0
     predictions = read_predictions(tmp_path / "predictions.jsonl")
@@ -82,6 +88,9 @@ def test_an_export_answers_as_generate_does(lively_model_dir, recipe, tmp_path, 
             videos=(media / f"{number}.mp4",) if kind == "video" else (),
         )
         assert [one.prediction] == asker.answers([request])
+        assert [open_member(path) for path in one.media] == [
+            path.read_bytes() for path in (*request.images, *request.videos)
+        ]
         assert one.scores["mine.py:length"] == len(one.prediction)
         asked.add(kind)
     assert len(predictions) == 7

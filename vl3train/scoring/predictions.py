@@ -26,6 +26,7 @@ class Prediction:
     prediction: str
     is_cut: bool  # the answer was longer than the most tokens allowed
     scores: dict[str, float] = field(default_factory=dict)
+    media: list[str] = field(default_factory=list)  # shard and member of each image and clip of the sample
 
     @property
     def place(self) -> tuple[str, str, int]:

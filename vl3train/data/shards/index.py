@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from vl3train.data.shards.manifest import (
 )
 from vl3train.data.shards.read import read_parts
 from vl3train.data.shards.remote import RangeCache
-from vl3train.data.shards.several_records import split_records
+from vl3train.data.shards.several_records import member_of, split_records
 from vl3train.data.shards.tar_headers import CAPTION_PART, CONVERSATION_PART, Part
 
 USABLE = "ok"
@@ -133,6 +133,22 @@ class Index:
             prefix_tokens=values["prefix_tokens"],
             family=values["family"],
         )
+
+    def media(self, keys: Collection[str]) -> dict[str, list[str]]:
+        """The images and clips of some samples, by ``key``: the paths of their shards, and the members there.
+
+        ``["val/00000.tar/000000007.0.jpg"]`` for a sample with one image.
+        """
+        wanted, found = set(keys), {}
+        for row in range(self.num_samples):
+            if (key := self.key(row)) in wanted:
+                values = self._row(row)
+                member = self.shard(row) / member_of(values["key"], values["record"])
+                names = (
+                    name for name in values["part_names"] if name not in (CONVERSATION_PART, CAPTION_PART)
+                )
+                found[key] = [f"{member}.{name}" for name in names]
+        return found
 
     def read_sample(self, row: int, *, retry_seconds: float = 0.0) -> tuple[bytes, dict[str, bytes]]:
         """The conversation's JSON (empty where a caption is all), and its other parts by name.

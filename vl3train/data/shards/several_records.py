@@ -19,6 +19,15 @@ def record_key(key: str, number: int) -> str:
     return f"{key}#{number}"
 
 
+def member_of(key: str, number: int) -> str:
+    """The member whose record ``number`` is called ``key``.
+
+    >>> member_of("000000007#2", 2), member_of("000000007", 0)
+    ('000000007', '000000007')
+    """
+    return key.removesuffix(record_key("", number))
+
+
 def join_records(conversations: Sequence[bytes]) -> bytes:
     """The .json member of several conversations, each as ``Conversation.to_json``; of one it is that one."""
     if len(conversations) == 1:

@@ -161,6 +161,9 @@ def answer_questions(
             )
         scored = [one for one in predictions if one.source in metrics]
         if scored:
+            media = run.held_out.index.media({one.key for one in scored})
+            for one in scored:
+                one.media = media[one.key]
             keep_predictions(run, step, scored)
     return run.rank.gather(figures)[0], shown.rows(predictions, names)
 

@@ -85,6 +85,9 @@ def evaluate_model(
             problem = "\n".join([*problems, "The answers are kept; the same command scores them"])
     rank.agree(problem)
     if rank.is_first:
+        media = held_out.index.media({one.key for one in gathered.values()})
+        for one in gathered.values():
+            one.media = media[one.key]
         write_predictions(out, gathered.values())
         in_progress.finish()
         console.table(f"generated answers, {out}", answer_table(answers))
