@@ -189,3 +189,12 @@ def test_every_name_is_usable_and_a_wrong_one_leads_to_the_right_one():
     for name in (*EACH, *TOGETHER):
         assert score(name, [Scored("q", "B. 2 to 4", "B. 2 to 4"), Scored("q", "a dog", "1")], Path())[0] > 0
     assert exact("a", "b") == 0
+
+
+@pytest.mark.parametrize("name", ["multiple_choice", "temporal_iou"])
+def test_a_metric_that_reads_no_recorded_answer_is_told_and_is_no_zero(name):
+    answers = [Scored("What is it?", "a dog", "a dog"), Scored("And this?", "cats", "B")]
+    with pytest.raises(ValueError, match=f"{name} can read none of the recorded answers, such as 'a dog'"):
+        score(name, answers, Path())
+    readable = Scored("Which?", "B" if name == "multiple_choice" else "1.0 to 2.0 seconds", "no")
+    assert score(name, [*answers, readable], Path()) == [0, 0, 0]

@@ -68,13 +68,19 @@ def score(name: str, answers: Sequence[Scored], folder: Path) -> list[float]:
     """One score for each answer, by a metric that ``metric_problem`` found nothing wrong with.
 
     Raises:
-        ValueError: a function of the user's own cannot be imported, failed, or gave no number; the message has the
-            question.
+        ValueError: no recorded answer is one that the metric can read, or a function of the user's own cannot be
+            imported, failed, or gave no number; the message has the question.
     """
     if name in TOGETHER:
         return TOGETHER[name]([one.prediction for one in answers], [one.reference for one in answers])
     if name in EACH:
-        return [EACH[name](one.prediction, one.reference) for one in answers]
+        metric = EACH[name]
+        if answers and not any(metric(one.reference, one.reference) for one in answers):
+            raise ValueError(
+                f"metric {name} can read none of the recorded answers, such as {answers[0].reference!r} to "
+                f"{answers[0].question!r}; name another metric for this source"
+            )
+        return [metric(one.prediction, one.reference) for one in answers]
     try:
         function = _load(*_own(name, folder))
     except (Exception, SystemExit) as error:
