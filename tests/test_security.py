@@ -71,6 +71,7 @@ ALLOWED = {
     ("vl3train/engine/checkpoints/load.py", "pickle"): "the name of an error",
     ("vl3train/config/input/words.py", "yaml.load"): "_Words is a SafeLoader",
     ("vl3train/cli/main.py", "import_module"): "the module of a command, out of a table",
+    ("vl3train/contracts/imports/lean.py", "importlib.import_module"): "a module of torch's compiler",
     ("vl3train/model/attention/backends.py", "importlib.import_module"): "a library, out of a table",
     ("vl3train/model/kernels/check.py", "importlib.import_module"): "a module of ours",
     (

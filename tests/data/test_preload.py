@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def test_a_worker_finds_the_plans_and_the_pictures_code_compiled(tmp_path, num_s
     table = dataclasses.replace(plan.table, prefix_tokens=prefixes, file=None)
     shared = Plan(table, 3, step_config(), max_family_records=4)
     assert shared.units is not None
-    with clean_processes().Pool(1) as pool:
+    with ProcessPoolExecutor(1, mp_context=clean_processes()) as pool:
         for one in (plan, shared):
-            before, after = pool.apply(first_sample, (one,))
+            before, after = pool.submit(first_sample, one).result()
             assert min(before.values()) > 0
             assert after == before

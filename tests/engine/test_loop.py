@@ -321,6 +321,7 @@ def test_adapters_on_4_bit_weights_resume_bitwise_and_the_next_stage_starts_from
     )
 
 
+@pytest.mark.long
 def test_a_start_is_the_base_with_its_adapters_merged(stage1, demo_words, tmp_path):
     """Told apart from the base alone by what both answer."""
     words = [*demo_words, "stage=3", f"stage.init_from={stage1 / 'checkpoints/step_00000004/weights'}"]

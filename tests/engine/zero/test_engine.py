@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -82,8 +83,12 @@ def test_one_rank_any_accumulation_same_gradient(tiny_model_dir, rank, whole, ze
     "recompute",
     [pytest.param(one, marks=() if one is Recompute.mlp else pytest.mark.long) for one in Recompute],
 )
-def test_compiled_layers_under_zero_3_at_every_level(tiny_model_dir, rank, whole, recompute):
-    """It gathers whole layers, and what these keep for the backward pass is not their weights."""
+def test_compiled_layers_under_zero_3_at_every_level(tiny_model_dir, rank, whole, recompute, monkeypatch):
+    """It gathers whole layers, and what these keep for the backward pass is not their weights. Traced as on a GPU,
+    without kernels."""
+    traced = functools.partial(torch.compile, backend="aot_eager_decomp_partition", dynamic=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: traced(function))
+    torch._dynamo.reset()
     found, norm, _ = gradient(
         tiny_model_dir, rank, zero_stage=3, accumulation=2, compile_layers=True, recompute=recompute
     )

@@ -148,6 +148,7 @@ def assert_near(found, expected):
         assert worst < 2e-5, f"{name}: differs by {worst:.1e} of its largest value"
 
 
+@pytest.mark.long
 def test_layers_that_take_none_of_it_are_compiled_once_for_all_lengths(
     tiny_model, batch_of, mixed, compile_on_cpu
 ):
