@@ -16,6 +16,7 @@ from vl3train.contracts.records import Batch
 from vl3train.contracts.strict_json import json_text, without_texts
 from vl3train.contracts.tokens import IM_END, IM_START
 from vl3train.data.render.chat_tokens import ChatTokenizer
+from vl3train.data.shards.index import Index
 from vl3train.model.generation.generate import Generator
 from vl3train.model.generation.prefill import Prompt
 from vl3train.scoring.predictions import Prediction
@@ -75,6 +76,13 @@ def generate_predictions(
         tell(prediction)
         found.append(prediction)
     return found
+
+
+def name_media(predictions: Collection[Prediction], index: Index) -> None:
+    """Write into each prediction where the images and clips of its sample are."""
+    media = index.media({one.key for one in predictions})
+    for one in predictions:
+        one.media = media[one.key]
 
 
 def question_of(prompt: str) -> str:

@@ -13,7 +13,7 @@ from vl3train.data.data_wait import data_wait
 from vl3train.data.loader import FailedEntry, OpenData
 from vl3train.data.pipeline import evaluation_batches
 from vl3train.data.render.chat_tokens import ChatTokenizer
-from vl3train.engine.held_out.answers import answer_table, generate_predictions
+from vl3train.engine.held_out.answers import answer_table, generate_predictions, name_media
 from vl3train.engine.held_out.evaluations_file import EVALUATIONS, record_evaluation
 from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.held_out.shown import ShownSamples
@@ -161,9 +161,7 @@ def answer_questions(
             )
         scored = [one for one in predictions if one.source in metrics]
         if scored:
-            media = run.held_out.index.media({one.key for one in scored})
-            for one in scored:
-                one.media = media[one.key]
+            name_media(scored, run.held_out.index)
             keep_predictions(run, step, scored)
     return run.rank.gather(figures)[0], shown.rows(predictions, names)
 

@@ -12,7 +12,12 @@ from vl3train.data.loader import FailedEntry, OpenData
 from vl3train.data.pipeline import evaluation_batches, open_data
 from vl3train.data.recipe import Recipe, load_recipe
 from vl3train.data.render.chat_tokens import ChatTokenizer
-from vl3train.engine.held_out.answers import PredictionsInProgress, answer_table, generate_predictions
+from vl3train.engine.held_out.answers import (
+    PredictionsInProgress,
+    answer_table,
+    generate_predictions,
+    name_media,
+)
 from vl3train.engine.held_out.losses import evaluate, table_rows
 from vl3train.engine.held_out.unread import unread_remarks
 from vl3train.engine.monitor.console import Console
@@ -85,9 +90,7 @@ def evaluate_model(
             problem = "\n".join([*problems, "The answers are kept; the same command scores them"])
     rank.agree(problem)
     if rank.is_first:
-        media = held_out.index.media({one.key for one in gathered.values()})
-        for one in gathered.values():
-            one.media = media[one.key]
+        name_media(gathered.values(), held_out.index)
         write_predictions(out, gathered.values())
         in_progress.finish()
         console.table(f"generated answers, {out}", answer_table(answers))
